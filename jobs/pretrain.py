@@ -1,0 +1,23 @@
+"""Pretrain the model that a config describes, preparing its data first where that is missing."""
+
+import sys
+
+from jobs import main
+from pipeline.config.schema import RunConfig
+from pipeline.training.launch import pretrain
+
+
+def run(config: RunConfig) -> None:
+    """Train and say what came out and where it is."""
+    outcome = pretrain(config)
+    print(f"\nvalidation perplexity  {outcome.perplexity:8.2f}")
+    for name, value in outcome.references.items():
+        print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {outcome.perplexity / value:.2f}")
+    for text in outcome.samples[:1]:
+        print(f"\n--- a sample\n{text}\n---")
+    print(f"\nmodel      {outcome.model}   ({outcome.version})")
+    print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {outcome.tracking_uri}")
+
+
+if __name__ == "__main__":
+    main(run)

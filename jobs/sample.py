@@ -1,0 +1,20 @@
+"""Draw samples from a run's model (or from `sampling.model`) as token and text files."""
+
+from jobs import main
+from pipeline.config.schema import RunConfig
+from pipeline.training.launch import sample
+
+
+def run(config: RunConfig) -> None:
+    """Sample, show the first text and say where the files are."""
+    samples = sample(config)
+    if samples.texts:
+        print(f"\n--- sample 0\n{samples.texts[0]}")
+    rate = samples.tokens.size / samples.seconds
+    print(
+        f"\n{len(samples.tokens)} samples in {samples.seconds:.1f} s ({rate:,.0f} tokens/s): {samples.folder}"
+    )
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,130 @@
+"""The model object that users hold: logits, predictions, samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipeline import storage, tracking
+from pipeline.config.schema import RunConfig
+from pipeline.data.tokenizers import INFO_FILE, Tokenizer, load_tokenizer
+from pipeline.models import folder
+from pipeline.models.denoiser import Denoiser, flat_index
+from pipeline.sampling.sampler import sample
+
+
+class Model:
+    """A trained model with its tokenizer.
+
+    Attributes:
+        denoiser: the network, in eval mode.
+        bos: id that stands known at position 0 of every row, or None.
+        tokenizer: turns rows into text, or None for data without one.
+    """
+
+    def __init__(self, denoiser: Denoiser, bos: int | None = None, tokenizer: Tokenizer | None = None):
+        self.denoiser = denoiser.eval()
+        self.bos, self.tokenizer = bos, tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.denoiser.head.weight.device
+
+    def to(self, device: torch.device | str) -> "Model":
+        """Move the model; inputs may stay where they are."""
+        self.denoiser.to(device)
+        return self
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        tokens: Int[Tensor, "B L"],
+        groups: Int[Tensor, "B L"] | Bool[Tensor, "B L"],
+        condition: Int[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B L V"]:
+        """Logits at every position from the tokens of the other group (masked models: two passes).
+
+        Shape:
+            tokens: [B, L] ids below V; groups: [B, L] of 0 and 1; returns [B, L, V] float32. L includes BOS
+            where the data has one.
+
+        Source: arXiv 2505.18883, section 4.
+        """
+        return self.denoiser.logits(tokens.to(self.device), groups.to(self.device).bool(), condition)
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        known: Int[Tensor, "B K"],
+        positions: Int[Tensor, "B K"],
+        lengths: Int[Tensor, "B"],
+        queries: Int[Tensor, "B Q"],
+        query_lengths: Int[Tensor, "B"] | None = None,
+        condition: Int[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B Q V"]:
+        """Logits at the asked positions from known tokens alone.
+
+        Shape:
+            known, positions: [B, K] ids and where they stand, the first `lengths[b]` of row b valid (0
+            allowed); queries: [B, Q] positions, the first `query_lengths[b]` valid (None: all of them).
+            Returns [B, Q, V] float32, zero beyond the valid queries.
+        """
+        rows, width = queries.shape
+        counts = [int(n) for n in lengths]
+        asked = [width] * rows if query_lengths is None else [int(n) for n in query_lengths]
+        here = flat_index(counts, [0] * rows, known.shape[1])
+        there = flat_index(asked, [0] * rows, width)
+        state = self.denoiser.open(rows, condition, capacity=max(known.shape[1], self.denoiser.length))
+        self.denoiser.extend(
+            state,
+            known.cpu().flatten()[here].to(self.device),
+            positions.cpu().flatten()[here].to(self.device),
+            counts,
+        )
+        hidden = self.denoiser.hidden(state, queries.cpu().flatten()[there].to(self.device), asked)
+        out = torch.zeros(rows * width, self.denoiser.vocab_size, device=self.device)
+        out[there.to(self.device)] = self.denoiser.head(hidden)
+        return out.view(rows, width, -1)
+
+    def sample(
+        self,
+        num_samples: int = 4,
+        steps: int = 64,
+        order: str = "uniform",
+        seed: int = 0,
+        condition: Int[Tensor, "B"] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Int[Tensor, "B L"]:
+        """Draw rows of tokens in `steps` forward passes; [num_samples, L], BOS included.
+
+        Raises:
+            ConfigError: unknown order, or more steps than positions.
+        """
+        return sample(self.denoiser, num_samples, steps, seed, order, self.bos, condition, progress=progress)
+
+    def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:
+        """Rows of ids as texts; BOS and end-of-text are not shown."""
+        assert self.tokenizer is not None, "this model's data has no tokenizer"
+        special = {self.bos, self.tokenizer.eot}
+        return [self.tokenizer.decode([i for i in row if i not in special]) for row in tokens.tolist()]
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
+    """Load a consolidated folder, or a registered model `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Registered models are looked up in MLFLOW_TRACKING_URI, else in the store of runs with default settings.
+
+    Raises:
+        CheckpointError: no such folder, model or version, or its files do not fit together.
+    """
+    where = str(path)
+    if where.startswith("models:/"):
+        local = tracking.download_model(tracking.tracking_uri(RunConfig(name="any")), where)
+    else:
+        local = storage.fetch(where)
+    denoiser, _, facts = folder.read(local)
+    tokenizer = load_tokenizer(str(local)) if (local / INFO_FILE).is_file() else None
+    return Model(denoiser, facts.bos, tokenizer).to(device)

@@ -1,0 +1,200 @@
+"""The typed form of a run's YAML file: one frozen model per section, checks across sections at the end."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """What is read, how it is tokenised, and the order in which training reads it."""
+
+    source: str = (
+        "pydoc"  # "pydoc" (embedded); a file, folder or glob of .txt, .jsonl[.gz|.zst], .parquet; "hf:NAME"
+    )
+    text_field: str = "text"  # the column of .jsonl, .parquet and Hugging Face data that holds the document
+    subset: str | None = None  # of a Hugging Face dataset that has several
+    split: str = "train"  # of a Hugging Face dataset
+    revision: str | None = (
+        None  # of a Hugging Face dataset; None: the newest, which the manifest then records
+    )
+    on_error: Literal["fatal", "skip"] = "fatal"  # what cannot be read ends the job, or is counted and named
+    path: str | None = None  # folder of shards + manifest; None: named by what determines its contents
+    tokenizer: str = "bytes"  # "bytes", "gpt2", or the path of a .tiktoken rank file
+    length: Annotated[int, Field(ge=2)] = 1024  # L, tokens of a row
+    wrap: Literal["none", "bos_eos"] = "none"  # bos_eos: a row is EOT + (L - 2) tokens + EOT
+    validation_documents: PositiveInt = 100_000  # the last documents are held out
+    shard_rows: PositiveInt = 8192
+    streams: Annotated[int, Field(ge=1, le=64)] = 8  # C canonical streams; divides train.batch
+    shuffle_window: PositiveInt = 4096  # rows that a stream shuffles together
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DataConfig":
+        if self.wrap == "bos_eos" and self.length < 3:
+            raise ValueError(f"length {self.length} leaves no token between BOS and EOS; expected at least 3")
+        return self
+
+
+class SwapConfig(Section):
+    """GroupSwap, the cross-attention through which the two groups exchange places (method.md section 2)."""
+
+    positional: bool = True  # add the sinusoidal position to the learned query
+
+
+class _Trunk(Section):
+    hidden: PositiveInt = 768  # H
+    heads: PositiveInt = 12  # N
+    dropout: Rate = 0.1  # on the residual branches
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "_Trunk":
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            fits = [n for n in range(1, self.hidden + 1) if self.hidden % (2 * n) == 0]
+            near = min(fits, key=lambda n: abs(n - self.heads), default=None)
+            raise ValueError(
+                f"heads {self.heads} does not split hidden {self.hidden} into even heads"
+                + (f"; nearest that does: {near}" if near else "; hidden must be even")
+            )
+        return self
+
+
+class PGMConfig(_Trunk):
+    """Partition Generative Model."""
+
+    kind: Literal["pgm"] = "pgm"
+    encoder_blocks: PositiveInt = 8
+    decoder_blocks: PositiveInt = 8
+    swap: SwapConfig = SwapConfig()
+
+
+class MDLMConfig(_Trunk):
+    """Masked diffusion language model, the baseline on the same blocks."""
+
+    kind: Literal["mdlm"]
+    blocks: PositiveInt = 12
+
+
+ModelConfig = Annotated[PGMConfig | MDLMConfig, Field(discriminator="kind")]
+
+
+class DiffusionConfig(Section):
+    """Noise schedule and loss weights."""
+
+    eps: Annotated[float, Field(gt=0, lt=0.1)] = 1e-3  # alpha(t) = 1 - (1 - eps) t, and the smallest t
+    complement_time: Literal["matched", "paper"] = "matched"  # t' of group 0 (method.md section 2)
+    loss_weight: Literal["elbo", "uniform"] = "elbo"
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: NonNegativeInt = 2500
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: Annotated[float, Field(gt=0)] = 1.0  # global gradient norm
+
+
+class TrainConfig(Section):
+    """Length, batch, numerics and bookkeeping of training."""
+
+    steps: PositiveInt = 1_000_000
+    batch: PositiveInt = 512  # rows of a global batch, whatever the number of workers
+    micro_batch: PositiveInt = 32  # rows of one forward pass on one worker
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1] = 1
+    ema: Rate = 0.9999
+    log_every: PositiveInt = 50
+    validate_every: PositiveInt = 10_000
+    checkpoint_every: PositiveInt = 5_000
+    keep: PositiveInt = 2  # newest checkpoints kept, beside the best
+
+
+class SamplingConfig(Section):
+    """What `jobs.sample` and the pictures of a run draw."""
+
+    model: str | None = None  # consolidated folder or models:/NAME@ALIAS; None: the run's own model
+    num_samples: PositiveInt = 16
+    steps: PositiveInt = 128
+    order: Literal["uniform"] = "uniform"
+    batch: PositiveInt = 16  # rows sampled together by one actor
+    seed: int = 0
+
+
+class EvaluationConfig(Section):
+    """Validation during and after training."""
+
+    estimator: Literal["count", "mdlm"] = "count"
+    draws: PositiveInt = 1  # maskings of every row
+    rows: PositiveInt = 1024  # validation rows used, at most
+    batch: PositiveInt = 32
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else an SQLite store in cluster.storage
+    experiment: str = "pgm"
+    register_as: str | None = None  # registered model's name; None: the run's name
+    system_metrics: bool = True
+
+
+class ClusterConfig(Section):
+    """Where the run lives and on what."""
+
+    storage: str = "runs"  # run folders and prepared data: a local folder, a shared one, s3://, gs://
+    workers: PositiveInt = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs if the cluster has any
+    cpus_per_worker: PositiveInt = 1
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without bound
+
+
+class RunConfig(Section):
+    """A whole run, as written in one YAML file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: NonNegativeInt = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = PGMConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def conflicts(self) -> list[str]:
+        """Problems that no section can see alone, as `key: message` lines."""
+        found = []
+        batch, streams = self.train.batch, self.data.streams
+        if batch % streams:
+            near = min((c for c in range(1, 65) if batch % c == 0), key=lambda c: abs(c - streams))
+            found.append(
+                f"data.streams: {streams} does not divide train.batch {batch}; nearest that does: {near}"
+            )
+        if self.cluster.workers > streams:
+            found.append(
+                f"cluster.workers: {self.cluster.workers} workers for data.streams {streams}; "
+                "expected at most one worker a stream"
+            )
+        if self.optim.warmup_steps >= self.train.steps:
+            found.append(
+                f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {self.train.steps}"
+            )
+        predicted = self.data.length - (self.data.wrap == "bos_eos")
+        if self.sampling.steps > predicted:
+            found.append(
+                f"sampling.steps: {self.sampling.steps} steps for {predicted} predicted tokens a row; "
+                f"expected at most {predicted}"
+            )
+        return found

@@ -1,0 +1,1 @@
+"""From documents to shards of token rows, and from shards to the batches of training."""

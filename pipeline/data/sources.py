@@ -1,0 +1,332 @@
+"""Documents from the standard library, files of several kinds and Hugging Face datasets.
+
+A source lists *pieces* (a file, a part of one, a shard of a dataset) in a fixed order, bundled into *units*
+of work; each can be read on its own, so reading is parallel and restartable, and its result the same.
+"""
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import logging
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.config.schema import DataConfig
+from pipeline.errors import DataError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+UNIT_BYTES = 16 << 20  # small files are bundled, and large ones split, to about this much
+UNIT_FILES = 64
+_GLOB = "*?["
+HUB = "hf:"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A readable part of a source.
+
+    Attributes:
+        path: file or URL, "pydoc", or "hf:NAME".
+        start, stop: bytes of a .jsonl file, row groups of Parquet, shard `start` of `stop` of a dataset;
+            stop -1 means to the end.
+        version: changes when the content does.
+    """
+
+    path: str
+    start: int = 0
+    stop: int = -1
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A document, or the rest of a file, that cannot be read."""
+
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed source.
+
+    Attributes:
+        units: the pieces in order, bundled for work.
+        revision: of a dataset on the hub, resolved.
+        fingerprint: SHA-256 over names and sizes; the same for a copy elsewhere.
+    """
+
+    units: tuple[tuple[Piece, ...], ...]
+    revision: str | None
+    fingerprint: str
+
+
+def open_source(data: DataConfig) -> Source:
+    """List what `data.source` names.
+
+    Raises:
+        DataError: nothing is there, or nothing of a kind that can be read.
+    """
+    if data.source == "pydoc":
+        return Source(((Piece("pydoc"),),), None, _digest(_pydoc()))
+    if data.source.startswith(HUB):
+        return _open_hub(data)
+    files = _find(data.source)
+    units: list[list[Piece]] = []
+    room = count = 0
+    for path, size, version in files:
+        for piece, weight in _split(Piece(path, version=version), size):
+            if not units or weight > room or count == UNIT_FILES:
+                units.append([])
+                room, count = UNIT_BYTES, 0
+            units[-1].append(piece)
+            room, count = room - weight, count + 1
+    root = len(storage.join(_root(data.source), ""))
+    fingerprint = _digest(f"{path[root:]} {size}" for path, size, _ in files)
+    return Source(tuple(map(tuple, units)), None, fingerprint)
+
+
+def read(piece: Piece, data: DataConfig) -> Iterator[str | Problem]:
+    """The documents of a piece, in order, and in their places those that cannot be read."""
+    if piece.path == "pydoc":
+        yield from _pydoc()
+        return
+    try:
+        if piece.path.startswith(HUB):
+            documents = _read_hub(piece, data)
+        elif piece.path.endswith(".txt"):
+            documents = _read_txt(piece)
+        elif piece.path.endswith(".parquet"):
+            documents = _read_parquet(piece, data.text_field)
+        else:
+            documents = _read_jsonl(piece, data.text_field)
+        for document in documents:
+            yield _encodable(document, piece.path) if isinstance(document, str) else document
+    except (ConnectionError, TimeoutError):
+        raise  # no fault of the data: the unit is read again
+    except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
+        yield Problem(piece.path, f"cannot be read to the end: {type(error).__name__}: {error}")
+
+
+def _pydoc() -> list[str]:
+    """The standard library's help texts: English technical prose on every machine."""
+    from pydoc_data.topics import topics  # here, since it is half a megabyte that few jobs read
+
+    return [topics[key] for key in sorted(topics)]
+
+
+def _root(source: str) -> str:
+    """The folder that names are given relative to."""
+    path = storage.resolve(source)
+    wild = min((path.index(c) for c in _GLOB if c in path), default=None)
+    if wild is not None:
+        return path[:wild].rpartition("/")[0]
+    return path.rpartition("/")[0] if path.endswith(SUFFIXES) else path.rstrip("/")
+
+
+def _find(source: str) -> list[tuple[str, int, str]]:
+    """(path, bytes, version) of every readable file, sorted by path."""
+    fs, inner = storage.filesystem(source)
+    found = fs.glob(inner) if any(c in inner for c in _GLOB) else [inner]
+    names = [
+        name
+        for item in found
+        for name in (fs.find(item) if fs.isdir(item) else [item] if fs.exists(item) else [])
+    ]
+    if not names:
+        beside = storage.listing(source.rstrip("/").rpartition("/")[0] or ".")
+        near = did_you_mean(source.rstrip("/").rpartition("/")[2], [*beside, "pydoc"])
+        raise DataError(f"data.source: nothing at {source!r}{near}")
+    readable = sorted(name for name in set(names) if name.endswith(SUFFIXES))
+    if not readable:
+        raise DataError(
+            f"data.source: no file to read among {len(names)} at {source!r}, such as {sorted(names)[0]!r}; "
+            f"expected {', '.join(SUFFIXES)}"
+        )
+    if other := len(set(names)) - len(readable):
+        log.info("%s: %d files of other kinds are left alone", source, other)
+    paths = (name if storage.is_local(source) else fs.unstrip_protocol(name) for name in readable)
+    return [(path, fs.size(name), fs.ukey(name)) for path, name in zip(paths, readable, strict=True)]
+
+
+def _split(piece: Piece, size: int) -> Iterable[tuple[Piece, int]]:
+    """Parts of about UNIT_BYTES of a large file, where its format allows, and their weights in bytes."""
+    if size <= 2 * UNIT_BYTES or not piece.path.endswith((".jsonl", ".parquet")):
+        return [(piece, size)]
+    if piece.path.endswith(".jsonl"):
+        edges = [*range(0, size, UNIT_BYTES), size]
+    else:
+        try:
+            with storage.open_read(piece.path) as file:
+                groups = pq.ParquetFile(file).num_row_groups
+        except (OSError, pa.ArrowException):
+            return [(piece, size)]  # reading it will name the fault
+        edges = list(range(groups + 1))
+        size = size // max(groups, 1)
+    return [
+        (Piece(piece.path, start, stop, piece.version), UNIT_BYTES if piece.path.endswith(".jsonl") else size)
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def _read_txt(piece: Piece) -> Iterator[str | Problem]:
+    """A file is a document, newlines untouched."""
+    try:
+        yield storage.read_bytes(piece.path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield Problem(piece.path, f"not UTF-8: {error.reason} at byte {error.start}")
+
+
+def _read_jsonl(piece: Piece, field: str) -> Iterator[str | Problem]:
+    """A line is a document. A line belongs to the part of the file in which it starts."""
+    with storage.open_read(piece.path) as file:
+        lines = _lines(file, piece.path)
+        place = piece.start
+        if piece.start:
+            file.seek(piece.start - 1)
+            place += len(file.readline()) - 1
+        for number, line in enumerate(lines, 1):
+            if 0 <= piece.stop <= place:
+                return
+            place += len(line)
+            if line.strip():
+                document = _parse(line, field)
+                if isinstance(document, str):
+                    yield document
+                else:
+                    yield Problem(f"{piece.path} line {_lines_before(piece) + number}", document.why)
+
+
+def _lines(file: Any, path: str) -> Iterable[bytes]:
+    if path.endswith(".gz"):
+        return gzip.open(file)
+    if path.endswith(".zst"):
+        return io.BufferedReader(pa.CompressedInputStream(file, "zstd"))
+    return file
+
+
+def _parse(line: bytes, field: str) -> str | Problem:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Problem("", f"not UTF-8: {error.reason} at byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        return Problem("", f"not JSON: {error}")
+    if not isinstance(row, dict):
+        return Problem("", f"a {type(row).__name__}; expected an object with the field {field!r}")
+    return _text(row, field)
+
+
+def _text(row: dict[str, Any], field: str) -> str | Problem:
+    value = row.get(field)
+    if isinstance(value, str):
+        return value
+    if field in row:
+        return Problem("", f"{field!r} holds a {type(value).__name__}; expected text")
+    known = ", ".join(map(str, row))
+    return Problem("", f"no field {field!r} (data.text_field); fields: {known}{did_you_mean(field, row)}")
+
+
+def _lines_before(piece: Piece) -> int:
+    """Lines that start before this part of a file; read only when a fault must be named."""
+    if not piece.start:
+        return 0
+    with storage.open_read(piece.path) as file:
+        head = file.read(piece.start)
+    return head.count(b"\n") + (not head.endswith(b"\n"))
+
+
+def _read_parquet(piece: Piece, field: str) -> Iterator[str | Problem]:
+    """A row is a document."""
+    with storage.open_read(piece.path) as raw:
+        file = pq.ParquetFile(raw)
+        if field not in file.schema_arrow.names:
+            row = dict.fromkeys(file.schema_arrow.names)
+            yield Problem(piece.path, _text(row, field).why)  # type: ignore[union-attr]
+            return
+        stop = file.num_row_groups if piece.stop < 0 else piece.stop
+        number = sum(file.metadata.row_group(g).num_rows for g in range(piece.start))
+        groups = list(range(piece.start, stop))
+        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                document = _text({field: value}, field)
+                yield (
+                    document
+                    if isinstance(document, str)
+                    else Problem(f"{piece.path} row {number}", document.why)
+                )
+                number += 1
+
+
+def _encodable(text: str, where: str) -> str | Problem:
+    """JSON can spell half of a surrogate pair, which no UTF-8 can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Problem(where, f"a document is not UTF-8: {error.reason} at character {error.start}")
+    return text
+
+
+def _open_hub(data: DataConfig) -> Source:
+    """A dataset of the Hugging Face hub, its revision pinned, or a local copy in the same layout."""
+    name = data.source.removeprefix(HUB)
+    fs, inner = storage.filesystem(name)
+    if storage.is_local(name) and fs.isdir(inner):
+        revision = None
+        files = [f"{path[len(inner) :]} {fs.size(path)}" for path in sorted(fs.find(inner))]
+        version = _digest(fs.ukey(path) for path in sorted(fs.find(inner)))
+    else:
+        from huggingface_hub import HfApi  # slow to import, and other sources do without
+
+        try:
+            revision = HfApi().dataset_info(name, revision=data.revision).sha
+        except Exception as error:  # several libraries' errors, which have no base of their own
+            raise DataError(f"data.source: {data.source!r} cannot be had: {error}") from error
+        files, version = [str(revision)], str(revision)
+    try:
+        shards = _load_hub(name, data, revision).num_shards
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # datasets' errors are either; its message names splits and subsets
+        raise DataError(f"data.source: {data.source!r} cannot be opened: {error}") from error
+    units = tuple((Piece(HUB + name, shard, shards, version),) for shard in range(shards))
+    return Source(units, revision, _digest(files))
+
+
+def _load_hub(name: str, data: DataConfig, revision: str | None) -> Any:
+    from datasets import load_dataset  # slow to import, and other sources do without
+
+    path = storage.resolve(name) if revision is None else name
+    return load_dataset(path, data.subset, split=data.split, revision=revision, streaming=True)
+
+
+def _read_hub(piece: Piece, data: DataConfig) -> Iterator[str | Problem]:
+    """A row is a document."""
+    name = piece.path.removeprefix(HUB)
+    local = storage.is_local(name) and storage.exists(name)
+    rows = _load_hub(name, data, None if local else piece.version)
+    for number, row in enumerate(rows.shard(num_shards=piece.stop, index=piece.start)):
+        document = _text(row, data.text_field)
+        where = f"{piece.path} {data.split} shard {piece.start} of {piece.stop}, row {number}"
+        yield document if isinstance(document, str) else Problem(where, document.why)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8") + b"\0")
+    return digest.hexdigest()

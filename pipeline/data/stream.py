@@ -1,0 +1,170 @@
+"""The order in which training reads rows: deterministic, random access, one for all numbers of workers."""
+
+from collections import OrderedDict
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from jaxtyping import Int64
+
+from pipeline.data.shards import ShardReader
+from pipeline.errors import ConfigError, DataError
+
+MISSING = -1
+
+# What a permutation is for; part of its seed, so that no two uses share random bits.
+_SHARDS, _LEFTOVER, _WINDOW = range(3)
+
+
+class ReadingOrder:
+    """Which rows global batch `step` holds, and which of them a worker serves.
+
+    An epoch permutes the shards, leaves out the rows that do not fill a last batch, and cuts the rest into C
+    equal streams; a stream shuffles its rows in windows; a batch takes batch / C rows of every stream.
+    Everything follows from (arguments, step), so the state of training's data is one integer.
+
+    Args:
+        rows_per_shard: rows of every shard file, in the manifest's order.
+        batch: rows of a global batch.
+        streams: C, a divisor of `batch`.
+        window: rows of a stream that are shuffled together.
+        seed: of the run.
+
+    Raises:
+        ConfigError: `streams` does not divide `batch`.
+        DataError: fewer rows than one batch.
+    """
+
+    def __init__(self, rows_per_shard: list[int], batch: int, streams: int, window: int, seed: int) -> None:
+        if batch % streams:
+            raise ConfigError(f"data.streams: {streams} does not divide train.batch {batch}")
+        self._sizes = np.asarray(rows_per_shard, dtype=np.int64)
+        self.rows = int(self._sizes.sum())
+        if self.rows < batch:
+            raise DataError(
+                f"train.batch: {batch} rows, but the data has {self.rows}; expected at most {self.rows}"
+            )
+        self.batch = batch
+        self.streams = streams
+        self.window = window
+        self.seed = seed
+        self.steps_per_epoch = self.rows // batch
+        self._share = batch // streams  # rows of one stream in one batch
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that global batch `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def leftover(self, epoch: int) -> Int64[np.ndarray, "n"]:
+        """The rows (fewer than a batch) that this epoch skips."""
+        return self._layout(epoch)[1]
+
+    def rows_of_step(self, step: int) -> Int64[np.ndarray, "batch"]:
+        """Global row indices of global batch `step`; entry i comes from stream i // (batch // C)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        first, last = within * self._share, (within + 1) * self._share
+        parts = []
+        for stream in range(self.streams):
+            for window in range(first // self.window, (last - 1) // self.window + 1):
+                start = window * self.window
+                rows = self._shuffled(epoch, stream, window)
+                parts.append(rows[max(first - start, 0) : last - start])
+        return np.concatenate(parts)
+
+    def slots(self, rank: int, workers: int) -> Int64[np.ndarray, "n"]:
+        """Indices within a global batch that `rank` serves; -1 fills up where streams do not divide evenly.
+
+        Streams are dealt contiguously, the first ranks taking one more; n is the same for every rank.
+
+        Raises:
+            ConfigError: more workers than streams.
+        """
+        if workers > self.streams:
+            raise ConfigError(f"cluster.workers: {workers} workers for data.streams {self.streams}")
+        few, more = divmod(self.streams, workers)
+        first = rank * few + min(rank, more)
+        mine = np.arange(first * self._share, (first + few + (rank < more)) * self._share, dtype=np.int64)
+        missing = (few + (more > 0)) * self._share - len(mine)
+        return np.pad(mine, (0, missing), constant_values=MISSING)
+
+    def _layout(self, epoch: int) -> tuple[Int64[np.ndarray, "C n"], Int64[np.ndarray, "skipped"]]:
+        """Rows of every stream before windows are shuffled, and the rows left out."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            starts = np.cumsum(self._sizes) - self._sizes
+            shards = _permutation(len(self._sizes), self.seed, epoch, _SHARDS)
+            rows = np.concatenate([np.arange(starts[s], starts[s] + self._sizes[s]) for s in shards])
+            kept = self.steps_per_epoch * self.batch
+            keep = np.ones(self.rows, dtype=bool)
+            if left := self.rows - kept:
+                keys = _bits(self.rows, self.seed, epoch, _LEFTOVER)
+                keep[np.argpartition(keys, left)[:left]] = False
+            self._epoch = (epoch, rows[keep].reshape(self.streams, kept // self.streams), rows[~keep])
+        return self._epoch[1], self._epoch[2]
+
+    def _shuffled(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, "w"]:
+        """One window of a stream; the windows of a batch or two are remembered."""
+        key = (epoch, stream, window)
+        if key not in self._windows:
+            rows = self._layout(epoch)[0][stream, window * self.window : (window + 1) * self.window]
+            order = _permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)
+            self._windows[key] = rows[order]
+            if len(self._windows) > 2 * self.streams:
+                self._windows.popitem(last=False)
+        return self._windows[key]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows for one forward pass on one worker.
+
+    Attributes:
+        tokens: the rows. Missing ones repeat a row that exists.
+        index: place of each row in the global batch, -1 for missing ones, which must weigh nothing.
+    """
+
+    tokens: Int64[np.ndarray, "m L"]
+    index: Int64[np.ndarray, "m"]
+
+
+def batches(
+    reader: ShardReader, order: ReadingOrder, start_step: int, rank: int, workers: int, micro_batch: int
+) -> Generator[list[MicroBatch], None, None]:
+    """What `rank` trains on at `start_step`, `start_step + 1`, ... without end; the next step is read ahead.
+
+    Every rank gets the same number of micro-batches, all of the same number of rows (at most `micro_batch`).
+    An error while reading ahead is raised when its step is asked for. Closing the iterator ends its thread.
+    """
+    slots = order.slots(rank, workers)
+    parts = -(-len(slots) // micro_batch)
+    width = -(-len(slots) // parts)
+    slots = np.pad(slots, (0, parts * width - len(slots)), constant_values=MISSING)
+    served = slots >= 0
+
+    def load(step: int) -> list[MicroBatch]:
+        rows = order.rows_of_step(step)[slots[served]]
+        tokens = np.empty((len(slots), reader.length), dtype=np.int64)
+        tokens[served] = reader.rows(rows)
+        tokens[~served] = tokens[0]  # slot 0 always exists: a worker has at least one stream
+        split = zip(np.split(tokens, parts), np.split(slots, parts), strict=True)
+        return [MicroBatch(part, index) for part, index in split]
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        ahead = pool.submit(load, start_step)
+        for step in count(start_step):
+            current = ahead.result()
+            ahead = pool.submit(load, step + 1)
+            yield current
+
+
+def _bits(n: int, *key: int) -> np.ndarray:
+    """n random 64-bit words of `key`: raw ones, whose values numpy keeps over versions (unlike shuffle's)."""
+    return np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
+
+
+def _permutation(n: int, *key: int) -> Int64[np.ndarray, "n"]:
+    """The permutation of range(n) that belongs to `key`."""
+    return np.argsort(_bits(n, *key), kind="stable")

@@ -1,0 +1,181 @@
+"""Text to token ids and back: plain bytes, GPT-2's BPE, or the ranks of any `.tiktoken` file."""
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import tiktoken
+from jaxtyping import Integer
+
+from pipeline import storage
+from pipeline.errors import ConfigError, DataError, did_you_mean
+
+# GPT-2's split into words, which ranks alone do not determine (same pieces as the original pattern, faster).
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+END_OF_TEXT = "<|endoftext|>"
+INFO_FILE = "tokenizer_info.json"  # not tokenizer.json, which other libraries would take for theirs
+RANK_FILE = "ranks.tiktoken"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the pipeline asks of a tokenizer.
+
+    Attributes:
+        name: for people; what determines the ids is `hash`.
+        vocab_size: V; ids are 0..V-1, `eot` among them.
+        eot: id of the end-of-text token, which `encode_batch` never yields.
+        hash: SHA-256 over everything that determines the ids.
+    """
+
+    name: str
+    vocab_size: int
+    eot: int
+    hash: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
+        """Ids of every text, without EOT; text that looks like a special token is plain text."""
+
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
+        """The text of the ids; broken UTF-8 becomes U+FFFD, EOT `<|endoftext|>`."""
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer(folder)` needs, offline and on another machine."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0..255 and EOT = 256."""
+
+    def __init__(self) -> None:
+        self.name = "bytes"
+        self.vocab_size = 257
+        self.eot = 256
+        self.hash = hashlib.sha256(b"utf-8 bytes, eot 256").hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
+        end = END_OF_TEXT.encode()
+        return b"".join(end if i == self.eot else bytes([i]) for i in map(int, ids)).decode(
+            "utf-8", "replace"
+        )
+
+    def save(self, folder: Path) -> None:
+        _save_info(folder, self)
+
+
+class BPETokenizer:
+    """Byte-pair encoding by ranks, on GPT-2's words; EOT is the id after the last rank.
+
+    Args:
+        name: for people.
+        ranks: bytes of a token -> its id.
+    """
+
+    def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
+        self.name = name
+        self.eot = max(ranks.values()) + 1
+        self.vocab_size = self.eot + 1
+        self._lines = b"".join(
+            base64.b64encode(token) + b" %d\n" % rank
+            for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+        )
+        self.hash = hashlib.sha256(PATTERN.encode() + b"\n" + self._lines).hexdigest()
+        # Some rank files leave ids out; a model may still draw them, so they need a text.
+        unused = {f"<|unused_{i}|>": i for i in sorted(set(range(self.eot)) - set(ranks.values()))}
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot, **unused}
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
+        return [
+            self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+            for text in texts
+        ]
+
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
+        return self._encoding.decode([int(i) for i in ids], errors="replace")
+
+    def save(self, folder: Path) -> None:
+        _save_info(folder, self)
+        (folder / RANK_FILE).write_bytes(self._lines)
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Build a tokenizer.
+
+    Args:
+        spec: "bytes", "gpt2", the path or URL of a `.tiktoken` rank file, or a folder that `save` wrote.
+
+    Raises:
+        ConfigError: no such tokenizer, or it cannot be had here.
+        DataError: the rank file is damaged.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec == "gpt2":
+        return BPETokenizer("gpt2", _gpt2_ranks())
+    if spec.endswith(".tiktoken"):
+        return BPETokenizer(Path(spec).stem, _read_ranks(spec))
+    info_path = storage.join(spec, INFO_FILE)
+    if storage.exists(info_path):
+        info = json.loads(storage.read_text(info_path))
+        if info["kind"] == "bytes":
+            return ByteTokenizer()
+        return BPETokenizer(info["name"], _read_ranks(storage.join(spec, RANK_FILE)))
+    raise ConfigError(
+        f"data.tokenizer: {spec!r} is unknown; expected 'bytes', 'gpt2', a .tiktoken rank file "
+        f"or a folder with {INFO_FILE}{did_you_mean(spec, ['bytes', 'gpt2'])}"
+    )
+
+
+def _save_info(folder: Path, tokenizer: Tokenizer) -> None:
+    kind = "bytes" if isinstance(tokenizer, ByteTokenizer) else "bpe"
+    folder.mkdir(parents=True, exist_ok=True)
+    info = {"kind": kind, "name": tokenizer.name, "vocabulary": tokenizer.vocab_size, "hash": tokenizer.hash}
+    (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def _gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's ranks, downloaded by tiktoken on first use."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors) or a damaged file
+        raise ConfigError(
+            f"data.tokenizer: 'gpt2' could not be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR"
+            " to a folder that has it, or name a .tiktoken rank file"
+        ) from error
+    return {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
+
+
+def _read_ranks(path: str) -> dict[bytes, int]:
+    """A rank file: a line `base64(token) rank` for each token."""
+    if not storage.exists(path):
+        beside = [
+            name for name in storage.listing(path.rpartition("/")[0] or ".") if name.endswith(".tiktoken")
+        ]
+        raise ConfigError(
+            f"data.tokenizer: rank file {path!r} does not exist{did_you_mean(Path(path).name, beside)}"
+        )
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(storage.read_bytes(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise DataError(
+                f"{path}: line {number} is {line[:40]!r}; expected base64(token) and a rank"
+            ) from None
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing or len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
+        fault = f"has no rank for byte {missing[0]}" if missing else "has a rank twice, or below 0"
+        raise DataError(f"{path}: {fault}; not a whole rank file")
+    return ranks

@@ -1,0 +1,1 @@
+"""Noise schedule, partitions and objective."""

@@ -1,0 +1,133 @@
+"""Pictures of a run. Plain `Figure` objects: no window system, no state shared between threads."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+_BLUE, _RED, _INK, _GREY = "#2563a8", "#c2452d", "#22262b", "#7a828c"
+_WINDOWS = 20  # the smooth curve looks at a twentieth of the run at a time
+_LABEL_HEIGHT = 0.06  # of an axis, so that labels beside it do not overlap
+_HUGE = 1e300  # MLflow stores infinity as 1.8e308
+
+
+def loss_curve(
+    history: Mapping[str, Sequence[tuple[int, float]]], references: Mapping[str, float] | None = None
+) -> Figure:
+    """Training loss (raw and smoothed) beside validation perplexity with reference perplexities.
+
+    Args:
+        history: (step, value) points by step under `train/loss` (nats per token) and `validation/perplexity`;
+            either may be missing or empty, and values that are not finite are left out.
+        references: perplexities to compare with, such as `{"unigram": 27.4, "bigram": 14.3}`.
+    """
+    figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_loss(left, *_finite(history.get("train/loss", ())))
+    _draw_perplexity(right, *_finite(history.get("validation/perplexity", ())), references or {})
+    return figure
+
+
+def _draw_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
+    _style(axes, "Training loss", "nats per token")
+    if not steps.size:
+        _say_empty(axes)
+        return
+    smooth = _smooth(losses)
+    axes.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smooth, color=_BLUE, linewidth=1.8)
+    axes.plot(steps[-1:], smooth[-1:], "o", color=_BLUE, markersize=5)
+    # Set by the smooth curve at the top: one spike must not flatten all the rest.
+    low, high = losses.min(), smooth.max()
+    pad = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - pad, high + pad)
+    _label_right(axes, [(float(smooth[-1]), f"{smooth[-1]:.3g}", _BLUE)])
+
+
+def _draw_perplexity(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, references: Mapping[str, float]
+) -> None:
+    _style(axes, "Validation perplexity", "exp(nats per token)")
+    if not steps.size:
+        _say_empty(axes)
+        return
+    labels = [(float(values[-1]), f"{values[-1]:.4g}", _RED)]
+    for name, value in references.items():
+        axes.axhline(value, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        labels.append((value, f"{name} {value:.4g}", _INK))
+    axes.plot(steps, values, color=_RED, linewidth=1.8, marker="o", markersize=3.5 if steps.size <= 40 else 0)
+    axes.plot(steps[-1:], values[-1:], "o", color=_RED, markersize=5)
+    shown = np.array([*values, *references.values()])
+    if shown.max() > 4 * shown.min() > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(shown.min() / 1.15, shown.max() * 1.15)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    _label_right(axes, labels)
+
+
+def _finite(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values as arrays, without what a picture cannot show."""
+    table = np.array(points, dtype=np.float64).reshape(-1, 2)
+    table = table[np.abs(np.nan_to_num(table[:, 1], nan=np.inf)) < _HUGE]
+    return table[:, 0], table[:, 1]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving median (a mean would show a spike as a plateau), then mean; cut at both ends."""
+    reach = max(1, len(values) // (2 * _WINDOWS))
+    for average in (np.nanmedian, np.nanmean):
+        padded = np.pad(values, reach, constant_values=np.nan)
+        values = average(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=1)
+    return values
+
+
+def _style(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+    axes.set_ylabel(unit, fontsize=9, color=_GREY)
+    axes.set_xlabel("step", fontsize=9, color=_GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c9ced4")
+    axes.tick_params(colors=_GREY, labelsize=8.5, length=3)
+    axes.grid(axis="y", color="#e8ebee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
+
+
+def _short(value: float) -> str:
+    """1200 -> '1.2k', 1000000 -> '1M'."""
+    for unit, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{suffix}"
+    return f"{value:g}"
+
+
+def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Write (value, text, colour) beside the right end of the axes, pushed apart where they would overlap."""
+    axes.get_ylim()  # settles the scale, which matplotlib otherwise leaves until it draws
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed = sorted((float(to_axes.transform((0, value))[1]), text, color) for value, text, color in labels)
+    floor = -1.0
+    for height, text, color in placed:
+        floor = max(height, floor + _LABEL_HEIGHT)
+        weight = "normal" if color == _INK else "bold"
+        axes.text(
+            1.015,
+            floor,
+            text,
+            transform=axes.transAxes,
+            va="center",
+            color=color,
+            fontsize=9,
+            fontweight=weight,
+        )
+
+
+def _say_empty(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_GREY, fontsize=9)

@@ -1,0 +1,140 @@
+"""Validation: two estimators of the negative log-likelihood bound, on draws that are fixed by the seed."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from pipeline.diffusion.partition import draw_subset, stratified
+from pipeline.diffusion.schedule import alpha, weight
+from pipeline.models.denoiser import Batch
+
+Estimator = Literal["count", "mdlm"]
+Scorer = Callable[[Batch], torch.Tensor]  # Batch -> weighted sum of cross-entropies of every row
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A measured bound.
+
+    Attributes:
+        nats: per predicted token.
+        stderr: standard error of `nats` over rows.
+        estimator, draws, rows, seed: how it was measured.
+    """
+
+    nats: float
+    stderr: float
+    estimator: Estimator
+    draws: int
+    rows: int
+    seed: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token)."""
+        return math.exp(min(self.nats, 700.0))
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.2f} ({self.nats:.4f} +- {self.stderr:.4f} nats per token, "
+            f"{self.estimator} estimator, {self.rows} rows x {self.draws} draws, seed {self.seed})"
+        )
+
+
+def masked_batches(
+    tokens: Int[np.ndarray, "R L"],
+    estimator: Estimator,
+    draws: int,
+    seed: int,
+    eps: float,
+    bos: bool,
+    batch: int,
+    rank: int,
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Int[np.ndarray, "b"], Batch]]:
+    """This worker's share of all (row, draw) pairs, as batches with their row indices.
+
+    Group 1 is hidden and predicted. `count`: n uniform in 1..L', a uniform subset of n positions, weight 1/n;
+    exactly unbiased for the any-order bound. `mdlm`: t uniform in [eps, 1], positions hidden with probability
+    1 - alpha(t), weight w(t) / L' (as in the papers; its expectation carries a factor 1 - eps). n and t are
+    stratified over all pairs. Nothing depends on the number of workers; every worker gets the same number of
+    batches, the last ones filled up with rows of weight 0, whose index is -1.
+
+    Source: method.md section 2, "Validation has two estimators".
+    """
+    count, length = tokens.shape
+    predicted = length - bos
+    rng = np.random.default_rng([seed, draws])
+    levels = stratified(count * draws, rng)
+    every = -(-count * draws // (batch * workers))  # batches of one worker
+    for index in range(every):
+        first = (index * workers + rank) * batch
+        pairs = np.arange(first, first + batch)
+        real = pairs < count * draws
+        pairs = np.where(real, pairs, 0)
+        rows = pairs // draws
+        own = np.random.default_rng([seed, draws, first])
+        if estimator == "count":
+            n = 1 + np.floor(levels[pairs] * predicted).astype(np.int64)
+            groups = draw_subset(own, n, length, bos)
+            weights = np.repeat(1 / n[:, None], length, axis=1)
+        else:
+            t = eps + (1 - eps) * levels[pairs]
+            groups = own.random((batch, length)) < (1 - alpha(t, eps))[:, None]
+            groups[:, :bos] = False
+            weights = np.repeat(weight(t)[:, None] / predicted, length, axis=1)
+        weights = weights * groups * real[:, None]
+        yield (
+            np.where(real, rows, -1),
+            Batch(
+                tokens=torch.from_numpy(tokens[rows].astype(np.int64)),
+                groups=torch.from_numpy(groups),
+                targets=torch.from_numpy(groups),
+                weights=torch.from_numpy(weights.astype(np.float32)),
+                device=device,
+            ),
+        )
+
+
+@torch.no_grad()
+def row_sums(
+    score: Scorer, batches: Iterator[tuple[Int[np.ndarray, "b"], Batch]], rows: int
+) -> Float[torch.Tensor, "R"]:
+    """Sum over draws of every row's estimate, float64 on the CPU; zero for rows of other workers."""
+    sums = torch.zeros(rows, dtype=torch.float64)
+    for index, batch in batches:
+        real = torch.from_numpy(index >= 0)
+        values = score(batch).double().cpu()
+        sums.index_add_(0, torch.from_numpy(index)[real], values[real])
+    return sums
+
+
+def summarise(sums: Float[torch.Tensor, "R"], estimator: Estimator, draws: int, seed: int) -> Likelihood:
+    """The bound from all workers' row sums; the standard error is over rows, each averaged over its draws."""
+    per_row = sums / draws
+    rows = len(per_row)
+    stderr = float(per_row.std(unbiased=True)) / math.sqrt(rows) if rows > 1 else math.inf
+    return Likelihood(float(per_row.mean()), stderr, estimator, draws, rows, seed)
+
+
+def measure(
+    score: Scorer,
+    tokens: Int[np.ndarray, "R L"],
+    estimator: Estimator,
+    draws: int,
+    seed: int,
+    eps: float = 1e-3,
+    bos: bool = False,
+    batch: int = 32,
+    device: torch.device | None = None,
+) -> Likelihood:
+    """The bound on one machine."""
+    device = device or torch.device("cpu")
+    batches = masked_batches(tokens, estimator, draws, seed, eps, bos, batch, 0, 1, device)
+    return summarise(row_sums(score, batches, len(tokens)), estimator, draws, seed)

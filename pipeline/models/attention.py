@@ -1,0 +1,160 @@
+"""Attention inside segments: sequences packed along one axis that see only their own partner.
+
+Everything attends through `attend`: training and sampling, self- and cross-attention. Which kernel runs
+(varlen flash, SDPA over equal segments, one masked batch, SDPA per segment) is decided here and nowhere else.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# Below this mean segment length one masked batch beats a call per segment on CPUs (README, "Speed").
+SHORT = 64
+
+
+class Segments:
+    """Lengths of sequences packed one after the other along one axis.
+
+    Args:
+        lengths: tokens of every segment, 0 allowed; host integers: no kernel choice waits for a device.
+        device: where index tensors are needed.
+        window: if the axis is a concatenation of windows of this many tokens and no segment crosses a
+            window's edge, the masked kernel can view the axis instead of padding it.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", window: int | None = None):
+        self.lengths = list(lengths)
+        self.device = torch.device(device)
+        self.total = sum(self.lengths)
+        self.longest = max(self.lengths, default=0)
+        self.window = window
+        assert window is None or self.total % max(window, 1) == 0, (self.total, window)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def equal(self) -> bool:
+        """Whether all segments have one length."""
+        return all(length == self.longest for length in self.lengths)
+
+    @cached_property
+    def boundaries(self) -> Int[Tensor, "S_plus_1"]:
+        """Cumulative lengths from 0, int32 as the flash kernels want them."""
+        sums = torch.zeros(len(self.lengths) + 1, dtype=torch.int32)
+        sums[1:] = torch.tensor(self.lengths, dtype=torch.int32).cumsum(0)
+        return sums.to(self.device, non_blocking=True)
+
+    @cached_property
+    def ids(self) -> Int[Tensor, "T"]:
+        """Segment of every packed token."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.repeat_interleave(lengths, output_size=self.total).to(self.device, non_blocking=True)
+
+    @cached_property
+    def offsets(self) -> Int[Tensor, "T"]:
+        """Index of every packed token inside its segment."""
+        starts = self.boundaries[:-1].long()
+        return torch.arange(self.total, device=self.device) - starts[self.ids]
+
+
+def attend(
+    q: Float[Tensor, "Tq N D"],
+    k: Float[Tensor, "Tk N D"],
+    v: Float[Tensor, "Tk N D"],
+    q_segments: Segments,
+    k_segments: Segments,
+) -> Float[Tensor, "Tq N D"]:
+    """Softmax attention of query segment i over key segment i, for all i.
+
+    A query whose key segment is empty gets output 0 and contributes finite (zero) gradients, in every kernel.
+
+    Shape:
+        q: [Tq, N, D]; k, v: [Tk, N, D]; returns [Tq, N, D].
+
+    Source: arXiv 2505.18883, section 4 (partition-wise attention), as packed segments (method.md section 2).
+    """
+    assert len(q_segments) == len(k_segments), (len(q_segments), len(k_segments))
+    assert q.shape[0] == q_segments.total, (q.shape, q_segments.total)
+    assert k.shape[0] == k_segments.total, (k.shape, k_segments.total)
+    if q_segments.total == 0 or k_segments.total == 0:
+        return q * 0 + (k.sum() + v.sum()) * 0  # stays in the graph: every parameter gets a (zero) gradient
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(q, k, v, q_segments, k_segments)
+    if q_segments.equal and k_segments.equal:
+        return _equal(q, k, v, len(q_segments))
+    if max(q_segments.total, k_segments.total) < SHORT * len(q_segments):
+        return _masked(q, k, v, q_segments, k_segments)
+    return _each(q, k, v, q_segments, k_segments)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments) -> Tensor:
+    """Flash kernels over ragged segments, no mask tensor."""
+    from torch.nn.attention.varlen import varlen_attn  # absent from CPU-only builds of some platforms
+
+    out: Any = varlen_attn(
+        q, k, v, q_segments.boundaries, k_segments.boundaries, q_segments.longest, k_segments.longest
+    )
+    return out if min(k_segments.lengths) else torch.where(_has_keys(q_segments, k_segments), out, 0)
+
+
+def _equal(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+    """All segments of one length: a plain batch."""
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [S, N, T/S, D]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+def _each(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments) -> Tensor:
+    """One call per segment: least arithmetic, most calls (`split`: a slice's backward fills a tensor)."""
+    outs = []
+    parts = zip(
+        q.split(q_segments.lengths), k.split(k_segments.lengths), v.split(k_segments.lengths), strict=True
+    )
+    for q_i, k_i, v_i in parts:
+        if len(q_i) and len(k_i):
+            q_i, k_i, v_i = (x.transpose(0, 1).unsqueeze(0) for x in (q_i, k_i, v_i))  # [1, N, T_i, D]
+            outs.append(F.scaled_dot_product_attention(q_i, k_i, v_i).squeeze(0).transpose(0, 1))
+        else:
+            outs.append(q_i * 0)
+    return torch.cat(outs)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments) -> Tensor:
+    """Many short segments: one batch of windows (or of padded segments) with a boolean mask."""
+    q_ids, k_ids = q_segments.ids, k_segments.ids
+    if q_segments.window and k_segments.window:
+        q_shape, k_shape = (-1, q_segments.window), (-1, k_segments.window)
+        q_pad, k_pad, v_pad = q.unflatten(0, q_shape), k.unflatten(0, k_shape), v.unflatten(0, k_shape)
+        mask = q_ids.view(q_shape)[:, :, None] == k_ids.view(k_shape)[:, None, :]  # [R, Wq, Wk]
+    else:
+        q_pad = _pad(q, q_segments)
+        k_pad, v_pad = _pad(k, k_segments), _pad(v, k_segments)
+        filled = torch.tensor(k_segments.lengths, device=q.device)
+        mask = (torch.arange(k_segments.longest, device=q.device) < filled[:, None])[:, None, :]  # [S, 1, Tk]
+    # A row without keys would be 0/0: let it see everything, and set its output to 0 afterwards.
+    any_key = mask.any(-1, keepdim=True)
+    mask = (mask | ~any_key)[:, None]  # [R, 1, Wq or 1, Wk]
+    out = F.scaled_dot_product_attention(
+        q_pad.transpose(1, 2), k_pad.transpose(1, 2), v_pad.transpose(1, 2), attn_mask=mask
+    ).transpose(1, 2)
+    if 0 in k_segments.lengths:
+        out = torch.where(any_key[..., None], out, 0)
+    if q_segments.window and k_segments.window:
+        return out.flatten(0, 1)
+    return out[q_ids, q_segments.offsets]
+
+
+def _pad(x: Float[Tensor, "T N D"], segments: Segments) -> Float[Tensor, "S longest N D"]:
+    """Packed -> one row a segment, zeros behind."""
+    padded = x.new_zeros(len(segments), segments.longest, *x.shape[1:])
+    return padded.index_put((segments.ids, segments.offsets), x)
+
+
+def _has_keys(q_segments: Segments, k_segments: Segments) -> Bool[Tensor, "Tq 1 1"]:
+    lengths = torch.tensor(k_segments.lengths, device=q_segments.device)
+    return (lengths > 0)[q_segments.ids][:, None, None]

@@ -1,0 +1,173 @@
+"""The interface between models and everything that trains, samples or scores with them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from pipeline.errors import CapabilityError
+from pipeline.models.layers import Head
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens split into two groups, and what is to be predicted from what.
+
+    Built on the host: every length and index that shapes a kernel call is known without asking a device.
+
+    Attributes:
+        tokens: [B, L] ids.
+        groups: [B, L], True = group 1 (the masked side at time t).
+        targets: [B, L], which positions are predicted; never BOS.
+        weights: [B, L] float32 loss weight of every position.
+        condition: [B] class labels, or None.
+    """
+
+    tokens: Int[Tensor, "B L"]
+    groups: Bool[Tensor, "B L"]
+    targets: Bool[Tensor, "B L"]
+    weights: Float[Tensor, "B L"]
+    condition: Int[Tensor, "B"] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @cached_property
+    def target_index(self) -> Int[Tensor, "Q"]:
+        """Flat indices of the targets: row by row, group 1 before group 0, ascending positions within."""
+        key = torch.where(self.targets, (~self.groups).long(), 2)  # 0: group 1, 1: group 0, 2: not asked
+        order = key.argsort(dim=1, stable=True) + self.starts
+        asked = torch.arange(self.shape[1]) < self.targets.sum(1, keepdim=True)
+        return order[asked]
+
+    @cached_property
+    def starts(self) -> Int[Tensor, "B 1"]:
+        """Flat index of every row's first token."""
+        rows, length = self.shape
+        return torch.arange(rows)[:, None] * length
+
+    def gather(self, field_values: Tensor, index: Int[Tensor, "T"]) -> Tensor:
+        """Entries of a [B, L] field at flat indices, on the batch's device."""
+        return field_values.flatten()[index].to(self.device, non_blocking=True)
+
+    def by_row(self, values: Float[Tensor, "Q"]) -> Float[Tensor, "B"]:
+        """Weighted sum over the targets of every row."""
+        weighted = values * self.gather(self.weights, self.target_index)
+        rows = (self.target_index // self.shape[1]).to(self.device, non_blocking=True)
+        return weighted.new_zeros(self.shape[0]).index_add(0, rows, weighted)
+
+
+@dataclass
+class State:
+    """What a model remembers of rows that are being sampled or scored.
+
+    Attributes:
+        tokens, positions: [B, capacity] known tokens of every row, in the order they came.
+        lengths: known tokens of every row, host integers.
+        memory: whatever the model derives from them, or None when they have changed since.
+    """
+
+    tokens: Int[Tensor, "B capacity"]
+    positions: Int[Tensor, "B capacity"]
+    lengths: list[int]
+    condition: Int[Tensor, "B"] | None = None
+    memory: Any = None
+
+    def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
+        """Known tokens and their positions, packed row after row."""
+        count = self.lengths[0]
+        if all(length == count for length in self.lengths):
+            return self.tokens[:, :count].flatten(), self.positions[:, :count].flatten()
+        filled = flat_index(self.lengths, [0] * len(self.lengths), self.tokens.shape[1]).to(
+            self.tokens.device
+        )
+        return self.tokens.flatten()[filled], self.positions.flatten()[filled]
+
+
+def flat_index(lengths: Sequence[int], starts: Sequence[int], stride: int) -> Int[Tensor, "T"]:
+    """Flat indices of `lengths[b]` consecutive entries from `starts[b]` in row b of a [B, stride] tensor."""
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    first = torch.arange(len(counts)) * stride + torch.tensor(starts, dtype=torch.int64)
+    within = torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.repeat_interleave(first, counts) + within
+
+
+class Denoiser(nn.Module, ABC):
+    """A model that predicts tokens at asked positions from known tokens.
+
+    Training calls the module: `forward(batch)` gives every row's weighted sum of cross-entropies. Inference
+    is stateful: `open` rows, `extend` them with known tokens, ask for `hidden` vectors at positions, and turn
+    chunks of those into logits with `head`. Positions count tokens, BOS included where the data has one.
+
+    Attributes:
+        vocab_size: V, ids that can be predicted; logits cover exactly these.
+        length: L of the data that the model is trained on.
+        predicts_from_own_group: whether one pass over (tokens, groups) answers both groups.
+    """
+
+    vocab_size: int
+    length: int
+    head: Head
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Float[Tensor, "B"]:
+        """Weighted sum over each row's targets of the cross-entropy, nats, float32."""
+
+    @abstractmethod
+    def logits(
+        self,
+        tokens: Int[Tensor, "B L"],
+        groups: Bool[Tensor, "B L"],
+        condition: Int[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B L V"]:
+        """Logits at every position from the tokens of the other group."""
+
+    @abstractmethod
+    def hidden(
+        self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
+    ) -> Float[Tensor, "Q H"]:
+        """Vectors for the head at packed positions, `lengths[b]` of them in row b."""
+
+    def open(
+        self, batch: int, condition: Int[Tensor, "B"] | None = None, capacity: int | None = None
+    ) -> State:
+        """A state of `batch` rows that know nothing yet and have room for `capacity` tokens each.
+
+        Raises:
+            CapabilityError: a condition for a model without classes.
+        """
+        self.check_condition(condition)
+        capacity = self.length if capacity is None else capacity
+        device = self.head.weight.device
+        blank = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
+        return State(blank, blank.clone(), [0] * batch, condition)
+
+    def extend(
+        self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]
+    ) -> None:
+        """Add packed known tokens, `lengths[b]` of them to row b."""
+        count, known = lengths[0], state.lengths[0]
+        if all(n == count for n in lengths) and all(n == known for n in state.lengths):
+            state.tokens[:, known : known + count] = tokens.view(len(lengths), -1)
+            state.positions[:, known : known + count] = positions.view(len(lengths), -1)
+        else:
+            index = flat_index(lengths, state.lengths, state.tokens.shape[1]).to(state.tokens.device)
+            state.tokens.view(-1)[index] = tokens
+            state.positions.view(-1)[index] = positions
+        state.lengths = [a + b for a, b in zip(state.lengths, lengths, strict=True)]
+        state.memory = None
+
+    def check_condition(self, condition: Tensor | None) -> None:
+        """Refuse class labels where the model has no classes."""
+        if condition is not None:
+            raise CapabilityError(
+                f"condition: {type(self).__name__} was built without classes; expected condition=None"
+            )

@@ -1,0 +1,122 @@
+"""Small layers that every trunk is made of: norm, modulation, rotary and sinusoidal positions, MLP, head."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+PERIOD = 10_000.0  # longest period of rotary and sinusoidal codes
+LOGITS_AT_ONCE = 1 << 22  # entries of rows x V above which the loss works in chunks of rows
+
+
+def _frequencies(count: int, device: torch.device) -> Float[Tensor, "count"]:
+    return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(PERIOD) / count))
+
+
+def rotary(
+    positions: Int[Tensor, "T"], size: int
+) -> tuple[Float[Tensor, "T 1 half"], Float[Tensor, "T 1 half"]]:
+    """Cosines and sines of rotary position embedding, for heads of `size` entries, in float32."""
+    angles = positions[:, None].float() * _frequencies(size // 2, positions.device)  # [T, D/2]
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rotate(x: Float[Tensor, "T N D"], code: tuple[Tensor, Tensor]) -> Float[Tensor, "T N D"]:
+    """Apply a rotary code, half-split (entry i turns with entry i + D/2).
+
+    Source: method.md section 2, "Block details".
+    """
+    cos, sin = code
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
+
+
+def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:
+    """Sinusoidal position code, cosines then sines, in float32."""
+    angles = positions[:, None].float() * _frequencies(size // 2, positions.device)  # [T, H/2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm in float32, eps 1e-5, optionally modulated: `norm(x) * (1 + scale) + shift`."""
+
+    def __init__(self, size: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "T H"],
+        shift: Float[Tensor, "H"] | None = None,
+        scale: Float[Tensor, "H"] | None = None,
+    ) -> Float[Tensor, "T H"]:
+        weight = self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        if (
+            scale is not None and shift is not None
+        ):  # one vector for all tokens: fold it, one kernel does it all
+            weight = weight * (1 + scale.float())
+            bias = shift.float() if bias is None else bias * (1 + scale.float()) + shift.float()
+        return F.layer_norm(x.float(), weight.shape, weight, bias, 1e-5).to(x.dtype)
+
+
+class Modulation(nn.Module):
+    """The vectors (shift, scale, gate, ...) of a block without condition: learned constants from zero.
+
+    The released text models feed adaLN maps a constant condition, which is the same function
+    (method.md section 2); zero gates make every block the identity at the start.
+    """
+
+    def __init__(self, size: int, count: int):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.zeros(count, size))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        # A copy: under ZeRO-3 the parameter's storage is gone once this forward has returned.
+        return self.vectors.clone().unbind(0)
+
+
+class MLP(nn.Module):
+    """H -> 4H -> H with tanh-GELU and biases."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.up = nn.Linear(size, 4 * size)
+        self.down = nn.Linear(4 * size, size)
+
+    def forward(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Head(nn.Module):
+    """Final norm and projection to the vocabulary; the only place where V-wide tensors are made."""
+
+    def __init__(self, size: int, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.norm = LayerNorm(size)
+        self.modulation = Modulation(size, 2)
+        self.weight = nn.Parameter(torch.zeros(vocab_size, size))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(
+        self, hidden: Float[Tensor, "T H"], targets: Int[Tensor, "T"] | None = None
+    ) -> Float[Tensor, "T V"] | Float[Tensor, "T"]:
+        """Logits, or with `targets` the cross-entropy of every row in nats, never holding all logits.
+
+        Shape:
+            hidden: [T, H]; targets: [T] ids below V. Returns float32 [T, V], or [T].
+        """
+        shift, scale = self.modulation()
+        # float32 from here on: cross-entropies from bf16 logits are off by up to 0.25 nats.
+        x, weight, bias = self.norm(hidden, shift, scale).float(), self.weight.float(), self.bias.float()
+        if targets is None:
+            return F.linear(x, weight, bias)
+        chunk = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        options = None
+        if len(x) > chunk:
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+        return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, reduction="none", options=options)

@@ -1,0 +1,78 @@
+"""Weights of the authors' released text models -> ours (repository jdeschena/pgm; method.md section 2)."""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+
+# Released name -> ours; a trailing mask row is cut, adaLN maps are folded, see `translate`.
+RENAMES = (
+    (r"^vocab_embed\.embedding$", "embedding.weight"),
+    (r"^encoder\.blocks\.(\d+)\.", r"encoder.\1."),
+    (r"^decoder\.layers\.(\d+)\.", r"decoder.\1."),
+    (r"^decoder\.group_swap\.", "swap."),
+    (r"^swap\.base_embedding$", "swap.base"),
+    (r"^swap\.pre_query_norm\.", "swap.norm."),
+    (r"^swap\.query_processor\.", "swap.query."),
+    (r"^swap\.hidden_to_key_value\.", "swap.kv."),
+    (r"^swap\.output_linear\.", "swap.out."),
+    (r"^output_layer\.norm_final\.", "head.norm."),
+    (r"^output_layer\.linear\.", "head."),
+    (r"^output_layer\.adaLN_modulation\.", "head.adaLN_modulation."),
+    (r"\.attn_(qkv|kv|q|out)\.", r".\1."),
+    (r"\.(q|kv)_norm1\.", r".\1_norm."),
+    (r"\.mlp\.0\.", ".mlp.up."),
+    (r"\.mlp\.2\.", ".mlp.down."),
+)
+UNUSED = ("rotary_emb.inv_freq",)
+
+
+def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
+    """A released text model's state dict in our names and shapes.
+
+    The released models feed every adaLN map one constant vector, `SiLU(MLP(time embedding of 0))`, so each
+    map is folded into constant modulation vectors. The mask token's row is kept only where a model reads it:
+    in the embedding of masked models.
+
+    Args:
+        released: tensors by released name, with or without the `backbone.` prefix.
+        masked: whether the model reads a mask token (MDLM).
+
+    Raises:
+        CheckpointError: no time embedding to fold, so this is no released text model.
+    """
+    tensors = {name.removeprefix("backbone."): value for name, value in released.items()}
+    tensors = {name: value for name, value in tensors.items() if name not in UNUSED}
+    time_map = {name: tensors.pop(name) for name in list(tensors) if name.startswith("sigma_map.")}
+    if len(time_map) != 4:
+        raise CheckpointError(
+            "released text weights: no sigma_map (time embedding) tensors; expected 4 of them"
+        )
+    constant = _time_vector(time_map)
+    out: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        for pattern, target in RENAMES:
+            name = re.sub(pattern, target, name)
+        out[name] = value
+    for name in [name for name in out if name.endswith("adaLN_modulation.weight")]:
+        stem = name.removesuffix("adaLN_modulation.weight")
+        folded = F.linear(constant, out.pop(name), out.pop(f"{stem}adaLN_modulation.bias"))
+        width = out["embedding.weight"].shape[1]
+        out[f"{stem}modulation.vectors"] = folded.view(-1, width)  # [shift, scale(, gate) x 2 | x 1, H]
+    out["head.weight"], out["head.bias"] = out["head.weight"][:-1], out["head.bias"][:-1]
+    if not masked:
+        out["embedding.weight"] = out["embedding.weight"][:-1]
+    if "swap.base" in out:
+        out["swap.base"] = out["swap.base"].squeeze(0)
+    return {name: value.contiguous() for name, value in out.items()}
+
+
+def _time_vector(time_map: dict[str, Tensor]) -> Tensor:
+    """The constant condition of the released text models: time 0, 256 features, cosines before sines."""
+    features = torch.cat([torch.ones(128), torch.zeros(128)])
+    x = F.linear(features, time_map["sigma_map.mlp.0.weight"], time_map["sigma_map.mlp.0.bias"])
+    x = F.linear(F.silu(x), time_map["sigma_map.mlp.2.weight"], time_map["sigma_map.mlp.2.bias"])
+    return F.silu(x)

@@ -1,0 +1,1 @@
+"""Orders of revelation, draws and the one sampling loop."""

@@ -1,0 +1,22 @@
+"""MLflow: the run, its metrics and files, the data it read, the models it made.
+
+Only this package imports mlflow. The driver opens and ends a run (`store`) and handles its models
+(`registry`); rank 0 of the workers logs into that run through a `Tracker`, which never blocks training and
+never fails it.
+"""
+
+from pipeline.tracking.registry import download_model, register_model, set_alias
+from pipeline.tracking.store import end_run, log_dataset, metric_history, open_run, tracking_uri
+from pipeline.tracking.tracker import Tracker
+
+__all__ = [
+    "Tracker",
+    "download_model",
+    "end_run",
+    "log_dataset",
+    "metric_history",
+    "open_run",
+    "register_model",
+    "set_alias",
+    "tracking_uri",
+]

@@ -1,0 +1,112 @@
+"""Registered models: a consolidated model folder as a version that other jobs find by name and alias."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import CheckpointError, did_you_mean
+from pipeline.tracking.store import answering, connect, ensure, first_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+
+def register_model(uri: str, run_id: str, folder: Path, name: str, tags: Mapping[str, str]) -> str:
+    """Log a consolidated model folder to a run and register it; the same weights again give the same version.
+
+    Returns:
+        the version, as in `models:/NAME/VERSION`.
+
+    Raises:
+        CheckpointError: the folder holds no files.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(
+            f"model folder {str(folder)!r} is missing or empty; expected a consolidated model"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    # Named by content: another model of the same run never overwrites the files of a version already out.
+    place = f"model-{digest.hexdigest()[:8]}"
+    with answering(uri):
+        client = connect(uri)
+        ensure(client.create_registered_model, name)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+        version = next((v for v in _versions(client, name) if v.source == source), None)
+        if version is None:
+            client.log_artifacts(run_id, str(folder), place)
+            version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags))
+        else:
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version.version, key, value)
+    return str(version.version)
+
+
+def set_alias(uri: str, name: str, alias: str, version: str) -> None:
+    """Let `models:/NAME@ALIAS` mean this version from now on."""
+    with answering(uri):
+        connect(uri).set_registered_model_alias(name, alias, version)
+
+
+def download_model(uri: str, reference: str, destination: Path | None = None) -> Path:
+    """A registered model as a local folder.
+
+    Args:
+        reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        destination: folder to copy into; None: where the files lie if that is local, else a temporary folder.
+
+    Raises:
+        CheckpointError: no such model, alias or version; says which ones there are.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    parts = re.fullmatch(r"models:/([^/@]+)(?:@([\w-]+)|/(\d+))", reference)
+    if parts is None:
+        raise CheckpointError(f"model {reference!r}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, number = parts.groups()
+    with answering(uri):
+        client = connect(uri)
+        versions = {str(version.version): version for version in _versions(client, name)}
+        if not versions:
+            known = [model.name for model in client.search_registered_models()]
+            raise CheckpointError(
+                f"model {reference!r}: {uri} has no versions of a model {name!r}"
+                f"{did_you_mean(name, known)}; registered: {', '.join(known) or 'none'}"
+            )
+        aliases = {key: str(value) for key, value in client.get_registered_model(name).aliases.items()}
+        version = versions.get(aliases.get(alias, "") if alias else number)
+        if version is None:
+            raise CheckpointError(
+                f"model {reference!r}: {name!r} has no {f'alias {alias!r}' if alias else f'version {number}'}"
+                f"{did_you_mean(alias, aliases) if alias else ''}; "
+                f"versions: {', '.join(sorted(versions, key=int))}; "
+                f"aliases: {', '.join(f'{key} -> {value}' for key, value in aliases.items()) or 'none'}"
+            )
+    target = str(destination) if destination else None
+    try:
+        return Path(download_artifacts(artifact_uri=version.source, dst_path=target, tracking_uri=uri))
+    except (MlflowException, OSError) as error:
+        raise CheckpointError(
+            f"model {reference!r}: version {version.version} is registered, but its files cannot be read "
+            f"({version.source}): {first_line(error)}"
+        ) from error
+
+
+def _versions(client: "MlflowClient", name: str) -> list["ModelVersion"]:
+    """Every version of a registered model, all pages."""
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found

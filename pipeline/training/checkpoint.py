@@ -1,0 +1,207 @@
+"""Checkpoints: folders `step_N` that are complete or not used; resume, fallback, pruning, consolidation.
+
+step_00001000/
+  zero/                    DeepSpeed's shards of model and optimiser, one set a rank
+  ema_00000.safetensors    EMA slices of rank 0, and so on
+  files_00000.json         what rank 0 wrote, with sizes and SHA-256: complete when every rank's is there
+  state.json               step, epoch, validation, config, MLflow run
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.config.schema import RunConfig
+from pipeline.data.shards import Manifest
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.errors import CheckpointError
+from pipeline.models import build, folder
+from pipeline.training.ema import EMA, read_slices
+from pipeline.training.engine import Engine
+
+log = logging.getLogger(__name__)
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that is not a tensor. The data's position and all randomness follow from `step`."""
+
+    step: int  # updates done
+    epoch: int
+    workers: int
+    config: dict[str, Any]
+    run_id: str | None
+    validation: float | None = None  # perplexity at this step, if it was validated
+    samples: tuple[str, ...] = ()  # texts drawn at that validation
+
+
+def run_folder(config: RunConfig) -> str:
+    """Where a run lives: `cluster.storage`/name."""
+    return storage.join(storage.resolve(config.cluster.storage), config.name)
+
+
+def name_of(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> None:
+    """Write this rank's part into a local folder; all ranks call it together, each with its own folder."""
+    into.mkdir(parents=True, exist_ok=True)
+    engine.save(into)
+    if engine.stage > 0 or rank == 0:  # replicated at stage 0
+        ema.save(into / f"ema_{rank:05d}.safetensors")
+    if rank == 0:
+        (into / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+    files = {
+        str(file.relative_to(into)): [file.stat().st_size, _sha256(file)]
+        for file in sorted(into.rglob("*"))
+        if file.is_file()
+    }
+    listing = {"workers": state.workers, "step": state.step, "files": files}
+    (into / f"files_{rank:05d}.json").write_text(json.dumps(listing), encoding="utf-8")
+
+
+def problems(path: str, contents: bool = True) -> list[str]:
+    """What keeps a checkpoint from being used; empty if it is complete and undamaged.
+
+    Args:
+        contents: also compare every file's SHA-256.
+    """
+    names = [name for name in storage.listing(path) if name.startswith("files_")]
+    if not names:
+        return ["no list of files: it was never finished"]
+    try:
+        lists = {name: json.loads(storage.read_text(storage.join(path, name))) for name in names}
+        workers = max(entry["workers"] for entry in lists.values())
+        files = {file: facts for entry in lists.values() for file, facts in entry["files"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"its list of files is damaged: {error}"]
+    found = [f"worker {r} of {workers} never finished" for r in range(workers) if _list(r) not in lists]
+    if STATE not in files:
+        found.append(f"{STATE} was not written")
+    for file, (size, digest) in files.items():
+        where = storage.join(path, *file.split("/"))
+        if not storage.exists(where):
+            found.append(f"{file} is missing")
+        elif storage.size(where) != size:
+            found.append(f"{file} has {storage.size(where)} bytes, expected {size}")
+        elif contents and storage.sha256(where) != digest:
+            found.append(f"{file} does not match its SHA-256")
+    return found
+
+
+def read_state(path: str) -> TrainState:
+    """The state of a complete checkpoint."""
+    fields = json.loads(storage.read_text(storage.join(path, STATE)))
+    return TrainState(**{**fields, "samples": tuple(fields["samples"])})
+
+
+def steps(run: str) -> list[int]:
+    """Steps of all checkpoint folders of a run, complete or not, ascending."""
+    names = [name for name in storage.listing(run) if name.startswith("step_")]
+    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit())
+
+
+def latest(run: str) -> str | None:
+    """The newest usable checkpoint; newer ones that are incomplete or damaged are named, and removed."""
+    for step in reversed(steps(run)):
+        path = storage.join(run, name_of(step))
+        found = problems(path)
+        if not found:
+            return path
+        log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(found))
+        storage.remove(path)
+    return None
+
+
+def prune(run: str, keep: int) -> None:
+    """Remove all complete checkpoints but the `keep` newest and the one of best validation."""
+    whole = [s for s in steps(run) if not problems(storage.join(run, name_of(s)), contents=False)]
+    scores = {s: read_state(storage.join(run, name_of(s))).validation for s in whole}
+    scored = [(score, s) for s, score in scores.items() if score is not None]
+    kept = {*whole[-keep:], *([min(scored)[1]] if scored else [])}
+    for step in whole:
+        if step not in kept:
+            storage.remove(storage.join(run, name_of(step)))
+
+
+def best(run: str) -> str | None:
+    """The usable checkpoint of best validation, or the newest where none was validated."""
+    whole = [s for s in steps(run) if not problems(storage.join(run, name_of(s)), contents=False)]
+    scored = [
+        (state.validation, s)
+        for s in whole
+        if (state := read_state(storage.join(run, name_of(s)))).validation is not None
+    ]
+    if not whole:
+        return None
+    return storage.join(run, name_of(min(scored)[1] if scored else whole[-1]))
+
+
+def load(path: str, engine: Engine, ema: EMA, state: TrainState, workers: int) -> None:
+    """Restore model, optimiser and EMA; all ranks call it together.
+
+    Raises:
+        CheckpointError: written by another number of workers.
+    """
+    if state.workers != workers:
+        raise CheckpointError(f"{path} was written by {state.workers} workers; this run has {workers}")
+    local = storage.fetch(path)
+    engine.load(local)
+    ema.load(sorted(local.glob("ema_*.safetensors")))
+
+
+def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, Tensor]:
+    """Full float32 EMA weights of a checkpoint that any number of workers wrote.
+
+    Raises:
+        CheckpointError: it is incomplete, or of another model.
+    """
+    if found := problems(path):
+        raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
+    stored = read_slices(sorted(storage.fetch(path).glob("ema_*.safetensors")))
+    with torch.device("meta"):
+        shapes = {
+            name: parameter.shape
+            for name, parameter in build(
+                config.model, manifest.vocabulary, manifest.length
+            ).named_parameters()
+        }
+    tensors = {}
+    for name, shape in shapes.items():
+        parts = [values for _, values in stored.get(name, ())]
+        if sum(part.numel() for part in parts) != shape.numel():
+            raise CheckpointError(
+                f"{path}: EMA of {name} {list(shape)} is not whole; another model's checkpoint?"
+            )
+        tensors[name] = torch.cat(parts).view(shape)
+    return tensors
+
+
+def consolidate(path: str, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer, into: str) -> None:
+    """A checkpoint's EMA weights as a model folder, complete or absent."""
+    facts = folder.DataFacts(manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot)
+    with tempfile.TemporaryDirectory() as temporary:
+        local = Path(temporary) / "model"
+        folder.write(local, config, facts, ema_weights(path, config, manifest))
+        tokenizer.save(local)
+        storage.publish_folder(local, into)
+
+
+def _list(rank: int) -> str:
+    return f"files_{rank:05d}.json"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

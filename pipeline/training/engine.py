@@ -1,0 +1,184 @@
+"""DeepSpeed behind one small class: backward, step, float32 masters, weights in and out, save and load."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config.schema import OptimConfig, TrainConfig
+from pipeline.models.denoiser import Batch, Denoiser
+
+# (parameter name, offset into the flattened parameter) -> the float32 values that this rank owns from there.
+Slices = dict[tuple[str, int], Tensor]
+
+TAG = "zero"  # DeepSpeed's own folder inside a checkpoint
+
+
+def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
+    """Learning rate of step `step`, counted from 0: linear warm-up, then constant or cosine to 0."""
+    warm = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
+    if optim.schedule == "cosine":
+        done = max(0, step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+        return optim.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return optim.lr * warm
+
+
+class Engine:
+    """One worker's share of the model, its gradients and its optimiser.
+
+    Args:
+        model: the same initial weights on every rank.
+        parts: micro-batches of a step on one worker (gradient accumulation).
+        device: where this worker computes.
+    """
+
+    def __init__(
+        self, model: Denoiser, optim: OptimConfig, train: TrainConfig, parts: int, device: torch.device
+    ):
+        import deepspeed  # seconds to import, and only workers need it
+        import deepspeed.ops
+
+        # The shared-memory collective would be compiled for minutes at its first use on a CPU.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self._optim, self._steps, self._parts = optim, train.steps, parts
+        self.stage, self.device = train.zero_stage, device
+        model.to(device)
+        optimiser = torch.optim.AdamW(
+            model.parameters(), optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+        )
+        self._engine: Any
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimiser, config=self._settings(train), dist_init_required=False
+        )
+        self.names = [name for name, _ in self.model.named_parameters()]
+
+    def _settings(self, train: TrainConfig) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": train.micro_batch,
+            "gradient_accumulation_steps": self._parts,
+            "gradient_clipping": self._optim.clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": train.zero_stage},
+            "bf16": {"enabled": train.precision == "bf16"},
+            "steps_per_print": 2**31,
+        }
+
+    @property
+    def model(self) -> Denoiser:
+        """The wrapped model; under ZeRO-3 its parameters exist only inside its modules' forward."""
+        return self._engine.module
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Forward and backward of one micro-batch; the last one of a step also applies the update.
+
+        Gradients become the gradient of the **sum** of all row losses of the global batch: DeepSpeed divides
+        by workers and parts, so the loss is multiplied by both.
+
+        Returns:
+            This micro-batch's summed loss, detached, a scalar on the device.
+        """
+        loss = self._engine(batch).sum()
+        self._engine.backward(loss * (dist.get_world_size() * self._parts))
+        return loss.detach()
+
+    def step(self, step: int) -> None:
+        """Finish a micro-batch; at the last one of the step, clip and update at the step's learning rate."""
+        rate = learning_rate(step, self._optim, self._steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        if self._engine.is_gradient_accumulation_boundary() and self._plain:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(grads)
+        self._engine.step()
+
+    @property
+    def _plain(self) -> bool:
+        """Stage 0 in float32: a bare torch optimiser, for which DeepSpeed keeps no gradient norm."""
+        return isinstance(self._engine.optimizer, torch.optim.Optimizer)
+
+    def gradient_norm(self) -> float:
+        """Global norm of the last step's gradient, before clipping."""
+        return float(self._norm if self._plain else self._engine.get_global_grad_norm())
+
+    def masters(self) -> Slices:
+        """Live views of the float32 weights that this rank owns (stage 0: all of them).
+
+        Stages 1 and 2 own a partition of the flattened weights, stage 3 a share of every parameter.
+        """
+        named = list(self.model.named_parameters())
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            rank, slices = dist.get_rank(), {}
+            for name, parameter in named:
+                share = parameter.ds_tensor.numel()
+                mine = min(share, max(0, parameter.ds_numel - rank * share))  # the last share is padded
+                if mine:
+                    slices[name, rank * share] = safe_get_local_fp32_param(parameter).detach()[:mine]
+            return slices
+        if self.stage > 0:
+            mapped: list[tuple[str, Any]] = [(name, getattr(p, "_hp_mapping", None)) for name, p in named]
+            return {
+                (name, part.lp_fragment_address.start): part.hp_fragment.detach()
+                for name, part in mapped
+                if part is not None
+            }
+        if self._plain:
+            return {(name, 0): p.detach().view(-1) for name, p in named}
+        optimiser = self._engine.optimizer  # bf16: masters in the order of the parameters
+        low = [p for group in optimiser.fp16_groups for p in group]
+        high = [p for group in optimiser.fp32_groups for p in group]
+        name_of = {id(p): name for name, p in named}
+        return {(name_of[id(p)], 0): master.detach().view(-1) for p, master in zip(low, high, strict=True)}
+
+    def install(self, slices: Slices) -> None:
+        """Make the model compute with these weights (EMA, or masters again); all ranks call it together."""
+        by_name: dict[str, list[tuple[int, Tensor]]] = {}
+        for (name, offset), values in slices.items():
+            by_name.setdefault(name, []).append((offset, values))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                size = parameter.ds_numel if self.stage == 3 else parameter.numel()
+                full = torch.zeros(size, device=self.device)
+                for offset, values in by_name.get(name, ()):
+                    full[offset : offset + values.numel()] = values
+                if self.stage > 0:
+                    dist.all_reduce(full)  # every entry is owned by exactly one rank
+                with self._gathered(parameter):
+                    parameter.data.copy_(full.view(parameter.shape))
+
+    @contextmanager
+    def _gathered(self, parameter: Tensor) -> Iterator[None]:
+        if self.stage != 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            yield
+
+    @contextmanager
+    def weights(self, slices: Slices) -> Iterator[Denoiser]:
+        """The model in eval mode with other weights for a while, for example the EMA's."""
+        self.install(slices)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train()
+            self.install(self.masters())
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of model and optimiser into a folder; all ranks call it together."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote on the same number of ranks at the same stage."""
+        self._engine.load_checkpoint(str(folder), tag=TAG)

@@ -1,0 +1,230 @@
+"""YAML + overrides -> RunConfig: what is wrong is named, all of it at once, with the nearest right choice."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config.load import dump, flatten, load, parse
+from pipeline.config.schema import MDLMConfig, PGMConfig, RunConfig
+from pipeline.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def problems(tree: dict[str, object]) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse({"name": "a", **tree}, origin="test")
+    return str(error.value)
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("tree", "says"),
+        [
+            ({"trian": {}}, "trian: no such key at the top level; did you mean 'train'?"),
+            ({"train": {"stpes": 5}}, "train.stpes: no such key in train; did you mean 'steps'?"),
+            ({"train": {"zzz": 5}}, "train.zzz: no such key in train; known: batch, "),
+            (
+                {"model": {"kind": "pgm", "encoder_block": 2}},
+                "model.encoder_block: no such key in model; did",
+            ),
+            (
+                {"model": {"kind": "pgm", "swap": {"positionl": True}}},
+                "model.swap.positionl: no such key in model.swap; did you mean 'positional'?",
+            ),
+            ({"model": {"kind": "mdlm", "encoder_blocks": 2}}, "model.encoder_blocks: no such key in model"),
+            ({"train": {"steps": "many"}}, "train.steps: 'many': input should be a valid integer"),
+            ({"train": {"steps": 0}}, "train.steps: 0: input should be greater than 0"),
+            ({"train": {"steps": 1.5}}, "train.steps: 1.5: input should be a valid integer"),
+            (
+                {"train": {"precision": "bf61"}},
+                "train.precision: 'bf61' is not one of fp32, bf16; did you mean 'bf16'?",
+            ),
+            ({"train": {"zero_stage": 7}}, "train.zero_stage: 7 is not one of 0, 1"),
+            ({"model": {"kind": "pmg"}}, "model.kind: 'pmg' is not one of pgm, mdlm; did you mean 'pgm'?"),
+            ({"model": {"hidden": 64}}, "model.kind: missing; expected one of pgm, mdlm"),
+            (
+                {"model": {"kind": "mdlm", "hidden": 64, "heads": 5}},
+                "model: heads 5 does not split hidden 64",
+            ),
+            ({"model": 3}, "model: 3: input should be"),
+            ({"train": [1]}, "train: [1]: input should be"),
+            ({"optim": {"betas": [0.9]}}, "optim.betas.1: missing"),
+            ({"optim": {"lr": float("nan")}}, "optim.lr: nan: input should be"),
+            ({"name": "../up"}, "name: '../up': string should match"),
+            (
+                {"data": {"wrap": "bos_eos", "length": 2}},
+                "data: length 2 leaves no token between BOS and EOS",
+            ),
+        ],
+    )
+    def test_is_named(self, tree: dict[str, object], says: str) -> None:
+        found = problems(tree)
+        assert found.startswith("test: 1 problem\n  ")
+        assert f"  {says}" in found
+
+    @pytest.mark.parametrize(
+        ("tree", "says"),
+        [
+            (
+                {"train": {"batch": 12}, "data": {"streams": 8}},
+                "data.streams: 8 does not divide train.batch 12; nearest that does: 6",
+            ),
+            ({"cluster": {"workers": 9}}, "cluster.workers: 9 workers for data.streams 8; expected at most"),
+            ({"train": {"steps": 100}}, "optim.warmup_steps: 2500 is not below train.steps 100"),
+            (
+                {"data": {"length": 64}},
+                "sampling.steps: 128 steps for 64 predicted tokens a row; expected at most 64",
+            ),
+            (
+                {"data": {"length": 128, "wrap": "bos_eos"}},
+                "sampling.steps: 128 steps for 127 predicted tokens",
+            ),
+        ],
+    )
+    def test_conflict_between_sections(self, tree: dict[str, object], says: str) -> None:
+        assert f"  {says}" in problems(tree)
+
+    def test_all_at_once(self) -> None:
+        found = problems({"train": {"stpes": 5, "precision": "fp8"}, "modle": {}, "optim": {"lr": -1}})
+        assert found.startswith("test: 4 problems\n")
+        for key in ("train.stpes", "train.precision", "modle", "optim.lr"):
+            assert f"\n  {key}: " in found
+
+    def test_all_conflicts_at_once(self) -> None:
+        found = problems({"train": {"batch": 12, "steps": 100}, "cluster": {"workers": 9}})
+        assert found.startswith("test: 3 problems\n")
+
+    def test_name_is_required(self) -> None:
+        with pytest.raises(ConfigError, match="name: missing"):
+            parse({}, origin="test")
+
+    def test_nothing_changes_after_loading(self) -> None:
+        config = parse({"name": "a"}, origin="test")
+        with pytest.raises(ValueError, match="frozen"):
+            config.train.steps = 5
+
+
+class TestFile:
+    def test_missing_file_names_the_nearest(self, tmp_path: Path) -> None:
+        write(tmp_path, "name: a")
+        with pytest.raises(ConfigError, match=r"rnu\.yaml' does not exist; did you mean 'run\.yaml'"):
+            load(tmp_path / "rnu.yaml")
+        with pytest.raises(ConfigError, match="does not exist"):
+            load(tmp_path / "nowhere" / "run.yaml")
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [("name: [", "is not YAML"), ("- a\n- b", "holds a list; expected sections"), ("", "name: missing")],
+    )
+    def test_what_is_no_config(self, tmp_path: Path, text: str, says: str) -> None:
+        with pytest.raises(ConfigError, match=says):
+            load(write(tmp_path, text))
+
+    def test_a_key_written_twice(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"key 'train' is written twice(.|\n)*line 1"):
+            load(write(tmp_path, "name: a\ntrain: {steps: 5}\ntrain: {batch: 8}"))
+
+    def test_bytes_that_are_no_text(self, tmp_path: Path) -> None:
+        file = tmp_path / "run.yaml"
+        file.write_bytes(b"name: \xff\xfe\x00")
+        with pytest.raises(ConfigError, match="is not YAML"):
+            load(file)
+
+
+class TestOverrides:
+    def test_values_are_yaml(self, tmp_path: Path) -> None:
+        words = ["train.steps=3000", "optim.betas=[0.8, 0.9]", "data.path=null", "tracking.system_metrics=no"]
+        config = load(write(tmp_path, "name: a\ntrain: {steps: 5000}"), [*words, "model.kind=mdlm", "name=b"])
+        assert config.train.steps == 3000
+        assert config.optim.betas == (0.8, 0.9)
+        assert config.data.path is None
+        assert config.tracking.system_metrics is False
+        assert isinstance(config.model, MDLMConfig)
+        assert config.name == "b"
+
+    def test_floats_as_people_write_them(self, tmp_path: Path) -> None:
+        """YAML 1.1 reads `3e-4` as a word; the field's type says that it is a number."""
+        config = load(write(tmp_path, "name: a\noptim: {lr: 3e-4}"), ["diffusion.eps=1e-4"])
+        assert config.optim.lr == 3e-4
+        assert config.diffusion.eps == 1e-4
+
+    def test_bad_words_are_reported_with_the_rest(self, tmp_path: Path) -> None:
+        words = ["train.steps", "=5", "optim.lr=[", "name.first=b", "train.btach=8"]
+        with pytest.raises(ConfigError) as error:
+            load(write(tmp_path, "name: a\ntrain: {precision: fp8}"), words)
+        lines = str(error.value).splitlines()
+        assert lines[0].endswith("run.yaml: 6 problems")
+        for says in (
+            "override 'train.steps': expected section.key=value",
+            "override '=5': expected section.key=value",
+            "override 'optim.lr=[': '[' is not a YAML value",
+            "override 'name.first=b': 'name' is a value, not a section",
+            "train.btach: no such key in train; did you mean 'batch'?",
+            "train.precision: 'fp8' is not one of fp32, bf16",
+        ):
+            assert f"  {says}" in "\n".join(lines)
+
+    def test_section_written_without_keys(self, tmp_path: Path) -> None:
+        """`train:` with every key commented out is an empty section, for the file and for overrides."""
+        assert load(write(tmp_path, "name: a\ntrain:\n")).train == RunConfig(name="a").train
+        assert load(write(tmp_path, "name: a\ntrain:\n"), ["train.steps=7000"]).train.steps == 7000
+
+    @pytest.mark.parametrize("word", ["train..steps=5", "train.=5", ".steps=5"])
+    def test_empty_parts(self, tmp_path: Path, word: str) -> None:
+        with pytest.raises(ConfigError, match=r"1 problem\n.*expected section\.key=value"):
+            load(write(tmp_path, "name: a"), [word])
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        "tree",
+        [
+            {},
+            {"model": {"kind": "mdlm", "blocks": 3}, "optim": {"betas": [0.8, 0.95]}, "data": {"path": "x"}},
+            {"tracking": {"uri": "http://server"}, "cluster": {"max_failures": -1}, "seed": 7},
+        ],
+    )
+    def test_dump_then_parse(self, tree: dict[str, object]) -> None:
+        config = parse({"name": "a", **tree}, origin="test")
+        assert parse(yaml.safe_load(dump(config)), origin="dump") == config
+
+    def test_flatten(self) -> None:
+        flat = flatten(parse({"name": "a"}, origin="test").model_dump())
+        assert flat["name"] == "a"
+        assert flat["model.swap.positional"] is True
+        assert flat["optim.betas"] == (0.9, 0.999)
+        assert not any(isinstance(value, dict) for value in flat.values())
+
+    def test_defaults_are_the_8_8_recipe(self) -> None:
+        model = parse({"name": "a"}, origin="test").model
+        assert isinstance(model, PGMConfig)
+        assert (model.encoder_blocks, model.decoder_blocks, model.hidden, model.heads) == (8, 8, 768, 12)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(CONFIGS).as_posix())
+def test_every_config_loads(file: Path) -> None:
+    config = load(file)
+    assert isinstance(config, RunConfig)
+    assert file.read_text().startswith("#"), "a header says command, hardware, hours and expected figure"
+
+
+def test_the_configs_are_there() -> None:
+    """Else the test above would pass by having nothing to load."""
+    names = {file.relative_to(CONFIGS).as_posix() for file in FILES}
+    assert {f"text/{name}.yaml" for name in ("quickstart", "mdlm_quickstart", "quickstart_long")} <= names
+    assert {f"text/{name}.yaml" for name in ("pgm_8_8", "pgm_6_6_dim1024", "mdlm")} <= names
+
+
+def test_configs_differ_in_name() -> None:
+    """Runs of two recipes must not share a folder."""
+    names = [load(file).name for file in FILES]
+    assert len(names) == len(set(names))

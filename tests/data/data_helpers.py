@@ -1,0 +1,68 @@
+"""Small corpora, rank files and shards that several test modules make."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data.shards import (
+    Manifest,
+    ShardFile,
+    Skipped,
+    SourceInfo,
+    SpecialIds,
+    Split,
+    TokenizerInfo,
+    encode_shard,
+)
+
+DOCUMENTS = [f"Document {i}:\nzwölf ☃ {'x' * (i * 7 % 90)}\r\n" for i in range(40)]
+MERGES = [b" t", b"he", b" the", b"nd", b"in", b"ing"]
+SIZES = [40, 40, 40, 40, 17]  # 177 rows: 7 batches of 24, 9 left over
+L = 5
+
+
+def make_shards(path: Path, sizes: list[int]) -> Manifest:
+    """Shards in which row r holds r, r + 1, ..."""
+    files, first = [], 0
+    for number, rows in enumerate(sizes):
+        tokens = np.arange(first, first + rows)[:, None] + np.arange(L)
+        data, digest = encode_shard(tokens.astype("<u2"))
+        files.append(ShardFile(name=f"train-{number:05d}.parquet", rows=rows, sha256=digest))
+        storage.publish_bytes(str(path / files[-1].name), data)
+        first += rows
+    split = Split(files=tuple(files), documents=1, tokens=first * L, tokens_dropped=0)
+    return Manifest(
+        length=L,
+        vocabulary=1000,
+        special=SpecialIds(eot=999, bos=None),
+        wrap="none",
+        tokenizer=TokenizerInfo(name="x", hash="x"),
+        source=SourceInfo(name="x", revision=None, fingerprint="x"),
+        content={},
+        content_key="x",
+        splits={"train": split},
+        documents=1,
+        documents_empty=0,
+        tokens=first * L,
+        skipped=Skipped(count=0, names=()),
+    )
+
+
+def write_ranks(path: Path, merges: list[bytes] = MERGES) -> str:
+    tokens = [bytes([b]) for b in range(256)] + merges
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return str(path)
+
+
+def lines(documents: list[str] = DOCUMENTS, field: str = "text") -> bytes:
+    return "".join(json.dumps({"id": i, field: d}) + "\n" for i, d in enumerate(documents)).encode()
+
+
+def write_parquet(path: Path, documents: list[str], rows: int = 7) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": documents}), path, row_group_size=rows)

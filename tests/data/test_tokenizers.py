@@ -1,0 +1,101 @@
+"""Tokenizers: ids and back, identity by hash, folders that decode offline."""
+
+import base64
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import MERGES, write_ranks
+
+from pipeline.data.tokenizers import PATTERN, load_tokenizer
+from pipeline.errors import ConfigError, DataError
+
+TEXTS = ["The thing, then: the end.", "zwölf ☃ 語", "", " \n\n  x", "<|endoftext|>"]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> str:
+    return write_ranks(tmp_path / "small.tiktoken")
+
+
+def test_bytes() -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
+    ids = tokenizer.encode_batch(TEXTS)
+    assert [i.tolist() for i in ids] == [list(t.encode()) for t in TEXTS]
+    assert [tokenizer.decode(i) for i in ids] == TEXTS
+    assert tokenizer.decode([72, 256, 105, 0xFF]) == "H<|endoftext|>i�"
+
+
+def test_ranks(ranks: str) -> None:
+    tokenizer = load_tokenizer(ranks)
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("small", 263, 262)
+    ids = tokenizer.encode_batch(TEXTS)
+    assert [tokenizer.decode(i) for i in ids] == TEXTS
+    assert tokenizer.encode_batch([" the thing"])[0].tolist() == [258, 256, ord("h"), 261]
+    assert all(i.max(initial=0) < tokenizer.eot for i in ids)  # a special token's text is plain text
+    assert tokenizer.decode([258, 262]) == " the<|endoftext|>"
+
+
+def test_ranks_with_a_gap_decode_every_id(tmp_path: Path) -> None:
+    path = Path(write_ranks(tmp_path / "gap.tiktoken"))
+    path.write_bytes(path.read_bytes() + base64.b64encode(b" then") + b" 270\n")
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.eot == 271
+    assert all(tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+
+
+def test_saved_folder_is_the_same_tokenizer(ranks: str, tmp_path: Path) -> None:
+    for spec in ("bytes", ranks):
+        tokenizer = load_tokenizer(spec)
+        folder = tmp_path / tokenizer.name
+        tokenizer.save(folder)
+        again = load_tokenizer(str(folder))
+        assert (again.name, again.hash, again.eot) == (tokenizer.name, tokenizer.hash, tokenizer.eot)
+        for one, two in zip(tokenizer.encode_batch(TEXTS), again.encode_batch(TEXTS), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_hash_follows_the_ids(ranks: str, tmp_path: Path) -> None:
+    other = write_ranks(tmp_path / "other.tiktoken", MERGES[:-1])
+    (tmp_path / "copy.tiktoken").write_bytes(Path(ranks).read_bytes())
+    hashes = [load_tokenizer(spec).hash for spec in ("bytes", ranks, other, str(tmp_path / "copy.tiktoken"))]
+    assert len(set(hashes)) == 3
+    assert hashes[1] == hashes[3]
+
+
+def test_gpt2_if_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Path(__file__).parents[3] / "shared" / "data" / "tiktoken"
+    if not cache.is_dir():
+        pytest.skip("no copy of GPT-2's ranks")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    import tiktoken
+
+    tokenizer = load_tokenizer("gpt2")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
+    ids = tokenizer.encode_batch(TEXTS)
+    assert [i.tolist() for i in ids] == [tiktoken.get_encoding("gpt2").encode_ordinary(t) for t in TEXTS]
+    assert [tokenizer.decode(i) for i in ids] == TEXTS
+    assert tiktoken.get_encoding("gpt2")._pat_str == PATTERN
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("byte", r"data.tokenizer: 'byte' is unknown.*did you mean 'bytes'"),
+        ("{}/smal.tiktoken", r"'.*smal.tiktoken' does not exist; did you mean 'small.tiktoken'"),
+    ],
+)
+def test_unknown(spec: str, says: str, ranks: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_tokenizer(spec.format(tmp_path))
+
+
+@pytest.mark.parametrize(("spoil", "says"), [(b"!? 7\n", "line 263"), (b"QUFB 3\n", "a rank twice")])
+def test_damaged_ranks(spoil: bytes, says: str, ranks: str) -> None:
+    Path(ranks).write_bytes(Path(ranks).read_bytes() + spoil)
+    with pytest.raises(DataError, match=says):
+        load_tokenizer(ranks)
+    Path(ranks).write_bytes(Path(ranks).read_bytes()[:500])
+    with pytest.raises(DataError, match=r"line \d+|no rank for byte"):
+        load_tokenizer(ranks)

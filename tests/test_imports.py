@@ -1,0 +1,128 @@
+"""The shape of the code: who may import whom, where the large dependencies live, how long files are."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = ["errors", "logs", "config", "storage", "tracking", "models", "diffusion", "sampling", "data"]
+ORDER += ["evaluation", "training", "api", "jobs"]
+ONLY_IN = {
+    "ray": {"data.text", "data.images", "training.loop", "training.launch", "evaluation", "jobs"},
+    "deepspeed": {"training.engine", "training.ema", "training.checkpoint"},
+    "mlflow": {"tracking"},
+}
+MOST_LINES = 400
+
+
+def module_of(path: PurePosixPath) -> str:
+    """pipeline/data/text.py -> data.text; pipeline/data/__init__.py -> data; jobs/a.py -> jobs.a."""
+    parts = path.with_suffix("").parts
+    parts = parts[1:] if parts[0] == "pipeline" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: PurePosixPath, source: str) -> Iterator[tuple[int, str]]:
+    """(line, full name) of everything a file imports at run time, inside functions too.
+
+    What stands under `if TYPE_CHECKING:` does not count: it is never executed.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parent.parts[: len(path.parent.parts) - node.level + 1] if node.level else ()
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def rank(name: str) -> int | None:
+    """Place in the order of an imported name; None for what is not ours, -1 for the package's own face."""
+    parts = name.split(".")
+    if parts[0] == "jobs":
+        return ORDER.index("jobs")
+    if parts[0] != "pipeline":
+        return None
+    return ORDER.index(parts[1]) if len(parts) > 1 and parts[1] in ORDER else -1
+
+
+def violations(files: dict[str, str]) -> list[str]:
+    """What breaks the rules in files given as path -> source, as `path:line: what` lines."""
+    found = []
+    for name, source in files.items():
+        path = PurePosixPath(name)
+        module = module_of(path)
+        part = module.split(".")[0]
+        if part and part not in ORDER:
+            found.append(f"{name}:1: {part!r} has no place in the order of imports")
+            continue
+        # `pipeline/__init__.py` shows users what `api` offers, so it stands right behind it.
+        own = ORDER.index(part or "api")
+        for line, imported in imports_of(path, source):
+            target = rank(imported)
+            if target is not None and target > own:
+                found.append(f"{name}:{line}: {part or 'pipeline'} imports {imported}, which comes after it")
+            if target == -1 and part and part != "jobs":
+                found.append(f"{name}:{line}: imports {imported} from the package's own face")
+            places = ONLY_IN.get(imported.split(".")[0])
+            if places is not None and not any(f"{module}.".startswith(f"{place}.") for place in places):
+                found.append(f"{name}:{line}: {imported} may be imported only in {', '.join(sorted(places))}")
+        lines = source.count("\n")
+        if lines > MOST_LINES:
+            found.append(f"{name}:{lines}: more than {MOST_LINES} lines")
+    return found
+
+
+def test_the_code_keeps_its_shape() -> None:
+    paths = [path for folder in ("pipeline", "jobs") for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(paths) > 20
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    assert violations(files) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "says"),
+    [
+        ("pipeline/models/pgm.py", "from pipeline.training.loop import run", "comes after it"),
+        ("pipeline/models/pgm.py", "import pipeline.data.shards", "comes after it"),
+        ("pipeline/models/pgm.py", "from pipeline import training", "comes after it"),
+        ("pipeline/models/pgm.py", "from ..data import shards", "comes after it"),
+        ("pipeline/models/pgm.py", "def f():\n    import pipeline.api", "py:2: models imports"),
+        ("pipeline/api.py", "from jobs.pretrain import main", "comes after it"),
+        ("pipeline/data/text.py", "from pipeline import load_model", "own face"),
+        ("pipeline/data/stream.py", "import ray.data", "only in data.images, data.text"),
+        ("pipeline/data/textual.py", "import ray", "only in data.images, data.text"),
+        ("pipeline/training/loop.py", "import deepspeed", "only in training.checkpoint"),
+        ("pipeline/training/loop.py", "from mlflow import MlflowClient", "only in tracking"),
+        ("pipeline/helpers.py", "", "no place in the order"),
+        ("jobs/pretrain.py", "x = 1\n" * 401, "more than 400 lines"),
+    ],
+)  # fmt: skip
+def test_a_planted_violation_is_caught(path: str, source: str, says: str) -> None:
+    (found,) = violations({path: source})
+    assert says in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "pipeline/training/loop.py",
+            "import ray.train\nfrom pipeline.data import shards\nfrom . import engine",
+        ),
+        ("pipeline/data/text.py", "import ray\nfrom pipeline.errors import DataError"),
+        ("pipeline/evaluation/generation.py", "import ray"),
+        ("pipeline/tracking/store.py", "import mlflow\nimport rayon"),
+        ("pipeline/__init__.py", "from pipeline.api import load_model"),
+        ("jobs/sample.py", "import ray\nfrom pipeline import load_model"),
+        ("pipeline/models/pgm.py", "if TYPE_CHECKING:\n    from pipeline.training.loop import run"),
+    ],
+)
+def test_what_is_allowed_passes(path: str, source: str) -> None:
+    assert violations({path: source}) == []
