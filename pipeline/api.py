@@ -77,7 +77,7 @@ class Model:
         asked = [width] * rows if query_lengths is None else [int(n) for n in query_lengths]
         here = flat_index(counts, [0] * rows, known.shape[1])
         there = flat_index(asked, [0] * rows, width)
-        state = self.denoiser.open(rows, condition, capacity=max(known.shape[1], self.denoiser.length))
+        state = self.denoiser.open(rows, condition)  # L entries a row: what is padded beyond them is not kept
         self.denoiser.extend(
             state,
             known.cpu().flatten()[here].to(self.device),
@@ -87,7 +87,7 @@ class Model:
         hidden = self.denoiser.hidden(state, queries.cpu().flatten()[there].to(self.device), asked)
         out = torch.zeros(rows * width, self.denoiser.vocab_size, device=self.device)
         out[there.to(self.device)] = self.denoiser.head(hidden)
-        return out.view(rows, width, -1)
+        return out.view(rows, width, self.denoiser.vocab_size)
 
     def sample(
         self,

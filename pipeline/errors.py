@@ -20,6 +20,10 @@ class CheckpointError(PipelineError, RuntimeError):
     """A checkpoint or a model folder is missing, damaged or belongs to another run."""
 
 
+class TrainingError(PipelineError, RuntimeError):
+    """Training cannot go on as configured: the loss or the gradient is not finite."""
+
+
 class CapabilityError(PipelineError, RuntimeError):
     """The model, or the machine, cannot do what was asked."""
 

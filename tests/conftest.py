@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked by beartype in every test; before anything imports these packages.
+install_import_hook(["pipeline.models", "pipeline.diffusion", "pipeline.sampling"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

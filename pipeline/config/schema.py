@@ -111,7 +111,12 @@ class TrainConfig(Section):
     batch: PositiveInt = 512  # rows of a global batch, whatever the number of workers
     micro_batch: PositiveInt = 32  # rows of one forward pass on one worker
     precision: Literal["fp32", "bf16"] = "bf16"
-    zero_stage: Literal[0, 1] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    persistent_parameters: NonNegativeInt = 100_000  # stage 3 keeps parameters of fewer values whole
+    offload_optimizer: bool = False  # keep optimiser state in host memory (stages 1 to 3)
+    activation_checkpointing: bool = False  # recompute every block in the backward pass
+    init_from: str | None = None  # start from these weights: a model folder, models:/NAME@ALIAS, a checkpoint
+    on_nonfinite: Literal["skip", "stop"] = "skip"  # a loss or gradient that is not finite
     ema: Rate = 0.9999
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 10_000
@@ -186,6 +191,10 @@ class RunConfig(Section):
             found.append(
                 f"cluster.workers: {self.cluster.workers} workers for data.streams {streams}; "
                 "expected at most one worker a stream"
+            )
+        if self.train.offload_optimizer and self.train.zero_stage == 0:
+            found.append(
+                "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
             )
         if self.optim.warmup_steps >= self.train.steps:
             found.append(

@@ -41,7 +41,7 @@ class Unit:
     tokens: int = 0
     documents: int = 0
     empty: int = 0
-    problems: tuple[str, ...] = ()
+    problems: Sequence[str] = ()
     fatal: str = ""
 
 

@@ -82,7 +82,7 @@ def attend(
     assert len(q_segments) == len(k_segments), (len(q_segments), len(k_segments))
     assert q.shape[0] == q_segments.total, (q.shape, q_segments.total)
     assert k.shape[0] == k_segments.total, (k.shape, k_segments.total)
-    if q_segments.total == 0 or k_segments.total == 0:
+    if not any(map(min, zip(q_segments.lengths, k_segments.lengths, strict=True))):  # no query sees any key
         return q * 0 + (k.sum() + v.sum()) * 0  # stays in the graph: every parameter gets a (zero) gradient
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _varlen(q, k, v, q_segments, k_segments)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -110,12 +111,19 @@ class Denoiser(nn.Module, ABC):
     Attributes:
         vocab_size: V, ids that can be predicted; logits cover exactly these.
         length: L of the data that the model is trained on.
-        predicts_from_own_group: whether one pass over (tokens, groups) answers both groups.
+        recompute: trade the memory of a block's activations for a second forward pass in training.
     """
 
     vocab_size: int
     length: int
     head: Head
+    recompute: bool = False
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Float[Tensor, "T H"]:
+        """One block of the trunk; with `recompute` its activations are made again in the backward pass."""
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     @abstractmethod
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:

@@ -61,6 +61,17 @@ def read(folder: Path) -> tuple[Denoiser, RunConfig, DataFacts]:
     return model.eval(), config, facts
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors alone.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder}: no {WEIGHTS}; expected a consolidated model folder or a checkpoint")
+    return load_file(folder / WEIGHTS)
+
+
 def load_weights(model: Denoiser, tensors: dict[str, Tensor], origin: str) -> None:
     """Put tensors into a model of exactly their names and shapes (the model may be on the meta device).
 

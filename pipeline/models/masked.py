@@ -76,5 +76,5 @@ class MDLM(Denoiser):
         code = rotary(torch.arange(length, device=canvas.device).repeat(rows), self.head_size)
         x = self.embedding(canvas.flatten())
         for block in self.blocks:
-            x = block(x, segments, code)
+            x = self.run_block(block, x, segments, code)
         return x

@@ -101,7 +101,7 @@ class PGM(Denoiser):
         x = self.embedding(tokens)  # [Tk, H]
         code = rotary(positions, self.head_size)
         for block in self.encoder:
-            x = block(x, segments, code)
+            x = self.run_block(block, x, segments, code)
         return Encoded(x, segments, code)
 
     def _decode(
@@ -110,5 +110,5 @@ class PGM(Denoiser):
         x = self.swap(encoded.vectors, positions, extent, segments, encoded.segments, encoded.code)
         code = rotary(positions, self.head_size)
         for block in self.decoder:
-            x = block(x, encoded.vectors, segments, encoded.segments, code, encoded.code)
+            x = self.run_block(block, x, encoded.vectors, segments, encoded.segments, code, encoded.code)
         return x

@@ -24,7 +24,7 @@ from pipeline.data.shards import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, folder
-from pipeline.training.ema import EMA, read_slices
+from pipeline.training.ema import EMA, join_slices, read_slices
 from pipeline.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -148,19 +148,6 @@ def best(run: str) -> str | None:
     return storage.join(run, name_of(min(scored)[1] if scored else whole[-1]))
 
 
-def load(path: str, engine: Engine, ema: EMA, state: TrainState, workers: int) -> None:
-    """Restore model, optimiser and EMA; all ranks call it together.
-
-    Raises:
-        CheckpointError: written by another number of workers.
-    """
-    if state.workers != workers:
-        raise CheckpointError(f"{path} was written by {state.workers} workers; this run has {workers}")
-    local = storage.fetch(path)
-    engine.load(local)
-    ema.load(sorted(local.glob("ema_*.safetensors")))
-
-
 def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, Tensor]:
     """Full float32 EMA weights of a checkpoint that any number of workers wrote.
 
@@ -169,22 +156,16 @@ def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, T
     """
     if found := problems(path):
         raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
-    stored = read_slices(sorted(storage.fetch(path).glob("ema_*.safetensors")))
+    averages = join_slices(read_slices(sorted(storage.fetch(path).glob("ema_*.safetensors"))))
     with torch.device("meta"):
-        shapes = {
-            name: parameter.shape
-            for name, parameter in build(
-                config.model, manifest.vocabulary, manifest.length
-            ).named_parameters()
-        }
+        model = build(config.model, manifest.vocabulary, manifest.length)
     tensors = {}
-    for name, shape in shapes.items():
-        parts = [values for _, values in stored.get(name, ())]
-        if sum(part.numel() for part in parts) != shape.numel():
+    for name, parameter in model.named_parameters():
+        if name not in averages or averages[name].numel() != parameter.numel():
             raise CheckpointError(
-                f"{path}: EMA of {name} {list(shape)} is not whole; another model's checkpoint?"
+                f"{path}: EMA of {name} {list(parameter.shape)} is not whole; another model's checkpoint?"
             )
-        tensors[name] = torch.cat(parts).view(shape)
+        tensors[name] = averages[name].view(parameter.shape)
     return tensors
 
 

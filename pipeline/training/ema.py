@@ -57,6 +57,11 @@ class EMA:
                 )
 
 
+def join_slices(stored: dict[str, list[tuple[int, Tensor]]]) -> dict[str, Tensor]:
+    """Slices put together to flat tensors."""
+    return {name: torch.cat([values for _, values in parts]) for name, parts in stored.items()}
+
+
 def read_slices(files: Iterable[Path]) -> dict[str, list[tuple[int, Tensor]]]:
     """All distinct slices of the files: name -> (offset, values)."""
     stored: dict[str, dict[int, Tensor]] = {}

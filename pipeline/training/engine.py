@@ -36,10 +36,17 @@ class Engine:
         model: the same initial weights on every rank.
         parts: micro-batches of a step on one worker (gradient accumulation).
         device: where this worker computes.
+        universal: whether `load` will be given a universal checkpoint (of another number of workers).
     """
 
     def __init__(
-        self, model: Denoiser, optim: OptimConfig, train: TrainConfig, parts: int, device: torch.device
+        self,
+        model: Denoiser,
+        optim: OptimConfig,
+        train: TrainConfig,
+        parts: int,
+        device: torch.device,
+        universal: bool = False,
     ):
         import deepspeed  # seconds to import, and only workers need it
         import deepspeed.ops
@@ -50,23 +57,37 @@ class Engine:
         self._optim, self._steps, self._parts = optim, train.steps, parts
         self.stage, self.device = train.zero_stage, device
         model.to(device)
+        model.recompute = train.activation_checkpointing
         optimiser = torch.optim.AdamW(
             model.parameters(), optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
         )
         self._engine: Any
         self._engine, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimiser, config=self._settings(train), dist_init_required=False
+            model=model,
+            optimizer=optimiser,
+            config=self._settings(train, universal),
+            dist_init_required=False,
         )
         self.names = [name for name, _ in self.model.named_parameters()]
 
-    def _settings(self, train: TrainConfig) -> dict[str, Any]:
+    def _settings(self, train: TrainConfig, universal: bool) -> dict[str, Any]:
+        zero: dict[str, Any] = {
+            "stage": train.zero_stage,
+            "stage3_param_persistence_threshold": train.persistent_parameters,
+        }
+        if train.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
         return {
             "train_micro_batch_size_per_gpu": train.micro_batch,
             "gradient_accumulation_steps": self._parts,
             "gradient_clipping": self._optim.clip,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": train.zero_stage},
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled for minutes first
+            "checkpoint": {"load_universal": universal},
             "bf16": {"enabled": train.precision == "bf16"},
+            # At stage 0 in bf16 DeepSpeed divides gradients by fp16's loss scale, 2^16, which nothing put in.
+            "fp16": {"enabled": False, "loss_scale": 1.0},
             "steps_per_print": 2**31,
         }
 
@@ -76,17 +97,17 @@ class Engine:
         return self._engine.module
 
     def backward(self, batch: Batch) -> Tensor:
-        """Forward and backward of one micro-batch; the last one of a step also applies the update.
+        """Forward and backward of one micro-batch; `step` must follow.
 
         Gradients become the gradient of the **sum** of all row losses of the global batch: DeepSpeed divides
         by workers and parts, so the loss is multiplied by both.
 
         Returns:
-            This micro-batch's summed loss, detached, a scalar on the device.
+            The micro-batch's row losses, detached, [m] on the device.
         """
-        loss = self._engine(batch).sum()
-        self._engine.backward(loss * (dist.get_world_size() * self._parts))
-        return loss.detach()
+        losses = self._engine(batch)
+        self._engine.backward(losses.sum() * (dist.get_world_size() * self._parts))
+        return losses.detach()
 
     def step(self, step: int) -> None:
         """Finish a micro-batch; at the last one of the step, clip and update at the step's learning rate."""
@@ -112,7 +133,7 @@ class Engine:
 
         Stages 1 and 2 own a partition of the flattened weights, stage 3 a share of every parameter.
         """
-        named = list(self.model.named_parameters())
+        named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param
 
@@ -124,7 +145,7 @@ class Engine:
                     slices[name, rank * share] = safe_get_local_fp32_param(parameter).detach()[:mine]
             return slices
         if self.stage > 0:
-            mapped: list[tuple[str, Any]] = [(name, getattr(p, "_hp_mapping", None)) for name, p in named]
+            mapped = [(name, getattr(p, "_hp_mapping", None)) for name, p in named]
             return {
                 (name, part.lp_fragment_address.start): part.hp_fragment.detach()
                 for name, part in mapped
@@ -144,6 +165,7 @@ class Engine:
         for (name, offset), values in slices.items():
             by_name.setdefault(name, []).append((offset, values))
         with torch.no_grad():
+            parameter: Any
             for name, parameter in self.model.named_parameters():
                 size = parameter.ds_numel if self.stage == 3 else parameter.numel()
                 full = torch.zeros(size, device=self.device)
@@ -175,10 +197,14 @@ class Engine:
             self.model.train()
             self.install(self.masters())
 
+    def close(self) -> None:
+        """Let go of model, optimiser and hooks, before another engine is made in this process."""
+        self._engine.destroy()
+
     def save(self, folder: Path) -> None:
         """Write this rank's part of model and optimiser into a folder; all ranks call it together."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote on the same number of ranks at the same stage."""
+        """Read what `save` wrote on the same number of ranks at the same stage, or its universal form."""
         self._engine.load_checkpoint(str(folder), tag=TAG)

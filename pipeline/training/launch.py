@@ -22,6 +22,7 @@ from ray.train import (
     ScalingConfig,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.metrics import Gauge
 
 from pipeline import logs, storage, tracking
 from pipeline.config import schema
@@ -71,6 +72,13 @@ def cluster(config: schema.RunConfig) -> Iterator[None]:
             ray.shutdown()
 
 
+def located(config: schema.RunConfig) -> schema.RunConfig:
+    """The config with absolute folders: workers run in other folders than the driver."""
+    data = config.data.model_copy(update={"path": config.data.path and storage.resolve(config.data.path)})
+    cluster = config.cluster.model_copy(update={"storage": storage.resolve(config.cluster.storage)})
+    return config.model_copy(update={"data": data, "cluster": cluster})
+
+
 def pretrain(config: schema.RunConfig) -> Outcome:
     """Prepare the data if need be, train (or go on training), and leave a registered model.
 
@@ -78,6 +86,7 @@ def pretrain(config: schema.RunConfig) -> Outcome:
         ConfigError, DataError: before any worker starts.
         CapabilityError: the cluster has not the resources that were asked for.
     """
+    config = located(config)
     run = checkpoint.run_folder(config)
     storage.check_writable(run, "cluster.storage")
     with cluster(config):
@@ -177,6 +186,7 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
     storage.remove(storage.join(run, "checkpoint_manager_snapshot.json"))
     asked = config.cluster
     folder, name = run.rsplit("/", 1)
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -208,12 +218,26 @@ def _worker(settings: dict[str, Job]) -> None:
 
 
 class RaySession:
-    """A worker of Ray Train."""
+    """A worker of Ray Train; its metrics also stand on Ray's dashboard."""
 
     def __init__(self) -> None:
+        self._gauges: dict[str, Gauge] = {}
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Show the newest values as Ray's own metrics (Prometheus), from rank 0."""
+        if self.rank > 0:
+            return
+        for key, value in {**metrics, "train/step": step}.items():
+            if key not in self._gauges:
+                self._gauges[key] = Gauge("pipeline_" + key.replace("/", "_"), description=key)
+            self._gauges[key].set(value)
+
+    def settle(self) -> None:
+        """Wait until Ray has taken over everything that was reported."""
+        ray.train.get_all_reported_checkpoints()
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
         """Upload in the background; Ray merges the folders of all ranks."""

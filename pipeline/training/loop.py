@@ -1,31 +1,34 @@
 """One worker's training, from top to bottom."""
 
 import logging
+import math
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 
+from pipeline import storage
 from pipeline.config.schema import RunConfig
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.stream import ReadingOrder, batches
 from pipeline.data.text import data_path
-from pipeline.data.tokenizers import load_tokenizer
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import training_batch
-from pipeline.evaluation import likelihood
+from pipeline.errors import TrainingError
 from pipeline.models import build
-from pipeline.sampling.sampler import sample
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoint
+from pipeline.training import resume as resuming
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, learning_rate
-from pipeline.training.session import Session
+from pipeline.training.session import Session, StopWatch
+from pipeline.training.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,10 @@ class Job:
     run_id: str | None = None
 
 
+class _GoBack(Exception):
+    """A step was not finite: start again from the last checkpoint, without the rows in `skipped.json`."""
+
+
 def train(job: Job, session: Session) -> dict[str, float]:
     """Train to `train.steps`, from the newest usable checkpoint of the run if there is one.
 
@@ -47,7 +54,19 @@ def train(job: Job, session: Session) -> dict[str, float]:
 
     Returns:
         the last logged metrics.
+
+    Raises:
+        CheckpointError: the run's checkpoints do not fit this config or number of workers.
+        TrainingError: a loss or gradient is not finite, and the config says stop, or skipping cannot help.
     """
+    while True:
+        try:
+            return _attempt(job, session)
+        except _GoBack:
+            session.settle()
+
+
+def _attempt(job: Job, session: Session) -> dict[str, float]:
     config, rank, device = job.config, session.rank, session.device
     run = checkpoint.run_folder(config)
 
@@ -63,30 +82,49 @@ def train(job: Job, session: Session) -> dict[str, float]:
         config.seed,
     )
     bos = manifest.special.bos is not None
-    slots = len(order.slots(rank, session.workers))
-    parts = -(-slots // config.train.micro_batch)
+    parts = -(-len(order.slots(rank, session.workers)) // config.train.micro_batch)
+
+    # Where to start: rank 0 decides, so that no two ranks see different folders.
+    plan: list[Any] = [resuming.plan_resume(run, config, session.workers) if rank == 0 else None]
+    skipped: list[Any] = [resuming.read_skipped(run) if rank == 0 else None]
+    dist.broadcast_object_list(plan)
+    dist.broadcast_object_list(skipped)
+    resume: resuming.Resume | None = plan[0]
 
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
     model = build(config.model, manifest.vocabulary, manifest.length)
-    engine = Engine(model, config.optim, config.train, parts, device)
+    initial = None if resume else resuming.initial_weights(config, model)
+    engine = Engine(
+        model, config.optim, config.train, parts, device, universal=bool(resume and resume.universal)
+    )
     ema = EMA(engine.masters(), config.train.ema)
-
-    # Resume: rank 0 decides from which checkpoint.
-    found = [checkpoint.latest(run) if rank == 0 else None]
-    dist.broadcast_object_list(found)
-    start = 0
-    if found[0] is not None:
-        state = checkpoint.read_state(found[0])
-        checkpoint.load(found[0], engine, ema, state, session.workers)
-        start = state.step
-        log.info("resumed from %s", found[0])
-
-    tracker = None
-    if rank == 0 and job.tracking_uri and job.run_id:
-        spill = Path(tempfile.gettempdir()) / f"tracking-{job.run_id}.jsonl"
-        tracker = Tracker(job.tracking_uri, job.run_id, spill, config.tracking.system_metrics)
+    if resume:
+        resume.load(engine, ema)
+    elif initial:
+        initial.load(ema)
+    start = resume.state.step if resume else 0
     masters = engine.masters()
+    if rank == 0:
+        log.info(
+            "%s from step %d: %d workers x %d micro-batches of up to %d rows, %d streams, ZeRO stage %d, %s",
+            "resuming" if resume else "starting",
+            start,
+            session.workers,
+            parts,
+            config.train.micro_batch,
+            config.data.streams,
+            config.train.zero_stage,
+            config.train.precision,
+        )
+
+    tracker = watch = None
+    if rank == 0:
+        watch = StopWatch(run)
+        if job.tracking_uri and job.run_id:
+            tracker = Tracker(
+                job.tracking_uri, job.run_id, tracking_spill(config), config.tracking.system_metrics
+            )
     metrics: dict[str, float] = {}
     interval = _Interval()
     stream = batches(reader, order, start, rank, session.workers, config.train.micro_batch)
@@ -96,58 +134,71 @@ def train(job: Job, session: Session) -> dict[str, float]:
             micros = next(stream)
             interval.waited += time.perf_counter() - began
 
-            # One update of the global batch.
+            # Gradients of the global batch.
             t, groups = partition.draw(
                 config.seed, step, config.train.batch, manifest.length, config.diffusion.eps, bos
             )
-            total = torch.zeros((), device=device)
-            for micro in micros:
+            places = np.concatenate([micro.index for micro in micros])
+            losses = []
+            for part, micro in enumerate(micros):
+                if part > 0:
+                    engine.step(step)  # not the last micro-batch: only moves the accumulation on
                 torch.manual_seed(_mix(config.seed, step, int(micro.index[0])))  # dropout
+                present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
                 batch = training_batch(
-                    micro.tokens,
+                    np.where(present[:, None], micro.tokens, 0),
                     t[micro.index],
                     groups[micro.index],
-                    micro.index >= 0,
+                    present,
                     config.diffusion,
                     config.model.kind == "pgm",
                     config.train.batch,
                     bos,
                     device,
                 )
-                total += engine.backward(batch)
+                losses.append(engine.backward(batch))
+            row_losses = torch.cat(losses)  # [slots], of `places`
+            shared = torch.stack(
+                [row_losses.sum(), torch.tensor(float(watch is not None and watch.requested))]
+            )
+            dist.all_reduce(shared)
+            loss, stopping, done = float(shared[0]), bool(shared[1] > 0), step + 1
+
+            # The update, unless something is not finite.
+            finite = math.isfinite(loss)
+            if finite:
                 engine.step(step)
+                norm = engine.gradient_norm()
+                finite = math.isfinite(norm)
+            if not finite:
+                bad = places[(~torch.isfinite(row_losses)).cpu().numpy() & (places >= 0)]
+                _report_nonfinite(config, session, order, step, bad, skipped[0])
+                raise _GoBack
             ema.update(masters)
-            dist.all_reduce(total)
-            loss, done = float(total), step + 1
-            interval.losses.append(loss)
-            interval.seconds += time.perf_counter() - began
+            interval.add(loss, time.perf_counter() - began)
 
             if done % config.train.log_every == 0 or done == config.train.steps:
-                metrics = {
-                    "train/loss": float(np.mean(interval.losses)),
+                metrics = interval.metrics(config.train.batch * manifest.length) | {
                     "train/learning_rate": learning_rate(step, config.optim, config.train.steps),
-                    "train/gradient_norm": engine.gradient_norm(),
+                    "train/gradient_norm": norm,
                     "train/epoch": order.epoch_of(step),
-                    "train/tokens_per_second": (
-                        len(interval.losses) * config.train.batch * manifest.length / interval.seconds
-                    ),
-                    "train/data_wait": interval.waited / interval.seconds,
                     "train/memory_gib": _memory(device),
                 }
-                left = (config.train.steps - done) * interval.seconds / len(interval.losses)
+                session.log(metrics, done)
                 if rank == 0:
-                    log.info("%s", _line(done, config.train.steps, metrics, left))
+                    log.info("%s", _line(done, config.train.steps, metrics, interval.seconds_a_step()))
                 if tracker:
                     tracker.log_metrics(metrics, done)
                 interval = _Interval()
 
+            last = stopping or done == config.train.steps
             validation: float | None = None
             texts: tuple[str, ...] = ()
             if done % config.train.validate_every == 0 or done == config.train.steps:
-                validation, texts = _validate(config, manifest, engine, ema, session, tracker, done)
+                validation, texts = validate(config, manifest, engine, ema, session, tracker, done)
                 metrics["validation/perplexity"] = validation
 
-            if done % config.train.checkpoint_every == 0 or done == config.train.steps:
+            if done % config.train.checkpoint_every == 0 or last:
                 if rank == 0:
                     checkpoint.prune(run, config.train.keep)
                 local = Path(tempfile.mkdtemp(prefix="checkpoint-")) / checkpoint.name_of(done)
@@ -162,60 +213,60 @@ def train(job: Job, session: Session) -> dict[str, float]:
                 )
                 checkpoint.save(local, engine, ema, state, rank)
                 session.publish(local, checkpoint.name_of(done), metrics)
+            if stopping:
+                log.info("stopped at step %d, as asked", done)
+                break
+        session.settle()
     finally:
         stream.close()
+        engine.close()
+        if watch:
+            watch.close()
         if tracker:
             tracker.close()
     return metrics
 
 
-def _validate(
+def tracking_spill(config: RunConfig) -> Path:
+    """Where metrics wait that MLflow did not take: the run's folder if it is local, else this node's."""
+    run = checkpoint.run_folder(config)
+    base = Path(run) if storage.is_local(run) else Path(tempfile.gettempdir()) / config.name
+    base.mkdir(parents=True, exist_ok=True)
+    return base / "untracked.jsonl"
+
+
+def _report_nonfinite(
     config: RunConfig,
-    manifest: Manifest,
-    engine: Engine,
-    ema: EMA,
     session: Session,
-    tracker: Tracker | None,
+    order: ReadingOrder,
     step: int,
-) -> tuple[float, tuple[str, ...]]:
-    """Validation perplexity of the EMA weights, and sample texts; all ranks call it together."""
-    reader = ShardReader(data_path(config), manifest, "validation")
-    rows = np.unique(
-        np.linspace(0, len(reader) - 1, min(config.evaluation.rows, len(reader))).astype(np.int64)
-    )
-    with engine.weights(ema.slices) as model:
-        sums = likelihood.row_sums(
-            model,
-            likelihood.masked_batches(
-                reader.rows(rows),
-                config.evaluation.estimator,
-                config.evaluation.draws,
-                config.seed,
-                config.diffusion.eps,
-                manifest.special.bos is not None,
-                config.evaluation.batch,
-                session.rank,
-                session.workers,
-                session.device,
-            ),
-            len(rows),
-        ).to(session.device)
-        dist.all_reduce(sums)
-        # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
-        tokens = sample(
-            model, 2, min(64, config.sampling.steps), config.sampling.seed, bos=manifest.special.bos
-        )
-    bound = likelihood.summarise(
-        sums.cpu(), config.evaluation.estimator, config.evaluation.draws, config.seed
-    )
+    bad: np.ndarray,
+    skipped: resuming.Skipped,
+) -> None:
+    """Log and save which rows made a step not finite, so that the next attempt leaves them out.
+
+    Raises:
+        TrainingError: the config says stop, or the rows are not to blame.
+    """
+    gathered: list[Any] = [None] * session.workers
+    dist.all_gather_object(gathered, bad.tolist())
+    # Finite losses with a gradient that is not: no row can be singled out, so the step goes without all.
+    blamed = sorted(place for one in gathered for place in one)
+    places = blamed or list(range(config.train.batch))
+    rows = order.rows_of_step(step)[places].tolist()
+    what = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}"
+    what += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+    if len(blamed) == config.train.batch:
+        raise TrainingError(f"{what}: every row of the batch, so the weights are; lower optim.lr?")
+    if step in skipped:
+        raise TrainingError(f"{what}, although rows were skipped in this step already; lower optim.lr?")
     if session.rank == 0:
-        log.info("step %d: validation %s", step, bound)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    texts = tuple(tokenizer.decode(row) for row in tokens.tolist())
-    if tracker:
-        tracker.log_metrics({"validation/perplexity": bound.perplexity, "validation/nats": bound.nats}, step)
-        tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
-    return bound.perplexity, texts
+        resuming.add_skipped(checkpoint.run_folder(config), step, places, rows)
+    dist.barrier()
+    if config.train.on_nonfinite == "stop":
+        raise TrainingError(f"{what} (train.on_nonfinite: stop)")
+    if session.rank == 0:
+        log.warning("%s; going back to the last checkpoint and skipping them", what)
 
 
 class _Interval:
@@ -225,6 +276,21 @@ class _Interval:
         self.losses: list[float] = []
         self.seconds = 0.0
         self.waited = 0.0
+
+    def add(self, loss: float, seconds: float) -> None:
+        self.losses.append(loss)
+        self.seconds += seconds
+
+    def seconds_a_step(self) -> float:
+        return self.seconds / len(self.losses)
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """Mean loss, throughput for steps of `tokens` tokens, share of the time spent waiting for data."""
+        return {
+            "train/loss": float(np.mean(self.losses)),
+            "train/tokens_per_second": tokens / self.seconds_a_step(),
+            "train/data_wait": self.waited / self.seconds,
+        }
 
 
 def _mix(*numbers: int) -> int:
@@ -239,8 +305,8 @@ def _memory(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def _line(done: int, steps: int, metrics: dict[str, float], left: float) -> str:
-    minutes, seconds = divmod(round(left), 60)
+def _line(done: int, steps: int, metrics: dict[str, float], seconds_a_step: float) -> str:
+    minutes, seconds = divmod(round((steps - done) * seconds_a_step), 60)
     hours, minutes = divmod(minutes, 60)
     return (
         f"step {done}/{steps}  loss {metrics['train/loss']:.3f}  "

@@ -1,0 +1,214 @@
+"""How a run starts: from its newest checkpoint, other weights, or nothing; and which rows it avoids."""
+
+import argparse
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import storage, tracking
+from pipeline.config.load import flatten
+from pipeline.config.schema import RunConfig
+from pipeline.errors import CheckpointError
+from pipeline.models import folder
+from pipeline.models.denoiser import Denoiser
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import TrainState
+from pipeline.training.ema import EMA, join_slices, read_slices
+from pipeline.training.engine import TAG, Engine
+
+log = logging.getLogger(__name__)
+
+SKIPPED = "skipped.json"
+UNIVERSAL = "universal"  # folder of converted checkpoints, in the run's folder
+# What may change between the starts of one run: nothing that its mathematics depend on.
+FREE = (
+    "train.steps",
+    "train.micro_batch",
+    "train.log_every",
+    "train.validate_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.persistent_parameters",
+    "train.offload_optimizer",
+    "train.activation_checkpointing",
+    "train.on_nonfinite",
+    "train.zero_stage",  # checked by itself
+    "sampling.",
+    "evaluation.",
+    "tracking.",
+    "cluster.",
+)
+
+Skipped = dict[int, list[int]]  # step -> places in its global batch
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A usable checkpoint, and whether other workers wrote it."""
+
+    path: str
+    state: TrainState
+    universal: bool
+
+    def load(self, engine: Engine, ema: EMA) -> None:
+        """Restore model, optimiser and EMA; all ranks call it together."""
+        local = storage.fetch(self.path)
+        weights = local
+        if self.universal:
+            run, name = self.path.rsplit("/", 1)
+            weights = storage.fetch(storage.join(run, UNIVERSAL, name))
+        engine.load(weights)
+        ema.load(sorted(local.glob("ema_*.safetensors")))
+
+
+def plan_resume(run: str, config: RunConfig, workers: int) -> Resume | None:
+    """The run's newest usable checkpoint, made readable for this number of workers; rank 0 calls it.
+
+    Raises:
+        CheckpointError: the config differs from the checkpoint's in more than bookkeeping, or the ZeRO stage
+            changed in a way that DeepSpeed cannot convert.
+    """
+    path = checkpoint.latest(run)
+    if path is None:
+        return None
+    state = checkpoint.read_state(path)
+    check_same(state.config, config, path)
+    old, new = state.config["train"]["zero_stage"], config.train.zero_stage
+    if old != new and {old, new} != {1, 2}:
+        raise CheckpointError(
+            f"train.zero_stage: {path} was written at stage {old}, which cannot be converted to stage {new}; "
+            f"keep stage {old}, or start a run of another name with train.init_from={path}"
+        )
+    # Stage 0 is whole on every worker; the others are cut by the number of workers and by the stage.
+    universal = new > 0 and (state.workers != workers or old != new)
+    if universal:
+        _convert(path, run)
+    log.info("resuming from %s", path)
+    return Resume(path, state, universal)
+
+
+def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
+    """Refuse a config that would make a resumed run another run.
+
+    Raises:
+        CheckpointError: lists every difference as old -> new.
+    """
+    before, now = flatten(old), flatten(config.model_dump(mode="json"))
+    differing = [
+        f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to a run with another config; only steps, validation, logging and cluster keys "
+            "may change. Use another name, or change back:\n" + "\n".join(differing)
+        )
+
+
+def _convert(path: str, run: str) -> None:
+    """DeepSpeed's universal form of a checkpoint, complete or absent, made once."""
+    name = path.rsplit("/", 1)[1]
+    target = storage.join(run, UNIVERSAL, name)
+    if storage.folder_complete(target):
+        return
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    log.info("converting %s for another number of workers", path)
+    local = storage.fetch(path) / TAG
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary) / TAG
+        main(
+            argparse.Namespace(
+                input_folder=str(local),
+                output_folder=str(output),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+        storage.publish_folder(temporary, target)
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Weights that a fresh run starts from; the model already holds them."""
+
+    average: dict[str, Tensor]
+
+    def load(self, ema: EMA) -> None:
+        """Let the average start from the given one."""
+        for (name, offset), values in ema.slices.items():
+            values.copy_(self.average[name].flatten()[offset : offset + values.numel()])
+
+
+def initial_weights(config: RunConfig, model: Denoiser) -> Initial | None:
+    """Put the weights of `train.init_from` into a fresh model.
+
+    A consolidated folder holds EMA weights only: they start both weights and average. A checkpoint gives each
+    its own.
+
+    Raises:
+        CheckpointError: no such folder or version, or it does not fit the model.
+    """
+    source = config.train.init_from
+    if source is None:
+        return None
+    origin = f"train.init_from {source!r}"
+    if source.startswith("models:/"):
+        local = tracking.download_model(tracking.tracking_uri(config), source)
+    elif storage.exists(source):
+        local = storage.fetch(source)
+    else:
+        raise CheckpointError(
+            f"{origin}: no such folder; expected a model folder, a checkpoint or models:/..."
+        )
+    if (local / TAG).is_dir():
+        if found := checkpoint.problems(str(local)):
+            raise CheckpointError(f"{origin} is not usable: " + "; ".join(found))
+        average = join_slices(read_slices(sorted(local.glob("ema_*.safetensors"))))
+        weights = _raw_weights(local)
+    else:
+        average = folder.read_weights(local)
+        weights = average
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    average = {name: v.view(shapes[name]) if name in shapes else v for name, v in average.items()}
+    folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
+    log.info("starting from the weights of %s", source)
+    return Initial(average)
+
+
+def _raw_weights(local: Path) -> dict[str, Tensor]:
+    """Full float32 weights of a checkpoint that this project wrote, whatever its ZeRO stage."""
+    state = checkpoint.read_state(str(local))
+    if state.config["train"]["zero_stage"] > 0:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        found = get_fp32_state_dict_from_zero_checkpoint(str(local), tag=TAG)
+        return {name: value.float() for name, value in found.items()}
+    # DeepSpeed's own file, written by us and checked against its SHA-256 before.
+    saved = torch.load(local / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    return {name: value.float() for name, value in saved["module"].items()}
+
+
+def read_skipped(run: str) -> Skipped:
+    """Places in global batches that made a step not finite, by step."""
+    file = storage.join(run, SKIPPED)
+    if not storage.exists(file):
+        return {}
+    return {int(step): entry["places"] for step, entry in json.loads(storage.read_text(file)).items()}
+
+
+def add_skipped(run: str, step: int, places: list[int], rows: list[int]) -> None:
+    """Remember them, with the rows of the data that they hold, for people."""
+    file = storage.join(run, SKIPPED)
+    known = json.loads(storage.read_text(file)) if storage.exists(file) else {}
+    storage.publish_text(file, json.dumps({**known, str(step): {"places": places, "rows": rows}}))

@@ -1,0 +1,68 @@
+"""Validation in the middle of training: perplexity of the EMA weights, and sample texts."""
+
+import logging
+
+import numpy as np
+import torch.distributed as dist
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.shards import Manifest, ShardReader
+from pipeline.data.text import data_path
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.evaluation import likelihood
+from pipeline.sampling.sampler import sample
+from pipeline.tracking import Tracker
+from pipeline.training.ema import EMA
+from pipeline.training.engine import Engine
+from pipeline.training.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def validate(
+    config: RunConfig,
+    manifest: Manifest,
+    engine: Engine,
+    ema: EMA,
+    session: Session,
+    tracker: Tracker | None,
+    step: int,
+) -> tuple[float, tuple[str, ...]]:
+    """Validation perplexity of the EMA weights, and sample texts; all ranks call it together."""
+    reader = ShardReader(data_path(config), manifest, "validation")
+    rows = np.unique(
+        np.linspace(0, len(reader) - 1, min(config.evaluation.rows, len(reader))).astype(np.int64)
+    )
+    with engine.weights(ema.slices) as model:
+        sums = likelihood.row_sums(
+            model,
+            likelihood.masked_batches(
+                reader.rows(rows),
+                config.evaluation.estimator,
+                config.evaluation.draws,
+                config.seed,
+                config.diffusion.eps,
+                manifest.special.bos is not None,
+                config.evaluation.batch,
+                session.rank,
+                session.workers,
+                session.device,
+            ),
+            len(rows),
+        ).to(session.device)
+        dist.all_reduce(sums)
+        # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
+        tokens = sample(
+            model, 2, min(64, config.sampling.steps), config.sampling.seed, bos=manifest.special.bos
+        )
+    bound = likelihood.summarise(
+        sums.cpu(), config.evaluation.estimator, config.evaluation.draws, config.seed
+    )
+    if session.rank == 0:
+        log.info("step %d: validation %s", step, bound)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    texts = tuple(tokenizer.decode(row) for row in tokens.tolist())
+    if tracker:
+        tracker.log_metrics({"validation/perplexity": bound.perplexity, "validation/nats": bound.nats}, step)
+        tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
+    return bound.perplexity, texts
