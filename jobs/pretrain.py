@@ -15,7 +15,7 @@ def run(config: RunConfig) -> None:
         print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {outcome.perplexity / value:.2f}")
     for text in outcome.samples[:1]:
         print(f"\n--- a sample\n{text}\n---")
-    print(f"\nmodel      {outcome.model}   ({outcome.version})")
+    print(f"\nmodel      {outcome.model}   ({outcome.version or 'not registered'})")
     print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {outcome.tracking_uri}")
 
 

@@ -9,6 +9,14 @@ from jaxtyping import install_import_hook
 install_import_hook(["pipeline.models", "pipeline.diffusion", "pipeline.sampling"], "beartype.beartype")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests multiply tiny matrices, where a second thread only waits for the first."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, started once."""

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = ["errors", "logs", "config", "storage", "tracking", "models", "diffusion", "sampling", "data"]
 ORDER += ["evaluation", "training", "api", "jobs"]
 ONLY_IN = {
-    "ray": {"data.text", "data.images", "training.loop", "training.launch", "evaluation", "jobs"},
-    "deepspeed": {"training.engine", "training.ema", "training.checkpoint"},
+    "ray": {"data.text", "data.images", "evaluation", "training.cluster", "training.launch", "jobs"},
+    "deepspeed": {"training.engine", "training.resume"},
     "mlflow": {"tracking"},
 }
 MOST_LINES = 400

@@ -1,8 +1,14 @@
 """The typed form of a run's YAML file: one frozen model per section, checks across sections at the end."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    model_validator,
+)
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -12,6 +18,15 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_yes_for_numbers(cls, tree: Any) -> Any:
+        for key, value in tree.items() if isinstance(tree, dict) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and field.annotation in (int, float):
+                raise ValueError(f"{key} is {str(value).lower()}; expected a number")
+        return tree
 
 
 class DataConfig(Section):

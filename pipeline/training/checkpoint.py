@@ -124,6 +124,12 @@ def latest(run: str) -> str | None:
     return None
 
 
+def newest(run: str) -> str | None:
+    """The newest checkpoint with all its files, whose contents nobody has compared yet."""
+    paths = (storage.join(run, name_of(step)) for step in reversed(steps(run)))
+    return next((path for path in paths if not problems(path, contents=False)), None)
+
+
 def prune(run: str, keep: int) -> None:
     """Remove all complete checkpoints but the `keep` newest and the one of best validation."""
     whole = [s for s in steps(run) if not problems(storage.join(run, name_of(s)), contents=False)]

@@ -3,13 +3,9 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import ray
 import ray.train
 import torch
@@ -24,52 +20,21 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 
-from pipeline import logs, storage, tracking
+from pipeline import errors, logs, storage, tracking
 from pipeline.config import schema
 from pipeline.config.load import dump, flatten
 from pipeline.data import text
-from pipeline.data.shards import Manifest, ShardReader, check_fits
-from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import CapabilityError, CheckpointError
-from pipeline.evaluation import generation, ngram
-from pipeline.evaluation.figures import loss_curve
-from pipeline.training import checkpoint
+from pipeline.data.shards import Manifest, check_fits
+from pipeline.errors import CheckpointError, PipelineError, TrainingError
+from pipeline.evaluation import generation
+from pipeline.training import checkpoint, resume
+from pipeline.training.cluster import check_resources, check_visible, cluster, stoppable
 from pipeline.training.loop import Job, train
+from pipeline.training.outcome import Outcome, finish
 
 log = logging.getLogger(__name__)
 
-NGRAM_ROWS = 200_000  # training rows that the reference perplexities are counted on, at most
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run left behind."""
-
-    run: str  # folder
-    model: str  # consolidated model
-    version: str  # models:/NAME/VERSION
-    perplexity: float
-    references: dict[str, float]
-    samples: tuple[str, ...]
-    tracking_uri: str
-
-
-@contextmanager
-def cluster(config: schema.RunConfig) -> Iterator[None]:
-    """Join the cluster that this job runs in (RAY_ADDRESS), else start a local Ray for the job."""
-    mine = not ray.is_initialized()
-    if mine:
-        address = os.environ.get("RAY_ADDRESS")
-        if address:
-            ray.init(address=address, logging_level=logging.WARNING)
-        else:
-            cpus = max(os.cpu_count() or 1, config.cluster.workers * config.cluster.cpus_per_worker)
-            ray.init(num_cpus=cpus, logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
-        if mine:
-            ray.shutdown()
+FATAL = "fatal.json"  # in the run's folder: an error that no restart can mend
 
 
 def located(config: schema.RunConfig) -> schema.RunConfig:
@@ -89,15 +54,21 @@ def pretrain(config: schema.RunConfig) -> Outcome:
     config = located(config)
     run = checkpoint.run_folder(config)
     storage.check_writable(run, "cluster.storage")
-    with cluster(config):
+    resume.precheck(run, config)
+    with cluster(config), stoppable(run) as stop:
+        uri = tracking.tracking_uri(config)
+        use_gpu = check_resources(config)
+        check_visible(run, uri)
         manifest = text.ensure(config)
         check_fits(manifest, config)
-        use_gpu = _check_resources(config)
-        uri, run_id = _open_run(config, run, manifest)
+        run_id = _open_run(config, run, uri, manifest)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             _fit(config, Job(config, uri, run_id), run, use_gpu)
-            outcome = _finish(config, run, uri, run_id, manifest)
+            if stop.is_set():
+                status = "KILLED"
+                raise TrainingError("stopped as asked, after a checkpoint; the same command goes on")
+            outcome = finish(config, run, uri, run_id, manifest)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -121,38 +92,15 @@ def sample(config: schema.RunConfig) -> generation.Samples:
         raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
     into = storage.join(run, "samples", f"{settings.order}-{settings.steps}-steps-seed-{settings.seed}")
     with cluster(config):
-        use_gpu = _check_resources(config)
+        use_gpu = check_resources(config)
         asked = config.cluster
         return generation.generate(
             storage.resolve(model), settings, asked.workers, asked.cpus_per_worker, use_gpu, into
         )
 
 
-def _check_resources(config: schema.RunConfig) -> bool:
-    """Whether the workers get a GPU each.
-
-    Raises:
-        CapabilityError: the cluster is too small; without this, Ray would wait for ever.
-    """
-    there = ray.cluster_resources()
-    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
-    asked = config.cluster
-    use_gpu = gpus > 0 if asked.accelerator == "auto" else asked.accelerator == "gpu"
-    if use_gpu and gpus < asked.workers:
-        raise CapabilityError(
-            f"cluster.workers: {asked.workers} workers of one GPU, the cluster has {gpus} GPUs"
-        )
-    if cpus < asked.workers * asked.cpus_per_worker:
-        raise CapabilityError(
-            f"cluster.workers: {asked.workers} workers of {asked.cpus_per_worker} CPUs, "
-            f"the cluster has {cpus}"
-        )
-    return use_gpu
-
-
-def _open_run(config: schema.RunConfig, run: str, manifest: Manifest) -> tuple[str, str]:
+def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest) -> str:
     """The MLflow run of this folder: the one it already has, or a new one, recorded in `run.json`."""
-    uri = tracking.tracking_uri(config)
     record = storage.join(run, "run.json")
     old = json.loads(storage.read_text(record))["run_id"] if storage.exists(record) else None
     run_id = tracking.open_run(
@@ -177,7 +125,7 @@ def _open_run(config: schema.RunConfig, run: str, manifest: Manifest) -> tuple[s
             "tokenizer": manifest.tokenizer.name,
         },
     )
-    return uri, run_id
+    return run_id
 
 
 def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
@@ -187,7 +135,9 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
     asked = config.cluster
     folder, name = run.rsplit("/", 1)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
-    trainer = TorchTrainer(
+    fatal = storage.join(run, FATAL)
+    storage.remove(fatal)
+    trainer = _Trainer(
         _worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -203,17 +153,39 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        if storage.exists(fatal):  # a user's mistake, found by a worker: say that, not what it led to
+            told = json.loads(storage.read_text(fatal))
+            storage.remove(fatal)
+            raise getattr(errors, told["kind"])(told["message"]) from None
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to `_stoppable`; Ray's own handler would end the run without a checkpoint."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        pass
 
 
 def _worker(settings: dict[str, Job]) -> None:
     """What Ray Train runs in every worker."""
     logs.show()
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every report, from every worker
     job = settings["job"]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to guess
     torch.set_num_threads(job.config.cluster.cpus_per_worker)  # Ray's default is one, whatever was asked
-    metrics = train(job, RaySession())
+    fatal = storage.join(checkpoint.run_folder(job.config), FATAL)
+    session = RaySession()
+    if storage.exists(fatal):  # trying again cannot help: end quietly, the driver tells why
+        return
+    try:
+        metrics = train(job, session)
+    except PipelineError as error:
+        storage.publish_text(fatal, json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        raise
     ray.train.report(metrics)
 
 
@@ -248,48 +220,3 @@ class RaySession:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
-
-
-def _finish(config: schema.RunConfig, run: str, uri: str, run_id: str, manifest: Manifest) -> Outcome:
-    """Consolidate, register, draw the curve, compare with n-grams."""
-    last = checkpoint.latest(run)
-    if last is None:
-        raise CheckpointError(f"{run}: training ended without a usable checkpoint")
-    checkpoint.prune(run, config.train.keep)
-    state = checkpoint.read_state(last)
-    model = storage.join(run, "model")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    checkpoint.consolidate(last, config, manifest, tokenizer, model)
-    perplexity = float("nan") if state.validation is None else state.validation
-    name = config.tracking.register_as or config.name
-    version = tracking.register_model(
-        uri,
-        run_id,
-        storage.fetch(model),
-        name,
-        tags={"step": str(state.step), "validation_perplexity": f"{perplexity:.4f}"},
-    )
-    references = _references(config, manifest)
-    history = tracking.metric_history(uri, run_id, ["train/loss", "validation/perplexity"])
-    figure = loss_curve(history, references)
-    with tracking.Tracker(uri, run_id) as tracker:
-        tracker.log_metrics({f"reference/{k}": v for k, v in references.items()}, state.step)
-        tracker.log_figure(figure, "figures/loss_curve.png")
-    if storage.is_local(run):
-        figure.savefig(Path(run) / "loss_curve.png")
-    return Outcome(run, model, f"models:/{name}/{version}", perplexity, references, state.samples, uri)
-
-
-def _references(config: schema.RunConfig, manifest: Manifest) -> dict[str, float]:
-    """Perplexities of n-gram models of the same training rows on the same validation rows."""
-    path = text.data_path(config)
-
-    def rows(split: str, most: int) -> np.ndarray:
-        reader = ShardReader(path, manifest, split)
-        return reader.rows(np.arange(min(len(reader), most)))
-
-    seen, held_out = rows("train", NGRAM_ROWS), rows("validation", config.evaluation.rows)
-    return {
-        "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
-        "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),
-    }

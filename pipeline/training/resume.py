@@ -79,18 +79,41 @@ def plan_resume(run: str, config: RunConfig, workers: int) -> Resume | None:
         return None
     state = checkpoint.read_state(path)
     check_same(state.config, config, path)
+    check_stage(state.config, config, path)
     old, new = state.config["train"]["zero_stage"], config.train.zero_stage
-    if old != new and {old, new} != {1, 2}:
-        raise CheckpointError(
-            f"train.zero_stage: {path} was written at stage {old}, which cannot be converted to stage {new}; "
-            f"keep stage {old}, or start a run of another name with train.init_from={path}"
-        )
     # Stage 0 is whole on every worker; the others are cut by the number of workers and by the stage.
     universal = new > 0 and (state.workers != workers or old != new)
     if universal:
         _convert(path, run)
     log.info("resuming from %s", path)
     return Resume(path, state, universal)
+
+
+def precheck(run: str, config: RunConfig) -> None:
+    """What the driver can refuse before any worker starts.
+
+    Raises:
+        CheckpointError: as `plan_resume`.
+    """
+    path = checkpoint.newest(run)
+    if path is not None:
+        state = checkpoint.read_state(path)
+        check_same(state.config, config, path)
+        check_stage(state.config, config, path)
+
+
+def check_stage(old: dict[str, Any], config: RunConfig, path: str) -> None:
+    """Refuse a ZeRO stage that the checkpoint cannot be read at.
+
+    Raises:
+        CheckpointError: names both stages.
+    """
+    before, now = old["train"]["zero_stage"], config.train.zero_stage
+    if before != now and {before, now} != {1, 2}:
+        raise CheckpointError(
+            f"train.zero_stage: {path} was written at stage {before}, which does not convert to stage {now}; "
+            f"keep stage {before}, or start a run of another name with train.init_from={path}"
+        )
 
 
 def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:

@@ -11,8 +11,8 @@ from pipeline.models import attention
 from pipeline.models.attention import Segments
 from pipeline.models.blocks import GroupSwap, Rotary
 from pipeline.models.denoiser import Batch
-from pipeline.models.pgm import Encoded
 from pipeline.models.pgm import PGM as PartitionModel
+from pipeline.models.pgm import Encoded
 
 V = 12  # group 0 uses ids below V / 2, group 1 those from V / 2: the embedding's gradient tells them apart
 

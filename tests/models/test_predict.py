@@ -109,6 +109,28 @@ def test_all_queries_are_asked_by_default(model: Model) -> None:
     torch.testing.assert_close(got[1:], alone, atol=1e-5, rtol=0)
 
 
+def test_knowledge_grows_step_by_step(model: Model) -> None:
+    """Rows extended unevenly, and asked in between, know what rows extended at once know."""
+    denoiser = model.denoiser
+    tokens, _ = random_rows(3, L, V)
+    steps = [[1, 1, 1], [2, 0, 3], [2, 2, 2], [0, 0, 0], [1, 4, 0]]
+    order = torch.stack([torch.randperm(L, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    queries = order[:, -3:]
+    with torch.no_grad():
+        grown, done = denoiser.open(3), [0, 0, 0]
+        for counts in steps:
+            places = [row[n : n + count] for row, n, count in zip(order, done, counts, strict=True)]
+            values = [row[place] for row, place in zip(tokens, places, strict=True)]
+            denoiser.extend(grown, torch.cat(values), torch.cat(places), counts)
+            done = [n + count for n, count in zip(done, counts, strict=True)]
+            hidden = denoiser.hidden(grown, queries.flatten(), [3, 3, 3])
+            known = tokens.gather(1, order)
+            at_once = model.predict(known, order, torch.tensor(done), queries)
+            logits = denoiser.head(hidden).view_as(at_once)
+            torch.testing.assert_close(logits, at_once, atol=1e-5, rtol=0)
+    assert grown.lengths == [6, 7, 6]
+
+
 @KINDS
 def test_loss_is_the_cross_entropy_of_logits(config: PGMConfig | MDLMConfig) -> None:
     """What training minimises is what `logits` shows, position by position."""

@@ -1,0 +1,116 @@
+"""The Ray cluster that a job runs on: joining it, what it can hold, what all its nodes see, being stopped."""
+
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline import storage
+from pipeline.config import schema
+from pipeline.errors import CapabilityError, ConfigError
+from pipeline.training.session import STOP
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def cluster(config: schema.RunConfig) -> Iterator[None]:
+    """Join the cluster that this job runs in (RAY_ADDRESS), else start a local Ray for the job."""
+    mine = not ray.is_initialized()
+    if mine:
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, logging_level=logging.WARNING)
+        else:
+            cpus = max(os.cpu_count() or 1, config.cluster.workers * config.cluster.cpus_per_worker)
+            ray.init(num_cpus=cpus, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def check_resources(config: schema.RunConfig) -> bool:
+    """Whether the workers get a GPU each.
+
+    Raises:
+        CapabilityError: the cluster is too small; without this, Ray would wait for ever.
+    """
+    there = ray.cluster_resources()
+    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    asked = config.cluster
+    use_gpu = gpus > 0 if asked.accelerator == "auto" else asked.accelerator == "gpu"
+    if use_gpu and gpus < asked.workers:
+        raise CapabilityError(
+            f"cluster.workers: {asked.workers} workers of one GPU, the cluster has {gpus} GPUs"
+        )
+    if cpus < asked.workers * asked.cpus_per_worker:
+        raise CapabilityError(
+            f"cluster.workers: {asked.workers} workers of {asked.cpus_per_worker} CPUs, "
+            f"the cluster has {cpus}"
+        )
+    return use_gpu
+
+
+def check_visible(run: str, uri: str) -> None:
+    """Refuse a store or a folder that only this node can see, if there are others.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    if uri.startswith("sqlite"):
+        raise ConfigError(
+            f"tracking.uri: {uri} is one node's SQLite file and the cluster has {len(nodes)} nodes; "
+            "expected the address of an MLflow server"
+        )
+    if not storage.is_local(run):
+        return
+    probe = storage.join(run, f"seen-{uuid.uuid4().hex}")
+    storage.publish_bytes(probe, b"")
+    look = ray.remote(num_cpus=0)(storage.exists)
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    seen = ray.get([look.options(scheduling_strategy=place).remote(probe) for place in places])
+    storage.remove(probe)
+    if not all(seen):
+        raise ConfigError(
+            f"cluster.storage: {run!r} is not the same folder on {seen.count(False)} of {len(nodes)} nodes; "
+            "expected a shared folder, s3:// or gs://"
+        )
+
+
+@contextmanager
+def stoppable(run: str) -> Iterator[threading.Event]:
+    """SIGTERM and Ctrl-C ask the workers to save and end; the second one ends this process at once."""
+    asked = threading.Event()
+    file = storage.join(run, STOP)
+    storage.remove(file)
+
+    def ask(number: int, _: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        log.warning(
+            "%s: saving a checkpoint and ending; once more to end at once", signal.Signals(number).name
+        )
+        storage.publish_bytes(file, b"")
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        storage.remove(file)

@@ -1,0 +1,168 @@
+"""The head's chunked loss against plain cross-entropy in float64, and the small layers' conventions."""
+
+import math
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import PGM, randomised
+from torch import Tensor
+
+from pipeline.models import build
+from pipeline.models.layers import LOGITS_AT_ONCE, Head, LayerNorm, rotary, rotate, sinusoid
+
+H = 16
+SIZES = [
+    pytest.param(37, 50, id="one chunk"),
+    pytest.param(LOGITS_AT_ONCE // 500, 1201, id="three chunks"),  # 500 rows, 500 rows, 201 rows
+]
+
+
+def random_head(vocab_size: int, dtype: torch.dtype = torch.float32) -> Head:
+    head = Head(H, vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return head.to(dtype)
+
+
+def losses_in_float64(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Cross-entropies written out, with the leaves that they were computed from."""
+    x = hidden.detach().double().requires_grad_()
+    leaves = [parameter.detach().double().requires_grad_() for parameter in head.parameters()]
+    named = dict(zip([name for name, _ in head.named_parameters()], leaves, strict=True))
+    shift, scale = named["modulation.vectors"]
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    modulated = normed * named["norm.weight"] * (1 + scale) + shift
+    logits = modulated @ named["weight"].T + named["bias"]
+    losses = logits.logsumexp(-1) - logits.gather(1, targets[:, None]).squeeze(1)
+    return x, leaves, losses
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), SIZES)
+def test_loss_is_cross_entropy(vocab_size: int, rows: int) -> None:
+    """Values, and gradients under a weight for each token."""
+    head = random_head(vocab_size)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(rows, H, generator=generator).requires_grad_()
+    targets = torch.randint(vocab_size, (rows,), generator=generator)
+    weights = torch.rand(rows, generator=generator) * (torch.arange(rows) % 3 > 0)  # a third weigh nothing
+    losses = head(hidden, targets)
+    x, leaves, expected = losses_in_float64(head, hidden, targets)
+    assert losses.shape == (rows,)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=0)
+    grads = torch.autograd.grad((losses * weights).sum(), [hidden, *head.parameters()])
+    wanted = torch.autograd.grad((expected * weights).sum(), [x, *leaves])
+    for got, want in zip(grads, wanted, strict=True):
+        scale = float(want.abs().max())
+        torch.testing.assert_close(got.double(), want, atol=1e-5 * max(scale, 1.0), rtol=0)
+    assert grads[0][weights == 0].eq(0).all()
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), SIZES)
+def test_logits_and_loss_agree(vocab_size: int, rows: int) -> None:
+    head = random_head(vocab_size)
+    hidden, targets = torch.randn(rows, H), torch.arange(rows) % vocab_size
+    with torch.no_grad():
+        logits = head(hidden)
+        assert logits.shape == (rows, vocab_size)
+        torch.testing.assert_close(
+            F.cross_entropy(logits, targets, reduction="none"), head(hidden, targets), atol=2e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), SIZES)
+def test_bf16_parameters_give_a_float32_loss(vocab_size: int, rows: int) -> None:
+    """Only rounding of inputs and parameters may differ from float64, not the log-softmax."""
+    head = random_head(vocab_size, torch.bfloat16)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(rows, H, generator=generator).bfloat16().requires_grad_()
+    targets = torch.randint(vocab_size, (rows,), generator=generator)
+    losses = head(hidden, targets)
+    assert losses.dtype == torch.float32
+    _, _, expected = losses_in_float64(head, hidden, targets)
+    torch.testing.assert_close(losses.double(), expected, atol=0.05, rtol=0)  # bf16 of the normed vectors
+    for gradient in torch.autograd.grad(losses.sum(), [hidden, *head.parameters()]):
+        assert gradient.dtype == torch.bfloat16
+        assert gradient.isfinite().all()
+
+
+def test_no_rows() -> None:
+    head = random_head(9)
+    losses = head(torch.zeros(0, H), torch.zeros(0, dtype=torch.int64))
+    assert losses.shape == (0,)
+    for gradient in torch.autograd.grad(losses.sum(), list(head.parameters())):
+        assert gradient.eq(0).all()
+
+
+def test_a_fresh_model_is_uniform() -> None:
+    model = build(PGM, 11, 16)
+    logits = model.logits(torch.randint(11, (2, 16)), torch.rand(2, 16) < 0.5)
+    assert logits.eq(0).all()
+
+
+def test_norm_and_modulation() -> None:
+    norm = LayerNorm(H, bias=True)
+    x = torch.randn(5, H, generator=torch.Generator().manual_seed(3)) * 3 + 1
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, H))
+        norm.bias.copy_(torch.linspace(-1, 1, H))
+        plain = norm(x)
+        torch.testing.assert_close(plain, F.layer_norm(x, (H,), norm.weight, norm.bias, 1e-5))
+        shift, scale = torch.linspace(3, 4, H), torch.linspace(-0.5, 0.5, H)
+        torch.testing.assert_close(norm(x, shift, scale), plain * (1 + scale) + shift, atol=1e-5, rtol=0)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_rotary_code_is_half_split() -> None:
+    """Entry i turns with entry i + D/2, by position / 10000^(2i/D)."""
+    positions = torch.tensor([0, 1, 700])
+    x = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(4))
+    turned = rotate(x, rotary(positions, 6))
+    for token, position in enumerate(positions.tolist()):
+        for i in range(3):
+            angle = position * 10_000 ** (-2 * i / 6)
+            low, high = x[token, :, i], x[token, :, i + 3]
+            cos, sin = math.cos(angle), math.sin(angle)
+            torch.testing.assert_close(turned[token, :, i], low * cos - high * sin, atol=1e-4, rtol=0)
+            torch.testing.assert_close(turned[token, :, i + 3], high * cos + low * sin, atol=1e-4, rtol=0)
+
+
+def test_rotated_products_depend_on_distance_alone() -> None:
+    q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(5))
+
+    def product(a: int, b: int) -> Tensor:
+        return (rotate(q, rotary(torch.tensor([a]), 8)) * rotate(k, rotary(torch.tensor([b]), 8))).sum()
+
+    torch.testing.assert_close(product(3, 10), product(53, 60), atol=1e-5, rtol=0)
+    assert abs(product(3, 10) - product(10, 3)) > 1e-3
+
+
+def test_sinusoids_are_cosines_then_sines() -> None:
+    code = sinusoid(torch.tensor([0, 2]), 8)
+    assert code[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    torch.testing.assert_close(code[1, 1], torch.tensor(math.cos(2 * 10_000**-0.25)))
+    torch.testing.assert_close(code[1, 4], torch.tensor(math.sin(2.0)))
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = randomised(PGM.model_copy(update={"dropout": 0.5}))
+    tokens, groups = torch.randint(11, (2, 16)), torch.rand(2, 16) < 0.5
+    assert torch.equal(model.logits(tokens, groups), model.logits(tokens, groups))
+    model.train()
+    torch.manual_seed(0)
+    first, second = model.logits(tokens, groups), model.logits(tokens, groups)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(first, model.logits(tokens, groups))
+
+
+def test_shapes_are_checked() -> None:
+    """The annotations are live in these tests: a wrong shape does not pass silently."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        LayerNorm(H)(torch.zeros(2, 3, H))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Head(H, 5)(torch.zeros(4, H), torch.zeros(3, dtype=torch.int64))

@@ -1,0 +1,59 @@
+"""The loss never holds B x L x V logits: peak memory of a training step, in processes of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEP = """
+import sys
+import torch
+import torch.nn.functional as F
+from pipeline.config.schema import PGMConfig
+from pipeline.models import build
+from pipeline.models.denoiser import Batch
+
+ROWS, LENGTH, V = 4, 1024, 50257
+
+
+def kib(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+model = build(PGMConfig(hidden=256, heads=4, encoder_blocks=1, decoder_blocks=1, dropout=0), V, LENGTH)
+tokens = torch.randint(V, (ROWS, LENGTH))
+groups = torch.rand(ROWS, LENGTH) < 0.5
+batch = Batch(tokens, groups, torch.ones_like(groups), torch.full((ROWS, LENGTH), 1 / (ROWS * LENGTH)))
+before = kib("VmRSS")
+if sys.argv[1] == "logits":
+    logits = model.logits(tokens, groups).flatten(0, 1)
+    loss = F.cross_entropy(logits, tokens.flatten())
+else:
+    loss = model(batch).sum()
+loss.backward()
+print(kib("VmHWM") - before, float(loss), float(model.head.weight.grad.norm()))
+"""
+
+
+def step(form: str) -> tuple[float, float, float]:
+    """(peak growth in MiB, loss, gradient norm) of one forward and backward pass in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, form], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    peak, loss, norm = map(float, done.stdout.split())
+    return peak / 1024, loss, norm
+
+
+def test_peak_memory_of_a_training_step() -> None:
+    chunked, loss, norm = step("chunked")
+    materialised, expected_loss, expected_norm = step("logits")
+    assert loss == pytest.approx(expected_loss, abs=1e-4)
+    assert norm == pytest.approx(expected_norm, rel=1e-3)
+    assert materialised > 1500, "logits and their gradient alone are 1,570 MiB"
+    assert chunked <= 0.6 * materialised, f"{chunked:.0f} MiB, with logits {materialised:.0f} MiB"
