@@ -58,8 +58,9 @@ class Engine:
         self.stage, self.device = train.zero_stage, device
         model.to(device)
         model.recompute = train.activation_checkpointing
+        # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed takes a step of zero gradients by itself,
         optimiser = torch.optim.AdamW(
-            model.parameters(), optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+            model.parameters(), lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay
         )
         self._engine: Any
         self._engine, _, _, _ = deepspeed.initialize(
@@ -68,7 +69,7 @@ class Engine:
             config=self._settings(train, universal),
             dist_init_required=False,
         )
-        self.names = [name for name, _ in self.model.named_parameters()]
+        self._engine.optimizer.state.clear()  # which must not count in Adam's bias correction
 
     def _settings(self, train: TrainConfig, universal: bool) -> dict[str, Any]:
         zero: dict[str, Any] = {

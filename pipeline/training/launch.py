@@ -172,7 +172,7 @@ class _Trainer(TorchTrainer):
 def _worker(settings: dict[str, Job]) -> None:
     """What Ray Train runs in every worker."""
     logs.show()
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every report, from every worker
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train repeats every report, from every worker
     job = settings["job"]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to guess

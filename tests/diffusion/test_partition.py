@@ -1,0 +1,87 @@
+"""Times and groups: a pure function of (seed, step), stratified over the global batch, of the right frequencies."""
+
+import numpy as np
+import pytest
+
+from pipeline.diffusion.partition import draw, draw_subset, stratified
+from pipeline.diffusion.schedule import alpha
+
+EPS = 1e-3
+
+
+def test_a_draw_depends_on_seed_and_step_alone() -> None:
+    t, groups = draw(7, 11, 16, 32, EPS, bos=False)
+    np.random.seed(0)
+    np.random.random(5)
+    again, groups_again = draw(7, 11, 16, 32, EPS, bos=False)
+    assert np.array_equal(t, again)
+    assert np.array_equal(groups, groups_again)
+    for seed, step in ((7, 12), (8, 11), (11, 7)):
+        other, other_groups = draw(seed, step, 16, 32, EPS, bos=False)
+        assert not np.isin(other, t).any()
+        assert not np.array_equal(groups, other_groups)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 512])
+@pytest.mark.parametrize("step", range(5))
+def test_every_stratum_of_the_global_batch_has_one_time(batch: int, step: int) -> None:
+    t, _ = draw(0, step, batch, 2, EPS, bos=False)
+    assert t.min() >= EPS
+    assert t.max() <= 1
+    uniform = (t - EPS) / (1 - EPS)
+    gaps = np.diff(np.sort(uniform))
+    assert np.allclose(gaps, 1 / batch)  # one offset for all
+    assert sorted(np.floor(uniform * batch).astype(int)) == list(range(batch))
+
+
+def test_the_offset_moves() -> None:
+    """Over steps a stratum is filled evenly: the estimate of anything is unbiased."""
+    rng = np.random.default_rng(0)
+    offsets = np.array([stratified(8, rng).min() * 8 for _ in range(4000)])
+    counts, _ = np.histogram(offsets, bins=10, range=(0, 1))
+    assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
+
+
+def test_no_worker_holds_all_the_large_times() -> None:
+    """Contiguous shares of the batch, as workers take them, have times like the whole batch's."""
+    times = np.stack([draw(3, step, 512, 1, EPS, bos=False)[0] for step in range(40)])
+    shares = times.reshape(40, 8, 64).mean(-1)
+    assert np.abs(shares - 0.5).max() < 5 * np.sqrt(1 / 12 / 64)
+    ranks = times.argsort(1)
+    assert not np.array_equal(ranks[0], ranks[1])
+
+
+def test_groups_have_their_frequency() -> None:
+    t, groups = draw(1, 0, 64, 8192, EPS, bos=False)
+    hidden = 1 - alpha(t, EPS)
+    deviation = (groups.mean(1) - hidden) / np.sqrt(hidden * (1 - hidden) / 8192)
+    assert np.abs(deviation).max() < 4.5
+    by_position = (groups - hidden[:, None]).mean(0)  # no position is preferred
+    assert np.abs(by_position).max() < 5.5 * np.sqrt((hidden * (1 - hidden)).mean() / 64)
+
+
+def test_bos_is_in_group_0() -> None:
+    _, groups = draw(0, 0, 256, 4, EPS, bos=True)
+    assert not groups[:, 0].any()
+    assert groups[:, 1:].mean() > 0.4
+    _, groups = draw(0, 0, 256, 4, EPS, bos=False)
+    assert groups[:, 0].mean() > 0.4
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_subsets_have_their_size_and_are_uniform(bos: bool) -> None:
+    rng = np.random.default_rng(5)
+    counts = np.repeat(np.arange(1, 7 - bos), 4000)
+    subsets = draw_subset(rng, counts, 6, bos)
+    assert np.array_equal(subsets.sum(1), counts)
+    assert not (bos and subsets[:, 0].any())
+    for count in range(1, 7 - bos):
+        of_size = subsets[counts == count]
+        kinds, times = np.unique(of_size, axis=0, return_counts=True)
+        expected = 4000 / len(kinds)
+        assert len(kinds) == pytest.approx(_choose(6 - bos, count))
+        assert np.abs(times - expected).max() < 5 * np.sqrt(expected)
+
+
+def _choose(n: int, k: int) -> float:
+    return np.prod(np.arange(n - k + 1, n + 1)) / np.prod(np.arange(1, k + 1))

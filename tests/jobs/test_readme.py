@@ -1,0 +1,62 @@
+"""The README's commands do what the README says."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Single-line commands of the README that set everything up."""
+    return [line.strip() for line in README.splitlines() if line.strip().startswith("python -m venv")]
+
+
+def test_two_commands():
+    main, tests = commands()
+    assert main.endswith(".venv/bin/python -m jobs.pretrain configs/text/quickstart.yaml")
+    assert tests.endswith(".venv/bin/pytest")
+    assert main.split("&&")[:2] == tests.split("&&")[:2]
+
+
+def test_every_file_that_the_readme_names_exists():
+    named = set(
+        re.findall(r"(?:pipeline|jobs|configs|cluster|tests|docs)/[\w./-]*\w\.(?:py|yaml|md|png)", README)
+    )
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.slow
+def test_main_command_in_a_copy_of_the_tree(tmp_path: Path):
+    """What follows the installation, in a copy, with the environment that runs this test."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, tracked.stdout.split("\0")):
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    words = commands()[0].split("&&")[-1].split()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(tmp_path)},  # the copy, not the installed tree
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ratio = re.search(r"model / unigram = ([\d.]+)", done.stdout)
+    assert ratio is not None
+    assert float(ratio[1]) <= 0.85, done.stdout[-2000:]
+    assert "bigram perplexity" in done.stdout
+    assert "mlflow ui --backend-store-uri" in done.stdout
+    assert (tmp_path / "runs/quickstart/model/model.safetensors").is_file()

@@ -1,0 +1,95 @@
+"""A run that loses workers and its driver ends as if nothing had happened (slow: many starts)."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from launched import LaunchedJob
+from mlflow import MlflowClient
+from tiny_runs import tiny
+from workers import run_workers
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.shards import Manifest
+from pipeline.tracking import tracking_uri
+from pipeline.training import checkpoint
+
+STEPS, EVERY = 600, 50
+
+
+def survivor(storage: Path, name: str) -> RunConfig:
+    train = {"steps": STEPS, "checkpoint_every": EVERY, "log_every": 10, "validate_every": 300}
+    return tiny(storage, name, train=train, cluster={"workers": 2, "max_failures": 5})
+
+
+def undisturbed(rank: int, workers: int, config: RunConfig) -> list[tuple[int, float]]:
+    """The same run in plain processes, without Ray; (step, loss)."""
+    from pipeline.training.loop import Job, train
+    from pipeline.training.session import PlainSession
+
+    session = PlainSession(rank, workers, checkpoint.run_folder(config))
+    train(Job(config), session)
+    return [(step, metrics["train/loss"]) for step, metrics in session.history]
+
+
+@pytest.fixture
+def kills() -> list[int]:
+    """Three random steps, far enough apart for a restart to reach a checkpoint in between."""
+    rng = random.Random(7)
+    return [low + rng.randrange(60) for low in (60, 190, 320)]
+
+
+@pytest.mark.slow
+def test_kills_of_workers_and_driver_change_nothing(tmp_path: Path, kills: list[int]):
+    config = survivor(tmp_path, "victim")
+    rng = random.Random(3)
+    with LaunchedJob("pretrain", config, tmp_path) as job:
+        seen = 0
+        for step in kills:
+            job.wait_for(rf"step {step // 10 * 10}/{STEPS}", after=seen)
+            seen = len(job.lines)
+            rng.choice(job.workers()).kill()
+            again = job.wait_for(r"resuming from step (\d+)", after=seen)
+            # At most what came after the last checkpoint is done again (its upload may still have been under way).
+            assert step - int(again[1]) <= 2 * EVERY
+        job.wait_for(rf"step 450/{STEPS}", after=seen)
+        job.kill_driver()
+
+    with LaunchedJob("pretrain", config, tmp_path) as job:
+        job.wait_for(rf"step 500/{STEPS}")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.process.wait(120) == 1
+        job.wait_for("stopped as asked")
+    run = MlflowClient(tracking_uri(config)).search_runs(["1"])[0]
+    assert run.info.status == "KILLED"
+
+    with LaunchedJob("pretrain", config, tmp_path) as job:
+        text = job.finish()
+        assert "resuming from step" in text
+        assert "validation perplexity" in text
+
+    plain = survivor(tmp_path, "undisturbed")
+    expected, _ = run_workers(undisturbed, 2, plain)
+    client = MlflowClient(tracking_uri(config))
+    (run,) = client.search_runs(["1"])  # one run, whatever happened
+    assert run.info.status == "FINISHED"
+    points = sorted(
+        client.get_metric_history(run.info.run_id, "train/loss"), key=lambda point: point.timestamp
+    )
+    logged = {point.step: point.value for point in points}
+    # A log line after a restart averages fewer steps; lines of whole intervals must be equal.
+    whole = [step for step, _ in expected if step > 500 + 2 * EVERY or step <= kills[0] // 10 * 10]
+    assert len(whole) > 5
+    for step, loss in expected:
+        if step in whole:
+            assert logged[step] == pytest.approx(loss, abs=1e-6), step
+
+    manifest = Manifest.read(str(tmp_path / "data"))
+    ends = [
+        checkpoint.ema_weights(str(checkpoint.latest(checkpoint.run_folder(c))), c, manifest)
+        for c in (config, plain)
+    ]
+    for name, values in ends[0].items():
+        assert torch.equal(values, ends[1][name]), name
