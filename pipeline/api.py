@@ -10,9 +10,14 @@ from torch import Tensor
 from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import INFO_FILE, Tokenizer, load_tokenizer
+from pipeline.errors import ConfigError
 from pipeline.models import folder
 from pipeline.models.denoiser import Denoiser, flat_index
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.logits import Filters
+from pipeline.sampling.orders import Order
+from pipeline.sampling.sampler import ragged_known, sample, sample_long
+
+Known = dict[int, int] | list[dict[int, int]] | tuple[Tensor, Tensor]
 
 
 class Model:
@@ -93,17 +98,86 @@ class Model:
         self,
         num_samples: int = 4,
         steps: int = 64,
-        order: str = "uniform",
+        order: str | Order = "uniform",
         seed: int = 0,
         condition: Int[Tensor, "B"] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        known: Known | None = None,
+        filters: Filters = Filters(),
     ) -> Int[Tensor, "B L"]:
         """Draw rows of tokens in `steps` forward passes; [num_samples, L], BOS included.
 
+        Args:
+            order: a name, or an `Order` with its settings.
+            known: given tokens: `{position: token}` for all samples, a list of such, or (tokens, mask), [B, L]
+                each. They are kept as they are and everything else is drawn around them.
+            filters: temperature, top-k, nucleus.
+
         Raises:
-            ConfigError: unknown order, or more steps than positions.
+            ConfigError: unknown order, more steps than positions, a given position outside the row.
         """
-        return sample(self.denoiser, num_samples, steps, seed, order, self.bos, condition, progress=progress)
+        given = self._given(known, num_samples)
+        return sample(
+            self.denoiser,
+            num_samples,
+            steps,
+            seed,
+            order,
+            self.bos,
+            condition,
+            progress=progress,
+            filters=filters,
+            known=given,
+        )
+
+    def write(
+        self,
+        prompt: str = "",
+        num_samples: int = 1,
+        length: int | None = None,
+        stride: int | None = None,
+        steps: int = 64,
+        seed: int = 0,
+        order: str | Order = "uniform",
+        filters: Filters = Filters(),
+    ) -> list[str]:
+        """Continue a prompt to `length` tokens or to the end of the text, also beyond L.
+
+        Args:
+            length: tokens, the prompt included; None: L.
+            stride: new tokens of every window after the first; None: half of L.
+
+        Raises:
+            ConfigError: a prompt longer than a row, a stride that leaves no context.
+        """
+        assert self.tokenizer is not None, "this model's data has no tokenizer"
+        window, start = self.denoiser.length, int(self.bos is not None)
+        ids = self.tokenizer.encode_batch([prompt])[0]
+        most = window - start - 1
+        if len(ids) > most:
+            raise ConfigError(f"prompt: {len(ids)} tokens; expected at most {most} for rows of {window}")
+        rows = sample_long(
+            self.denoiser,
+            num_samples,
+            max(window, length or window),
+            stride or window // 2,
+            min(steps, window - start - len(ids)),
+            seed,
+            order,
+            self.bos,
+            filters=filters,
+            known=self._given({start + i: int(token) for i, token in enumerate(ids)}, num_samples),
+            stop=self.tokenizer.eot,
+        )
+        return self.decode(rows[:, : length or window])
+
+    def _given(self, known: Known | None, rows: int) -> tuple[Tensor, Tensor] | None:
+        if known is None or isinstance(known, tuple):
+            return known
+        prompts = [known] * rows if isinstance(known, dict) else known
+        if len(prompts) != rows:
+            raise ConfigError(f"known: {len(prompts)} prompts for {rows} samples")
+        return ragged_known(prompts, self.denoiser.length)
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:
         """Rows of ids as texts; BOS and end-of-text are not shown."""

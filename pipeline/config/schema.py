@@ -145,7 +145,13 @@ class SamplingConfig(Section):
     model: str | None = None  # consolidated folder or models:/NAME@ALIAS; None: the run's own model
     num_samples: PositiveInt = 16
     steps: PositiveInt = 128
-    order: Literal["uniform"] = "uniform"
+    order: Literal["uniform", "binomial", "confidence", "entropy", "halton"] = "uniform"
+    schedule: Literal["linear", "arccos"] | None = None  # tokens a step; None: the order's own
+    gumbel: Annotated[float, Field(ge=0)] = 1.0  # confidence: noise at the first step
+    gamma: Annotated[float, Field(ge=0)] = 0.1  # entropy: bound on the joint error, nats
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: PositiveInt | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     batch: PositiveInt = 16  # rows sampled together by one actor
     seed: int = 0
 
@@ -216,7 +222,7 @@ class RunConfig(Section):
                 f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {self.train.steps}"
             )
         predicted = self.data.length - (self.data.wrap == "bos_eos")
-        if self.sampling.steps > predicted:
+        if self.sampling.steps > predicted and self.sampling.order != "binomial":
             found.append(
                 f"sampling.steps: {self.sampling.steps} steps for {predicted} predicted tokens a row; "
                 f"expected at most {predicted}"

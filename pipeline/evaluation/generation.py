@@ -19,6 +19,8 @@ from pipeline import storage
 from pipeline.config.schema import SamplingConfig
 from pipeline.data.tokenizers import INFO_FILE, load_tokenizer
 from pipeline.models import folder
+from pipeline.sampling.logits import Filters
+from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import sample
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,16 @@ class _Sampler:
     def draw(self, first: int, count: int) -> Int[np.ndarray, "count L"]:
         """Samples `first` to `first + count - 1`."""
         s = self._settings
-        tokens = sample(self._denoiser, count, s.steps, s.seed, s.order, self._facts.bos, first=first)
+        tokens = sample(
+            self._denoiser,
+            count,
+            s.steps,
+            s.seed,
+            Order(s.order, s.schedule, s.gumbel, s.gamma),
+            self._facts.bos,
+            first=first,
+            filters=Filters(s.temperature, s.top_k, s.top_p),
+        )
         return tokens.cpu().numpy()
 
 

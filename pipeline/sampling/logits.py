@@ -1,29 +1,90 @@
 """From hidden vectors to drawn tokens, a chunk of rows at a time."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.models.layers import LOGITS_AT_ONCE, Head
 
 
-def draw_tokens(head: Head, hidden: Float[Tensor, "Q H"], noise: Float[Tensor, "Q"]) -> Int[Tensor, "Q"]:
+@dataclass(frozen=True)
+class Filters:
+    """What is done to a distribution before a token is drawn from it.
+
+    Attributes:
+        temperature: logits are divided by it.
+        top_k: only the k most likely tokens (None: all).
+        top_p: only the most likely tokens that together reach this probability (nucleus; None: all).
+
+    Raises:
+        ConfigError: a value that leaves no distribution.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"temperature: {self.temperature} is not above 0; use top_k=1 for the likeliest token"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k: {self.top_k}; expected at least 1, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: {self.top_p}; expected above 0 and at most 1, or None")
+
+
+class Drawn(NamedTuple):
+    """Tokens, their log-probability and the entropy of what they were drawn from (nats, float64)."""
+
+    tokens: Int[Tensor, "Q"]
+    log_prob: Float[Tensor, "Q"]
+    entropy: Float[Tensor, "Q"]
+
+
+def draw_tokens(
+    head: Head, hidden: Float[Tensor, "Q H"], noise: Float[Tensor, "Q"], filters: Filters = Filters()
+) -> Drawn:
     """Draw one token a row from softmax(head(hidden)) by inverting the cumulative distribution in float64.
 
     Low precision makes categorical draws less diverse than the model is (method.md section 4). One uniform
     number a token, so what a sample draws depends on its own noise only, whatever rows are beside it.
 
     Shape:
-        hidden: [Q, H]; noise: [Q] float64 uniforms in [0, 1); returns [Q] ids. V-wide tensors exist for a
+        hidden: [Q, H]; noise: [Q] float64 uniforms in [0, 1); returns [Q] each. V-wide tensors exist for a
         chunk of rows only.
     """
     rows = max(1, LOGITS_AT_ONCE // head.vocab_size)
-    drawn = [_invert(head(h), u) for h, u in zip(hidden.split(rows), noise.split(rows), strict=True)]
-    return torch.cat(drawn) if drawn else noise.long()
+    chunks = zip(hidden.split(rows), noise.split(rows), strict=True)
+    drawn = [_invert(head(h), u, filters) for h, u in chunks]
+    if not drawn:
+        return Drawn(noise.long(), noise, noise)
+    return Drawn(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
 
 
-def _invert(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"]) -> Int[Tensor, "q"]:
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+def _invert(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"], filters: Filters) -> Drawn:
+    probability = _filtered(logits.double() / filters.temperature, filters).softmax(-1)
+    cumulative = probability.cumsum(-1)
     # `right`: the first id whose cumulative probability exceeds the noise, so never one of probability 0.
     found = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)
-    return found.squeeze(1).clamp(max=logits.shape[-1] - 1)
+    tokens = found.clamp(max=logits.shape[-1] - 1)
+    log_prob = probability.gather(1, tokens).squeeze(1).log()
+    return Drawn(tokens.squeeze(1), log_prob, torch.special.entr(probability).sum(-1))
+
+
+def _filtered(logits: Float[Tensor, "q V"], filters: Filters) -> Float[Tensor, "q V"]:
+    """Logits with everything outside top-k and the nucleus at minus infinity."""
+    if filters.top_k is not None and filters.top_k < logits.shape[-1]:
+        smallest = logits.topk(filters.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if filters.top_p is not None and filters.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        likely = ordered.softmax(-1)
+        outside = likely.cumsum(-1) - likely >= filters.top_p  # what stands before already reaches top_p
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -torch.inf)
+    return logits

@@ -1,15 +1,19 @@
 """The one sampling loop: pick positions, predict only those, draw, append."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.models.denoiser import Denoiser
+from pipeline.errors import ConfigError
+from pipeline.models.denoiser import Denoiser, State, flat_index
 from pipeline.sampling import orders
-from pipeline.sampling.logits import draw_tokens
+from pipeline.sampling.logits import Drawn, Filters, draw_tokens
+from pipeline.sampling.orders import Order
+
+Progress = Callable[[int, int], None]  # (steps done, steps)
 
 
 @torch.inference_mode()
@@ -18,23 +22,27 @@ def sample(
     num_samples: int,
     steps: int,
     seed: int,
-    order: str = "uniform",
+    order: str | Order = "uniform",
     bos: int | None = None,
     condition: Int[Tensor, "B"] | None = None,
     first: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    filters: Filters = Filters(),
+    known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
 ) -> Int[Tensor, "B L"]:
-    """Draw rows of tokens from nothing (or from BOS, where the data has one).
+    """Draw rows of tokens: from nothing, from BOS, or around any given tokens.
 
     Sample i of the call depends on (seed, first + i) only: its order and its noise are the same in any batch.
 
     Args:
         model: in eval mode.
-        steps: forward passes; the positions are spread over them as evenly as they go.
+        steps: forward passes at most; the positions are spread over them.
+        order: a name with its default settings, or an `Order`.
         bos: id that stands known at position 0.
         condition: [B] class labels.
         first: index of the first sample, for batches of a longer list.
         progress: called with (steps done, steps) after every step.
+        known: tokens and where they are given; all other positions are drawn.
 
     Shape:
         Returns [num_samples, L] ids, BOS included.
@@ -43,26 +51,214 @@ def sample(
         ConfigError: unknown order, or more steps than positions.
         CapabilityError: a condition for a model without classes.
     """
-    device = model.head.weight.device
-    length, start = model.length, int(bos is not None)
-    orders.check(order, steps, length - start)
-    generators = [np.random.default_rng([seed, first + i]) for i in range(num_samples)]
-    plans = [orders.uniform(np.arange(start, length), steps, rng) for rng in generators]
-    noise = torch.from_numpy(np.stack([rng.random(length) for rng in generators])).to(device)  # [B, L]
-    rows = torch.arange(num_samples, device=device)
-
-    tokens = torch.zeros(num_samples, length, dtype=torch.int64, device=device)
-    state = model.open(num_samples, condition, capacity=length)
+    order = Order(order) if isinstance(order, str) else order
+    device, length = model.head.weight.device, model.length
+    tokens = torch.zeros(num_samples, length, dtype=torch.int64)
+    given = torch.zeros(num_samples, length, dtype=torch.bool)
+    if known is not None:
+        given = given | known[1].cpu()
+        tokens = torch.where(given, known[0].cpu(), tokens)
     if bos is not None:
-        tokens[:, 0] = bos
-        model.extend(state, tokens[:, 0], torch.zeros_like(rows), [1] * num_samples)
+        tokens[:, 0], given[:, 0] = bos, True
+    unknown = [np.flatnonzero(row) for row in (~given).numpy()]
+    orders.check(order, steps, max(map(len, unknown), default=0), length - (bos is not None))
+    generators = [np.random.default_rng([seed, first + i]) for i in range(num_samples)]
+
+    state = model.open(num_samples, condition, capacity=length)
+    if given.any():
+        rows, positions = (index.to(device) for index in given.nonzero(as_tuple=True))
+        tokens = tokens.to(device)
+        model.extend(state, tokens[rows, positions], positions, given.sum(1).tolist())
+    tokens = tokens.to(device)
+    if order.name in orders.PLANNED:
+        plans = [
+            orders.plan(order, places, steps, rng, bos is not None)
+            for places, rng in zip(unknown, generators, strict=True)
+        ]
+        _follow(model, state, tokens, plans, generators, filters, progress)
+    else:
+        _choose(model, state, tokens, ~given.to(device), steps, order, generators, filters, progress)
+    return tokens
+
+
+def _follow(
+    model: Denoiser,
+    state: State,
+    tokens: Int[Tensor, "B L"],
+    plans: list[tuple[Int[np.ndarray, "U"], Int[np.ndarray, "steps"]]],
+    generators: list[np.random.Generator],
+    filters: Filters,
+    progress: Progress | None,
+) -> None:
+    """Reveal by plans that were made before the first step; ragged, and without a loop over rows."""
+    batch, length = tokens.shape
+    noise = torch.from_numpy(np.stack([rng.random(length) for rng in generators])).to(tokens.device)
+    width = max(len(sequence) for sequence, _ in plans)
+    sequences = torch.tensor(np.stack([np.pad(s, (0, width - len(s))) for s, _ in plans])).flatten()
+    counts = np.stack([count for _, count in plans], axis=1)  # [steps, B]
+    starts = np.cumsum(counts, axis=0) - counts
+    for step, (now, start) in enumerate(zip(counts, starts, strict=True)):
+        if now.any():  # a step in which no row reveals anything is not run
+            lengths = now.tolist()
+            row = torch.repeat_interleave(torch.arange(batch), torch.from_numpy(now))
+            position = sequences[flat_index(lengths, start.tolist(), width)]
+            cell = (row * length + position).to(tokens.device, non_blocking=True)
+            position = position.to(tokens.device, non_blocking=True)
+            hidden = model.hidden(state, position, lengths)
+            drawn = draw_tokens(model.head, hidden, noise.view(-1)[cell], filters).tokens
+            tokens.view(-1)[cell] = drawn
+            model.extend(state, drawn, position, lengths)
+        if progress is not None:
+            progress(step + 1, len(counts))
+
+
+def _choose(
+    model: Denoiser,
+    state: State,
+    tokens: Int[Tensor, "B L"],
+    unknown: Bool[Tensor, "B L"],
+    steps: int,
+    order: Order,
+    generators: list[np.random.Generator],
+    filters: Filters,
+    progress: Progress | None,
+) -> None:
+    """Predict all unknown positions at every step and keep some of them."""
+    schedule = orders.schedule_of(order)
+    left = unknown.sum(1).tolist()
+    counts = [orders.step_counts(n, steps, schedule) for n in left]
     for step in range(steps):
-        positions = torch.from_numpy(np.stack([plan[step] for plan in plans])).to(device)  # [B, n]
-        counts = [positions.shape[1]] * num_samples
-        hidden = model.hidden(state, positions.flatten(), counts)
-        drawn = draw_tokens(model.head, hidden, noise.gather(1, positions).flatten())
-        tokens.scatter_(1, positions, drawn.view_as(positions))
-        model.extend(state, drawn, positions.flatten(), counts)
+        if any(left):
+            rows, positions = unknown.nonzero(as_tuple=True)
+            noise = _noise(generators, unknown)
+            hidden = model.hidden(state, positions, left)
+            drawn = draw_tokens(model.head, hidden, noise[0][rows, positions], filters)
+            canvas = _on_canvas(drawn, unknown)
+            # Confidence keeps to the schedule; entropy may run ahead of it, but must end with it.
+            done = [int(count[: step + 1].sum()) for count in counts]
+            least = [max(0, d - int(c.sum()) + n) for d, c, n in zip(done, counts, left, strict=True)]
+            keep = orders.choose(
+                order, unknown, canvas.log_prob, canvas.entropy, noise[1], least, step / steps
+            )
+            rows, positions = keep.nonzero(as_tuple=True)
+            kept = keep.sum(1).tolist()
+            tokens[keep] = canvas.tokens[keep]
+            model.extend(state, tokens[rows, positions], positions, kept)
+            unknown = unknown & ~keep
+            left = [n - k for n, k in zip(left, kept, strict=True)]
         if progress is not None:
             progress(step + 1, steps)
-    return tokens
+
+
+def _noise(
+    generators: list[np.random.Generator], like: Tensor
+) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
+    """A step's uniforms and Gumbel noise, each row's from its own generator."""
+    drawn = np.stack([rng.random((2, like.shape[1])) for rng in generators])  # [B, 2, L]
+    uniform, other = torch.from_numpy(drawn).to(like.device).unbind(1)
+    return uniform, -(-other.clamp(min=1e-300).log()).log()
+
+
+def _on_canvas(drawn: Drawn, unknown: Bool[Tensor, "B L"]) -> Drawn:
+    """Packed values back at their positions, 0 elsewhere."""
+    return Drawn(*(torch.zeros_like(unknown, dtype=x.dtype).masked_scatter(unknown, x) for x in drawn))
+
+
+def sample_long(
+    model: Denoiser,
+    num_samples: int,
+    length: int,
+    stride: int,
+    steps: int,
+    seed: int,
+    order: str | Order = "uniform",
+    bos: int | None = None,
+    condition: Int[Tensor, "B"] | None = None,
+    filters: Filters = Filters(),
+    known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
+    stop: int | None = None,
+) -> Int[Tensor, "B length"]:
+    """Rows of any length, window by window: the end of what is there is the next window's given beginning.
+
+    Args:
+        length: tokens of a row.
+        stride: new tokens of every window after the first.
+        steps: of a full window; a window of `stride` new tokens takes its share.
+        known: given tokens of the first window.
+        stop: an id at which a row ends; it and what would follow are filled with it.
+
+    Raises:
+        ConfigError: a stride that leaves no context, or a length below the model's.
+    """
+    window, start = model.length, int(bos is not None)
+    if not 1 <= stride < window - start:
+        raise ConfigError(f"stride: {stride}; expected 1 to {window - start - 1} for windows of {window}")
+    if length < window:
+        raise ConfigError(f"length: {length}; expected at least the model's {window}")
+    given = int(known[1].any(0).nonzero().max()) + 1 if known is not None and known[1].any() else start
+    rows = sample(model, num_samples, steps, seed, order, bos, condition, 0, None, filters, known)
+    index = 1
+    while rows.shape[1] < length and not _ended(rows, stop, given).all():
+        new = min(stride, length - rows.shape[1])
+        context = rows[:, rows.shape[1] - (window - start - new) :]
+        tokens = torch.zeros(num_samples, window, dtype=torch.int64, device=rows.device)
+        tokens[:, start : start + context.shape[1]] = context
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        mask[:, start : start + context.shape[1]] = True
+        share = max(1, min(new, round(steps * new / (window - start))))
+        # Other windows, other noise: the window's index is part of the seed.
+        drawn = sample(
+            model,
+            num_samples,
+            share,
+            _mixed(seed, index),
+            order,
+            bos,
+            condition,
+            0,
+            None,
+            filters,
+            (tokens, mask),
+        )
+        rows = torch.cat([rows, drawn[:, window - new :]], dim=1)
+        index += 1
+    if stop is None:
+        return rows
+    rows = torch.where(_ended(rows, stop, given, inclusive=True), stop, rows)
+    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=stop)
+
+
+def _ended(
+    rows: Int[Tensor, "B T"], stop: int | None, given: int, inclusive: bool = False
+) -> Bool[Tensor, "B T"] | Bool[Tensor, "B"]:
+    """Which rows hold `stop` behind the given tokens; with `inclusive`, at which positions it has come."""
+    if stop is None:
+        return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    hits = rows.eq(stop)
+    hits[:, :given] = False
+    return hits.cummax(1).values if inclusive else hits.any(1)
+
+
+def _mixed(seed: int, index: int) -> int:
+    """A seed for window `index` that no other (seed, index) shares."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+
+
+def ragged_known(
+    prompts: Sequence[dict[int, int]], length: int
+) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    """`{position: token}` of every row as tokens and mask.
+
+    Raises:
+        ConfigError: a position outside the row.
+    """
+    tokens = torch.zeros(len(prompts), length, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        for position, token in prompt.items():
+            if not 0 <= position < length:
+                raise ConfigError(
+                    f"known: position {position}; expected 0 to {length - 1} for rows of {length}"
+                )
+            tokens[row, position], mask[row, position] = token, True
+    return tokens, mask
