@@ -85,7 +85,7 @@ def _follow(
     model: Denoiser,
     state: State,
     tokens: Int[Tensor, "B L"],
-    plans: list[tuple[Int[np.ndarray, "U"], Int[np.ndarray, "steps"]]],
+    plans: list[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "steps"]]],
     generators: list[np.random.Generator],
     filters: Filters,
     progress: Progress | None,

@@ -148,8 +148,8 @@ def test_draws_are_inverted_in_float64() -> None:
         head.bias.copy_(torch.tensor([-1e4, 0.0, math.log(1e-10), -1e4]))
     last = 1 - 2**-53
     noise = torch.tensor([0.0, 0.3, 1 - 1e-9, 1 - 1e-11, last], dtype=torch.float64)
-    assert draw_tokens(head, torch.zeros(5, 4), noise).tolist() == [1, 1, 1, 2, 2]
-    assert draw_tokens(head, torch.zeros(0, 4), noise[:0]).tolist() == []
+    assert draw_tokens(head, torch.zeros(5, 4), noise).tokens.tolist() == [1, 1, 1, 2, 2]
+    assert draw_tokens(head, torch.zeros(0, 4), noise[:0]).tokens.tolist() == []
 
 
 def test_logits_exist_for_a_chunk_of_rows_only() -> None:
@@ -163,7 +163,7 @@ def test_logits_exist_for_a_chunk_of_rows_only() -> None:
     sizes = []
     handle = head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     with torch.no_grad():
-        drawn = draw_tokens(head, hidden, noise)
+        drawn = draw_tokens(head, hidden, noise).tokens
         handle.remove()
         cumulative = head(hidden).double().softmax(-1).cumsum(-1)
     assert sizes == [50, 50, 20]
@@ -173,7 +173,7 @@ def test_logits_exist_for_a_chunk_of_rows_only() -> None:
 @KINDS
 def test_what_cannot_be_sampled_is_refused(config: PGMConfig | MDLMConfig) -> None:
     model = build(config, V, L).eval()
-    with pytest.raises(ConfigError, match="'unifrom' is not one of .*uniform.*did you mean 'uniform'"):
+    with pytest.raises(ConfigError, match=r"'unifrom' is not one of .*uniform.*did you mean 'uniform'"):
         sample(model, 1, 4, 0, order="unifrom")
     for steps in (0, -1, 17):
         with pytest.raises(ConfigError, match=f"steps: {steps} for 16 positions.* 1 to 16"):
