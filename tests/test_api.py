@@ -1,0 +1,159 @@
+"""The model object: a written folder comes back whole, shapes and dtypes, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import BOTH_KINDS, random_rows, randomised
+
+import pipeline
+from pipeline.api import Model, load_model
+from pipeline.config.schema import MDLMConfig, PGMConfig, RunConfig
+from pipeline.data.tokenizers import ByteTokenizer
+from pipeline.errors import CapabilityError, CheckpointError, ConfigError
+from pipeline.models import folder
+from pipeline.models.denoiser import Denoiser
+
+V, L = 257, 16
+KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
+
+
+def written(path: Path, config: PGMConfig | MDLMConfig, bos: int | None = 256) -> Denoiser:
+    """Write a consolidated folder and return the model that is in it."""
+    model = randomised(config, V, L)
+    run = RunConfig(name="small", model=config)
+    folder.write(path, run, folder.DataFacts(V, L, bos, 256), model.state_dict())
+    ByteTokenizer().save(path)
+    return model
+
+
+@pytest.fixture(params=BOTH_KINDS, ids=lambda config: config.kind)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
+    written(tmp_path / "model", request.param)
+    return load_model(tmp_path / "model")
+
+
+@KINDS
+@pytest.mark.parametrize("as_string", [False, True])
+def test_a_folder_comes_back_whole(
+    config: PGMConfig | MDLMConfig, as_string: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = written(tmp_path / "run" / "model", config)
+    monkeypatch.chdir(tmp_path)
+    model = pipeline.load_model("run/model" if as_string else Path("run/model"))
+    assert isinstance(model, pipeline.Model)
+    assert not model.denoiser.training
+    assert (model.bos, model.denoiser.vocab_size, model.denoiser.length) == (256, V, L)
+    assert model.denoiser.state_dict().keys() == original.state_dict().keys()
+    tokens, groups = random_rows(3, L, V)
+    assert torch.equal(model.logits(tokens, groups), original.logits(tokens, groups))
+    _, config_read, facts = folder.read(tmp_path / "run" / "model")
+    assert config_read == RunConfig(name="small", model=config)
+    assert facts == folder.DataFacts(V, L, 256, 256)
+
+
+def test_logits(model: Model) -> None:
+    tokens, groups = random_rows(3, L, V)
+    logits = model.logits(tokens, groups.long())
+    assert logits.shape == (3, L, V)
+    assert logits.dtype == torch.float32
+    assert not logits.requires_grad
+    assert torch.equal(logits, model.logits(tokens, groups))
+    assert torch.equal(logits, model.logits(tokens.int(), groups.to(torch.uint8)))
+
+
+def test_predict(model: Model) -> None:
+    known, positions = torch.tensor([[256, 5], [256, 0]]), torch.tensor([[0, 3], [0, 0]])
+    queries = torch.tensor([[1, 2, 4], [7, 0, 0]])
+    logits = model.predict(known, positions, torch.tensor([2, 1]), queries, torch.tensor([3, 1]))
+    assert logits.shape == (2, 3, V)
+    assert logits.dtype == torch.float32
+    assert not logits.requires_grad
+    assert logits[1, 1:].eq(0).all()
+    assert logits[1, 0].ne(0).all()
+
+
+def test_sample_and_decode(model: Model) -> None:
+    rows = model.sample(num_samples=3, steps=4, order="uniform", seed=1)
+    assert rows.shape == (3, L)
+    assert rows[:, 0].eq(256).all()
+    assert rows.min() >= 0
+    assert rows.max() < V
+    assert torch.equal(rows, model.sample(3, 4, seed=1))
+    model.bos = None
+    assert model.sample(5, steps=L).shape == (5, L)
+    texts = model.decode(torch.tensor([[256, 72, 105, 256]]))
+    assert texts == ["Hi"]
+
+
+def test_default_arguments(tmp_path: Path) -> None:
+    """`model.sample()` alone works wherever the model has the 64 positions that it asks for."""
+    model = Model(randomised(BOTH_KINDS[0], 7, 64))
+    assert model.sample().shape == (4, 64)
+    assert torch.equal(model.sample(), model.sample(num_samples=4, steps=64, order="uniform", seed=0))
+
+
+def test_what_the_model_cannot_do_is_refused(model: Model) -> None:
+    tokens, groups = random_rows(2, L, V)
+    labels = torch.tensor([0, 1])
+    with pytest.raises(CapabilityError, match=r"condition: .* without classes"):
+        model.logits(tokens, groups, condition=labels)
+    with pytest.raises(CapabilityError, match=r"condition: .* without classes"):
+        model.predict(tokens, tokens, torch.tensor([1, 1]), tokens[:, :1] * 0, condition=labels)
+    with pytest.raises(CapabilityError, match=r"condition: .* without classes"):
+        model.sample(2, 4, condition=labels)
+    with pytest.raises(ConfigError, match="order: 'halton'"):
+        model.sample(2, 4, order="halton")
+    with pytest.raises(ConfigError, match="steps: 64 for 15 positions"):
+        model.sample()
+
+
+@KINDS
+def test_tensors_that_do_not_fit_are_all_named(config: PGMConfig | MDLMConfig, tmp_path: Path) -> None:
+    written(tmp_path, config)
+    tensors = load_file(tmp_path / folder.WEIGHTS)
+    tensors["head.biass"] = tensors.pop("head.bias")
+    tensors["embedding.weight"] = tensors["embedding.weight"][:-1].clone()
+    save_file(tensors, tmp_path / folder.WEIGHTS)
+    with pytest.raises(CheckpointError) as refused:
+        load_model(tmp_path)
+    message = str(refused.value)
+    assert str(tmp_path / folder.WEIGHTS) in message
+    assert f"missing head.bias [{V}]" in message
+    assert "extra head.biass; did you mean 'head.bias'?" in message
+    rows = V + (config.kind == "mdlm")
+    assert f"embedding.weight is [{rows - 1}, 32], expected [{rows}, 32]" in message
+    assert message.count("\n") == 3, "one line for each problem"
+
+
+def test_folders_that_are_no_models(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model.safetensors.*does not exist"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"no model.safetensors.*found notes.txt"):
+        load_model(tmp_path)
+    written(tmp_path, BOTH_KINDS[0])
+    (tmp_path / folder.CONFIG).unlink()
+    with pytest.raises(CheckpointError, match=r"no config.yaml"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", [folder.WEIGHTS, folder.CONFIG])
+def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
+    written(tmp_path, BOTH_KINDS[0])
+    whole = (tmp_path / name).read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"\x00" * 64):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=name):
+            load_model(tmp_path)
+
+
+def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    model = randomised(BOTH_KINDS[0], 7, L)
+    run = RunConfig(name="small", model=BOTH_KINDS[0])
+    folder.write(tmp_path, run, folder.DataFacts(7, L, None, None), model.state_dict())
+    loaded = load_model(tmp_path)
+    assert loaded.tokenizer is None
+    assert loaded.bos is None
+    assert loaded.sample(2, 4).shape == (2, L)
