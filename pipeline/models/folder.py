@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,7 +45,8 @@ def read(folder: Path) -> tuple[Denoiser, RunConfig, DataFacts]:
     """The model in eval mode on the CPU, its config and its data's facts.
 
     Raises:
-        CheckpointError: a file is missing, or tensors do not fit the config; every one is named.
+        CheckpointError: a file is missing or damaged, or tensors do not fit the config; every one is named.
+        ConfigError: the config in the folder is none of this version's.
     """
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
@@ -53,11 +55,10 @@ def read(folder: Path) -> tuple[Denoiser, RunConfig, DataFacts]:
                 f"{folder}: no {name}; expected a consolidated model folder"
                 + (f", found {', '.join(there[:8])}" if there else ", but it does not exist")
             )
-    tree = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    config, facts = parse(tree["run"], origin=str(folder / CONFIG)), DataFacts(**tree["data"])
+    config, facts = _read_config(folder / CONFIG)
     with torch.device("meta"):
         model = build(config.model, facts.vocab_size, facts.length)
-    load_weights(model, load_file(folder / WEIGHTS), origin=str(folder / WEIGHTS))
+    load_weights(model, _read_tensors(folder / WEIGHTS), origin=str(folder / WEIGHTS))
     return model.eval(), config, facts
 
 
@@ -65,11 +66,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors alone.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or the file is damaged.
     """
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder}: no {WEIGHTS}; expected a consolidated model folder or a checkpoint")
-    return load_file(folder / WEIGHTS)
+    return _read_tensors(folder / WEIGHTS)
 
 
 def load_weights(model: Denoiser, tensors: dict[str, Tensor], origin: str) -> None:
@@ -93,3 +94,19 @@ def load_weights(model: Denoiser, tensors: dict[str, Tensor], origin: str) -> No
     if problems:
         raise CheckpointError(f"{origin} does not fit the model:\n" + "\n".join(f"  {p}" for p in problems))
     model.load_state_dict(tensors, assign=True)
+
+
+def _read_config(path: Path) -> tuple[RunConfig, DataFacts]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        run, facts = tree["run"], DataFacts(**tree["data"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); expected the sections run and data") from None
+    return parse(run, origin=str(path)), facts
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None

@@ -10,6 +10,8 @@ step_00001000/
 import hashlib
 import json
 import logging
+import math
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from pipeline.training.engine import Engine
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
+UNIVERSAL = "universal"  # in a run's folder: checkpoints converted for another number of workers
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,29 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def universal_path(path: str) -> str:
+    """Where the converted form of a checkpoint stands."""
+    run, name = path.rsplit("/", 1)
+    return storage.join(run, UNIVERSAL, name)
+
+
 def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> None:
-    """Write this rank's part into a local folder; all ranks call it together, each with its own folder."""
+    """Write this rank's part into a local folder; all ranks call it together, each with its own folder.
+
+    Raises:
+        CheckpointError: it cannot be written there; nothing is left of it.
+    """
+    try:
+        _write(into, engine, ema, state, rank)
+    except Exception as error:  # a full disk: OSError, RuntimeError or SafetensorError, by the writer
+        free = shutil.disk_usage(into.parent).free / 2**20
+        shutil.rmtree(into, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {state.step} cannot be saved to {into} ({free:,.0f} MiB free): {error}"
+        ) from error
+
+
+def _write(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> None:
     into.mkdir(parents=True, exist_ok=True)
     engine.save(into)
     if engine.stage > 0 or rank == 0:  # replicated at stage 0
@@ -75,7 +99,7 @@ def problems(path: str, contents: bool = True) -> list[str]:
     """What keeps a checkpoint from being used; empty if it is complete and undamaged.
 
     Args:
-        contents: also compare every file's SHA-256.
+        contents: compare every file's SHA-256, not that of the state alone.
     """
     names = [name for name in storage.listing(path) if name.startswith("files_")]
     if not names:
@@ -84,7 +108,7 @@ def problems(path: str, contents: bool = True) -> list[str]:
         lists = {name: json.loads(storage.read_text(storage.join(path, name))) for name in names}
         workers = max(entry["workers"] for entry in lists.values())
         files = {file: facts for entry in lists.values() for file, facts in entry["files"].items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"its list of files is damaged: {error}"]
     found = [f"worker {r} of {workers} never finished" for r in range(workers) if _list(r) not in lists]
     if STATE not in files:
@@ -95,7 +119,7 @@ def problems(path: str, contents: bool = True) -> list[str]:
             found.append(f"{file} is missing")
         elif storage.size(where) != size:
             found.append(f"{file} has {storage.size(where)} bytes, expected {size}")
-        elif contents and storage.sha256(where) != digest:
+        elif (contents or file == STATE) and storage.sha256(where) != digest:
             found.append(f"{file} does not match its SHA-256")
     return found
 
@@ -120,7 +144,7 @@ def latest(run: str) -> str | None:
         if not found:
             return path
         log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(found))
-        storage.remove(path)
+        _remove(path)
     return None
 
 
@@ -134,24 +158,16 @@ def prune(run: str, keep: int) -> None:
     """Remove all complete checkpoints but the `keep` newest and the one of best validation."""
     whole = [s for s in steps(run) if not problems(storage.join(run, name_of(s)), contents=False)]
     scores = {s: read_state(storage.join(run, name_of(s))).validation for s in whole}
-    scored = [(score, s) for s, score in scores.items() if score is not None]
+    scored = [(score, s) for s, score in scores.items() if score is not None and math.isfinite(score)]
     kept = {*whole[-keep:], *([min(scored)[1]] if scored else [])}
     for step in whole:
         if step not in kept:
-            storage.remove(storage.join(run, name_of(step)))
+            _remove(storage.join(run, name_of(step)))
 
 
-def best(run: str) -> str | None:
-    """The usable checkpoint of best validation, or the newest where none was validated."""
-    whole = [s for s in steps(run) if not problems(storage.join(run, name_of(s)), contents=False)]
-    scored = [
-        (state.validation, s)
-        for s in whole
-        if (state := read_state(storage.join(run, name_of(s)))).validation is not None
-    ]
-    if not whole:
-        return None
-    return storage.join(run, name_of(min(scored)[1] if scored else whole[-1]))
+def _remove(path: str) -> None:
+    storage.remove(universal_path(path))
+    storage.remove(path)
 
 
 def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config.schema import OptimConfig, TrainConfig
+from pipeline.errors import CheckpointError
 from pipeline.models.denoiser import Batch, Denoiser
 
 # (parameter name, offset into the flattened parameter) -> the float32 values that this rank owns from there.
@@ -58,7 +59,7 @@ class Engine:
         self.stage, self.device = train.zero_stage, device
         model.to(device)
         model.recompute = train.activation_checkpointing
-        # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed takes a step of zero gradients by itself,
+        # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed first takes a step with zero gradients.
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay
         )
@@ -69,7 +70,7 @@ class Engine:
             config=self._settings(train, universal),
             dist_init_required=False,
         )
-        self._engine.optimizer.state.clear()  # which must not count in Adam's bias correction
+        self._engine.optimizer.state.clear()  # that step must not count in Adam's bias correction
 
     def _settings(self, train: TrainConfig, universal: bool) -> dict[str, Any]:
         zero: dict[str, Any] = {
@@ -190,13 +191,16 @@ class Engine:
     @contextmanager
     def weights(self, slices: Slices) -> Iterator[Denoiser]:
         """The model in eval mode with other weights for a while, for example the EMA's."""
+        masters = self.masters()
+        if self._plain:  # the model computes with the masters themselves: keep them
+            masters = {key: values.clone() for key, values in masters.items()}
         self.install(slices)
         self.model.eval()
         try:
             yield self.model
         finally:
             self.model.train()
-            self.install(self.masters())
+            self.install(masters)
 
     def close(self) -> None:
         """Let go of model, optimiser and hooks, before another engine is made in this process."""
@@ -207,5 +211,11 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote on the same number of ranks at the same stage, or its universal form."""
-        self._engine.load_checkpoint(str(folder), tag=TAG)
+        """Read what `save` wrote on the same number of ranks at the same stage, or its universal form.
+
+        Raises:
+            CheckpointError: DeepSpeed finds nothing there.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in its folder {TAG!r}")

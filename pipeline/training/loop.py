@@ -158,9 +158,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 )
                 losses.append(engine.backward(batch))
             row_losses = torch.cat(losses)  # [slots], of `places`
-            shared = torch.stack(
-                [row_losses.sum(), torch.tensor(float(watch is not None and watch.requested))]
-            )
+            asked = float(watch is not None and watch.requested)
+            shared = torch.stack([row_losses.sum(), torch.tensor(asked, device=device)])
             dist.all_reduce(shared)
             loss, stopping, done = float(shared[0]), bool(shared[1] > 0), step + 1
 
@@ -201,7 +200,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
             if done % config.train.checkpoint_every == 0 or last:
                 if rank == 0:
                     checkpoint.prune(run, config.train.keep)
-                local = Path(tempfile.mkdtemp(prefix="checkpoint-")) / checkpoint.name_of(done)
+                local = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name_of(done)}-"))
                 state = checkpoint.TrainState(
                     step=done,
                     epoch=order.epoch_of(step),
@@ -264,7 +263,7 @@ def _report_nonfinite(
         resuming.add_skipped(checkpoint.run_folder(config), step, places, rows)
     dist.barrier()
     if config.train.on_nonfinite == "stop":
-        raise TrainingError(f"{what} (train.on_nonfinite: stop)")
+        raise TrainingError(f"{what} (train.on_nonfinite: stop); started again, the run goes on without them")
     if session.rank == 0:
         log.warning("%s; going back to the last checkpoint and skipping them", what)
 

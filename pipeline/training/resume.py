@@ -25,7 +25,6 @@ from pipeline.training.engine import TAG, Engine
 log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.json"
-UNIVERSAL = "universal"  # folder of converted checkpoints, in the run's folder
 # What may change between the starts of one run: nothing that its mathematics depend on.
 FREE = (
     "train.steps",
@@ -61,8 +60,7 @@ class Resume:
         local = storage.fetch(self.path)
         weights = local
         if self.universal:
-            run, name = self.path.rsplit("/", 1)
-            weights = storage.fetch(storage.join(run, UNIVERSAL, name))
+            weights = storage.fetch(checkpoint.universal_path(self.path))
         engine.load(weights)
         ema.load(sorted(local.glob("ema_*.safetensors")))
 
@@ -84,7 +82,7 @@ def plan_resume(run: str, config: RunConfig, workers: int) -> Resume | None:
     # Stage 0 is whole on every worker; the others are cut by the number of workers and by the stage.
     universal = new > 0 and (state.workers != workers or old != new)
     if universal:
-        _convert(path, run)
+        _convert(path)
     log.info("resuming from %s", path)
     return Resume(path, state, universal)
 
@@ -135,10 +133,9 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
         )
 
 
-def _convert(path: str, run: str) -> None:
+def _convert(path: str) -> None:
     """DeepSpeed's universal form of a checkpoint, complete or absent, made once."""
-    name = path.rsplit("/", 1)[1]
-    target = storage.join(run, UNIVERSAL, name)
+    target = checkpoint.universal_path(path)
     if storage.folder_complete(target):
         return
     from deepspeed.checkpoint.ds_to_universal import main
@@ -202,8 +199,6 @@ def initial_weights(config: RunConfig, model: Denoiser) -> Initial | None:
     else:
         average = folder.read_weights(local)
         weights = average
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    average = {name: v.view(shapes[name]) if name in shapes else v for name, v in average.items()}
     folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
     log.info("starting from the weights of %s", source)
     return Initial(average)
@@ -219,7 +214,11 @@ def _raw_weights(local: Path) -> dict[str, Tensor]:
         return {name: value.float() for name, value in found.items()}
     # DeepSpeed's own file, written by us and checked against its SHA-256 before.
     saved = torch.load(local / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: value.float() for name, value in saved["module"].items()}
+    weights: dict[str, Tensor] = saved["module"]
+    if state.config["train"]["precision"] == "bf16":  # the masters stand with the optimiser, in this order
+        masters = (value for group in saved["optimizer"]["fp32_groups"] for value in group)
+        weights = dict(zip(weights, masters, strict=True))
+    return {name: value.detach().float() for name, value in weights.items()}
 
 
 def read_skipped(run: str) -> Skipped:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from pipeline import storage
+from pipeline.errors import CheckpointError
 
 STOP = "stop"  # file in the run's folder: finish the step, save, and end
 
@@ -47,12 +48,20 @@ class PlainSession:
         self.history.append((step, metrics))
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:  # noqa: ARG002
-        """Copy at once, the list of files last."""
+        """Copy at once, the list of files last.
+
+        Raises:
+            CheckpointError: the run's folder cannot be written.
+        """
         target = self._run / name
-        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("files_*"))
-        for listing in folder.glob("files_*"):
-            shutil.copy(listing, target / listing.name)
-        shutil.rmtree(folder)
+        try:
+            shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("files_*"))
+            for listing in folder.glob("files_*"):
+                shutil.copy(listing, target / listing.name)
+        except OSError as error:
+            raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(folder)
 
     def settle(self) -> None:
         """Copies are made at once, but every rank must have made its own."""

@@ -1,10 +1,11 @@
-"""Tiny prepared text and configs for tests of training."""
+"""Tiny prepared text, configs and worker processes for tests of training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tiny_runs import tiny
+from workers import Workers
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.text import ensure
@@ -28,3 +29,14 @@ def configure(run_storage: Path) -> Configure:
         return tiny(run_storage, name, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[dict[int, Workers]]:
+    """Groups of one and of two worker processes that stay up for all tests of training."""
+    both = {count: Workers(count) for count in (1, 2)}
+    for group in both.values():
+        group.start()
+    yield both
+    for group in both.values():
+        group.close()

@@ -1,0 +1,116 @@
+"""A run that is stopped and started again is the run that was never stopped."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import observed
+import pytest
+import torch
+from observed import Seen, quick
+from workers import Workers, run_workers
+
+from pipeline.config.schema import RunConfig
+from pipeline.training import checkpoint
+from pipeline.training.session import STOP
+
+KINDS = [(stage, precision) for precision in ("fp32", "bf16") for stage in range(4)]
+
+
+def files(config: RunConfig, step: int, pattern: str) -> dict[str, bytes]:
+    """Files of a checkpoint by name."""
+    folder = Path(checkpoint.run_folder(config)) / checkpoint.name_of(step)
+    found = {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
+    assert found
+    return found
+
+
+class Pair:
+    """A run without a stop, and the same run continued by other processes from its middle."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.straight = self.resumed = Seen()
+        self.averages: list[dict[str, bytes]] = []
+
+
+@pytest.fixture(scope="module")
+def pairs(run_storage: Path, groups: dict[int, Workers]) -> dict[tuple[int, str], Pair]:
+    """Dropout on; validation in the middle; 8 steps of an epoch of thousands."""
+    configs = [
+        quick(run_storage, f"again-{s}-{p}", 0.1, zero_stage=s, precision=p, validate_every=3)
+        for s, p in KINDS
+    ]
+    pairs = [Pair(config) for config in configs]
+    for pair, seen in zip(pairs, groups[2](observed.train, configs)[0], strict=True):
+        pair.straight = seen
+        pair.averages.append(files(pair.config, 8, "ema_*"))
+        shutil.rmtree(Path(checkpoint.run_folder(pair.config)) / checkpoint.name_of(8))
+    for pair, seen in zip(pairs, run_workers(observed.train, 2, configs)[0], strict=True):
+        pair.resumed = seen
+        pair.averages.append(files(pair.config, 8, "ema_*"))
+    return dict(zip(KINDS, pairs, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_resumed_run_is_bit_equal(pairs: dict[tuple[int, str], Pair], kind: tuple[int, str]) -> None:
+    pair = pairs[kind]
+    assert pair.straight.error is pair.resumed.error is None
+    assert list(pair.resumed.losses) == [5, 6, 7, 8]
+    assert pair.resumed.losses == {step: pair.straight.losses[step] for step in range(5, 9)}
+    assert pair.resumed.norms == {step: pair.straight.norms[step] for step in range(5, 9)}
+    assert pair.straight.weights.keys() == pair.resumed.weights.keys() != set()
+    for name, value in pair.straight.weights.items():
+        assert torch.equal(value, pair.resumed.weights[name]), name
+    assert pair.averages[0] == pair.averages[1]
+
+
+@pytest.fixture(scope="module")
+def stopped(run_storage: Path, groups: dict[int, Workers]) -> tuple[RunConfig, list[Seen], list[Seen]]:
+    """A long run with a stop file in its folder from the start; then started again to three steps more."""
+    config = quick(run_storage, "stopped", 0.1, steps=5000, checkpoint_every=1000)
+    file = Path(checkpoint.run_folder(config)) / STOP
+    file.parent.mkdir(parents=True)
+    file.touch()
+    first = groups[2](observed.train_one, config)
+    file.unlink()
+    more = config.model_copy(
+        update={"train": config.train.model_copy(update={"steps": max(first[0].losses) + 3})}
+    )
+    return more, first, groups[2](observed.train_one, more)
+
+
+def test_stop_file_ends_all_ranks_after_the_same_step(
+    stopped: tuple[RunConfig, list[Seen], list[Seen]],
+) -> None:
+    config, first, _ = stopped
+    last = config.train.steps - 3
+    assert [max(seen.losses) for seen in first] == [last, last]
+    assert [seen.error for seen in first] == [None, None]
+    assert f"stopped at step {last}, as asked" in first[0].log
+    assert checkpoint.steps(checkpoint.run_folder(config))[0] == last  # long before checkpoint_every
+
+
+def test_stopped_run_goes_on_where_it_was(
+    stopped: tuple[RunConfig, list[Seen], list[Seen]], groups: dict[int, Workers]
+) -> None:
+    config, first, second = stopped
+    straight = groups[2](observed.train_one, config.model_copy(update={"name": "not-stopped"}))[0]
+    assert first[0].losses | second[0].losses == straight.losses
+    assert first[0].losses.keys().isdisjoint(second[0].losses)
+    assert all(torch.equal(value, second[0].weights[name]) for name, value in straight.weights.items())
+
+
+def test_nothing_is_left_in_the_temporary_folder(
+    run_storage: Path, groups: dict[int, Workers], tmp_path: Path
+) -> None:
+    groups[1](_train_in, quick(run_storage, "tidy", steps=4), str(tmp_path))
+    assert not list(tmp_path.glob("*step*"))
+
+
+def _train_in(rank: int, workers: int, config: RunConfig, folder: str) -> None:
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        assert observed.train_one(rank, workers, config).error is None
+    finally:
+        tempfile.tempdir = before

@@ -1,0 +1,122 @@
+"""ZeRO stages 0 to 3 on two workers against each other and against plain training in one process."""
+
+from pathlib import Path
+
+import observed
+import plain
+import pytest
+import torch
+from workers import Workers
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.shards import Manifest
+from pipeline.data.text import data_path
+from pipeline.training import checkpoint
+
+STAGES = (0, 1, 2, 3)
+STEPS = 20
+Runs = dict[str, tuple[RunConfig, observed.Seen]]
+
+
+def _configs(storage: Path) -> list[RunConfig]:
+    """Accumulation of two micro-batches a worker; gradients of norm 1 and more are clipped to 0.1."""
+
+    def run(name: str, dropout: float = 0.0, steps: int = STEPS, **train: object) -> RunConfig:
+        return observed.quick(storage, name, dropout, steps=steps, **train)
+
+    found = []
+    for stage in STAGES:
+        # Validation in the middle computes with other weights for a while, and must leave no trace.
+        found.append(run(f"stage-{stage}", zero_stage=stage, validate_every=7, checkpoint_every=STEPS))
+        found.append(run(f"stage-{stage}-bf16", zero_stage=stage, precision="bf16", steps=10))
+    found.append(run("stage-3-persistent", zero_stage=3, persistent_parameters=100_000, steps=6))
+    for stage in (1, 2, 3):
+        found.append(run(f"stage-{stage}-offload", zero_stage=stage, offload_optimizer=True, steps=6))
+    for stage in (1, 3):
+        for again in (False, True):
+            name = f"stage-{stage}-{'recomputed' if again else 'kept'}"
+            found.append(run(name, 0.1, zero_stage=stage, activation_checkpointing=again, steps=6))
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(run_storage: Path, groups: dict[int, Workers]) -> Runs:
+    """Every config by name, and what rank 0 saw of its run."""
+    configs = _configs(run_storage)
+    seen = groups[2](observed.train, configs, True)[0]
+    return {config.name: (config, one) for config, one in zip(configs, seen, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def reference(run_storage: Path) -> plain.Plain:
+    return plain.train(observed.quick(run_storage, "plain", steps=STEPS))
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any entry."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def first(count: int, values: dict[int, float]) -> dict[int, float]:
+    """Values of the first steps."""
+    return {step: values[step] for step in range(1, count + 1)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_equal_plain_training(runs: Runs, reference: plain.Plain, stage: int) -> None:
+    seen = runs[f"stage-{stage}"][1]
+    assert seen.error is None
+    assert seen.losses.keys() == reference.losses.keys() == set(range(1, STEPS + 1))
+    assert seen.losses == pytest.approx(reference.losses, abs=1e-5, rel=0)
+    assert reference.losses[STEPS] < reference.losses[1] - 1  # it learns: equal numbers mean something
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_norms_before_clipping(runs: Runs, reference: plain.Plain, stage: int) -> None:
+    assert runs[f"stage-{stage}"][1].norms == pytest.approx(reference.norms, rel=1e-5)
+    assert min(reference.norms.values()) > 0.1  # every step was clipped
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_equal_plain_training(runs: Runs, reference: plain.Plain, stage: int) -> None:
+    """Rounding grows a little: Adam divides every gradient by its own size."""
+    assert furthest(runs[f"stage-{stage}"][1].weights, reference.weights) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["", "-bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ema_is_the_average_of_the_masters(runs: Runs, stage: int, precision: str) -> None:
+    config, seen = runs[f"stage-{stage}{precision}"]
+    path = checkpoint.latest(checkpoint.run_folder(config))
+    assert path is not None
+    stored = checkpoint.ema_weights(path, config, Manifest.read(data_path(config)))
+    assert furthest(stored, seen.average) < 1e-6
+    assert furthest(stored, seen.weights) > 1e-3  # and not simply the weights
+
+
+def test_ema_equals_plain_training(runs: Runs, reference: plain.Plain) -> None:
+    assert max(furthest(runs[f"stage-{stage}"][1].average, reference.average) for stage in STAGES) < 1e-4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_stays_close_to_fp32(runs: Runs, reference: plain.Plain, stage: int) -> None:
+    """bf16 has 8 bits, so losses are good to a few thousandths; masters in bf16 would be off by tenths."""
+    seen = runs[f"stage-{stage}-bf16"][1]
+    assert seen.losses == pytest.approx(first(10, reference.losses), abs=0.01, rel=0)
+    assert seen.norms == pytest.approx(first(10, reference.norms), rel=0.02)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in seen.weights.values())
+
+
+@pytest.mark.parametrize("name", ["stage-3-persistent", *(f"stage-{stage}-offload" for stage in (1, 2, 3))])
+def test_where_tensors_live_changes_nothing(runs: Runs, reference: plain.Plain, name: str) -> None:
+    seen = runs[name][1]
+    assert seen.losses == pytest.approx(first(6, reference.losses), abs=1e-5, rel=0)
+    assert seen.norms == pytest.approx(first(6, reference.norms), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputed_activations_change_nothing(runs: Runs, stage: int) -> None:
+    kept, again = runs[f"stage-{stage}-kept"][1], runs[f"stage-{stage}-recomputed"][1]
+    assert again.losses == pytest.approx(kept.losses, abs=1e-6, rel=0)
+    assert abs(kept.losses[6] - runs["stage-1"][1].losses[6]) > 1e-4  # dropout was on
