@@ -85,8 +85,9 @@ class Model:
             counts,
         )
         hidden = self.denoiser.hidden(state, queries.cpu().flatten()[there].to(self.device), asked)
-        out = torch.zeros(rows * width, self.denoiser.vocab_size, device=self.device)
-        out[there.to(self.device)] = self.denoiser.head(hidden)
+        logits = self.denoiser.head(hidden)
+        out = logits.new_zeros(rows * width, self.denoiser.vocab_size)
+        out[there.to(self.device)] = logits
         return out.view(rows, width, self.denoiser.vocab_size)
 
     def sample(

@@ -62,6 +62,10 @@ class SwapConfig(Section):
     """GroupSwap, the cross-attention through which the two groups exchange places (method.md section 2)."""
 
     positional: bool = True  # add the sinusoidal position to the learned query
+    pooling: Literal["none", "mean", "logsumexp"] = "none"  # add the pooled encoder outputs that it reads
+    query: Literal["linear", "mlp4"] = "linear"  # the map behind the norm: H -> H, or H -> 4H -> H with SiLU
+    norm: Literal["layer", "rms"] = "layer"
+    every_block: bool = False  # read through a swap in front of every decoder block, not of the first alone
 
 
 class _Trunk(Section):

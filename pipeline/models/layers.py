@@ -11,6 +11,11 @@ PERIOD = 10_000.0  # longest period of rotary and sinusoidal codes
 LOGITS_AT_ONCE = 1 << 22  # entries of rows x V above which the loss works in chunks of rows
 
 
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in a float64 model: what sums and norms are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _frequencies(count: int, device: torch.device) -> Float[Tensor, "count"]:
     return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(PERIOD) / count))
 
@@ -29,7 +34,7 @@ def rotate(x: Float[Tensor, "T N D"], code: tuple[Tensor, Tensor]) -> Float[Tens
     Source: method.md section 2, "Block details".
     """
     cos, sin = code
-    low, high = x.float().chunk(2, dim=-1)
+    low, high = wide(x).chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
 
 
@@ -53,14 +58,25 @@ class LayerNorm(nn.Module):
         shift: Float[Tensor, "H"] | None = None,
         scale: Float[Tensor, "H"] | None = None,
     ) -> Float[Tensor, "T H"]:
-        weight = self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
+        weight = wide(self.weight)
+        bias = None if self.bias is None else wide(self.bias)
         if (
             scale is not None and shift is not None
         ):  # one vector for all tokens: fold it, one kernel does it all
-            weight = weight * (1 + scale.float())
-            bias = shift.float() if bias is None else bias * (1 + scale.float()) + shift.float()
-        return F.layer_norm(x.float(), weight.shape, weight, bias, 1e-5).to(x.dtype)
+            weight = weight * (1 + wide(scale))
+            bias = wide(shift) if bias is None else bias * (1 + wide(scale)) + wide(shift)
+        return F.layer_norm(wide(x), weight.shape, weight, bias, 1e-5).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square in float32, eps 1e-5, with a weight and no bias."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
+        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), 1e-5).to(x.dtype)
 
 
 class Modulation(nn.Module):
@@ -112,7 +128,7 @@ class Head(nn.Module):
         """
         shift, scale = self.modulation()
         # float32 from here on: cross-entropies from bf16 logits are off by up to 0.25 nats.
-        x, weight, bias = self.norm(hidden, shift, scale).float(), self.weight.float(), self.bias.float()
+        x, weight, bias = wide(self.norm(hidden, shift, scale)), wide(self.weight), wide(self.bias)
         if targets is None:
             return F.linear(x, weight, bias)
         chunk = max(1, LOGITS_AT_ONCE // self.vocab_size)

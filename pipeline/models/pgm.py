@@ -26,6 +26,9 @@ class Encoded(NamedTuple):
 class PGM(Denoiser):
     """Encoder inside groups, GroupSwap, cross-attention decoder that computes asked positions only.
 
+    The variant `swap.every_block` adds a swap of its own to the running state in front of every decoder block
+    but the first, whose input is the output of the only swap that all variants have.
+
     Source: arXiv 2505.18883, section 4; method.md section 2.
     """
 
@@ -38,7 +41,15 @@ class PGM(Denoiser):
         self.encoder = nn.ModuleList(
             SelfBlock(config.hidden, config.heads, config.dropout) for _ in range(config.encoder_blocks)
         )
-        self.swap = GroupSwap(config.hidden, config.heads, config.swap.positional)
+        swap = config.swap
+        self.swap, *later = (
+            GroupSwap(config.hidden, config.heads, swap.positional, swap.pooling, swap.query, swap.norm)
+            for _ in range(config.decoder_blocks if swap.every_block else 1)
+        )
+        self.later_swaps = nn.ModuleList(later)
+        for swap_in_front in later:  # 0 at the start, as every residual branch is
+            nn.init.zeros_(swap_in_front.out.weight)
+            nn.init.zeros_(swap_in_front.out.bias)
         self.decoder = nn.ModuleList(
             CrossBlock(config.hidden, config.heads, config.dropout) for _ in range(config.decoder_blocks)
         )
@@ -109,6 +120,11 @@ class PGM(Denoiser):
     ) -> Float[Tensor, "Q H"]:
         x = self.swap(encoded.vectors, positions, extent, segments, encoded.segments, encoded.code)
         code = rotary(positions, self.head_size)
-        for block in self.decoder:
+        for index, block in enumerate(self.decoder):
+            if index and self.later_swaps:
+                swap = self.later_swaps[index - 1]
+                x = x + self.run_block(
+                    swap, encoded.vectors, positions, extent, segments, encoded.segments, encoded.code
+                )
             x = self.run_block(block, x, encoded.vectors, segments, encoded.segments, code, encoded.code)
         return x

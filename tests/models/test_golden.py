@@ -24,22 +24,30 @@ def golden(name: str) -> tuple[dict[str, Tensor], Model]:
     with safe_open(DATA / f"{name}.safetensors", "pt") as file:
         sizes = json.loads(file.metadata()["config"])["model"]
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    released = {key.removeprefix("weights."): value for key, value in tensors.items() if key[:8] == "weights."}
+    released = {
+        key.removeprefix("weights."): value for key, value in tensors.items() if key[:8] == "weights."
+    }
     trunk = {"hidden": sizes["hidden_size"], "heads": sizes["n_heads"], "dropout": 0}
     if "n_blocks" in sizes:
         config = MDLMConfig(kind="mdlm", blocks=sizes["n_blocks"], **trunk)
     else:
         blocks = {f"{part}_blocks": sizes[part]["n_blocks"] for part in ("encoder", "decoder")}
-        config = PGMConfig(**blocks, **trunk)
+        added = sizes["swap"]["pre_query_mode"].split("+")
+        swap = {
+            "positional": "freqs" in added,
+            "pooling": next((how for how in ("mean", "logsumexp") if how in added), "none"),
+            "query": sizes["swap"]["query_process_mode"],
+        }
+        config = PGMConfig(**blocks, **trunk, swap=swap)
     vocabulary = released["backbone.vocab_embed.embedding"].shape[0] - 1  # the table has a mask row
     model = build(config, vocabulary, sizes["length"])
     load_weights(model, translate(released, masked=config.kind == "mdlm"), origin=name)
     return tensors, Model(model)
 
 
-@pytest.fixture(scope="module")
-def pgm() -> tuple[dict[str, Tensor], Model]:
-    return golden("pgm_learn_freqs")
+@pytest.fixture(scope="module", params=["pgm_learn_freqs", "pgm_mean_mlp4"])
+def pgm(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], Model]:
+    return golden(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def test_logits_exist_for_a_chunk_of_rows_only() -> None:
 @KINDS
 def test_what_cannot_be_sampled_is_refused(config: PGMConfig | MDLMConfig) -> None:
     model = build(config, V, L).eval()
-    with pytest.raises(ConfigError, match="'unifrom' is not one of .*uniform.*did you mean 'uniform'"):
+    with pytest.raises(ConfigError, match=r"'unifrom' is not one of .*uniform.*did you mean 'uniform'"):
         sample(model, 1, 4, 0, order="unifrom")
     for steps in (0, -1, 17):
         with pytest.raises(ConfigError, match=f"steps: {steps} for 16 positions.* 1 to 16"):
