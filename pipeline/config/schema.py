@@ -68,13 +68,17 @@ class SwapConfig(Section):
     every_block: bool = False  # read through a swap in front of every decoder block, not of the first alone
 
 
-class _Trunk(Section):
+class TrunkConfig(Section):
+    """What all models have."""
+
     hidden: PositiveInt = 768  # H
     heads: PositiveInt = 12  # N
     dropout: Rate = 0.1  # on the residual branches
+    classes: PositiveInt | None = None  # C, labels 0..C-1 as a condition; None: unconditional
+    registers: NonNegativeInt = 0  # vectors of the model's own in front of every row
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "_Trunk":
+    def _heads_divide(self) -> "TrunkConfig":
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             fits = [n for n in range(1, self.hidden + 1) if self.hidden % (2 * n) == 0]
             near = min(fits, key=lambda n: abs(n - self.heads), default=None)
@@ -85,7 +89,7 @@ class _Trunk(Section):
         return self
 
 
-class PGMConfig(_Trunk):
+class PGMConfig(TrunkConfig):
     """Partition Generative Model."""
 
     kind: Literal["pgm"] = "pgm"
@@ -93,15 +97,32 @@ class PGMConfig(_Trunk):
     decoder_blocks: PositiveInt = 8
     swap: SwapConfig = SwapConfig()
 
+    @model_validator(mode="after")
+    def _registers_halve(self) -> "PGMConfig":
+        if self.registers % 2:
+            raise ValueError(
+                f"registers {self.registers} cannot be split between the groups; "
+                f"expected an even number, such as {self.registers + 1}"
+            )
+        return self
 
-class MDLMConfig(_Trunk):
+
+class MDLMConfig(TrunkConfig):
     """Masked diffusion language model, the baseline on the same blocks."""
 
     kind: Literal["mdlm"]
     blocks: PositiveInt = 12
+    complementary: bool = False  # learn from both maskings of a row, in one doubled batch
 
 
-ModelConfig = Annotated[PGMConfig | MDLMConfig, Field(discriminator="kind")]
+class ARConfig(TrunkConfig):
+    """Autoregressive language model, the baseline with causal attention on the same blocks."""
+
+    kind: Literal["ar"]
+    blocks: PositiveInt = 12
+
+
+ModelConfig = Annotated[PGMConfig | MDLMConfig | ARConfig, Field(discriminator="kind")]
 
 
 class DiffusionConfig(Section):

@@ -5,8 +5,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.models.attention import Segments, attend
-from pipeline.models.layers import MLP, LayerNorm, Modulation, RMSNorm, rotary, rotate, sinusoid, wide
+from pipeline.models.attention import Cache, Growth, Segments, attend
+from pipeline.models.layers import (
+    MLP,
+    Condition,
+    LayerNorm,
+    Modulation,
+    RMSNorm,
+    rotary,
+    rotate,
+    sinusoid,
+    wide,
+)
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -14,22 +24,37 @@ Rotary = tuple[Tensor, Tensor]
 class SelfBlock(nn.Module):
     """Pre-norm block: self-attention inside segments, then MLP, both with gated residuals."""
 
-    def __init__(self, hidden: int, heads: int, dropout: float):
+    def __init__(
+        self, hidden: int, heads: int, dropout: float, conditional: bool = False, causal: bool = False
+    ):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.modulation = Modulation(hidden, 6)
+        self.heads, self.dropout, self.causal = heads, dropout, causal
+        self.modulation = Modulation(hidden, 6, conditional)
         self.norm1 = LayerNorm(hidden)
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.norm2 = LayerNorm(hidden)
         self.mlp = MLP(hidden)
 
-    def forward(self, x: Float[Tensor, "T H"], segments: Segments, code: Rotary) -> Float[Tensor, "T H"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation()
+    def forward(
+        self,
+        x: Float[Tensor, "T H"],
+        segments: Segments,
+        code: Rotary,
+        condition: Condition | None = None,
+        cache: Cache | None = None,
+        growth: Growth | None = None,
+    ) -> Float[Tensor, "T H"]:
+        """With a cache (causal blocks), x are the new tokens of `growth` and the cache holds those before."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         qkv = self.qkv(self.norm1(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))  # [T, 3, N, D]
         q, k, v = qkv.unbind(1)
-        y = attend(rotate(q, code), rotate(k, code), v, segments, segments).flatten(1)  # [T, H]
-        x = x + gate1 * self._drop(self.out(y))
+        q, k = rotate(q, code), rotate(k, code)
+        if cache is not None and growth is not None:
+            y = cache.attend(q, k, v, growth)
+        else:
+            y = attend(q, k, v, segments, segments, self.causal)
+        x = x + gate1 * self._drop(self.out(y.flatten(1)))
         return x + gate2 * self._drop(self.mlp(self.norm2(x, shift2, scale2)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -42,10 +67,10 @@ class CrossBlock(nn.Module):
     Source: arXiv 2505.18883, section 4; separate norms for queries and keys, only queries modulated.
     """
 
-    def __init__(self, hidden: int, heads: int, dropout: float):
+    def __init__(self, hidden: int, heads: int, dropout: float, conditional: bool = False):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.modulation = Modulation(hidden, 6)
+        self.modulation = Modulation(hidden, 6, conditional)
         self.q_norm = LayerNorm(hidden)
         self.kv_norm = LayerNorm(hidden)
         self.q = nn.Linear(hidden, hidden, bias=False)
@@ -62,8 +87,9 @@ class CrossBlock(nn.Module):
         k_segments: Segments,
         q_code: Rotary,
         k_code: Rotary,
+        condition: Condition | None = None,
     ) -> Float[Tensor, "Tq H"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation()
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         q = self.q(self.q_norm(x, shift1, scale1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
         k, v = self.kv(self.kv_norm(encoded)).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
         y = attend(rotate(q, q_code), rotate(k, k_code), v, q_segments, k_segments).flatten(1)
