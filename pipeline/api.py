@@ -47,6 +47,8 @@ class Model:
     ) -> Float[Tensor, "B L V"]:
         """Logits at every position from the tokens of the other group (masked models: two passes).
 
+        Autoregressive models know no groups and refuse; `predict` asks them for the next token.
+
         Shape:
             tokens: [B, L] ids below V; groups: [B, L] of 0 and 1; returns [B, L, V] float32. L includes BOS
             where the data has one.
@@ -93,17 +95,25 @@ class Model:
     def sample(
         self,
         num_samples: int = 4,
-        steps: int = 64,
-        order: str = "uniform",
+        steps: int | None = None,
+        order: str | None = None,
         seed: int = 0,
         condition: Int[Tensor, "B"] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Int[Tensor, "B L"]:
         """Draw rows of tokens in `steps` forward passes; [num_samples, L], BOS included.
 
+        Args:
+            steps: None: 64, or as many as there are positions if those are fewer or the order is left to right.
+            order: None: "uniform", or "left_to_right" for an autoregressive model.
+
         Raises:
             ConfigError: unknown order, or more steps than positions.
+            CapabilityError: class labels that the model has no vectors for, or an order that it cannot follow.
         """
+        order = order or ("left_to_right" if self.denoiser.left_to_right else "uniform")
+        unknown = self.denoiser.length - (self.bos is not None)
+        steps = steps or (unknown if order == "left_to_right" else min(64, unknown))
         return sample(self.denoiser, num_samples, steps, seed, order, self.bos, condition, progress=progress)
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:

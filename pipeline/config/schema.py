@@ -170,7 +170,7 @@ class SamplingConfig(Section):
     model: str | None = None  # consolidated folder or models:/NAME@ALIAS; None: the run's own model
     num_samples: PositiveInt = 16
     steps: PositiveInt = 128
-    order: Literal["uniform"] = "uniform"
+    order: Literal["uniform", "left_to_right"] = "uniform"
     batch: PositiveInt = 16  # rows sampled together by one actor
     seed: int = 0
 
@@ -241,9 +241,19 @@ class RunConfig(Section):
                 f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {self.train.steps}"
             )
         predicted = self.data.length - (self.data.wrap == "bos_eos")
-        if self.sampling.steps > predicted:
+        if self.sampling.steps > predicted and self.model.kind != "ar":
             found.append(
                 f"sampling.steps: {self.sampling.steps} steps for {predicted} predicted tokens a row; "
                 f"expected at most {predicted}"
             )
+        if self.model.kind == "ar" and self.sampling.model is None:
+            if self.sampling.order != "left_to_right":
+                found.append(
+                    f"sampling.order: {self.sampling.order!r} for model.kind ar; expected left_to_right"
+                )
+            if self.sampling.steps != predicted:
+                found.append(
+                    f"sampling.steps: {self.sampling.steps} steps for model.kind ar, which draws one token a step; "
+                    f"expected {predicted}"
+                )
         return found

@@ -56,7 +56,7 @@ def read(folder: Path) -> tuple[Denoiser, RunConfig, DataFacts]:
     tree = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     config, facts = parse(tree["run"], origin=str(folder / CONFIG)), DataFacts(**tree["data"])
     with torch.device("meta"):
-        model = build(config.model, facts.vocab_size, facts.length)
+        model = build(config.model, facts.vocab_size, facts.length, facts.bos)
     load_weights(model, load_file(folder / WEIGHTS), origin=str(folder / WEIGHTS))
     return model.eval(), config, facts
 

@@ -5,7 +5,7 @@ from jaxtyping import Int
 
 from pipeline.errors import ConfigError, did_you_mean
 
-ORDERS = ("uniform",)
+ORDERS = ("uniform", "left_to_right")
 
 
 def check(order: str, steps: int, unknown: int) -> None:
@@ -27,3 +27,12 @@ def uniform(
 ) -> list[Int[np.ndarray, "n"]]:
     """A random permutation, cut into `steps` parts whose sizes differ by at most one."""
     return np.array_split(rng.permutation(unknown), steps)
+
+
+def plan(
+    order: str, unknown: Int[np.ndarray, "U"], steps: int, rng: np.random.Generator
+) -> list[Int[np.ndarray, "n"]]:
+    """The positions of every step of one row; `order` is one of ORDERS."""
+    if order == "left_to_right":
+        return np.array_split(unknown, steps)
+    return uniform(unknown, steps, rng)

@@ -31,6 +31,7 @@ def sample(
     Args:
         model: in eval mode.
         steps: forward passes; the positions are spread over them as evenly as they go.
+        order: "uniform" or "left_to_right"; an autoregressive model takes the latter, one token a step.
         bos: id that stands known at position 0.
         condition: [B] class labels.
         first: index of the first sample, for batches of a longer list.
@@ -41,13 +42,13 @@ def sample(
 
     Raises:
         ConfigError: unknown order, or more steps than positions.
-        CapabilityError: a condition for a model without classes.
+        CapabilityError: class labels that the model has no vectors for, or an order that it cannot follow.
     """
     device = model.head.weight.device
     length, start = model.length, int(bos is not None)
     orders.check(order, steps, length - start)
     generators = [np.random.default_rng([seed, first + i]) for i in range(num_samples)]
-    plans = [orders.uniform(np.arange(start, length), steps, rng) for rng in generators]
+    plans = [orders.plan(order, np.arange(start, length), steps, rng) for rng in generators]
     noise = torch.from_numpy(np.stack([rng.random(length) for rng in generators])).to(device)  # [B, L]
     rows = torch.arange(num_samples, device=device)
 
