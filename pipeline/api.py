@@ -52,6 +52,8 @@ class Model:
     ) -> Float[Tensor, "B L V"]:
         """Logits at every position from the tokens of the other group (masked models: two passes).
 
+        Autoregressive models know no groups and refuse; `predict` asks them for the next token.
+
         Shape:
             tokens: [B, L] ids below V; groups: [B, L] of 0 and 1; returns [B, L, V] float32. L includes BOS
             where the data has one.
@@ -90,15 +92,16 @@ class Model:
             counts,
         )
         hidden = self.denoiser.hidden(state, queries.cpu().flatten()[there].to(self.device), asked)
-        out = torch.zeros(rows * width, self.denoiser.vocab_size, device=self.device)
-        out[there.to(self.device)] = self.denoiser.head(hidden)
+        logits = self.denoiser.head(hidden)
+        out = logits.new_zeros(rows * width, self.denoiser.vocab_size)
+        out[there.to(self.device)] = logits
         return out.view(rows, width, self.denoiser.vocab_size)
 
     def sample(
         self,
         num_samples: int = 4,
-        steps: int = 64,
-        order: str | Order = "uniform",
+        steps: int | None = None,
+        order: str | Order | None = None,
         seed: int = 0,
         condition: Int[Tensor, "B"] | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -108,7 +111,9 @@ class Model:
         """Draw rows of tokens in `steps` forward passes; [num_samples, L], BOS included.
 
         Args:
-            order: a name, or an `Order` with its settings.
+            steps: None: 64, or as many as there are positions if those are fewer or the order is left to right.
+            order: a name, or an `Order` with its settings; None: "uniform", or "left_to_right" for an
+                autoregressive model.
             known: given tokens: `{position: token}` for all samples, a list of such, or (tokens, mask), [B, L]
                 each. They are kept as they are and everything else is drawn around them.
             filters: temperature, top-k, nucleus.
@@ -117,10 +122,12 @@ class Model:
             ConfigError: unknown order, more steps than positions, a given position outside the row.
         """
         given = self._given(known, num_samples)
+        order = order or self._default_order
+        unknown = self.denoiser.length - (self.bos is not None)
         return sample(
             self.denoiser,
             num_samples,
-            steps,
+            steps or (unknown if self.denoiser.left_to_right else min(64, unknown)),
             seed,
             order,
             self.bos,
@@ -136,9 +143,9 @@ class Model:
         num_samples: int = 1,
         length: int | None = None,
         stride: int | None = None,
-        steps: int = 64,
+        steps: int | None = None,
         seed: int = 0,
-        order: str | Order = "uniform",
+        order: str | Order | None = None,
         filters: Filters = Filters(),
     ) -> list[str]:
         """Continue a prompt to `length` tokens or to the end of the text, also beyond L.
@@ -161,15 +168,19 @@ class Model:
             num_samples,
             max(window, length or window),
             stride or window // 2,
-            min(steps, window - start - len(ids)),
+            min(steps or (window if self.denoiser.left_to_right else 64), window - start - len(ids)),
             seed,
-            order,
+            order or self._default_order,
             self.bos,
             filters=filters,
             known=self._given({start + i: int(token) for i, token in enumerate(ids)}, num_samples),
             stop=self.tokenizer.eot,
         )
         return self.decode(rows[:, : length or window])
+
+    @property
+    def _default_order(self) -> str:
+        return "left_to_right" if self.denoiser.left_to_right else "uniform"
 
     def _given(self, known: Known | None, rows: int) -> tuple[Tensor, Tensor] | None:
         if known is None or isinstance(known, tuple):

@@ -62,15 +62,23 @@ class SwapConfig(Section):
     """GroupSwap, the cross-attention through which the two groups exchange places (method.md section 2)."""
 
     positional: bool = True  # add the sinusoidal position to the learned query
+    pooling: Literal["none", "mean", "logsumexp"] = "none"  # add the pooled encoder outputs that it reads
+    query: Literal["linear", "mlp4"] = "linear"  # the map behind the norm: H -> H, or H -> 4H -> H with SiLU
+    norm: Literal["layer", "rms"] = "layer"
+    every_block: bool = False  # read through a swap in front of every decoder block, not of the first alone
 
 
-class _Trunk(Section):
+class TrunkConfig(Section):
+    """What all models have."""
+
     hidden: PositiveInt = 768  # H
     heads: PositiveInt = 12  # N
     dropout: Rate = 0.1  # on the residual branches
+    classes: PositiveInt | None = None  # C, labels 0..C-1 as a condition; None: unconditional
+    registers: NonNegativeInt = 0  # vectors of the model's own in front of every row
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "_Trunk":
+    def _heads_divide(self) -> "TrunkConfig":
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             fits = [n for n in range(1, self.hidden + 1) if self.hidden % (2 * n) == 0]
             near = min(fits, key=lambda n: abs(n - self.heads), default=None)
@@ -81,7 +89,7 @@ class _Trunk(Section):
         return self
 
 
-class PGMConfig(_Trunk):
+class PGMConfig(TrunkConfig):
     """Partition Generative Model."""
 
     kind: Literal["pgm"] = "pgm"
@@ -89,15 +97,32 @@ class PGMConfig(_Trunk):
     decoder_blocks: PositiveInt = 8
     swap: SwapConfig = SwapConfig()
 
+    @model_validator(mode="after")
+    def _registers_halve(self) -> "PGMConfig":
+        if self.registers % 2:
+            raise ValueError(
+                f"registers {self.registers} cannot be split between the groups; "
+                f"expected an even number, such as {self.registers + 1}"
+            )
+        return self
 
-class MDLMConfig(_Trunk):
+
+class MDLMConfig(TrunkConfig):
     """Masked diffusion language model, the baseline on the same blocks."""
 
     kind: Literal["mdlm"]
     blocks: PositiveInt = 12
+    complementary: bool = False  # learn from both maskings of a row, in one doubled batch
 
 
-ModelConfig = Annotated[PGMConfig | MDLMConfig, Field(discriminator="kind")]
+class ARConfig(TrunkConfig):
+    """Autoregressive language model, the baseline with causal attention on the same blocks."""
+
+    kind: Literal["ar"]
+    blocks: PositiveInt = 12
+
+
+ModelConfig = Annotated[PGMConfig | MDLMConfig | ARConfig, Field(discriminator="kind")]
 
 
 class DiffusionConfig(Section):
@@ -145,7 +170,7 @@ class SamplingConfig(Section):
     model: str | None = None  # consolidated folder or models:/NAME@ALIAS; None: the run's own model
     num_samples: PositiveInt = 16
     steps: PositiveInt = 128
-    order: Literal["uniform", "binomial", "confidence", "entropy", "halton"] = "uniform"
+    order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
     schedule: Literal["linear", "arccos"] | None = None  # tokens a step; None: the order's own
     gumbel: Annotated[float, Field(ge=0)] = 1.0  # confidence: noise at the first step
     gamma: Annotated[float, Field(ge=0)] = 0.1  # entropy: bound on the joint error, nats
@@ -222,9 +247,19 @@ class RunConfig(Section):
                 f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {self.train.steps}"
             )
         predicted = self.data.length - (self.data.wrap == "bos_eos")
-        if self.sampling.steps > predicted and self.sampling.order != "binomial":
+        if self.sampling.steps > predicted and self.sampling.order != "binomial" and self.model.kind != "ar":
             found.append(
                 f"sampling.steps: {self.sampling.steps} steps for {predicted} predicted tokens a row; "
                 f"expected at most {predicted}"
             )
+        if self.model.kind == "ar" and self.sampling.model is None:
+            if self.sampling.order != "left_to_right":
+                found.append(
+                    f"sampling.order: {self.sampling.order!r} for model.kind ar; expected left_to_right"
+                )
+            if self.sampling.steps != predicted:
+                found.append(
+                    f"sampling.steps: {self.sampling.steps} steps for model.kind ar, which draws one token a step; "
+                    f"expected {predicted}"
+                )
         return found

@@ -1,4 +1,4 @@
-"""What is predicted from what, and with which weight: the training objective of every text model."""
+"""What is predicted from what, and with which weight: the training objective of every model."""
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ def training_batch(
 ) -> Batch:
     """A micro-batch whose row losses, summed over the global batch, are the objective.
 
-    PGM learns from both groups at half weight, a masked model from group 1; both are divided by the global
-    number of target positions, global batch x L'. Rows that are not `present` carry weight 0.
+    PGM and complementary MDLM learn from both groups at half weight, a masked model from group 1; all are
+    divided by the global number of target positions, global batch x L'. Rows that are not `present` carry
+    weight 0.
 
     Source: arXiv 2505.18883, equation 8 with its cases as in the text (method.md section 2).
     """
@@ -46,6 +47,26 @@ def training_batch(
     return Batch(
         tokens=torch.from_numpy(tokens),
         groups=torch.from_numpy(groups),
+        targets=torch.from_numpy(targets),
+        weights=torch.from_numpy(weights.astype(np.float32)),
+        device=device,
+    )
+
+
+def next_token_batch(
+    tokens: Int[np.ndarray, "B L"],
+    present: Bool[np.ndarray, "B"],
+    global_batch: int,
+    bos: bool,
+    device: torch.device,
+) -> Batch:
+    """The same for an autoregressive model: all tokens but BOS are targets of weight 1 / (global batch x L')."""
+    targets = np.ones(tokens.shape, dtype=bool)
+    targets[:, :bos] = False
+    weights = targets * present[:, None] / (global_batch * (tokens.shape[1] - bos))
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        groups=torch.from_numpy(targets),
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights.astype(np.float32)),
         device=device,

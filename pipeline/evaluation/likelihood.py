@@ -1,4 +1,7 @@
-"""Validation: two estimators of the negative log-likelihood bound, on draws that are fixed by the seed."""
+"""Validation: two estimators of the negative log-likelihood bound, on draws that are fixed by the seed.
+
+For an autoregressive model the likelihood is exact, and the estimator "exact" is its only one.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,15 +14,16 @@ from jaxtyping import Float, Int
 
 from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.diffusion.schedule import alpha, weight
-from pipeline.models.denoiser import Batch
+from pipeline.errors import CapabilityError
+from pipeline.models.denoiser import Batch, Denoiser
 
-Estimator = Literal["count", "mdlm"]
+Estimator = Literal["count", "mdlm", "exact"]
 Scorer = Callable[[Batch], torch.Tensor]  # Batch -> weighted sum of cross-entropies of every row
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A measured bound.
+    """A measured bound, or the exact value.
 
     Attributes:
         nats: per predicted token.
@@ -63,7 +67,8 @@ def masked_batches(
     Group 1 is hidden and predicted. `count`: n uniform in 1..L', a uniform subset of n positions, weight 1/n;
     exactly unbiased for the any-order bound. `mdlm`: t uniform in [eps, 1], positions hidden with probability
     1 - alpha(t), weight w(t) / L' (as in the papers; its expectation carries a factor 1 - eps). n and t are
-    stratified over all pairs. Nothing depends on the number of workers; every worker gets the same number of
+    stratified over all pairs. `exact`: all positions, weight 1 / L', for models that predict each from those
+    before it. Nothing depends on the number of workers; every worker gets the same number of
     batches, the last ones filled up with rows of weight 0, whose index is -1.
 
     Source: method.md section 2, "Validation has two estimators".
@@ -84,6 +89,9 @@ def masked_batches(
             n = 1 + np.floor(levels[pairs] * predicted).astype(np.int64)
             groups = draw_subset(own, n, length, bos)
             weights = np.repeat(1 / n[:, None], length, axis=1)
+        elif estimator == "exact":
+            groups = np.repeat(np.arange(length)[None] >= bos, batch, axis=0)
+            weights = np.full((batch, length), 1 / predicted)
         else:
             t = eps + (1 - eps) * levels[pairs]
             groups = own.random((batch, length)) < (1 - alpha(t, eps))[:, None]
@@ -115,6 +123,11 @@ def row_sums(
     return sums
 
 
+def estimator_for(model: Denoiser, asked: Estimator, draws: int) -> tuple[Estimator, int]:
+    """The estimator and the draws that a model is measured with: an exact likelihood is measured once."""
+    return ("exact", 1) if model.left_to_right else (asked, draws)
+
+
 def summarise(sums: Float[torch.Tensor, "R"], estimator: Estimator, draws: int, seed: int) -> Likelihood:
     """The bound from all workers' row sums; the standard error is over rows, each averaged over its draws."""
     per_row = sums / draws
@@ -134,7 +147,16 @@ def measure(
     batch: int = 32,
     device: torch.device | None = None,
 ) -> Likelihood:
-    """The bound on one machine."""
+    """The bound, or the exact value, on one machine.
+
+    Raises:
+        CapabilityError: "exact" for a model that is not autoregressive, or another estimator for one that is.
+    """
+    if isinstance(score, Denoiser) and (estimator == "exact") != score.left_to_right:
+        raise CapabilityError(
+            f"estimator {estimator!r} does not fit {type(score).__name__}; "
+            f"expected {'exact' if score.left_to_right else 'count or mdlm'}"
+        )
     device = device or torch.device("cpu")
     batches = masked_batches(tokens, estimator, draws, seed, eps, bos, batch, 0, 1, device)
     return summarise(row_sums(score, batches, len(tokens)), estimator, draws, seed)

@@ -5,6 +5,7 @@ Everything attends through `attend`: training and sampling, self- and cross-atte
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -69,10 +70,14 @@ def attend(
     v: Float[Tensor, "Tk N D"],
     q_segments: Segments,
     k_segments: Segments,
+    causal: bool = False,
 ) -> Float[Tensor, "Tq N D"]:
     """Softmax attention of query segment i over key segment i, for all i.
 
     A query whose key segment is empty gets output 0 and contributes finite (zero) gradients, in every kernel.
+
+    Args:
+        causal: the j-th query of a segment sees its first j keys and its own; for self-attention only.
 
     Shape:
         q: [Tq, N, D]; k, v: [Tk, N, D]; returns [Tq, N, D].
@@ -82,34 +87,46 @@ def attend(
     assert len(q_segments) == len(k_segments), (len(q_segments), len(k_segments))
     assert q.shape[0] == q_segments.total, (q.shape, q_segments.total)
     assert k.shape[0] == k_segments.total, (k.shape, k_segments.total)
+    assert not causal or q_segments.lengths == k_segments.lengths, "causal attention is self-attention"
     if not any(map(min, zip(q_segments.lengths, k_segments.lengths, strict=True))):  # no query sees any key
         return q * 0 + (k.sum() + v.sum()) * 0  # stays in the graph: every parameter gets a (zero) gradient
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(q, k, v, q_segments, k_segments)
+        return _varlen(q, k, v, q_segments, k_segments, causal)
     if q_segments.equal and k_segments.equal:
-        return _equal(q, k, v, len(q_segments))
+        return _equal(q, k, v, len(q_segments), causal)
     if max(q_segments.total, k_segments.total) < SHORT * len(q_segments):
-        return _masked(q, k, v, q_segments, k_segments)
-    return _each(q, k, v, q_segments, k_segments)
+        return _masked(q, k, v, q_segments, k_segments, causal)
+    return _each(q, k, v, q_segments, k_segments, causal)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments, causal: bool = False
+) -> Tensor:
     """Flash kernels over ragged segments, no mask tensor."""
     from torch.nn.attention.varlen import varlen_attn  # absent from CPU-only builds of some platforms
 
     out: Any = varlen_attn(
-        q, k, v, q_segments.boundaries, k_segments.boundaries, q_segments.longest, k_segments.longest
+        q,
+        k,
+        v,
+        q_segments.boundaries,
+        k_segments.boundaries,
+        q_segments.longest,
+        k_segments.longest,
+        window_size=(-1, 0 if causal else -1),
     )
     return out if min(k_segments.lengths) else torch.where(_has_keys(q_segments, k_segments), out, 0)
 
 
-def _equal(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+def _equal(q: Tensor, k: Tensor, v: Tensor, count: int, causal: bool = False) -> Tensor:
     """All segments of one length: a plain batch."""
     q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [S, N, T/S, D]
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(0, 1)
 
 
-def _each(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments) -> Tensor:
+def _each(
+    q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments, causal: bool = False
+) -> Tensor:
     """One call per segment: least arithmetic, most calls (`split`: a slice's backward fills a tensor)."""
     outs = []
     parts = zip(
@@ -118,13 +135,16 @@ def _each(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Seg
     for q_i, k_i, v_i in parts:
         if len(q_i) and len(k_i):
             q_i, k_i, v_i = (x.transpose(0, 1).unsqueeze(0) for x in (q_i, k_i, v_i))  # [1, N, T_i, D]
-            outs.append(F.scaled_dot_product_attention(q_i, k_i, v_i).squeeze(0).transpose(0, 1))
+            y = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=causal)
+            outs.append(y.squeeze(0).transpose(0, 1))
         else:
             outs.append(q_i * 0)
     return torch.cat(outs)
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments) -> Tensor:
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments, causal: bool = False
+) -> Tensor:
     """Many short segments: one batch of windows (or of padded segments) with a boolean mask."""
     q_ids, k_ids = q_segments.ids, k_segments.ids
     if q_segments.window and k_segments.window:
@@ -136,6 +156,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: S
         k_pad, v_pad = _pad(k, k_segments), _pad(v, k_segments)
         filled = torch.tensor(k_segments.lengths, device=q.device)
         mask = (torch.arange(k_segments.longest, device=q.device) < filled[:, None])[:, None, :]  # [S, 1, Tk]
+    if causal:  # queries and keys lie alike in windows or in padded segments
+        mask = mask & mask.new_ones(q_pad.shape[1], k_pad.shape[1]).tril()
     # A row without keys would be 0/0: let it see everything, and set its output to 0 afterwards.
     any_key = mask.any(-1, keepdim=True)
     mask = (mask | ~any_key)[:, None]  # [R, 1, Wq or 1, Wk]
@@ -158,3 +180,54 @@ def _pad(x: Float[Tensor, "T N D"], segments: Segments) -> Float[Tensor, "S long
 def _has_keys(q_segments: Segments, k_segments: Segments) -> Bool[Tensor, "Tq 1 1"]:
     lengths = torch.tensor(k_segments.lengths, device=q_segments.device)
     return (lengths > 0)[q_segments.ids][:, None, None]
+
+
+class Growth:
+    """How rows of a key/value cache grow by one call: `new[b]` tokens behind the `old[b]` there are.
+
+    Args:
+        old, new: tokens of every row, host integers.
+        capacity: tokens that a row of the cache has room for.
+    """
+
+    def __init__(self, old: Sequence[int], new: Sequence[int], capacity: int, device: torch.device):
+        self.segments = Segments(new, device)
+        self.longest = max(a + b for a, b in zip(old, new, strict=True))
+        assert self.longest <= capacity, (self.longest, capacity)
+        self.slots = torch.tensor(list(old), device=device)[self.segments.ids] + self.segments.offsets  # [T]
+        self.index = self.segments.ids * capacity + self.slots  # [T], flat places in the cache
+        self._sees_all = self.segments.equal and self.segments.longest == 1 and min(old) == max(old)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "B 1 longest_new longest"] | None:
+        """Which keys a new token sees, its own and all before; None where that is all there are."""
+        if self._sees_all:
+            return None
+        slots = self.slots.new_zeros(len(self.segments), self.segments.longest)  # padding sees key 0
+        slots = slots.index_put((self.segments.ids, self.segments.offsets), self.slots)
+        keys = torch.arange(self.longest, device=self.slots.device)
+        return (keys <= slots[..., None])[:, None]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer, in preallocated rows that are written once and read in place."""
+
+    keys: Float[Tensor, "B capacity N D"]
+    values: Float[Tensor, "B capacity N D"]
+
+    def attend(
+        self, q: Float[Tensor, "T N D"], k: Float[Tensor, "T N D"], v: Float[Tensor, "T N D"], growth: Growth
+    ) -> Float[Tensor, "T N D"]:
+        """Store the new tokens' keys and values, and let them attend to themselves and all before."""
+        self.keys.flatten(0, 1).index_copy_(0, growth.index, k)
+        self.values.flatten(0, 1).index_copy_(0, growth.index, v)
+        new = growth.segments
+        rows = q.unflatten(0, (len(new), -1)) if new.equal else _pad(q, new)  # [B, longest new, N, D]
+        out = F.scaled_dot_product_attention(
+            rows.transpose(1, 2),
+            self.keys[:, : growth.longest].transpose(1, 2),
+            self.values[:, : growth.longest].transpose(1, 2),
+            attn_mask=growth.mask,
+        ).transpose(1, 2)
+        return out.flatten(0, 1) if new.equal else out[new.ids, new.offsets]

@@ -5,8 +5,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.models.attention import Segments, attend
-from pipeline.models.layers import MLP, LayerNorm, Modulation, rotary, rotate, sinusoid
+from pipeline.models.attention import Cache, Growth, Segments, attend
+from pipeline.models.layers import (
+    MLP,
+    Condition,
+    LayerNorm,
+    Modulation,
+    RMSNorm,
+    rotary,
+    rotate,
+    sinusoid,
+    wide,
+)
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -14,22 +24,37 @@ Rotary = tuple[Tensor, Tensor]
 class SelfBlock(nn.Module):
     """Pre-norm block: self-attention inside segments, then MLP, both with gated residuals."""
 
-    def __init__(self, hidden: int, heads: int, dropout: float):
+    def __init__(
+        self, hidden: int, heads: int, dropout: float, conditional: bool = False, causal: bool = False
+    ):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.modulation = Modulation(hidden, 6)
+        self.heads, self.dropout, self.causal = heads, dropout, causal
+        self.modulation = Modulation(hidden, 6, conditional)
         self.norm1 = LayerNorm(hidden)
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.norm2 = LayerNorm(hidden)
         self.mlp = MLP(hidden)
 
-    def forward(self, x: Float[Tensor, "T H"], segments: Segments, code: Rotary) -> Float[Tensor, "T H"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation()
+    def forward(
+        self,
+        x: Float[Tensor, "T H"],
+        segments: Segments,
+        code: Rotary,
+        condition: Condition | None = None,
+        cache: Cache | None = None,
+        growth: Growth | None = None,
+    ) -> Float[Tensor, "T H"]:
+        """With a cache (causal blocks), x are the new tokens of `growth` and the cache holds those before."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         qkv = self.qkv(self.norm1(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))  # [T, 3, N, D]
         q, k, v = qkv.unbind(1)
-        y = attend(rotate(q, code), rotate(k, code), v, segments, segments).flatten(1)  # [T, H]
-        x = x + gate1 * self._drop(self.out(y))
+        q, k = rotate(q, code), rotate(k, code)
+        if cache is not None and growth is not None:
+            y = cache.attend(q, k, v, growth)
+        else:
+            y = attend(q, k, v, segments, segments, self.causal)
+        x = x + gate1 * self._drop(self.out(y.flatten(1)))
         return x + gate2 * self._drop(self.mlp(self.norm2(x, shift2, scale2)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -42,10 +67,10 @@ class CrossBlock(nn.Module):
     Source: arXiv 2505.18883, section 4; separate norms for queries and keys, only queries modulated.
     """
 
-    def __init__(self, hidden: int, heads: int, dropout: float):
+    def __init__(self, hidden: int, heads: int, dropout: float, conditional: bool = False):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.modulation = Modulation(hidden, 6)
+        self.modulation = Modulation(hidden, 6, conditional)
         self.q_norm = LayerNorm(hidden)
         self.kv_norm = LayerNorm(hidden)
         self.q = nn.Linear(hidden, hidden, bias=False)
@@ -62,8 +87,9 @@ class CrossBlock(nn.Module):
         k_segments: Segments,
         q_code: Rotary,
         k_code: Rotary,
+        condition: Condition | None = None,
     ) -> Float[Tensor, "Tq H"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation()
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         q = self.q(self.q_norm(x, shift1, scale1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
         k, v = self.kv(self.kv_norm(encoded)).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
         y = attend(rotate(q, q_code), rotate(k, k_code), v, q_segments, k_segments).flatten(1)
@@ -72,18 +98,39 @@ class CrossBlock(nn.Module):
 
 
 class GroupSwap(nn.Module):
-    """Cross-attention through which information changes groups: data-independent queries, no residual.
+    """Cross-attention through which information changes groups: queries that know no token, no residual.
 
-    The query of position i is `W LN(u + pos_i) + b` with a learned `u` and a sinusoidal code, so it knows
-    where it is and nothing else. Source: arXiv 2505.18883, section 4.2 and equation 11.
+    The query of position i is `f(norm(u + pos_i + Y))`: a learned `u`, a sinusoidal code, and, in the pooled
+    variants, one vector that sums up the encoder outputs of the partner segment (0 if that is empty). It
+    depends on where the position is and on what the other group holds, never on its own group.
+
+    Args:
+        positional: add the sinusoidal code.
+        pooling: how Y is made from the partner's encoder outputs: "none", "mean" or "logsumexp".
+        query: f, one linear map ("linear"), or H -> 4H -> H with SiLU ("mlp4").
+        norm: of the sum, "layer" or "rms".
+
+    Source: arXiv 2505.18883, section 4.2 and equation 11; Y is added before the norm (method.md section 2).
     """
 
-    def __init__(self, hidden: int, heads: int, positional: bool):
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        positional: bool = True,
+        pooling: str = "none",
+        query: str = "linear",
+        norm: str = "layer",
+    ):
         super().__init__()
-        self.heads, self.positional = heads, positional
+        self.heads, self.positional, self.pooling = heads, positional, pooling
         self.base = nn.Parameter(torch.randn(hidden) * 0.02)
-        self.norm = LayerNorm(hidden, bias=True)
-        self.query = nn.Linear(hidden, hidden)
+        self.norm = LayerNorm(hidden, bias=True) if norm == "layer" else RMSNorm(hidden)
+        self.query: nn.Module = nn.Linear(hidden, hidden)
+        if query == "mlp4":
+            self.query = nn.Sequential(
+                nn.Linear(hidden, 4 * hidden), nn.SiLU(), nn.Linear(4 * hidden, hidden)
+            )
         self.kv = nn.Linear(hidden, 2 * hidden)
         self.out = nn.Linear(hidden, hidden)
 
@@ -97,15 +144,34 @@ class GroupSwap(nn.Module):
         k_code: Rotary,
     ) -> Float[Tensor, "Tq H"]:
         """Read the partner segments at `positions`, all of them below `extent`."""
-        # Queries depend on the position alone: many rows share them, so make each position's once.
-        shared = len(positions) > extent
-        rows = torch.arange(extent, device=positions.device) if shared else positions
-        raw = self.base.expand(len(rows), -1)
+        # Without pooling, queries depend on the position alone and rows share them: make each once.
+        shared = self.pooling == "none" and len(positions) > extent
+        places = torch.arange(extent, device=positions.device) if shared else positions
+        raw = self.base.expand(len(places), -1)
         if self.positional:
-            raw = raw + sinusoid(rows, raw.shape[-1]).to(raw.dtype)
-        queries = self.query(self.norm(raw)).unflatten(-1, (self.heads, -1))  # [rows, N, D]
-        q = rotate(queries, rotary(rows, queries.shape[-1]))
+            raw = raw + sinusoid(places, raw.shape[-1]).to(raw.dtype)
+        if self.pooling != "none":
+            raw = raw + pool(encoded, k_segments, self.pooling)[q_segments.ids]
+        queries = self.query(self.norm(raw)).unflatten(-1, (self.heads, -1))  # [places, N, D]
+        q = rotate(queries, rotary(places, queries.shape[-1]))
         if shared:
             q = F.embedding(positions, q.flatten(1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
         k, v = self.kv(encoded).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
         return self.out(attend(q, rotate(k, k_code), v, q_segments, k_segments).flatten(1))
+
+
+def pool(x: Float[Tensor, "T H"], segments: Segments, how: str) -> Float[Tensor, "S H"]:
+    """One vector a segment, in float32 inside: the "mean" or the "logsumexp" over its tokens; 0 for none.
+
+    Source: arXiv 2505.18883, section 4.2 (data-dependent queries).
+    """
+    lengths = torch.tensor(segments.lengths, device=x.device)[:, None]  # [S, 1]
+    values = wide(x)
+    zeros = values.new_zeros(len(segments), x.shape[1])
+    if how == "mean":
+        return (zeros.index_add(0, segments.ids, values) / lengths.clamp(min=1)).to(x.dtype)
+    top = zeros.scatter_reduce(
+        0, segments.ids[:, None].expand_as(values), values.detach(), "amax", include_self=False
+    )
+    sums = zeros.index_add(0, segments.ids, (values - top[segments.ids]).exp())
+    return ((sums + (lengths == 0)).log() + top).to(x.dtype)  # of nothing: log 1 + 0

@@ -11,8 +11,9 @@ import torch.utils.checkpoint
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from pipeline.config.schema import TrunkConfig
 from pipeline.errors import CapabilityError
-from pipeline.models.layers import Head
+from pipeline.models.layers import Condition, FinalNorm, Head
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Batch:
         targets: [B, L], which positions are predicted; never BOS.
         weights: [B, L] float32 loss weight of every position.
         condition: [B] class labels, or None.
+        device: where the model computes.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -109,16 +111,52 @@ class Denoiser(nn.Module, ABC):
     is stateful: `open` rows, `extend` them with known tokens, ask for `hidden` vectors at positions, and turn
     chunks of those into logits with `head`. Positions count tokens, BOS included where the data has one.
 
+    Class labels (`condition`) are 0..C-1 for a model with C classes, and C or None for "no class". Registers
+    are vectors that blocks may use as scratch space: they lie in front of every row and move its tokens'
+    positions up by their number, inside the model only.
+
+    Args:
+        config: sizes, classes and registers.
+        vocab_size: V, ids that can be predicted.
+        length: L of the data that the model is trained on, BOS included where it has one.
+        ids: ids that the model reads: V, and whatever mask, BOS or start there is beyond.
+
     Attributes:
-        vocab_size: V, ids that can be predicted; logits cover exactly these.
-        length: L of the data that the model is trained on.
+        vocab_size: logits cover exactly these ids.
+        embedding: a row for every id that is read, then one for every register.
+        both_groups: learns from the tokens of both groups in one pass, else from those of group 1.
+        left_to_right: predicts a row's next token only, from all before; knows no groups.
         recompute: trade the memory of a block's activations for a second forward pass in training.
     """
 
-    vocab_size: int
-    length: int
-    head: Head
+    both_groups: bool = False
+    left_to_right: bool = False
     recompute: bool = False
+
+    def __init__(self, config: TrunkConfig, vocab_size: int, length: int, ids: int):
+        super().__init__()
+        self.vocab_size, self.length, self.registers = vocab_size, length, config.registers
+        self.head_size, self.conditional = config.hidden // config.heads, config.classes is not None
+        self.embedding = nn.Embedding(ids + config.registers, config.hidden)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.classes: nn.Embedding | None = None
+        if config.classes is not None:
+            self.classes = nn.Embedding(config.classes + 1, config.hidden)
+            nn.init.normal_(self.classes.weight, std=0.02)
+        self.final = FinalNorm(config.hidden, self.conditional)
+        self.head = Head(config.hidden, vocab_size)
+
+    def register_ids(self, device: torch.device) -> Int[Tensor, "R"]:
+        """Rows of the embedding that hold the registers."""
+        return torch.arange(self.registers, device=device) + self.embedding.num_embeddings - self.registers
+
+    def class_vectors(self, labels: Int[Tensor, "B"] | None, rows: int) -> Float[Tensor, "B H"] | None:
+        """The vector of every row's class, "no class" where there are no labels; None without classes."""
+        if self.classes is None:
+            return None
+        if labels is None:
+            labels = torch.full((rows,), self.classes.num_embeddings - 1)
+        return self.classes(labels.to(self.head.weight.device, non_blocking=True))
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Float[Tensor, "T H"]:
         """One block of the trunk; with `recompute` its activations are made again in the backward pass."""
@@ -137,7 +175,11 @@ class Denoiser(nn.Module, ABC):
         groups: Bool[Tensor, "B L"],
         condition: Int[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B L V"]:
-        """Logits at every position from the tokens of the other group."""
+        """Logits at every position from the tokens of the other group.
+
+        Raises:
+            CapabilityError: class labels that the model has no vectors for, or a model without groups.
+        """
 
     @abstractmethod
     def hidden(
@@ -151,9 +193,9 @@ class Denoiser(nn.Module, ABC):
         """A state of `batch` rows that know nothing yet and have room for `capacity` tokens each.
 
         Raises:
-            CapabilityError: a condition for a model without classes.
+            CapabilityError: class labels that the model has no vectors for.
         """
-        self.check_condition(condition)
+        self.check_condition(condition, batch)
         capacity = self.length if capacity is None else capacity
         device = self.head.weight.device
         blank = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
@@ -174,9 +216,28 @@ class Denoiser(nn.Module, ABC):
         state.lengths = [a + b for a, b in zip(state.lengths, lengths, strict=True)]
         state.memory = None
 
-    def check_condition(self, condition: Tensor | None) -> None:
-        """Refuse class labels where the model has no classes."""
-        if condition is not None:
+    def check_condition(self, labels: Tensor | None, rows: int) -> None:
+        """Refuse class labels that this model has no vectors for.
+
+        Raises:
+            CapabilityError: labels for a model without classes, not one a row, or outside 0..C.
+        """
+        if labels is None:
+            return
+        name = type(self).__name__
+        if self.classes is None:
+            raise CapabilityError(f"condition: {name} was built without classes; expected condition=None")
+        none = self.classes.num_embeddings - 1
+        if labels.shape != (rows,):
+            raise CapabilityError(f"condition: shape {list(labels.shape)} for {rows} rows; expected [{rows}]")
+        wrong = labels[(labels < 0) | (labels > none)]
+        if len(wrong):
             raise CapabilityError(
-                f"condition: {type(self).__name__} was built without classes; expected condition=None"
+                f"condition: label {int(wrong[0])} for {name} of {none} classes; "
+                f"expected 0 to {none - 1}, or {none} for no class"
             )
+
+
+def conditioned(vectors: Float[Tensor, "B H"] | None, rows: Int[Tensor, "T"]) -> Condition | None:
+    """Class vectors with the row that each packed token belongs to; None where there are no classes."""
+    return None if vectors is None else Condition(vectors, rows)

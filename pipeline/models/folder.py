@@ -57,7 +57,7 @@ def read(folder: Path) -> tuple[Denoiser, RunConfig, DataFacts]:
             )
     config, facts = _read_config(folder / CONFIG)
     with torch.device("meta"):
-        model = build(config.model, facts.vocab_size, facts.length)
+        model = build(config.model, facts.vocab_size, facts.length, facts.bos)
     load_weights(model, _read_tensors(folder / WEIGHTS), origin=str(folder / WEIGHTS))
     return model.eval(), config, facts
 

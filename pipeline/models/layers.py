@@ -1,6 +1,7 @@
 """Small layers that every trunk is made of: norm, modulation, rotary and sinusoidal positions, MLP, head."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 
 PERIOD = 10_000.0  # longest period of rotary and sinusoidal codes
 LOGITS_AT_ONCE = 1 << 22  # entries of rows x V above which the loss works in chunks of rows
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in a float64 model: what sums and norms are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _frequencies(count: int, device: torch.device) -> Float[Tensor, "count"]:
@@ -29,7 +35,7 @@ def rotate(x: Float[Tensor, "T N D"], code: tuple[Tensor, Tensor]) -> Float[Tens
     Source: method.md section 2, "Block details".
     """
     cos, sin = code
-    low, high = x.float().chunk(2, dim=-1)
+    low, high = wide(x).chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
 
 
@@ -50,33 +56,69 @@ class LayerNorm(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "T H"],
-        shift: Float[Tensor, "H"] | None = None,
-        scale: Float[Tensor, "H"] | None = None,
+        shift: Float[Tensor, "H"] | Float[Tensor, "T H"] | None = None,
+        scale: Float[Tensor, "H"] | Float[Tensor, "T H"] | None = None,
     ) -> Float[Tensor, "T H"]:
-        weight = self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
-        if (
-            scale is not None and shift is not None
-        ):  # one vector for all tokens: fold it, one kernel does it all
-            weight = weight * (1 + scale.float())
-            bias = shift.float() if bias is None else bias * (1 + scale.float()) + shift.float()
-        return F.layer_norm(x.float(), weight.shape, weight, bias, 1e-5).to(x.dtype)
+        weight = wide(self.weight)
+        bias = None if self.bias is None else wide(self.bias)
+        if scale is not None and shift is not None:
+            if scale.dim() == 2:  # a vector for each token
+                normed = F.layer_norm(wide(x), weight.shape, weight, bias, 1e-5)
+                return (normed * (1 + wide(scale)) + wide(shift)).to(x.dtype)
+            # One vector for all tokens: folded, so that one kernel does it all.
+            weight = weight * (1 + wide(scale))
+            bias = wide(shift) if bias is None else bias * (1 + wide(scale)) + wide(shift)
+        return F.layer_norm(wide(x), weight.shape, weight, bias, 1e-5).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square in float32, eps 1e-5, with a weight and no bias."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
+        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), 1e-5).to(x.dtype)
+
+
+class Condition(NamedTuple):
+    """The class vectors of a batch, and which of them each packed token goes by."""
+
+    vectors: Float[Tensor, "B H"]
+    rows: Int[Tensor, "T"]
+
+    def at(self, rows: Int[Tensor, "Q"]) -> "Condition":
+        """The same vectors for other tokens."""
+        return Condition(self.vectors, rows)
 
 
 class Modulation(nn.Module):
-    """The vectors (shift, scale, gate, ...) of a block without condition: learned constants from zero.
+    """The vectors (shift, scale, gate, ...) of a block: adaLN.
 
-    The released text models feed adaLN maps a constant condition, which is the same function
-    (method.md section 2); zero gates make every block the identity at the start.
+    Without classes they are learned constants: the released text models feed adaLN maps a constant condition,
+    which is the same function (method.md section 2). With classes they are a linear map of the class vector.
+    Both start at zero, and zero gates make every block the identity.
     """
 
-    def __init__(self, size: int, count: int):
+    def __init__(self, size: int, count: int, conditional: bool = False):
         super().__init__()
-        self.vectors = nn.Parameter(torch.zeros(count, size))
+        self.count = count
+        self.map: nn.Linear | None = None
+        if conditional:
+            self.map = nn.Linear(size, count * size)
+            nn.init.zeros_(self.map.weight)
+            nn.init.zeros_(self.map.bias)
+        else:
+            self.vectors = nn.Parameter(torch.zeros(count, size))
 
-    def forward(self) -> tuple[Tensor, ...]:
-        # A copy: under ZeRO-3 the parameter's storage is gone once this forward has returned.
-        return self.vectors.clone().unbind(0)
+    def forward(self, condition: Condition | None = None) -> tuple[Tensor, ...]:
+        """`count` vectors for all tokens, each [H], or with a condition for each token, each [T, H]."""
+        assert (condition is None) == (self.map is None)
+        if condition is None or self.map is None:
+            # A copy: under ZeRO-3 the parameter's storage is gone once this forward has returned.
+            return self.vectors.clone().unbind(0)
+        return F.embedding(condition.rows, self.map(condition.vectors)).chunk(self.count, dim=-1)
 
 
 class MLP(nn.Module):
@@ -91,14 +133,25 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+class FinalNorm(nn.Module):
+    """The modulated norm behind the last block, in front of the head."""
+
+    def __init__(self, size: int, conditional: bool = False):
+        super().__init__()
+        self.norm = LayerNorm(size)
+        self.modulation = Modulation(size, 2, conditional)
+
+    def forward(self, x: Float[Tensor, "T H"], condition: Condition | None = None) -> Float[Tensor, "T H"]:
+        shift, scale = self.modulation(condition)
+        return self.norm(x, shift, scale)
+
+
 class Head(nn.Module):
-    """Final norm and projection to the vocabulary; the only place where V-wide tensors are made."""
+    """Projection to the vocabulary; the only place where V-wide tensors are made."""
 
     def __init__(self, size: int, vocab_size: int):
         super().__init__()
         self.vocab_size = vocab_size
-        self.norm = LayerNorm(size)
-        self.modulation = Modulation(size, 2)
         self.weight = nn.Parameter(torch.zeros(vocab_size, size))
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
@@ -110,9 +163,8 @@ class Head(nn.Module):
         Shape:
             hidden: [T, H]; targets: [T] ids below V. Returns float32 [T, V], or [T].
         """
-        shift, scale = self.modulation()
         # float32 from here on: cross-entropies from bf16 logits are off by up to 0.25 nats.
-        x, weight, bias = self.norm(hidden, shift, scale).float(), self.weight.float(), self.bias.float()
+        x, weight, bias = wide(hidden), wide(self.weight), wide(self.bias)
         if targets is None:
             return F.linear(x, weight, bias)
         chunk = max(1, LOGITS_AT_ONCE // self.vocab_size)

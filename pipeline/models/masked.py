@@ -1,4 +1,4 @@
-"""Masked diffusion (MDLM) on the trunk of the partition model: one bidirectional segment a row."""
+"""Masked diffusion (MDLM, MaskGIT) on the trunk of the partition model: one bidirectional segment a row."""
 
 from collections.abc import Sequence
 
@@ -9,26 +9,27 @@ from torch import Tensor, nn
 from pipeline.config.schema import MDLMConfig
 from pipeline.models.attention import Segments
 from pipeline.models.blocks import SelfBlock
-from pipeline.models.denoiser import Batch, Denoiser, State
-from pipeline.models.layers import Head, rotary
+from pipeline.models.denoiser import Batch, Denoiser, State, conditioned
+from pipeline.models.layers import rotary
 
 
 class MDLM(Denoiser):
     """Masked tokens are replaced by a mask token, id V, and predicted by a bidirectional transformer.
 
-    Source: arXiv 2406.07524; method.md section 3.
+    The complementary form learns from a row under both of its maskings, group 1 hidden and group 0 hidden, in
+    one doubled batch: what PGM learns from a row, without its architecture. With classes and registers this
+    is the network of MaskGIT.
+
+    Source: arXiv 2406.07524; arXiv 2505.18883, section 5 (complementary masking); method.md section 3.
     """
 
-    def __init__(self, config: MDLMConfig, vocab_size: int, length: int):
-        super().__init__()
-        self.vocab_size, self.length = vocab_size, length
-        self.head_size = config.hidden // config.heads
-        self.embedding = nn.Embedding(vocab_size + 1, config.hidden)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+    def __init__(self, config: MDLMConfig, vocab_size: int, length: int, bos: int | None = None):
+        super().__init__(config, vocab_size, length, ids=max(vocab_size + 1, 0 if bos is None else bos + 1))
+        self.both_groups = config.complementary
         self.blocks = nn.ModuleList(
-            SelfBlock(config.hidden, config.heads, config.dropout) for _ in range(config.blocks)
+            SelfBlock(config.hidden, config.heads, config.dropout, self.conditional)
+            for _ in range(config.blocks)
         )
-        self.head = Head(config.hidden, vocab_size)
 
     @property
     def mask(self) -> int:
@@ -36,10 +37,19 @@ class MDLM(Denoiser):
         return self.vocab_size
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
-        self.check_condition(batch.condition)
-        assert not bool((batch.targets & ~batch.groups).any()), "a masked model predicts masked tokens only"
-        canvas = torch.where(batch.groups, self.mask, batch.tokens).to(batch.device, non_blocking=True)
-        x = self._trunk(canvas)[batch.target_index.to(batch.device, non_blocking=True)]
+        self.check_condition(batch.condition, batch.shape[0])
+        canvas, labels = torch.where(batch.groups, self.mask, batch.tokens), batch.condition
+        index = batch.target_index
+        in_zero = ~batch.groups.flatten()[index]
+        if in_zero.any():
+            assert self.both_groups, "a masked model predicts masked tokens only"
+            canvas = torch.cat([canvas, torch.where(batch.groups, batch.tokens, self.mask)])
+            labels = None if labels is None else torch.cat([labels, labels])
+            index = index + in_zero * batch.tokens.numel()
+        vectors = self.class_vectors(labels, len(canvas))
+        x = self._trunk(canvas.to(batch.device, non_blocking=True), vectors)
+        index = index.to(batch.device, non_blocking=True)
+        x = self.final(x[index], conditioned(vectors, index // batch.shape[1]))
         return batch.by_row(self.head(x, batch.gather(batch.tokens, batch.target_index)))
 
     def logits(
@@ -49,9 +59,15 @@ class MDLM(Denoiser):
         condition: Int[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B L V"]:
         """Two passes, one for each group as the masked one."""
-        self.check_condition(condition)
+        self.check_condition(condition, len(tokens))
+        vectors = self.class_vectors(condition, len(tokens))
+        rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
         one, zero = (
-            self.head(self._trunk(torch.where(masked, self.mask, tokens))).view(*tokens.shape, -1)
+            self.head(
+                self.final(
+                    self._trunk(torch.where(masked, self.mask, tokens), vectors), conditioned(vectors, rows)
+                )
+            ).view(*tokens.shape, -1)
             for masked in (groups, ~groups)
         )
         return torch.where(groups[..., None], one, zero)
@@ -61,20 +77,26 @@ class MDLM(Denoiser):
     ) -> Float[Tensor, "Q H"]:
         rows = len(state.lengths)
         width = max(self.length, state.tokens.shape[1])
+        vectors = self.class_vectors(state.condition, rows)
         if state.memory is None:
             tokens, known = state.known()
             row = torch.repeat_interleave(torch.tensor(state.lengths)).to(tokens.device)
             canvas = torch.full((rows, width), self.mask, device=tokens.device)
             canvas[row, known] = tokens
-            state.memory = self._trunk(canvas)
+            state.memory = self._trunk(canvas, vectors)
         row = torch.repeat_interleave(torch.tensor(list(lengths))).to(positions.device)
-        return state.memory[row * width + positions]
+        return self.final(state.memory[row * width + positions], conditioned(vectors, row))
 
-    def _trunk(self, canvas: Int[Tensor, "B L"]) -> Float[Tensor, "B_times_L H"]:
-        rows, length = canvas.shape
-        segments = Segments([length] * rows, canvas.device)
-        code = rotary(torch.arange(length, device=canvas.device).repeat(rows), self.head_size)
-        x = self.embedding(canvas.flatten())
+    def _trunk(
+        self, canvas: Int[Tensor, "B L"], vectors: Float[Tensor, "B H"] | None
+    ) -> Float[Tensor, "B_times_L H"]:
+        """Vectors of all tokens, registers left out, in front of the final norm."""
+        rows = len(canvas)
+        ids = torch.cat([self.register_ids(canvas.device).expand(rows, -1), canvas], 1)  # [B, R + L]
+        segments = Segments([ids.shape[1]] * rows, canvas.device)
+        code = rotary(torch.arange(ids.shape[1], device=canvas.device).repeat(rows), self.head_size)
+        condition = conditioned(vectors, segments.ids)
+        x = self.embedding(ids.flatten())
         for block in self.blocks:
-            x = self.run_block(block, x, segments, code)
-        return x
+            x = self.run_block(block, x, segments, code, condition)
+        return x.unflatten(0, ids.shape)[:, self.registers :].flatten(0, 1)

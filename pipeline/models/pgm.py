@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pipeline.config.schema import PGMConfig
 from pipeline.models.attention import Segments
 from pipeline.models.blocks import CrossBlock, GroupSwap, Rotary, SelfBlock
-from pipeline.models.denoiser import Batch, Denoiser, State
-from pipeline.models.layers import Head, rotary
+from pipeline.models.denoiser import Batch, Denoiser, State, conditioned
+from pipeline.models.layers import Condition, rotary
 
 
 class Encoded(NamedTuple):
@@ -26,26 +26,37 @@ class Encoded(NamedTuple):
 class PGM(Denoiser):
     """Encoder inside groups, GroupSwap, cross-attention decoder that computes asked positions only.
 
+    The variant `swap.every_block` adds a swap of its own to the running state in front of every decoder block
+    but the first, whose input is the output of the only swap that all variants have. Of the registers the
+    first half is in group 1, the second in group 0, where sampling has it known from the start.
+
     Source: arXiv 2505.18883, section 4; method.md section 2.
     """
 
-    def __init__(self, config: PGMConfig, vocab_size: int, length: int):
-        super().__init__()
-        self.vocab_size, self.length = vocab_size, length
-        self.head_size = config.hidden // config.heads
-        self.embedding = nn.Embedding(vocab_size, config.hidden)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+    both_groups = True
+
+    def __init__(self, config: PGMConfig, vocab_size: int, length: int, bos: int | None = None):
+        super().__init__(config, vocab_size, length, ids=max(vocab_size, 0 if bos is None else bos + 1))
         self.encoder = nn.ModuleList(
-            SelfBlock(config.hidden, config.heads, config.dropout) for _ in range(config.encoder_blocks)
+            SelfBlock(config.hidden, config.heads, config.dropout, self.conditional)
+            for _ in range(config.encoder_blocks)
         )
-        self.swap = GroupSwap(config.hidden, config.heads, config.swap.positional)
+        swap = config.swap
+        self.swap, *later = (
+            GroupSwap(config.hidden, config.heads, swap.positional, swap.pooling, swap.query, swap.norm)
+            for _ in range(config.decoder_blocks if swap.every_block else 1)
+        )
+        self.later_swaps = nn.ModuleList(later)
+        for swap_in_front in later:  # 0 at the start, as every residual branch is
+            nn.init.zeros_(swap_in_front.out.weight)
+            nn.init.zeros_(swap_in_front.out.bias)
         self.decoder = nn.ModuleList(
-            CrossBlock(config.hidden, config.heads, config.dropout) for _ in range(config.decoder_blocks)
+            CrossBlock(config.hidden, config.heads, config.dropout, self.conditional)
+            for _ in range(config.decoder_blocks)
         )
-        self.head = Head(config.hidden, vocab_size)
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
-        self.check_condition(batch.condition)
+        self.check_condition(batch.condition, batch.shape[0])
         losses = self.head(self._both_sides(batch), batch.gather(batch.tokens, batch.target_index))
         return batch.by_row(losses)
 
@@ -55,10 +66,10 @@ class PGM(Denoiser):
         groups: Bool[Tensor, "B L"],
         condition: Int[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B L V"]:
-        self.check_condition(condition)
+        self.check_condition(condition, len(tokens))
         device = self.head.weight.device
         every = torch.ones_like(groups, dtype=torch.bool, device="cpu")
-        batch = Batch(tokens.cpu(), groups.cpu(), every, every.float(), device=device)
+        batch = Batch(tokens.cpu(), groups.cpu(), every, every.float(), condition, device)
         packed = self.head(self._both_sides(batch))
         out = packed.new_empty(tokens.numel(), self.vocab_size)
         out[batch.target_index.to(device)] = packed
@@ -67,48 +78,91 @@ class PGM(Denoiser):
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q H"]:
+        vectors = self.class_vectors(state.condition, len(state.lengths))
         if state.memory is None:
             tokens, known = state.known()
-            state.memory = self._encode(tokens, known, Segments(state.lengths, tokens.device))
+            counts, device = state.lengths, tokens.device
+            own = torch.arange(self.registers // 2, self.registers, device=device)  # those of group 0
+            if len(own):
+                tokens = _in_front(self.register_ids(device)[own], tokens, counts)
+                known = _in_front(own, known + self.registers, counts)
+                counts = [len(own) + count for count in counts]
+            segments = Segments(counts, device)
+            state.memory = self._encode(tokens, known, segments, conditioned(vectors, segments.ids))
         extent = max(self.length, state.tokens.shape[1])
-        return self._decode(state.memory, positions, extent, Segments(lengths, positions.device))
+        segments = Segments(lengths, positions.device)
+        return self._decode(state.memory, positions, extent, segments, conditioned(vectors, segments.ids))
 
     def _both_sides(self, batch: Batch) -> Float[Tensor, "Q H"]:
         """Vectors at all targets of a batch: two key segments a row, read crosswise by two query segments."""
-        length = batch.shape[1]
-        ones = batch.groups.sum(1)
+        rows, length = batch.shape
+        cpu = torch.device("cpu")  # where batches are
+        in_one = torch.arange(self.registers) < self.registers // 2
+        groups = torch.cat([in_one.expand(rows, -1), batch.groups], 1)  # [B, R + L]
+        ids = torch.cat([self.register_ids(cpu).expand(rows, -1), batch.tokens], 1)
+        width = groups.shape[1]
+        ones = groups.sum(1)
         asked_ones, asked = (batch.targets & batch.groups).sum(1), batch.targets.sum(1)
         asked_zeros = asked - asked_ones
         if asked_zeros.any():
             # Keys of row b: group 0, group 1. Queries: group 1, group 0. Segment i reads segment i.
-            key_index = (batch.groups.long().argsort(dim=1, stable=True) + batch.starts).flatten()
-            key_lengths = list(chain.from_iterable(zip((length - ones).tolist(), ones.tolist(), strict=True)))
+            starts = torch.arange(rows)[:, None] * width
+            key_index = (groups.long().argsort(dim=1, stable=True) + starts).flatten()
+            key_lengths = list(chain.from_iterable(zip((width - ones).tolist(), ones.tolist(), strict=True)))
             lengths = list(chain.from_iterable(zip(asked_ones.tolist(), asked_zeros.tolist(), strict=True)))
             per_row = int(asked[0])
             window = per_row if per_row and bool((asked == per_row).all()) else None
-            keys = Segments(key_lengths, batch.device, window=length)
+            keys = Segments(key_lengths, batch.device, window=width)
             queries = Segments(lengths, batch.device, window=window)
         else:  # only group 1 is asked, so group 1 need not be encoded
-            key_index = (~batch.groups).flatten().nonzero().squeeze(1)
-            keys = Segments((length - ones).tolist(), batch.device)
+            key_index = (~groups).flatten().nonzero().squeeze(1)
+            keys = Segments((width - ones).tolist(), batch.device)
             queries = Segments(asked_ones.tolist(), batch.device)
-        tokens = batch.gather(batch.tokens, key_index)
-        positions = (key_index % length).to(batch.device, non_blocking=True)
-        asked_at = (batch.target_index % length).to(batch.device, non_blocking=True)
-        return self._decode(self._encode(tokens, positions, keys), asked_at, length, queries)
+        tokens = batch.gather(ids, key_index)
+        key_index = key_index.to(batch.device, non_blocking=True)
+        asked_index = batch.target_index.to(batch.device, non_blocking=True)
+        vectors = self.class_vectors(batch.condition, rows)
+        encoded = self._encode(tokens, key_index % width, keys, conditioned(vectors, key_index // width))
+        condition = conditioned(vectors, asked_index // length)
+        return self._decode(encoded, asked_index % length, length, queries, condition)
 
-    def _encode(self, tokens: Int[Tensor, "Tk"], positions: Int[Tensor, "Tk"], segments: Segments) -> Encoded:
+    def _encode(
+        self,
+        tokens: Int[Tensor, "Tk"],
+        positions: Int[Tensor, "Tk"],
+        segments: Segments,
+        condition: Condition | None,
+    ) -> Encoded:
+        """Clean tokens, registers among them, at positions that count registers."""
         x = self.embedding(tokens)  # [Tk, H]
         code = rotary(positions, self.head_size)
         for block in self.encoder:
-            x = self.run_block(block, x, segments, code)
+            x = self.run_block(block, x, segments, code, condition)
         return Encoded(x, segments, code)
 
     def _decode(
-        self, encoded: Encoded, positions: Int[Tensor, "Q"], extent: int, segments: Segments
+        self,
+        encoded: Encoded,
+        positions: Int[Tensor, "Q"],
+        extent: int,
+        segments: Segments,
+        condition: Condition | None,
     ) -> Float[Tensor, "Q H"]:
-        x = self.swap(encoded.vectors, positions, extent, segments, encoded.segments, encoded.code)
+        """Vectors for the head at `positions` below `extent`, which count tokens only."""
+        positions, extent = positions + self.registers, extent + self.registers
+        read, read_segments, read_code = encoded
+        x = self.swap(read, positions, extent, segments, read_segments, read_code)
         code = rotary(positions, self.head_size)
-        for block in self.decoder:
-            x = self.run_block(block, x, encoded.vectors, segments, encoded.segments, code, encoded.code)
-        return x
+        for index, block in enumerate(self.decoder):
+            if index and self.later_swaps:
+                swap = self.later_swaps[index - 1]
+                x = x + self.run_block(swap, read, positions, extent, segments, read_segments, read_code)
+            x = self.run_block(block, x, read, segments, read_segments, code, read_code, condition)
+        return self.final(x, condition)
+
+
+def _in_front(
+    first: Int[Tensor, "n"], packed: Int[Tensor, "T"], lengths: Sequence[int]
+) -> Int[Tensor, "T_plus"]:
+    """Packed rows with the same entries put in front of every row."""
+    return torch.cat([part for row in packed.split(list(lengths)) for part in (first, row)])

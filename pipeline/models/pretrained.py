@@ -1,4 +1,4 @@
-"""Weights of the authors' released text models -> ours (repository jdeschena/pgm; method.md section 2)."""
+"""Weights of the authors' released models -> ours (repository jdeschena/pgm; method.md section 2)."""
 
 import re
 
@@ -19,9 +19,10 @@ RENAMES = (
     (r"^swap\.query_processor\.", "swap.query."),
     (r"^swap\.hidden_to_key_value\.", "swap.kv."),
     (r"^swap\.output_linear\.", "swap.out."),
-    (r"^output_layer\.norm_final\.", "head.norm."),
+    (r"^output_layer\.norm_final\.", "final.norm."),
     (r"^output_layer\.linear\.", "head."),
-    (r"^output_layer\.adaLN_modulation\.", "head.adaLN_modulation."),
+    (r"^output_layer\.adaLN_modulation\.", "final.adaLN_modulation."),
+    (r"^cls_embed\.embedding_table\.", "classes."),
     (r"\.attn_(qkv|kv|q|out)\.", r".\1."),
     (r"\.(q|kv)_norm1\.", r".\1_norm."),
     (r"\.mlp\.0\.", ".mlp.up."),
@@ -31,42 +32,53 @@ UNUSED = ("rotary_emb.inv_freq",)
 
 
 def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
-    """A released text model's state dict in our names and shapes.
+    """A released model's state dict in our names and shapes.
 
-    The released models feed every adaLN map one constant vector, `SiLU(MLP(time embedding of 0))`, so each
-    map is folded into constant modulation vectors. The mask token's row is kept only where a model reads it:
-    in the embedding of masked models.
+    The released text models feed every adaLN map one constant vector, `SiLU(MLP(time embedding of 0))`, so each
+    map is folded into constant modulation vectors. Image models feed it the class vector, and the map stays.
+    The mask token's row is kept where a model reads it, in the embedding of masked models, and where BOS
+    lies behind it. Registers become the last rows of the embedding.
 
     Args:
         released: tensors by released name, with or without the `backbone.` prefix.
-        masked: whether the model reads a mask token (MDLM).
+        masked: whether the model reads a mask token (MDLM, MaskGIT).
 
     Raises:
-        CheckpointError: no time embedding to fold, so this is no released text model.
+        CheckpointError: neither a time embedding to fold nor a class embedding, so this is no released model.
     """
     tensors = {name.removeprefix("backbone."): value for name, value in released.items()}
     tensors = {name: value for name, value in tensors.items() if name not in UNUSED}
     time_map = {name: tensors.pop(name) for name in list(tensors) if name.startswith("sigma_map.")}
-    if len(time_map) != 4:
+    of_classes = "cls_embed.embedding_table.weight" in tensors
+    if len(time_map) != 4 and not of_classes:
         raise CheckpointError(
-            "released text weights: no sigma_map (time embedding) tensors; expected 4 of them"
+            "released weights: no sigma_map (time embedding) tensors; expected 4 of them in a text model, "
+            "or cls_embed (class embedding) in an image model"
         )
-    constant = _time_vector(time_map)
+    registers = tensors.pop("reg_tokens.weight", None)
     out: dict[str, Tensor] = {}
     for name, value in tensors.items():
         for pattern, target in RENAMES:
             name = re.sub(pattern, target, name)
         out[name] = value
-    for name in [name for name in out if name.endswith("adaLN_modulation.weight")]:
-        stem = name.removesuffix("adaLN_modulation.weight")
-        folded = F.linear(constant, out.pop(name), out.pop(f"{stem}adaLN_modulation.bias"))
-        width = out["embedding.weight"].shape[1]
-        out[f"{stem}modulation.vectors"] = folded.view(-1, width)  # [shift, scale(, gate) x 2 | x 1, H]
-    out["head.weight"], out["head.bias"] = out["head.weight"][:-1], out["head.bias"][:-1]
-    if not masked:
+    # Behind the ids that can be predicted stand the mask and, in image models, BOS.
+    beyond = 2 if of_classes else 1
+    out["head.weight"], out["head.bias"] = out["head.weight"][:-beyond], out["head.bias"][:-beyond]
+    if not masked and not of_classes:
         out["embedding.weight"] = out["embedding.weight"][:-1]
+    if registers is not None:
+        out["embedding.weight"] = torch.cat([out["embedding.weight"], registers])
     if "swap.base" in out:
         out["swap.base"] = out["swap.base"].squeeze(0)
+    constant = None if of_classes else _time_vector(time_map)
+    for name in [name for name in out if name.endswith("adaLN_modulation.weight")]:
+        stem = name.removesuffix("adaLN_modulation.weight")
+        weight, bias = out.pop(name), out.pop(f"{stem}adaLN_modulation.bias")
+        if constant is None:
+            out[f"{stem}modulation.map.weight"], out[f"{stem}modulation.map.bias"] = weight, bias
+        else:  # [shift, scale(, gate) x 2 | x 1, H]
+            folded = F.linear(constant, weight, bias).view(-1, out["embedding.weight"].shape[1])
+            out[f"{stem}modulation.vectors"] = folded
     return {name: value.contiguous() for name, value in out.items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError, did_you_mean
 
-PLANNED = ("uniform", "binomial", "halton")
+PLANNED = ("uniform", "binomial", "halton", "left_to_right")
 CHOSEN = ("confidence", "entropy")
 ORDERS = PLANNED + CHOSEN
 Schedule = Literal["linear", "arccos"]
@@ -25,6 +25,7 @@ class Order:
         name: one of `ORDERS`. uniform: a random permutation in equal parts. binomial: the MDLM posterior on a
             grid of `steps` times. halton: a low-discrepancy order of a square grid. confidence: predict all
             unknown tokens, keep the most likely. entropy: predict all, keep as many as are nearly independent.
+            left_to_right: ascending positions, the only order of an autoregressive model.
         schedule: how many a step; None: arccos for confidence and halton, linear otherwise.
         gumbel: scale of the Gumbel noise on log-confidences at the first step, falling linearly to 0.
         gamma: bound, in nats, on the error of taking an entropy step's tokens as independent.
@@ -86,6 +87,8 @@ def plan(
         step = np.minimum((rng.random(len(unknown)) * steps).astype(np.int64), steps - 1)
         return unknown[np.argsort(step, kind="stable")], np.bincount(step, minlength=steps)
     counts = step_counts(len(unknown), steps, schedule_of(order))
+    if order.name == "left_to_right":
+        return unknown, counts
     if order.name == "halton":
         side = round((unknown.max(initial=0) + 1 - bos) ** 0.5) if len(unknown) else 0
         return _halton(unknown - bos, side) + bos, counts

@@ -49,7 +49,7 @@ def sample(
 
     Raises:
         ConfigError: unknown order, or more steps than positions.
-        CapabilityError: a condition for a model without classes.
+        CapabilityError: class labels that the model has no vectors for, or an order that it cannot follow.
     """
     order = Order(order) if isinstance(order, str) else order
     device, length = model.head.weight.device, model.length

@@ -180,7 +180,7 @@ def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, T
         raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
     averages = join_slices(read_slices(sorted(storage.fetch(path).glob("ema_*.safetensors"))))
     with torch.device("meta"):
-        model = build(config.model, manifest.vocabulary, manifest.length)
+        model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
     tensors = {}
     for name, parameter in model.named_parameters():
         if name not in averages or averages[name].numel() != parameter.numel():

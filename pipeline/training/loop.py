@@ -19,7 +19,7 @@ from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.stream import ReadingOrder, batches
 from pipeline.data.text import data_path
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import training_batch
+from pipeline.diffusion.objective import next_token_batch, training_batch
 from pipeline.errors import TrainingError
 from pipeline.models import build
 from pipeline.tracking import Tracker
@@ -93,7 +93,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
 
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
-    model = build(config.model, manifest.vocabulary, manifest.length)
+    model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
     initial = None if resume else resuming.initial_weights(config, model)
     engine = Engine(
         model, config.optim, config.train, parts, device, universal=bool(resume and resume.universal)
@@ -145,17 +145,21 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     engine.step(step)  # not the last micro-batch: only moves the accumulation on
                 torch.manual_seed(_mix(config.seed, step, int(micro.index[0])))  # dropout
                 present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
-                batch = training_batch(
-                    np.where(present[:, None], micro.tokens, 0),
-                    t[micro.index],
-                    groups[micro.index],
-                    present,
-                    config.diffusion,
-                    config.model.kind == "pgm",
-                    config.train.batch,
-                    bos,
-                    device,
-                )
+                tokens = np.where(present[:, None], micro.tokens, 0)
+                if model.left_to_right:
+                    batch = next_token_batch(tokens, present, config.train.batch, bos, device)
+                else:
+                    batch = training_batch(
+                        tokens,
+                        t[micro.index],
+                        groups[micro.index],
+                        present,
+                        config.diffusion,
+                        model.both_groups,
+                        config.train.batch,
+                        bos,
+                        device,
+                    )
                 losses.append(engine.backward(batch))
             row_losses = torch.cat(losses)  # [slots], of `places`
             asked = float(watch is not None and watch.requested)

@@ -59,7 +59,8 @@ class PlainSession:
             for listing in folder.glob("files_*"):
                 shutil.copy(listing, target / listing.name)
         except OSError as error:
-            raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}") from error
+            why = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first of many
+            raise CheckpointError(f"{target}: the checkpoint cannot be written: {why}") from error
         finally:
             shutil.rmtree(folder)
 

@@ -29,20 +29,24 @@ def validate(
     step: int,
 ) -> tuple[float, tuple[str, ...]]:
     """Validation perplexity of the EMA weights, and sample texts; all ranks call it together."""
+    bos = manifest.special.bos
     reader = ShardReader(data_path(config), manifest, "validation")
     rows = np.unique(
         np.linspace(0, len(reader) - 1, min(config.evaluation.rows, len(reader))).astype(np.int64)
+    )
+    estimator, draws = likelihood.estimator_for(
+        engine.model, config.evaluation.estimator, config.evaluation.draws
     )
     with engine.weights(ema.slices) as model:
         sums = likelihood.row_sums(
             model,
             likelihood.masked_batches(
                 reader.rows(rows),
-                config.evaluation.estimator,
-                config.evaluation.draws,
+                estimator,
+                draws,
                 config.seed,
                 config.diffusion.eps,
-                manifest.special.bos is not None,
+                bos is not None,
                 config.evaluation.batch,
                 session.rank,
                 session.workers,
@@ -52,12 +56,10 @@ def validate(
         ).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
-        tokens = sample(
-            model, 2, min(64, config.sampling.steps), config.sampling.seed, bos=manifest.special.bos
-        )
-    bound = likelihood.summarise(
-        sums.cpu(), config.evaluation.estimator, config.evaluation.draws, config.seed
-    )
+        order = "left_to_right" if model.left_to_right else "uniform"
+        steps = manifest.length - (bos is not None) if model.left_to_right else min(64, config.sampling.steps)
+        tokens = sample(model, 2, steps, config.sampling.seed, order, bos)
+    bound = likelihood.summarise(sums.cpu(), estimator, draws, config.seed)
     if session.rank == 0:
         log.info("step %d: validation %s", step, bound)
     tokenizer = load_tokenizer(config.data.tokenizer)

@@ -31,7 +31,10 @@ class TestMistakes:
         [
             ({"trian": {}}, "trian: no such key at the top level; did you mean 'train'?"),
             ({"train": {"stpes": 5}}, "train.stpes: no such key in train; did you mean 'steps'?"),
-            ({"train": {"zzz": 5}}, "train.zzz: no such key in train; known: activation_checkpointing, batch, "),
+            (
+                {"train": {"zzz": 5}},
+                "train.zzz: no such key in train; known: activation_checkpointing, batch, ",
+            ),
             (
                 {"model": {"kind": "pgm", "encoder_block": 2}},
                 "model.encoder_block: no such key in model; did",
@@ -49,8 +52,15 @@ class TestMistakes:
                 "train.precision: 'bf61' is not one of fp32, bf16; did you mean 'bf16'?",
             ),
             ({"train": {"zero_stage": 7}}, "train.zero_stage: 7 is not one of 0, 1"),
-            ({"model": {"kind": "pmg"}}, "model.kind: 'pmg' is not one of pgm, mdlm; did you mean 'pgm'?"),
-            ({"model": {"hidden": 64}}, "model.kind: missing; expected one of pgm, mdlm"),
+            (
+                {"model": {"kind": "pmg"}},
+                "model.kind: 'pmg' is not one of pgm, mdlm, ar; did you mean 'pgm'?",
+            ),
+            (
+                {"model": {"kind": "pgm", "registers": 3}},
+                "model: registers 3 cannot be split between the groups; expected an even number, such as 4",
+            ),
+            ({"model": {"hidden": 64}}, "model.kind: missing; expected one of pgm, mdlm, ar"),
             (
                 {"model": {"kind": "mdlm", "hidden": 64, "heads": 5}},
                 "model: heads 5 does not split hidden 64",
@@ -79,6 +89,14 @@ class TestMistakes:
                 "data.streams: 8 does not divide train.batch 12; nearest that does: 6",
             ),
             ({"cluster": {"workers": 9}}, "cluster.workers: 9 workers for data.streams 8; expected at most"),
+            (
+                {"model": {"kind": "ar"}, "sampling": {"steps": 1024}},
+                "sampling.order: 'uniform' for model.kind ar; expected left_to_right",
+            ),
+            (
+                {"model": {"kind": "ar"}, "sampling": {"order": "left_to_right"}},
+                "sampling.steps: 128 steps for model.kind ar, which draws one token a step; expected 1024",
+            ),
             ({"train": {"steps": 100}}, "optim.warmup_steps: 2500 is not below train.steps 100"),
             (
                 {"data": {"length": 64}},
@@ -222,6 +240,8 @@ def test_the_configs_are_there() -> None:
     names = {file.relative_to(CONFIGS).as_posix() for file in FILES}
     assert {f"text/{name}.yaml" for name in ("quickstart", "mdlm_quickstart", "quickstart_long")} <= names
     assert {f"text/{name}.yaml" for name in ("pgm_8_8", "pgm_6_6_dim1024", "mdlm")} <= names
+    assert {f"text/{name}.yaml" for name in ("ar", "ar_quickstart")} <= names
+    assert {f"text/complementary_mdlm{size}.yaml" for size in ("", "_quickstart")} <= names
 
 
 def test_configs_differ_in_name() -> None:

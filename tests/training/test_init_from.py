@@ -1,0 +1,147 @@
+"""`train.init_from`: a fresh run that starts from the weights, and the average, of another."""
+
+import shutil
+from pathlib import Path
+
+import observed
+import plain
+import pytest
+import torch
+from observed import Seen, Weights, quick
+from torch import Tensor
+from workers import Workers
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.shards import Manifest
+from pipeline.data.text import data_path
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import CheckpointError
+from pipeline.models import folder
+from pipeline.training import checkpoint, resume
+
+SOURCES = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (3, "bf16")]
+TARGETS = (1, 3)
+Source = tuple[str, Weights, Weights]  # folder, weights, average
+
+
+def name_of(stage: int, precision: str) -> str:
+    return f"source-{stage}-{precision}"
+
+
+@pytest.fixture(scope="module")
+def sources(run_storage: Path, groups: dict[int, Workers]) -> dict[str, Source]:
+    """Checkpoints that two workers wrote at several stages, and a consolidated folder of one of them."""
+    configs = [quick(run_storage, name_of(s, p), steps=4, zero_stage=s, precision=p) for s, p in SOURCES]
+    found: dict[str, Source] = {}
+    manifest = Manifest.read(data_path(configs[0]))
+    for config, seen in zip(configs, groups[2](observed.train, configs, True)[0], strict=True):
+        path = checkpoint.latest(checkpoint.run_folder(config))
+        assert path is not None
+        found[config.name] = path, seen.weights, {name: v.float() for name, v in seen.average.items()}
+    path = found["source-1-fp32"][0]
+    into = str(run_storage / "consolidated")
+    checkpoint.consolidate(path, configs[1], manifest, load_tokenizer("bytes"), into)
+    average = found["source-1-fp32"][2]
+    return {**found, "consolidated": (into, average, average)}
+
+
+def started_from(config: RunConfig, source: str, **train: object) -> RunConfig:
+    """The next run: updates too small to move a weight, so that the average moves towards them alone."""
+    train = {"init_from": source, "steps": 3, "checkpoint_every": 3, **train}
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=train),
+            "optim": config.optim.model_copy(update={"lr": 1e-12}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    sources: dict[str, Source], run_storage: Path, groups: dict[int, Workers]
+) -> dict[tuple[str, int], tuple[RunConfig, Seen]]:
+    """Runs of one worker at two stages from every source."""
+    keys = [(name, stage) for name in sources for stage in TARGETS]
+    configs = [
+        started_from(quick(run_storage, f"from-{name}-at-{stage}", zero_stage=stage), sources[name][0])
+        for name, stage in keys
+    ]
+    seen = groups[1](observed.train, configs)[0]
+    return {key: (config, one) for key, config, one in zip(keys, configs, seen, strict=True)}
+
+
+@pytest.mark.parametrize("stage", TARGETS)
+@pytest.mark.parametrize("name", [*(name_of(*kind) for kind in SOURCES), "consolidated"])
+def test_a_run_starts_from_weights_and_average(
+    sources: dict[str, Source],
+    tuned: dict[tuple[str, int], tuple[RunConfig, Seen]],
+    name: str,
+    stage: int,
+) -> None:
+    (source, weights, average), (config, seen) = sources[name], tuned[name, stage]
+    assert seen.error is None
+    assert f"starting from the weights of {source}" in seen.log
+    model = plain.fresh(config)
+    own = float(model(plain.batch_of(config, 0)).sum())
+    model.load_state_dict(weights)
+    expected = float(model(plain.batch_of(config, 0)).sum())
+    assert seen.losses[1] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected - own) > 0.1  # not the weights that the seed gives
+    path = checkpoint.latest(checkpoint.run_folder(config))
+    assert path is not None
+    stored = checkpoint.ema_weights(path, config, Manifest.read(data_path(config)))
+    for key, value in weights.items():
+        mixed = 0.9**3 * average[key] + (1 - 0.9**3) * value
+        assert float((stored[key] - mixed).abs().max()) < 1e-6, key
+    assert name == "consolidated" or any(
+        float((average[key] - value).abs().max()) > 1e-3 for key, value in weights.items()
+    )
+
+
+def refusal(config: RunConfig, source: str, **model: object) -> str:
+    """What `initial_weights` says against a source."""
+    wanted = started_from(config, source)
+    wanted = wanted.model_copy(update={"model": config.model.model_copy(update=model)})
+    with pytest.raises(CheckpointError) as caught:
+        resume.initial_weights(wanted, plain.fresh(wanted))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["source-1-fp32", "source-3-fp32", "consolidated"])
+def test_a_source_that_does_not_fit_is_named(
+    sources: dict[str, Source], run_storage: Path, name: str
+) -> None:
+    config = quick(run_storage, "misfit")
+    message = refusal(config, sources[name][0], hidden=32, encoder_blocks=2)
+    assert message.startswith(f"train.init_from {sources[name][0]!r} does not fit the model:\n")
+    assert "\n  missing encoder.1.mlp.up.weight [128, 32]" in message
+    assert "\n  embedding.weight is [257, 16], expected [257, 32]" in message
+
+
+def test_a_source_that_is_none_is_refused(sources: dict[str, Source], run_storage: Path) -> None:
+    config = quick(run_storage, "misfit")
+    assert "'/nowhere': no such folder; expected a model folder, a checkpoint or models:/" in refusal(
+        config, "/nowhere"
+    )
+    run = str(Path(sources["source-1-fp32"][0]).parent)
+    assert refusal(config, run).startswith(f"{run}: no model.safetensors; expected a consolidated model")
+
+
+def test_a_damaged_source_is_refused(sources: dict[str, Source], run_storage: Path, tmp_path: Path) -> None:
+    config = quick(run_storage, "misfit")
+    copy = tmp_path / "copy"
+    shutil.copytree(sources["source-1-fp32"][0], copy)
+    (copy / "ema_00001.safetensors").unlink()
+    assert refusal(config, str(copy)) == (
+        f"train.init_from {str(copy)!r} is not usable: ema_00001.safetensors is missing"
+    )
+
+
+def test_weights_of_a_consolidated_folder_are_the_average(sources: dict[str, Source]) -> None:
+    path, _, average = sources["consolidated"]
+    model, config, facts = folder.read(Path(path))
+    assert config.name == "source-1-fp32"
+    assert (facts.vocab_size, facts.length) == (257, 16)
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    assert tensors.keys() == average.keys()
+    assert all(torch.allclose(tensors[name], average[name], rtol=0, atol=1e-6) for name in average)
