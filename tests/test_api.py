@@ -103,10 +103,10 @@ def test_what_the_model_cannot_do_is_refused(model: Model) -> None:
         model.predict(tokens, tokens, torch.tensor([1, 1]), tokens[:, :1] * 0, condition=labels)
     with pytest.raises(CapabilityError, match=r"condition: .* without classes"):
         model.sample(2, 4, condition=labels)
-    with pytest.raises(ConfigError, match="order: 'halton'"):
-        model.sample(2, 4, order="halton")
+    with pytest.raises(ConfigError, match="order: 'haltn'"):
+        model.sample(2, 4, order="haltn")
     with pytest.raises(ConfigError, match="steps: 64 for 15 positions"):
-        model.sample()
+        model.sample(steps=64)
 
 
 @KINDS

@@ -139,6 +139,8 @@ def choose(
     the most certain positions the largest set whose entropies sum to at most gamma beyond the largest one).
     """
     least = torch.tensor(counts, device=unknown.device)[:, None]
+    # Rounded, so that positions of equal certainty rank by place, not by the last bit, which a batch may change.
+    log_prob, entropy = (x.mul(1e9).round() / 1e9 for x in (log_prob, entropy))
     if order.name == "confidence":
         score = log_prob + order.gumbel * (1 - progress) * gumbel
         return _ranks(score.masked_fill(~unknown, -torch.inf)) < least

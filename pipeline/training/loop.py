@@ -102,7 +102,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     if resume:
         resume.load(engine, ema)
     elif initial:
-        initial.load(ema)
+        initial.load(engine, ema)
     start = resume.state.step if resume else 0
     masters = engine.masters()
     if rank == 0:

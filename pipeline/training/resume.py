@@ -160,14 +160,16 @@ def _convert(path: str) -> None:
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights that a fresh run starts from; the model already holds them."""
+    """Weights that a fresh run starts from; the model already holds them, but perhaps rounded to bf16."""
 
+    weights: dict[str, Tensor]
     average: dict[str, Tensor]
 
-    def load(self, ema: EMA) -> None:
-        """Let the average start from the given one."""
-        for (name, offset), values in ema.slices.items():
-            values.copy_(self.average[name].flatten()[offset : offset + values.numel()])
+    def load(self, engine: Engine, ema: EMA) -> None:
+        """Let the float32 masters and the average start from the given ones."""
+        for slices, source in ((engine.masters(), self.weights), (ema.slices, self.average)):
+            for (name, offset), values in slices.items():
+                values.copy_(source[name].flatten()[offset : offset + values.numel()])
 
 
 def initial_weights(config: RunConfig, model: Denoiser) -> Initial | None:
@@ -201,7 +203,7 @@ def initial_weights(config: RunConfig, model: Denoiser) -> Initial | None:
         weights = average
     folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
     log.info("starting from the weights of %s", source)
-    return Initial(average)
+    return Initial(weights, average)
 
 
 def _raw_weights(local: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.schema import MDLMConfig, PGMConfig, TrunkConfig
 from pipeline.errors import ConfigError
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser, State
@@ -40,8 +40,7 @@ class Exact(Denoiser):
     """The exact posterior of a joint distribution over V ** L rows: hidden vectors are log-probabilities."""
 
     def __init__(self, joint: np.ndarray):
-        super().__init__()
-        self.vocab_size, self.length = joint.shape[0], joint.ndim
+        super().__init__(TrunkConfig(hidden=2, heads=1), joint.shape[0], joint.ndim, ids=joint.shape[0])
         self.joint = torch.from_numpy(joint)
         self.head = Plain(self.vocab_size)
         self.calls = 0
