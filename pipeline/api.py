@@ -107,6 +107,7 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
         known: Known | None = None,
         filters: Filters = Filters(),
+        refresh_every: int = 1,
     ) -> Int[Tensor, "B L"]:
         """Draw rows of tokens in `steps` forward passes; [num_samples, L], BOS included.
 
@@ -117,17 +118,20 @@ class Model:
             known: given tokens: `{position: token}` for all samples, a list of such, or (tokens, mask), [B, L]
                 each. They are kept as they are and everything else is drawn around them.
             filters: temperature, top-k, nucleus.
+            refresh_every: PGM: steps between full encodings of the known tokens; 1 is exact.
 
         Raises:
             ConfigError: unknown order, more steps than positions, a given position outside the row.
         """
         given = self._given(known, num_samples)
         order = order or self._default_order
-        unknown = self.denoiser.length - (self.bos is not None)
+        if steps is None:
+            unknown = self.denoiser.length - (self.bos is not None)
+            steps = unknown if self.denoiser.left_to_right else min(64, unknown)
         return sample(
             self.denoiser,
             num_samples,
-            steps or (unknown if self.denoiser.left_to_right else min(64, unknown)),
+            steps,
             seed,
             order,
             self.bos,
@@ -135,6 +139,7 @@ class Model:
             progress=progress,
             filters=filters,
             known=given,
+            refresh_every=refresh_every,
         )
 
     def write(

@@ -177,6 +177,7 @@ class SamplingConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    refresh_every: PositiveInt = 1  # PGM: steps between full encodings of the known tokens; 1 is exact
     batch: PositiveInt = 16  # rows sampled together by one actor
     seed: int = 0
 

@@ -60,6 +60,7 @@ class _Sampler:
             self._facts.bos,
             first=first,
             filters=Filters(s.temperature, s.top_k, s.top_p),
+            refresh_every=s.refresh_every,
         )
         return tokens.cpu().numpy()
 

@@ -188,23 +188,35 @@ class Growth:
     Args:
         old, new: tokens of every row, host integers.
         capacity: tokens that a row of the cache has room for.
+        causal: new tokens see each other only backwards, else all of them.
     """
 
-    def __init__(self, old: Sequence[int], new: Sequence[int], capacity: int, device: torch.device):
+    def __init__(
+        self,
+        old: Sequence[int],
+        new: Sequence[int],
+        capacity: int,
+        device: torch.device,
+        causal: bool = True,
+    ):
         self.segments = Segments(new, device)
         self.longest = max(a + b for a, b in zip(old, new, strict=True))
         assert self.longest <= capacity, (self.longest, capacity)
         self.slots = torch.tensor(list(old), device=device)[self.segments.ids] + self.segments.offsets  # [T]
         self.index = self.segments.ids * capacity + self.slots  # [T], flat places in the cache
-        self._sees_all = self.segments.equal and self.segments.longest == 1 and min(old) == max(old)
+        alike = self.segments.equal and min(old) == max(old)
+        self._sees_all = alike and (not causal or self.segments.longest == 1)
+        # The last key that each new token sees: its own, or its row's last.
+        ends = torch.tensor([a + b - 1 for a, b in zip(old, new, strict=True)], device=device)
+        self._last = self.slots if causal else ends[self.segments.ids]
 
     @cached_property
     def mask(self) -> Bool[Tensor, "B 1 longest_new longest"] | None:
-        """Which keys a new token sees, its own and all before; None where that is all there are."""
+        """Which keys a new token sees; None where that is all there are."""
         if self._sees_all:
             return None
         slots = self.slots.new_zeros(len(self.segments), self.segments.longest)  # padding sees key 0
-        slots = slots.index_put((self.segments.ids, self.segments.offsets), self.slots)
+        slots = slots.index_put((self.segments.ids, self.segments.offsets), self._last)
         keys = torch.arange(self.longest, device=self.slots.device)
         return (keys <= slots[..., None])[:, None]
 
@@ -219,7 +231,7 @@ class Cache:
     def attend(
         self, q: Float[Tensor, "T N D"], k: Float[Tensor, "T N D"], v: Float[Tensor, "T N D"], growth: Growth
     ) -> Float[Tensor, "T N D"]:
-        """Store the new tokens' keys and values, and let them attend to themselves and all before."""
+        """Store the new tokens' keys and values, and let them attend to what `growth` says."""
         self.keys.flatten(0, 1).index_copy_(0, growth.index, k)
         self.values.flatten(0, 1).index_copy_(0, growth.index, v)
         new = growth.segments

@@ -45,7 +45,7 @@ class SelfBlock(nn.Module):
         cache: Cache | None = None,
         growth: Growth | None = None,
     ) -> Float[Tensor, "T H"]:
-        """With a cache (causal blocks), x are the new tokens of `growth` and the cache holds those before."""
+        """With a cache, x are the new tokens of `growth` and the cache holds those before."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         qkv = self.qkv(self.norm1(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))  # [T, 3, N, D]
         q, k, v = qkv.unbind(1)

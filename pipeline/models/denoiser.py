@@ -76,6 +76,7 @@ class State:
     Attributes:
         tokens, positions: [B, capacity] known tokens of every row, in the order they came.
         lengths: known tokens of every row, host integers.
+        refresh_every: predictions from one full encoding to the next.
         memory: whatever the model derives from them, or None when they have changed since.
     """
 
@@ -84,6 +85,7 @@ class State:
     lengths: list[int]
     condition: Int[Tensor, "B"] | None = None
     memory: Any = None
+    refresh_every: int = 1
 
     def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
         """Known tokens and their positions, packed row after row."""
@@ -125,11 +127,13 @@ class Denoiser(nn.Module, ABC):
         vocab_size: logits cover exactly these ids.
         embedding: a row for every id that is read, then one for every register.
         both_groups: learns from the tokens of both groups in one pass, else from those of group 1.
+        reuses: can encode new tokens beside stored old ones.
         left_to_right: predicts a row's next token only, from all before; knows no groups.
         recompute: trade the memory of a block's activations for a second forward pass in training.
     """
 
     both_groups: bool = False
+    reuses: bool = False
     left_to_right: bool = False
     recompute: bool = False
 
@@ -188,18 +192,30 @@ class Denoiser(nn.Module, ABC):
         """Vectors for the head at packed positions, `lengths[b]` of them in row b."""
 
     def open(
-        self, batch: int, condition: Int[Tensor, "B"] | None = None, capacity: int | None = None
+        self,
+        batch: int,
+        condition: Int[Tensor, "B"] | None = None,
+        capacity: int | None = None,
+        refresh_every: int = 1,
     ) -> State:
         """A state of `batch` rows that know nothing yet and have room for `capacity` tokens each.
 
+        Args:
+            refresh_every: encode all known tokens at every so many predictions, and between them only the
+                new ones, which read the stored keys and values of the old (1: exact).
+
         Raises:
-            CapabilityError: class labels that the model has no vectors for.
+            CapabilityError: class labels that the model has no vectors for, reuse where nothing is encoded.
         """
+        if refresh_every != 1 and not self.reuses:
+            raise CapabilityError(
+                f"refresh_every: {refresh_every}; {type(self).__name__} keeps no encoder outputs, expected 1"
+            )
         self.check_condition(condition, batch)
         capacity = self.length if capacity is None else capacity
         device = self.head.weight.device
         blank = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
-        return State(blank, blank.clone(), [0] * batch, condition)
+        return State(blank, blank.clone(), [0] * batch, condition, refresh_every=refresh_every)
 
     def extend(
         self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]

@@ -1,6 +1,7 @@
 """Partition Generative Model: two groups that cannot see each other, each predicted from the other."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -9,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pipeline.config.schema import PGMConfig
-from pipeline.models.attention import Segments
+from pipeline.models.attention import Cache, Growth, Segments
 from pipeline.models.blocks import CrossBlock, GroupSwap, Rotary, SelfBlock
-from pipeline.models.denoiser import Batch, Denoiser, State, conditioned
+from pipeline.models.denoiser import Batch, Denoiser, State, conditioned, flat_index
 from pipeline.models.layers import Condition, rotary
 
 
@@ -21,6 +22,23 @@ class Encoded(NamedTuple):
     vectors: Float[Tensor, "Tk H"]
     segments: Segments
     code: Rotary
+
+
+@dataclass
+class Reused:
+    """Encoder state that outlives a prediction: an approximation, since old tokens never see newer ones.
+
+    Attributes:
+        caches: keys and values of every encoder block, in preallocated rows.
+        vectors: [B, R/2 + capacity, H] encoder outputs.
+        done: slots of every row that are in them, registers first.
+        age: predictions since all were encoded together.
+    """
+
+    caches: list[Cache]
+    vectors: Float[Tensor, "B slots H"]
+    done: list[int]
+    age: int = 0
 
 
 class PGM(Denoiser):
@@ -34,6 +52,7 @@ class PGM(Denoiser):
     """
 
     both_groups = True
+    reuses = True
 
     def __init__(self, config: PGMConfig, vocab_size: int, length: int, bos: int | None = None):
         super().__init__(config, vocab_size, length, ids=max(vocab_size, 0 if bos is None else bos + 1))
@@ -79,7 +98,9 @@ class PGM(Denoiser):
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q H"]:
         vectors = self.class_vectors(state.condition, len(state.lengths))
-        if state.memory is None:
+        if state.refresh_every > 1:
+            encoded = self._grow(state, vectors)
+        elif state.memory is None:
             tokens, known = state.known()
             counts, device = state.lengths, tokens.device
             own = torch.arange(self.registers // 2, self.registers, device=device)  # those of group 0
@@ -88,10 +109,53 @@ class PGM(Denoiser):
                 known = _in_front(own, known + self.registers, counts)
                 counts = [len(own) + count for count in counts]
             segments = Segments(counts, device)
-            state.memory = self._encode(tokens, known, segments, conditioned(vectors, segments.ids))
+            encoded = self._encode(tokens, known, segments, conditioned(vectors, segments.ids))
+            state.memory = encoded
+        else:
+            encoded = state.memory
         extent = max(self.length, state.tokens.shape[1])
         segments = Segments(lengths, positions.device)
-        return self._decode(state.memory, positions, extent, segments, conditioned(vectors, segments.ids))
+        return self._decode(encoded, positions, extent, segments, conditioned(vectors, segments.ids))
+
+    def extend(
+        self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]
+    ) -> None:
+        memory = state.memory if state.refresh_every > 1 else None
+        super().extend(state, tokens, positions, lengths)
+        state.memory = memory
+
+    def _grow(self, state: State, vectors: Float[Tensor, "B H"] | None) -> Encoded:
+        """Encode what is new, or everything where a refresh is due; the same path for both."""
+        device, rows = state.tokens.device, len(state.lengths)
+        own = torch.arange(self.registers // 2, self.registers, device=device)  # those of group 0
+        ids = torch.cat([self.register_ids(device)[own].expand(rows, -1), state.tokens], 1)  # [B, slots]
+        places = torch.cat([own.expand(rows, -1), state.positions + self.registers], 1)
+        memory: Reused | None = state.memory
+        if memory is None:
+            memory = state.memory = self._remember_nothing(rows, ids.shape[1])
+        elif memory.age >= state.refresh_every:
+            memory.done, memory.age = [0] * rows, 0
+        memory.age += 1
+        filled = [len(own) + known for known in state.lengths]
+        new = [a - b for a, b in zip(filled, memory.done, strict=True)]
+        if any(new):
+            growth = Growth(memory.done, new, ids.shape[1], device, causal=False)
+            x = self.embedding(ids.flatten()[growth.index])  # [T, H]
+            code = rotary(places.flatten()[growth.index], self.head_size)
+            condition = conditioned(vectors, growth.segments.ids)
+            for block, cache in zip(self.encoder, memory.caches, strict=True):
+                x = block(x, growth.segments, code, condition, cache, growth)
+            memory.vectors.flatten(0, 1).index_copy_(0, growth.index, x)
+            memory.done = filled
+        index = flat_index(filled, [0] * rows, ids.shape[1]).to(device)
+        code = rotary(places.flatten()[index], self.head_size)
+        return Encoded(memory.vectors.flatten(0, 1)[index], Segments(filled, device), code)
+
+    def _remember_nothing(self, rows: int, slots: int) -> Reused:
+        weight, hidden = self.head.weight, self.embedding.embedding_dim
+        shape = (rows, slots, hidden // self.head_size, self.head_size)
+        caches = [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.encoder]
+        return Reused(caches, weight.new_zeros(rows, slots, hidden), [0] * rows)
 
     def _both_sides(self, batch: Batch) -> Float[Tensor, "Q H"]:
         """Vectors at all targets of a batch: two key segments a row, read crosswise by two query segments."""

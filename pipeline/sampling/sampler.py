@@ -29,6 +29,7 @@ def sample(
     progress: Progress | None = None,
     filters: Filters = Filters(),
     known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
+    refresh_every: int = 1,
 ) -> Int[Tensor, "B L"]:
     """Draw rows of tokens: from nothing, from BOS, or around any given tokens.
 
@@ -43,6 +44,8 @@ def sample(
         first: index of the first sample, for batches of a longer list.
         progress: called with (steps done, steps) after every step.
         known: tokens and where they are given; all other positions are drawn.
+        refresh_every: encode known tokens anew at every so many steps, and between them only new ones (PGM;
+            1 is exact, more is faster and approximate: README).
 
     Shape:
         Returns [num_samples, L] ids, BOS included.
@@ -64,7 +67,7 @@ def sample(
     orders.check(order, steps, max(map(len, unknown), default=0), length - (bos is not None))
     generators = [np.random.default_rng([seed, first + i]) for i in range(num_samples)]
 
-    state = model.open(num_samples, condition, capacity=length)
+    state = model.open(num_samples, condition, length, refresh_every)
     if given.any():
         rows, positions = (index.to(device) for index in given.nonzero(as_tuple=True))
         tokens = tokens.to(device)

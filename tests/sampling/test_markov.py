@@ -1,4 +1,4 @@
-"""The method end to end on a source whose entropy is known: a Markov chain, learnt in half a minute.
+"""The method end to end on a source whose entropy is known: a Markov chain, learnt in under a minute.
 
 The likelihood bound comes close to the entropy and not below it, and samples have the chain's pairs of tokens.
 """
@@ -19,7 +19,7 @@ from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.sampler import sample
 
-V, L, BATCH, STEPS, RATE = 8, 32, 32, 800, 3e-3
+V, L, BATCH, STEPS, RATE = 8, 32, 32, 1000, 3e-3
 MODEL = PGMConfig(hidden=64, heads=4, encoder_blocks=1, decoder_blocks=2, dropout=0)
 
 
@@ -64,7 +64,7 @@ CHAIN = Chain.random()
 
 @pytest.fixture(scope="module")
 def trained() -> Denoiser:
-    """A partition model after 800 steps of the objective with uniform weights; about 25 s."""
+    """A partition model after 1,000 steps of the objective with uniform weights; about 40 s."""
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
     model = build(MODEL, V, L)
@@ -104,11 +104,11 @@ def test_the_source_is_what_it_should_be() -> None:
 
 
 def test_the_bound_comes_within_three_percent_of_the_entropy(trained: Denoiser) -> None:
-    held_out = CHAIN.draw(2048, np.random.default_rng(2))
-    bound = measure(trained, held_out, "count", 1, seed=0, batch=256)
+    held_out = CHAIN.draw(4096, np.random.default_rng(2))
+    bound = measure(trained, held_out, "count", 2, seed=0, batch=512)
     assert bound.nats < 1.03 * CHAIN.nats
     assert bound.nats > CHAIN.nats - 4 * bound.stderr, "no model is better than the source itself"
-    assert bound.stderr < 0.01 * CHAIN.nats
+    assert bound.stderr < 0.006 * CHAIN.nats
 
 
 def test_samples_have_the_pairs_of_the_source(trained: Denoiser) -> None:
