@@ -126,7 +126,7 @@ class Model:
         given = self._given(known, num_samples)
         order = order or self._default_order
         if steps is None:
-            unknown = self.denoiser.length - (self.bos is not None)
+            unknown = self._unknown(given)
             steps = unknown if self.denoiser.left_to_right else min(64, unknown)
         return sample(
             self.denoiser,
@@ -186,6 +186,13 @@ class Model:
     @property
     def _default_order(self) -> str:
         return "left_to_right" if self.denoiser.left_to_right else "uniform"
+
+    def _unknown(self, given: tuple[Tensor, Tensor] | None) -> int:
+        """Positions to draw in the row that has the most."""
+        start = int(self.bos is not None)
+        if given is None:
+            return self.denoiser.length - start
+        return max(1, int((~given[1][:, start:].bool()).sum(1).max()))
 
     def _given(self, known: Known | None, rows: int) -> tuple[Tensor, Tensor] | None:
         if known is None or isinstance(known, tuple):

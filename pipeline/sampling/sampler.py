@@ -209,6 +209,7 @@ def sample_long(
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         mask[:, start : start + context.shape[1]] = True
         share = max(1, min(new, round(steps * new / (window - start))))
+        share = new if model.left_to_right else share
         # Other windows, other noise: the window's index is part of the seed.
         drawn = sample(
             model,

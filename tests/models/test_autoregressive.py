@@ -16,7 +16,7 @@ from pipeline.models import attention
 from pipeline.models.attention import Segments, attend
 from pipeline.models.autoregressive import AR
 from pipeline.models.denoiser import Batch, flat_index
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import ragged_known, sample, sample_long
 
 V, L = 11, 16
 PLAIN = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)
@@ -243,3 +243,19 @@ def test_all_parameters_learn() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_prompts_and_windows() -> None:
+    """Ragged prompts, default steps, and rows beyond L: always one token a step."""
+    model = randomised(PLAIN, V, L).double()
+    prompts = [{0: 3, 1: 4}, {}, dict.fromkeys(range(L), 5)]
+    rows = Model(model).sample(3, known=prompts, seed=1)
+    assert rows[0, :2].tolist() == [3, 4]
+    assert rows[2].eq(5).all()
+    assert torch.equal(rows[1:2], sample(model, 1, L, seed=1, order="left_to_right", first=1))
+    with pytest.raises(CapabilityError, match=r"known positions.*from 0 on"):
+        Model(model).sample(1, known={4: 1})
+    known = ragged_known([{0: 3, 1: 4}], L)
+    long = sample_long(model, 1, 40, 6, L - 2, 0, "left_to_right", known=known)
+    assert long.shape == (1, 40)
+    assert long[0, :2].tolist() == [3, 4]
