@@ -188,6 +188,13 @@ class ImportConfig(Section):
     tokenizer: str | None = None  # as in the data section; written beside the weights
 
 
+class CardConfig(Section):
+    """What an exported model's card says beside what the model itself knows."""
+
+    license: str = "other"  # as the hub spells it, e.g. apache-2.0; other: the card leaves a line to fill in
+    figures: dict[str, float | str] = {}  # measured, by name
+
+
 class RunConfig(Section):
     """A whole run, as written in one YAML file."""
 

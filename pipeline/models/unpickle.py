@@ -6,15 +6,17 @@ inert value that remembers its name and what the file says of it, and a call of 
 """
 
 import builtins
+import io
 import mmap
 import pickle
 import struct
 import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +25,6 @@ from torch import Tensor
 from pipeline.errors import CheckpointError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a torch.save file that is not a zip archive
-# Protocol 2, torch's default, writes Python 2's names.
-OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-OLD_TYPES = {"builtins.long": "int", "builtins.unicode": "str", "builtins.xrange": "range"}
 # Modules of the standard library whose classes hold values; the others can only be there to do something.
 VALUES = {"abc", "argparse", "builtins", "collections", "copyreg", "datetime", "decimal", "enum", "fractions"}
 VALUES |= {"pathlib", "typing", "uuid"}
@@ -171,7 +170,7 @@ def plain(value: Any) -> Any:
 class _Reader(pickle.Unpickler):
     """The unpickler: `find_class` is the only way by which a file gets hold of anything to call."""
 
-    def __init__(self, file: IO[bytes], storage: Callable[[Any], Tensor | None]):
+    def __init__(self, file: io.BufferedIOBase, storage: Callable[[Any], Tensor | None]):
         super().__init__(file, encoding="utf-8")
         self._storage = storage
 
@@ -179,8 +178,8 @@ class _Reader(pickle.Unpickler):
         return self._storage(key)
 
     def find_class(self, module: str, name: str) -> Any:
-        module = OLD_MODULES.get(module, module)
-        name = OLD_TYPES.get(f"{module}.{name}", name)
+        # Protocol 2, torch's default, writes Python 2's names: `commands` is `subprocess`.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         if full in FUNCTIONS:
             return FUNCTIONS[full]
@@ -221,11 +220,10 @@ def _read_archive(archive: zipfile.ZipFile, data: mmap.mmap) -> Any:
         names, extras = struct.unpack_from("<HH", data, entry.header_offset + 26)  # of the entry's own header
         return _view(data, kind.dtype, entry.header_offset + 30 + names + extras, count, entry.file_size)
 
-    with archive.open(pickles[0]) as file:
-        return _Reader(file, storage).load()
+    return _Reader(io.BytesIO(archive.read(pickles[0])), storage).load()
 
 
-def _read_legacy(file: IO[bytes], data: mmap.mmap) -> Any:
+def _read_legacy(file: io.BufferedIOBase, data: mmap.mmap) -> Any:
     """Format before torch 1.6: magic, version, system, object, names of the storages, their memory."""
     file.seek(0)
     if file.read(1) != b"\x80":
