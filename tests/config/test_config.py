@@ -31,10 +31,7 @@ class TestMistakes:
         [
             ({"trian": {}}, "trian: no such key at the top level; did you mean 'train'?"),
             ({"train": {"stpes": 5}}, "train.stpes: no such key in train; did you mean 'steps'?"),
-            (
-                {"train": {"zzz": 5}},
-                "train.zzz: no such key in train; known: activation_checkpointing, batch, ",
-            ),
+            ({"train": {"zzz": 5}}, "train.zzz: no such key in train; known: activation_checkpointing, batch, "),
             (
                 {"model": {"kind": "pgm", "encoder_block": 2}},
                 "model.encoder_block: no such key in model; did",

@@ -80,8 +80,7 @@ def test_a_wrong_weighting_would_be_seen() -> None:
     row = rows_of(1, 3, 3, 1)[0]
     batches = masked_batches(np.tile(row, (4000, 1)), "count", 1, 1, 1e-3, False, 500, 0, 1, CPU)
     wrong = (
-        (index, Batch(batch.tokens, batch.groups, batch.targets, batch.groups / 3))
-        for index, batch in batches
+        (index, Batch(batch.tokens, batch.groups, batch.targets, batch.groups / 3)) for index, batch in batches
     )
     bound = summarise(row_sums(model, wrong, 4000), "count", 1, 1)
     assert abs(bound.nats - exact_bound(model, row, False)) > 10 * bound.stderr
@@ -100,9 +99,7 @@ def test_workers_share_the_pairs_without_changing_the_result(estimator: Estimato
 
     (alone,) = shares(1)
     split = shares(workers)
-    assert len({len(share) for share in split}) == 1, (
-        "collective calls need equally many batches on all ranks"
-    )
+    assert len({len(share) for share in split}) == 1, "collective calls need equally many batches on all ranks"
     seen = np.concatenate([index for share in split for index, _ in share])
     assert np.array_equal(np.sort(seen[seen >= 0]), np.repeat(np.arange(13), 3))
     for share in split:

@@ -24,9 +24,7 @@ def golden(name: str) -> tuple[dict[str, Tensor], Model]:
     with safe_open(DATA / f"{name}.safetensors", "pt") as file:
         sizes = json.loads(file.metadata()["config"])["model"]
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    released = {
-        key.removeprefix("weights."): value for key, value in tensors.items() if key[:8] == "weights."
-    }
+    released = {key.removeprefix("weights."): value for key, value in tensors.items() if key[:8] == "weights."}
     trunk = {"hidden": sizes["hidden_size"], "heads": sizes["n_heads"], "dropout": 0}
     if "n_blocks" in sizes:
         config = MDLMConfig(kind="mdlm", blocks=sizes["n_blocks"], **trunk)

@@ -225,7 +225,7 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path: Path) -> None:
 )
 def test_what_is_no_checkpoint_says_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match="a.ckpt"):
+    with pytest.raises(CheckpointError, match=r"a\.ckpt"):
         read_pickle(tmp_path / "a.ckpt")
 
 
@@ -234,7 +234,7 @@ def test_a_truncated_file_says_so(tmp_path: Path, form: str) -> None:
     memory = io.BytesIO()
     torch.save({"a": torch.randn(1000)}, memory, **FORMATS[form])
     (tmp_path / "a.ckpt").write_bytes(memory.getvalue()[:-700])
-    with pytest.raises(CheckpointError, match="a.ckpt"):
+    with pytest.raises(CheckpointError, match=r"a\.ckpt"):
         read_pickle(tmp_path / "a.ckpt")
 
 
