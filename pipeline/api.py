@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pipeline import storage, tracking
 from pipeline.config.load import parse_section
-from pipeline.config.schema import CardConfig, MDLMConfig, PGMConfig, RunConfig
+from pipeline.config.schema import CardConfig, ImportConfig, MDLMConfig, PGMConfig, RunConfig
 from pipeline.data.tokenizers import INFO_FILE, Tokenizer, load_tokenizer
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, did_you_mean
 from pipeline.models import folder, pretrained
 from pipeline.models.card import card
 from pipeline.models.denoiser import Denoiser, flat_index
@@ -166,7 +166,12 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
         raise ConfigError(
             f"destination {destination!r} holds {', '.join(there[:5])}; expected a new folder or a model's"
         )
-    for_card = [word for word in words if word.partition("=")[0].partition(".")[0] in CardConfig.model_fields]
+    keys = {word: word.partition("=")[0].partition(".")[0] for word in words}
+    known = [*CardConfig.model_fields, *ImportConfig.model_fields]
+    for word, key in keys.items():
+        if key not in known:
+            raise ConfigError(f"{word!r}: no such key{did_you_mean(key, known)}; known: {', '.join(known)}")
+    for_card = [word for word in words if keys[word] in CardConfig.model_fields]
     settings = parse_section(CardConfig, {}, "export", for_card)
     opened = _open(str(source), [word for word in words if word not in for_card])
     figures = {**opened.background.figures, **settings.figures}
