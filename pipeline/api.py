@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import storage, tracking
 from pipeline.config.load import parse_section
-from pipeline.config.schema import CardConfig, ImportConfig, MDLMConfig, PGMConfig, RunConfig
+from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, RunConfig
 from pipeline.data.tokenizers import INFO_FILE, Tokenizer, load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError, did_you_mean
 from pipeline.models import folder, pretrained
@@ -125,7 +125,7 @@ class _Source:
     """A model as it was found, with all that an export passes on."""
 
     denoiser: Denoiser
-    config: PGMConfig | MDLMConfig
+    config: ModelConfig
     facts: folder.DataFacts
     tokenizer: Tokenizer | None
     background: folder.Background

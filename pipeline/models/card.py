@@ -5,11 +5,12 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.models.folder import DataFacts
 
 KINDS = {
     "pgm": "partition generative model (arXiv 2505.18883)",
+    "ar": "autoregressive language model",
     "mdlm": "masked diffusion language model (arXiv 2406.07524)",
 }
 LICENSE = "other"  # the hub's word for a licence that it has no word for
@@ -18,7 +19,7 @@ FIGURES = "none given: name them as figures.NAME=VALUE when exporting"
 
 def card(
     name: str,
-    model: PGMConfig | MDLMConfig,
+    model: ModelConfig,
     facts: DataFacts,
     parameters: int,
     figures: Mapping[str, Any],

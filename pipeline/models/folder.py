@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.config.load import parse
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.load import parse_section
+from pipeline.config.schema import ImportConfig, ModelConfig
 from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
@@ -52,7 +52,7 @@ class Background:
 
 def write(
     folder: Path,
-    model: PGMConfig | MDLMConfig,
+    model: ModelConfig,
     facts: DataFacts,
     tensors: Mapping[str, Tensor],
     background: Background,
@@ -69,7 +69,7 @@ def write(
     (folder / HUB_CONFIG).write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: Path) -> tuple[Denoiser, PGMConfig | MDLMConfig, DataFacts]:
+def read(folder: Path) -> tuple[Denoiser, ModelConfig, DataFacts]:
     """The model in eval mode on the CPU, its config and its data's facts.
 
     Raises:
@@ -79,8 +79,9 @@ def read(folder: Path) -> tuple[Denoiser, PGMConfig | MDLMConfig, DataFacts]:
     tree = _tree(folder)
     # Folders written by earlier versions name the model only in their run.
     section = tree.get("model") or tree["run"]["model"]
-    config = parse({"name": "model", "model": section}, origin=str(folder / CONFIG)).model
     facts = DataFacts(**tree["data"])
+    told = {"model": section, "length": facts.length}
+    config = parse_section(ImportConfig, told, origin=str(folder / CONFIG)).model
     with torch.device("meta"):
         model = build(config, facts.vocab_size, facts.length)
     load_weights(model, read_weights(folder), origin=str(folder / WEIGHTS))

@@ -226,9 +226,21 @@ def test_image_weights_are_recognised() -> None:
     }
     # Codes 0..C-1, mask C, BOS C + 1.
     assert (found.vocab_size, found.bos, found.eot, found.length) == (20, 21, None, 17)
+
+
+def test_an_image_checkpoint(tmp_path: Path) -> None:
+    """As the authors' image trainer saves it: no hyper-parameters, no averages."""
+    recorded, weights, _ = golden("pgm_image")
+    torch.save(image_trainer(weights), tmp_path / "epoch_100.ckpt")
     if "classes" not in PGMConfig.model_fields:
         with pytest.raises(CapabilityError, match=r"model\.classes 5"):
-            load_model(DATA / "pgm_image.safetensors")
+            load_model(tmp_path / "epoch_100.ckpt")
+        return
+    model = load_model(tmp_path / "epoch_100.ckpt", overrides=["length=17"])
+    assert model.bos == 21
+    labels = recorded["labels"].masked_fill(recorded["drop_label"].bool(), 5)
+    logits = model.logits(recorded["tokens"], recorded["groups"], labels)
+    torch.testing.assert_close(logits, recorded["logits"][..., :20], **AGREEMENT)
 
 
 def test_gpt2_sized_weights_are_gpt2s(tmp_path: Path) -> None:
