@@ -208,6 +208,8 @@ def _read_archive(archive: zipfile.ZipFile, data: mmap.mmap) -> Any:
     pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1:
         raise CheckpointError("no checkpoint: a zip archive without data.pkl")
+    if packed := [e.filename for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED]:
+        raise CheckpointError(f"{packed[0]} is compressed; torch.save writes archives as they are")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise CheckpointError("written on a big-endian machine; expected little-endian numbers")
@@ -215,8 +217,6 @@ def _read_archive(archive: zipfile.ZipFile, data: mmap.mmap) -> Any:
     def storage(key: Any) -> Tensor:
         _, kind, name, _, count = key
         entry = archive.getinfo(f"{root}data/{name}")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"storage {name} is compressed; torch.save writes storages as they are")
         names, extras = struct.unpack_from("<HH", data, entry.header_offset + 26)  # of the entry's own header
         return _view(data, kind.dtype, entry.header_offset + 30 + names + extras, count, entry.file_size)
 

@@ -238,6 +238,14 @@ def test_a_truncated_file_says_so(tmp_path: Path, form: str) -> None:
         read_pickle(tmp_path / "a.ckpt")
 
 
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    """A few bytes must not become many."""
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", b"N" * 10_000 + b".")
+    with pytest.raises(CheckpointError, match=r"a/data\.pkl is compressed"):
+        read_pickle(tmp_path / "a.ckpt")
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         read_pickle(tmp_path / "a.ckpt")
