@@ -1,6 +1,9 @@
 """The model object that users hold: logits, predictions, samples."""
 
-from collections.abc import Callable
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,16 +11,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import storage, tracking
-from pipeline.config.schema import RunConfig
+from pipeline.config.load import parse_section
+from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, RunConfig
 from pipeline.data.tokenizers import INFO_FILE, Tokenizer, load_tokenizer
-from pipeline.errors import ConfigError
-from pipeline.models import folder
+from pipeline.errors import CheckpointError, ConfigError, did_you_mean
+from pipeline.models import folder, pretrained
+from pipeline.models.card import card
 from pipeline.models.denoiser import Denoiser, flat_index
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import ragged_known, sample, sample_long
 
 Known = dict[int, int] | list[dict[int, int]] | tuple[Tensor, Tensor]
+
+log = logging.getLogger(__name__)
 
 
 class Model:
@@ -209,19 +216,118 @@ class Model:
         return [self.tokenizer.decode([i for i in row if i not in special]) for row in tokens.tolist()]
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
-    """Load a consolidated folder, or a registered model `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+@dataclass(frozen=True)
+class _Source:
+    """A model as it was found, with all that an export passes on."""
 
-    Registered models are looked up in MLFLOW_TRACKING_URI, else in the store of runs with default settings.
+    denoiser: Denoiser
+    config: ModelConfig
+    facts: folder.DataFacts
+    tokenizer: Tokenizer | None
+    background: folder.Background
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", overrides: Sequence[str] = ()) -> Model:
+    """Load a model folder, a file of released weights, or a registered model.
+
+    Registered models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) are looked up in MLFLOW_TRACKING_URI, else
+    in the store of runs with default settings. Files (.ckpt, .pth, .pt, .bin, .safetensors) are those of the
+    authors' repositories; their averaged (EMA) weights are used, and nothing that they name is run.
+
+    Args:
+        overrides: for files, `key=value` words over what the file says: model.*, length, bos, eot, tokenizer.
 
     Raises:
-        CheckpointError: no such folder, model or version, or its files do not fit together.
+        CheckpointError: no such folder, file, model or version, or its content does not fit together.
+        CapabilityError: weights of a model that this project does not have.
+        ConfigError: an override is wrong, or is given for what is no file.
     """
-    where = str(path)
-    if where.startswith("models:/"):
-        local = tracking.download_model(tracking.tracking_uri(RunConfig(name="any")), where)
+    source = _open(str(path), overrides)
+    return Model(source.denoiser, source.facts.bos, source.tokenizer).to(device)
+
+
+def export_model(source: str | Path, destination: str, words: Sequence[str] = ()) -> None:
+    """Write a model folder with configs, tokenizer and a card, ready for the Hugging Face hub.
+
+    Args:
+        source: whatever `load_model` takes.
+        destination: folder or URL; complete or absent. An earlier model there is replaced.
+        words: `license=NAME` and `figures.NAME=VALUE` for the card, and the overrides of `load_model`.
+
+    Raises:
+        ConfigError: a word is wrong, or the destination holds something that is no model.
+    """
+    there = storage.listing(destination)
+    if there and not {folder.WEIGHTS, folder.CONFIG} <= set(there):
+        raise ConfigError(
+            f"destination {destination!r} holds {', '.join(there[:5])}; expected a new folder or a model's"
+        )
+    keys = {word: word.partition("=")[0].partition(".")[0] for word in words}
+    known = [*CardConfig.model_fields, *ImportConfig.model_fields]
+    for word, key in keys.items():
+        if key not in known:
+            raise ConfigError(f"{word!r}: no such key{did_you_mean(key, known)}; known: {', '.join(known)}")
+    for_card = [word for word in words if keys[word] in CardConfig.model_fields]
+    settings = parse_section(CardConfig, {}, "export", for_card)
+    opened = _open(str(source), [word for word in words if word not in for_card])
+    figures = {**opened.background.figures, **settings.figures}
+    tensors = opened.denoiser.state_dict()
+    with tempfile.TemporaryDirectory() as temporary:
+        local = Path(temporary) / "model"
+        # Where a run kept its files and logs is nobody's affair on a hub.
+        run = {k: v for k, v in opened.background.run.items() if k not in ("cluster", "tracking")}
+        background = folder.Background(figures, run)
+        folder.write(local, opened.config, opened.facts, tensors, background)
+        text = card(
+            Path(destination).name,
+            opened.config,
+            opened.facts,
+            sum(value.numel() for value in tensors.values()),
+            figures,
+            settings.license,
+            Path(source).name,
+        )
+        (local / "README.md").write_text(text, encoding="utf-8")
+        if opened.tokenizer is not None:
+            opened.tokenizer.save(local)
+        storage.publish_folder(local, destination)
+
+
+def _open(path: str, overrides: Sequence[str]) -> _Source:
+    """Find and read a model of any kind."""
+    if path.startswith("models:/"):
+        local = tracking.download_model(tracking.tracking_uri(RunConfig(name="any")), path)
+    elif not storage.exists(path):
+        raise CheckpointError(f"model {path!r}: no such folder or file")
     else:
-        local = storage.fetch(where)
-    denoiser, _, facts = folder.read(local)
-    tokenizer = load_tokenizer(str(local)) if (local / INFO_FILE).is_file() else None
-    return Model(denoiser, facts.bos, tokenizer).to(device)
+        local = storage.fetch(path)
+    if local.name == folder.WEIGHTS and (local.parent / folder.CONFIG).is_file():
+        local = local.parent  # the weights file of a model folder
+    if local.is_file():
+        denoiser, config, facts = pretrained.load(local, overrides)
+        chosen = any(word.startswith("tokenizer=") for word in overrides)
+        tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
+        return _Source(denoiser, config.model, facts, tokenizer, folder.Background())
+    if overrides:
+        raise ConfigError(f"override {overrides[0]!r}: {path} is a model folder, which says all of itself")
+    denoiser, model, facts = folder.read(local)
+    kept = load_tokenizer(str(local)) if (local / INFO_FILE).is_file() else None
+    return _Source(denoiser, model, facts, kept, folder.read_background(local))
+
+
+def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | None:
+    """The tokenizer of released weights; what was not asked for may be missing on this machine."""
+    if name is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(name)
+    except ConfigError as error:
+        if chosen:
+            raise
+        log.warning("the model comes without a tokenizer: %s", error)
+        return None
+    if tokenizer.vocab_size != vocabulary:
+        raise ConfigError(
+            f"tokenizer: {name!r} has {tokenizer.vocab_size} ids; expected the model's {vocabulary}"
+        )
+    return tokenizer

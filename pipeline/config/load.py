@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, Section
 from pipeline.errors import ConfigError, did_you_mean
+
+S = TypeVar("S", bound=Section)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -70,6 +72,23 @@ def parse(tree: dict[str, Any], origin: str, problems: Sequence[str] = ()) -> Ru
     return config
 
 
+def parse_section(kind: type[S], tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> S:
+    """Validate a mapping that is not a whole run, with `a.b=value` words applied.
+
+    Raises:
+        ConfigError: one line a problem.
+    """
+    found = [problem for word in overrides if (problem := _override(tree, word))]
+    try:
+        section = kind.model_validate(tree)
+    except ValidationError as error:
+        found += [_explain(item, kind) for item in error.errors()]
+    else:
+        if not found:
+            return section
+    raise ConfigError(f"{origin}: {len(found)} problem{'s' * (len(found) > 1)}\n  " + "\n  ".join(found))
+
+
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML; `parse(yaml.safe_load(dump(c)))` equals `c`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -105,9 +124,9 @@ def _override(tree: dict[str, Any], word: str) -> str | None:
     return None
 
 
-def _fields(location: Sequence[str | int]) -> list[str]:
+def _fields(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
     """Names of the keys that exist in the section at `location` (without the key itself)."""
-    models: list[Any] = [RunConfig]
+    models: list[Any] = [root]
     for part in location:
         tagged = [
             m
@@ -136,7 +155,7 @@ def _kinds() -> list[str]:
     return [kind for model in models for kind in get_args(model.model_fields["kind"].annotation)]
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
     """One pydantic problem as `key: what was written; what was expected; nearest choice`."""
     location, value, kind = list(item["loc"]), item["input"], item["type"]
     context = item.get("ctx", {})
@@ -144,7 +163,7 @@ def _explain(item: Any) -> str:
     shown = [part for index, part in enumerate(location) if not (tagged and index == 1)]
     key = ".".join(str(part) for part in shown)
     if kind == "extra_forbidden":
-        known = _fields(location[:-1])
+        known = _fields(location[:-1], root)
         place = f"in {'.'.join(map(str, shown[:-1]))}" if shown[:-1] else "at the top level"
         return (
             f"{key}: no such key {place}{did_you_mean(location[-1], known) or '; known: ' + ', '.join(known)}"

@@ -210,6 +210,23 @@ class ClusterConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without bound
 
 
+class ImportConfig(Section):
+    """What a file of released weights is; all of it is read from the file where the file says it."""
+
+    model: ModelConfig
+    length: Annotated[int, Field(ge=2)]  # L, BOS included
+    bos: NonNegativeInt | None = None  # id that stands known at position 0
+    eot: NonNegativeInt | None = None
+    tokenizer: str | None = None  # as in the data section; written beside the weights
+
+
+class CardConfig(Section):
+    """What an exported model's card says beside what the model itself knows."""
+
+    license: str = "other"  # as the hub spells it, e.g. apache-2.0; other: the card leaves a line to fill in
+    figures: dict[str, float | str] = {}  # measured, by name
+
+
 class RunConfig(Section):
     """A whole run, as written in one YAML file."""
 

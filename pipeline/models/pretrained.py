@@ -1,12 +1,23 @@
 """Weights of the authors' released models -> ours (repository jdeschena/pgm; method.md section 2)."""
 
+import logging
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.schema import ImportConfig
 from pipeline.errors import CheckpointError
+from pipeline.models import build
+from pipeline.models.architecture import infer
+from pipeline.models.denoiser import Denoiser
+from pipeline.models.folder import DataFacts, load_weights
+from pipeline.models.released import read
+
+log = logging.getLogger(__name__)
 
 # Released name -> ours; a trailing mask row is cut, adaLN maps are folded, see `translate`.
 RENAMES = (
@@ -29,6 +40,33 @@ RENAMES = (
     (r"\.mlp\.2\.", ".mlp.down."),
 )
 UNUSED = ("rotary_emb.inv_freq",)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Denoiser, ImportConfig, DataFacts]:
+    """A released file as a model in eval mode on the CPU; its averaged (EMA) weights, where it has any.
+
+    Args:
+        overrides: `key=value` words over what the file says, e.g. `model.swap.pooling=mean` or `length=1024`.
+
+    Raises:
+        CheckpointError: the file is none, or damaged; every missing, extra and misshapen tensor is named.
+        CapabilityError: weights of a model that this project does not have.
+        ConfigError: an override is wrong.
+    """
+    file = read(path)
+    architecture = infer(file)
+    config = architecture.config(str(path), overrides)
+    for guess in architecture.guesses:
+        if not any(word.startswith(guess.partition("=")[0]) for word in overrides):
+            log.warning("%s does not say %s: %s is assumed", path, *guess.split("="))
+    facts = DataFacts(architecture.vocab_size, config.length, config.bos, config.eot)
+    with torch.device("meta"):
+        model = build(config.model, facts.vocab_size, facts.length, facts.bos)
+    # Copies in float32: what the reader gives may be views of the file.
+    tensors = {name: value.to(torch.float32, copy=True) for name, value in file.tensors.items()}
+    load_weights(model, translate(tensors, masked=config.model.kind == "mdlm"), origin=str(path))
+    log.info("%s: %s weights", path, "averaged" if file.averaged else "plain (it has no averaged)")
+    return model.eval(), config, facts
 
 
 def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:

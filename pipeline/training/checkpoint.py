@@ -194,9 +194,14 @@ def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, T
 def consolidate(path: str, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer, into: str) -> None:
     """A checkpoint's EMA weights as a model folder, complete or absent."""
     facts = folder.DataFacts(manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot)
+    state, figures = read_state(path), {}
+    if state.validation is not None:
+        how = f"{config.evaluation.estimator}, {config.evaluation.draws} draw(s), EMA weights"
+        figures = {"validation_perplexity": state.validation, "estimator": how, "step": state.step}
+    background = folder.Background(figures, config.model_dump(mode="json"))
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"
-        folder.write(local, config, facts, ema_weights(path, config, manifest))
+        folder.write(local, config.model, facts, ema_weights(path, config, manifest), background)
         tokenizer.save(local)
         storage.publish_folder(local, into)
 

@@ -1,6 +1,8 @@
 """How a run starts: from its newest checkpoint, other weights, or nothing; and which rows it avoids."""
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import tempfile
@@ -134,7 +136,11 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
 
 
 def _convert(path: str) -> None:
-    """DeepSpeed's universal form of a checkpoint, complete or absent, made once."""
+    """DeepSpeed's universal form of a checkpoint, complete or absent, made once.
+
+    Raises:
+        CheckpointError: it cannot be made or written.
+    """
     target = checkpoint.universal_path(path)
     if storage.folder_complete(target):
         return
@@ -144,18 +150,25 @@ def _convert(path: str) -> None:
     local = storage.fetch(path) / TAG
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / TAG
-        main(
-            argparse.Namespace(
-                input_folder=str(local),
-                output_folder=str(output),
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
+        options = argparse.Namespace(
+            input_folder=str(local),
+            output_folder=str(output),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
         )
-        storage.publish_folder(temporary, target)
+        quiet = io.StringIO()  # it prints what it does, and bars
+        try:
+            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                main(options)
+            storage.publish_folder(temporary, target)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path} cannot be converted for this number of workers: {error}; "
+                f"start with as many as wrote it, or a run of another name with train.init_from={path}"
+            ) from error
 
 
 @dataclass(frozen=True)
