@@ -9,7 +9,7 @@ from small_models import BOTH_KINDS, random_rows, randomised
 
 import pipeline
 from pipeline.api import Model, load_model
-from pipeline.config.schema import MDLMConfig, PGMConfig, RunConfig
+from pipeline.config.schema import MDLMConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError
 from pipeline.models import folder
@@ -22,8 +22,7 @@ KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.
 def written(path: Path, config: PGMConfig | MDLMConfig, bos: int | None = 256) -> Denoiser:
     """Write a consolidated folder and return the model that is in it."""
     model = randomised(config, V, L)
-    run = RunConfig(name="small", model=config)
-    folder.write(path, run, folder.DataFacts(V, L, bos, 256), model.state_dict())
+    folder.write(path, config, folder.DataFacts(V, L, bos, 256), model.state_dict(), folder.Background())
     ByteTokenizer().save(path)
     return model
 
@@ -49,7 +48,7 @@ def test_a_folder_comes_back_whole(
     tokens, groups = random_rows(3, L, V)
     assert torch.equal(model.logits(tokens, groups), original.logits(tokens, groups))
     _, config_read, facts = folder.read(tmp_path / "run" / "model")
-    assert config_read == RunConfig(name="small", model=config)
+    assert config_read == config
     assert facts == folder.DataFacts(V, L, 256, 256)
 
 
@@ -129,7 +128,7 @@ def test_tensors_that_do_not_fit_are_all_named(config: PGMConfig | MDLMConfig, t
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no model.safetensors.*does not exist"):
+    with pytest.raises(CheckpointError, match=r"nowhere.*no such folder or file"):
         load_model(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(CheckpointError, match=r"no model.safetensors.*found notes.txt"):
@@ -152,8 +151,8 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     model = randomised(BOTH_KINDS[0], 7, L)
-    run = RunConfig(name="small", model=BOTH_KINDS[0])
-    folder.write(tmp_path, run, folder.DataFacts(7, L, None, None), model.state_dict())
+    facts = folder.DataFacts(7, L, None, None)
+    folder.write(tmp_path, BOTH_KINDS[0], facts, model.state_dict(), folder.Background())
     loaded = load_model(tmp_path)
     assert loaded.tokenizer is None
     assert loaded.bos is None
