@@ -1,0 +1,61 @@
+"""Every kind of model trains: on two workers whose parameters are all cut up as on one that has them whole."""
+
+from pathlib import Path
+
+import observed
+import pytest
+from workers import Workers
+
+from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig, SwapConfig
+
+SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0}
+SWAP = SwapConfig(pooling="logsumexp", query="mlp4", norm="rms", every_block=True)
+MODELS = {
+    "ar": ARConfig(kind="ar", blocks=2, **SIZE),
+    "ar-classes-registers": ARConfig(kind="ar", blocks=2, classes=3, registers=1, **SIZE),
+    "complementary": MDLMConfig(kind="mdlm", blocks=2, complementary=True, **SIZE),
+    "mdlm-classes-registers": MDLMConfig(kind="mdlm", blocks=2, classes=3, registers=1, **SIZE),
+    "pgm-variant": PGMConfig(encoder_blocks=1, decoder_blocks=2, swap=SWAP, **SIZE),
+    "pgm-classes-registers": PGMConfig(encoder_blocks=1, decoder_blocks=1, classes=3, registers=2, **SIZE),
+}
+STEPS = 5
+Runs = dict[str, tuple[observed.Seen, observed.Seen]]
+
+
+def _configs(storage: Path, stage: int, again: bool) -> list[RunConfig]:
+    """Validation, with samples, follows the last step."""
+    return [
+        observed.quick(
+            storage,
+            f"{name}-stage-{stage}",
+            steps=STEPS,
+            zero_stage=stage,
+            activation_checkpointing=again,
+        ).model_copy(update={"model": model})
+        for name, model in MODELS.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(run_storage: Path, groups: dict[int, Workers]) -> Runs:
+    """What rank 0 saw: alone with whole parameters, and with a second worker under stage 3, recomputing."""
+    alone = groups[1](observed.train, _configs(run_storage, 0, False))[0]
+    shared = groups[2](observed.train, _configs(run_storage, 3, True))[0]
+    return {name: pair for name, *pair in zip(MODELS, alone, shared, strict=True)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stage_3_on_two_workers_is_plain_training(runs: Runs, name: str) -> None:
+    alone, shared = runs[name]
+    assert alone.error is shared.error is None
+    assert alone.losses.keys() == set(range(1, STEPS + 1))
+    assert shared.losses == pytest.approx(alone.losses, abs=2e-5, rel=0)
+    assert shared.norms == pytest.approx(alone.norms, rel=1e-4)
+    assert alone.losses[STEPS] < alone.losses[1] - 0.05
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_validation_names_its_estimator(runs: Runs, name: str) -> None:
+    for seen in runs[name]:
+        (line,) = [line for line in seen.log if "validation perplexity" in line]
+        assert ("exact" if name.startswith("ar") else "count") + " estimator" in line
