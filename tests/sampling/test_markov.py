@@ -112,17 +112,17 @@ def test_the_bound_comes_within_three_percent_of_the_entropy(trained: Denoiser) 
 
 
 def test_samples_have_the_pairs_of_the_source(trained: Denoiser) -> None:
-    """Total variation over the 64 pairs stays below 0.06.
+    """Total variation over the 64 pairs stays below 0.05.
 
     Of that, about 0.02 is the noise of 500 x 31 pairs (as rows of the source itself show). The rest is the
     model's: a bound 3% above the entropy is a divergence of 0.04 nats per token, which by Pinsker's inequality
     may move the chances of a token given its neighbour by at most 0.14, were it all spent there. Tokens drawn
-    without regard to each other are six times as far away.
+    without regard to each other are seven times as far away.
     """
     rows = sample(trained, 500, steps=L, seed=0)
     noise = distance(pairs_of(CHAIN.draw(500, np.random.default_rng(3))), CHAIN.pairs)
     unaware = distance(np.outer(CHAIN.first, CHAIN.first), CHAIN.pairs)
     assert noise < 0.025
     assert unaware > 0.3
-    assert distance(pairs_of(rows), CHAIN.pairs) < 0.06
+    assert distance(pairs_of(rows), CHAIN.pairs) < 0.05
     assert math.isclose(pairs_of(rows).sum(), 1)

@@ -52,7 +52,7 @@ def fresh(config: RunConfig) -> Denoiser:
     """The model that a run of this config starts from."""
     manifest = Manifest.read(data_path(config))
     torch.manual_seed(config.seed)
-    return build(config.model, manifest.vocabulary, manifest.length)
+    return build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
 
 
 def train(config: RunConfig, skipped: Mapping[int, Collection[int]] = MappingProxyType({})) -> Plain:

@@ -145,7 +145,7 @@ def test_a_damaged_source_is_refused(sources: dict[str, Source], run_storage: Pa
 def test_weights_of_a_consolidated_folder_are_the_average(sources: dict[str, Source]) -> None:
     path, _, average = sources["consolidated"]
     model, config, facts = folder.read(Path(path))
-    assert config.name == "source-1-fp32"
+    assert config.kind == "pgm"
     assert (facts.vocab_size, facts.length) == (257, 16)
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     assert tensors.keys() == average.keys()

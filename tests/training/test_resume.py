@@ -38,7 +38,7 @@ class Pair:
 def pairs(run_storage: Path, groups: dict[int, Workers]) -> dict[tuple[int, str], Pair]:
     """Dropout on; validation in the middle; 8 steps of an epoch of thousands."""
     configs = [
-        quick(run_storage, f"again-{s}-{p}", 0.1, zero_stage=s, precision=p, validate_every=3)
+        quick(run_storage, f"again-{s}-{p}", 0.1, zero_stage=s, precision=p, validate_every=5)
         for s, p in KINDS
     ]
     pairs = [Pair(config) for config in configs]
