@@ -117,7 +117,7 @@ def test_later_draws_condition_on_earlier_ones(steps: int) -> None:
     model = randomised(PGM, 2, 2, scale=0.6, seed=3)
     with torch.no_grad():  # both tokens likely, whatever the random weights
         model.head.bias -= model.logits(torch.zeros(1, 2).long(), torch.tensor([[False, True]]))[0].mean(0)
-    tokens = sample(model, 20_000, steps, seed=0)
+    tokens = sample(model, 8_000, steps, seed=0)
     known, nothing = torch.tensor([[0], [1]]), torch.zeros(2, 0, dtype=torch.int64)
     joint = torch.zeros(2, 2)
 
@@ -137,8 +137,8 @@ def test_later_draws_condition_on_earlier_ones(steps: int) -> None:
             after_first, after_second = chances(known, 0, 1), chances(known, 1, 0)
             joint = (alone[0][:, None] * after_first + alone[1] * after_second.T) / 2
         independent = alone[0][:, None] * alone[1]
-    found = torch.bincount(tokens[:, 0] * 2 + tokens[:, 1], minlength=4).view(2, 2) / 20_000
-    noise = (joint * (1 - joint) / 20_000).sqrt()
+    found = torch.bincount(tokens[:, 0] * 2 + tokens[:, 1], minlength=4).view(2, 2) / 8_000
+    noise = (joint * (1 - joint) / 8_000).sqrt()
     assert ((found - joint).abs() < 4 * noise).all()
     if steps == 2:
         assert ((found - independent).abs() > 8 * noise).any(), "else the model has nothing to condition on"
