@@ -15,6 +15,7 @@ from pipeline.config.load import parse_section
 from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, RunConfig
 from pipeline.data.tokenizers import INFO_FILE, Tokenizer, load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError, did_you_mean
+from pipeline.evaluation.likelihood import Continuation, score_continuations
 from pipeline.models import folder, pretrained
 from pipeline.models.card import card
 from pipeline.models.denoiser import Denoiser, flat_index
@@ -208,6 +209,19 @@ class Model:
         if len(prompts) != rows:
             raise ConfigError(f"known: {len(prompts)} prompts for {rows} samples")
         return ragged_known(prompts, self.denoiser.length)
+
+    def score(self, pairs: Sequence[tuple[str, str]], draws: int = 32, seed: int = 0) -> list[Continuation]:
+        """Bounds on -log p(continuation | prompt) in nats for (prompt, continuation) texts; exact for AR.
+
+        Raises:
+            ConfigError: an empty continuation, or a pair longer than a row.
+        """
+        assert self.tokenizer is not None, "this model's data has no tokenizer"
+        ids = self.tokenizer.encode_batch([text for pair in pairs for text in pair])
+        rows = [list(map(int, row)) for row in ids]
+        return score_continuations(
+            self.denoiser, list(zip(rows[::2], rows[1::2], strict=True)), draws, seed, self.bos
+        )
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:
         """Rows of ids as texts; BOS and end-of-text are not shown."""
