@@ -86,7 +86,12 @@ class Model:
             known, positions: [B, K] ids and where they stand, the first `lengths[b]` of row b valid (0
             allowed); queries: [B, Q] positions, the first `query_lengths[b]` valid (None: all of them).
             Returns [B, Q, V] float32, zero beyond the valid queries.
+
+        Raises:
+            ConfigError: a position outside the row, or a length beyond the padded width.
         """
+        self._check_positions("positions", positions, lengths)
+        self._check_positions("queries", queries, query_lengths)
         rows, width = queries.shape
         counts = [int(n) for n in lengths]
         asked = [width] * rows if query_lengths is None else [int(n) for n in query_lengths]
@@ -104,6 +109,18 @@ class Model:
         out = logits.new_zeros(rows * width, self.denoiser.vocab_size)
         out[there.to(self.device)] = logits
         return out.view(rows, width, self.denoiser.vocab_size)
+
+    def _check_positions(self, name: str, positions: Tensor, lengths: Tensor | None) -> None:
+        rows, width = positions.shape
+        counts = torch.full((rows,), width) if lengths is None else lengths.cpu()
+        if counts.shape != (rows,) or (counts < 0).any() or (counts > width).any():
+            raise ConfigError(
+                f"{name}: lengths {counts.tolist()[:8]}; expected one of 0 to {width} for each of {rows} rows"
+            )
+        valid = positions.cpu()[torch.arange(width) < counts[:, None]]
+        if ((valid < 0) | (valid >= self.denoiser.length)).any():
+            worst = int(valid.min()) if (valid < 0).any() else int(valid.max())
+            raise ConfigError(f"{name}: {worst}; expected 0 to {self.denoiser.length - 1}")
 
     def sample(
         self,

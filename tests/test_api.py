@@ -99,7 +99,7 @@ def test_what_the_model_cannot_do_is_refused(model: Model) -> None:
     with pytest.raises(CapabilityError, match=r"condition: .* without classes"):
         model.logits(tokens, groups, condition=labels)
     with pytest.raises(CapabilityError, match=r"condition: .* without classes"):
-        model.predict(tokens, tokens, torch.tensor([1, 1]), tokens[:, :1] * 0, condition=labels)
+        model.predict(tokens, tokens * 0, torch.tensor([1, 1]), tokens[:, :1] * 0, condition=labels)
     with pytest.raises(CapabilityError, match=r"condition: .* without classes"):
         model.sample(2, 4, condition=labels)
     with pytest.raises(ConfigError, match="order: 'haltn'"):
@@ -157,3 +157,22 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     assert loaded.tokenizer is None
     assert loaded.bos is None
     assert loaded.sample(2, 4).shape == (2, L)
+
+
+@pytest.mark.parametrize(
+    ("positions", "lengths", "queries", "says"),
+    [
+        ([[0, L]], [2], [[1]], f"positions: {L}; expected 0 to {L - 1}"),
+        ([[0, 2]], [2], [[-1]], "queries: -1; expected 0"),
+        ([[0, 2]], [3], [[1]], r"positions: lengths \[3\]; expected one of 0 to 2 for each of 1 rows"),
+        ([[0, 2]], [1, 1], [[1]], r"positions: lengths \[1, 1\]"),
+    ],
+)
+def test_predictions_outside_the_row_are_refused(
+    positions: list[list[int]], lengths: list[int], queries: list[list[int]], says: str
+) -> None:
+    model = Model(randomised(BOTH_KINDS[0], V, L))
+    with pytest.raises(ConfigError, match=says):
+        model.predict(
+            torch.tensor([[1, 2]]), torch.tensor(positions), torch.tensor(lengths), torch.tensor(queries)
+        )

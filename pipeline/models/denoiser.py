@@ -221,6 +221,9 @@ class Denoiser(nn.Module, ABC):
         self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]
     ) -> None:
         """Add packed known tokens, `lengths[b]` of them to row b."""
+        assert max(map(sum, zip(state.lengths, lengths, strict=True))) <= state.tokens.shape[1], (
+            "beyond capacity"
+        )
         count, known = lengths[0], state.lengths[0]
         if all(n == count for n in lengths) and all(n == known for n in state.lengths):
             state.tokens[:, known : known + count] = tokens.view(len(lengths), -1)

@@ -79,5 +79,7 @@ def test_an_untrained_model_knows_nothing_of_texts():
 
 @pytest.mark.parametrize("pair", [([1], []), ([1] * 7, [2, 3]), ([], [1] * 9)])
 def test_pairs_that_do_not_fit(pair: tuple[list[int], list[int]]):
-    with pytest.raises(ConfigError, match=r"pair 1: .* tokens; expected a continuation of at least one token"):
+    with pytest.raises(
+        ConfigError, match=r"pair 1: .* tokens; expected a continuation of at least one token"
+    ):
         score_continuations(randomised(BOTH_KINDS[0], 11, 8), [PAIRS[0], pair])
