@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
-
 from pipeline.config.load import parse_section
-from pipeline.config.schema import ImportConfig, MDLMConfig, PGMConfig, SwapConfig
+from pipeline.config.schema import ImportConfig
 from pipeline.errors import CapabilityError, CheckpointError
 from pipeline.models.folder import check_shapes
 from pipeline.models.released import Released
@@ -19,14 +17,6 @@ TIME_FEATURES = 256
 SWAP, BUFFER = "decoder.group_swap", "rotary_emb.inv_freq"
 CLASSES, REGISTERS = "cls_embed.embedding_table.weight", "reg_tokens.weight"
 Shapes = dict[str, tuple[int, ...]]
-# Values of keys that a schema without the key stands for.
-PLAIN: dict[str, Any] = {
-    "pooling": "none",
-    "query": "linear",
-    "norm": "layer",
-    "classes": None,
-    "registers": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -54,15 +44,10 @@ class Architecture:
         """The typed form, with `key=value` words applied.
 
         Raises:
-            CapabilityError: the weights need a variant that this version's models do not have.
             ConfigError: an override is wrong.
         """
-        model: dict[str, Any] = dict(self.model)
-        kind = PGMConfig if model["kind"] == "pgm" else MDLMConfig
-        if "swap" in model:
-            model["swap"] = _known(model["swap"], SwapConfig, "model.swap", origin)
         tree = {
-            "model": _known(model, kind, "model", origin),
+            "model": self.model,
             "length": self.length,
             "bos": self.bos,
             "eot": self.eot,
@@ -175,16 +160,6 @@ def _tokenizer(released: Released, vocabulary: int, image: bool) -> str | None:
             f"{released.origin}: tokenizer {named!r} has its mask among its ids; expected a mask behind them"
         )
     return "gpt2" if not image and vocabulary == GPT2_VOCABULARY else None
-
-
-def _known(section: dict[str, Any], schema: type[BaseModel], where: str, origin: str) -> dict[str, Any]:
-    """A section without keys that the schema lacks, if they say what a model without the key does anyway."""
-    for key, value in section.items():
-        if key not in schema.model_fields and value != PLAIN.get(key):
-            raise CapabilityError(
-                f"{origin}: the weights need {where}.{key} {value!r}, which the models of this version lack"
-            )
-    return {key: value for key, value in section.items() if key in schema.model_fields}
 
 
 def _layout(model: dict[str, Any], rows: int, condition: int) -> Shapes:

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.api import Model, load_model
-from pipeline.config.schema import PGMConfig, SwapConfig
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError
 from pipeline.models.architecture import infer
 from pipeline.models.released import read
@@ -166,8 +165,6 @@ def agree(name: str, model: Model) -> None:
 @pytest.mark.parametrize("layout", PICKLED)
 @pytest.mark.parametrize("name", TEXT)
 def test_pickled_layouts(tmp_path: Path, omega: Any, name: str, layout: str, legacy: bool) -> None:
-    if pooled(name) and "pooling" not in SwapConfig.model_fields:
-        pytest.skip("the models have no pooling")
     _, weights, config = golden(name)
     content = PICKLED[layout](weights, config, omega)
     torch.save(content, tmp_path / layout, _use_new_zipfile_serialization=not legacy)
@@ -182,8 +179,6 @@ def test_pickled_layouts(tmp_path: Path, omega: Any, name: str, layout: str, leg
 @pytest.mark.parametrize("prefix", SAFE.values())
 @pytest.mark.parametrize("name", TEXT)
 def test_safetensors(tmp_path: Path, name: str, prefix: str, config_in: str) -> None:
-    if pooled(name) and "pooling" not in SwapConfig.model_fields:
-        pytest.skip("the models have no pooling")
     _, weights, config = golden(name)
     metadata = {"config": json.dumps(config)} if config_in == "metadata" else None
     if config_in == "beside":
@@ -232,10 +227,6 @@ def test_an_image_checkpoint(tmp_path: Path) -> None:
     """As the authors' image trainer saves it: no hyper-parameters, no averages."""
     recorded, weights, _ = golden("pgm_image")
     torch.save(image_trainer(weights), tmp_path / "epoch_100.ckpt")
-    if "classes" not in PGMConfig.model_fields:
-        with pytest.raises(CapabilityError, match=r"model\.classes 5"):
-            load_model(tmp_path / "epoch_100.ckpt")
-        return
     model = load_model(tmp_path / "epoch_100.ckpt", overrides=["length=17"])
     assert model.bos == 21
     labels = recorded["labels"].masked_fill(recorded["drop_label"].bool(), 5)
@@ -257,12 +248,8 @@ def test_gpt2_sized_weights_are_gpt2s(tmp_path: Path) -> None:
     assert (found.vocab_size, found.bos, found.eot, found.tokenizer) == (50257, 50256, 50256, "gpt2")
 
 
-def test_pooling_that_a_version_lacks_is_named() -> None:
-    if "pooling" in SwapConfig.model_fields:
-        agree("pgm_mean_mlp4", load_model(DATA / "pgm_mean_mlp4.safetensors"))
-    else:
-        with pytest.raises(CapabilityError, match=r"model\.swap\.pooling 'mean'"):
-            load_model(DATA / "pgm_mean_mlp4.safetensors")
+def test_a_bare_file_with_its_config_in_the_metadata() -> None:
+    agree("pgm_mean_mlp4", load_model(DATA / "pgm_mean_mlp4.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["mdlm", "pgm_learn_freqs"])
