@@ -45,7 +45,7 @@ def sample(
         progress: called with (steps done, steps) after every step.
         known: tokens and where they are given; all other positions are drawn.
         refresh_every: encode known tokens anew at every so many steps, and between them only new ones (PGM;
-            1 is exact, more is faster and approximate: README).
+            1 is exact, more is approximate).
 
     Shape:
         Returns [num_samples, L] ids, BOS included.
