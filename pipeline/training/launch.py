@@ -163,7 +163,7 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C to `_stoppable`; Ray's own handler would end the run without a checkpoint."""
+    """Leaves Ctrl-C to `stoppable`; Ray's own handler would end the run without a checkpoint."""
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass

@@ -16,6 +16,7 @@ from pipeline.evaluation import ngram
 from pipeline.evaluation.figures import loss_curve
 from pipeline.training import checkpoint
 from pipeline.training.loop import tracking_spill
+from pipeline.training.validation import validation_rows
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,9 @@ def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:
     """Perplexities of n-gram models of the same training rows on the same validation rows."""
     path = text.data_path(config)
 
-    def rows(split: str, most: int) -> np.ndarray:
-        reader = ShardReader(path, manifest, split)
-        return reader.rows(np.arange(min(len(reader), most)))
-
-    seen, held_out = rows("train", NGRAM_ROWS), rows("validation", config.evaluation.rows)
+    train, validation = (ShardReader(path, manifest, split) for split in ("train", "validation"))
+    seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))
+    held_out = validation.rows(validation_rows(len(validation), config.evaluation.rows))
     return {
         "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
         "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),

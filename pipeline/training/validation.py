@@ -19,6 +19,11 @@ from pipeline.training.session import Session
 log = logging.getLogger(__name__)
 
 
+def validation_rows(there: int, most: int) -> np.ndarray:
+    """Which of the held-out rows are judged: at most so many, evenly spread."""
+    return np.unique(np.linspace(0, there - 1, min(most, there)).astype(np.int64))
+
+
 def validate(
     config: RunConfig,
     manifest: Manifest,
@@ -31,9 +36,7 @@ def validate(
     """Validation perplexity of the EMA weights, and sample texts; all ranks call it together."""
     bos = manifest.special.bos
     reader = ShardReader(data_path(config), manifest, "validation")
-    rows = np.unique(
-        np.linspace(0, len(reader) - 1, min(config.evaluation.rows, len(reader))).astype(np.int64)
-    )
+    rows = validation_rows(len(reader), config.evaluation.rows)
     estimator, draws = likelihood.estimator_for(
         engine.model, config.evaluation.estimator, config.evaluation.draws
     )
