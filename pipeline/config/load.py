@@ -7,7 +7,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.schema import RunConfig, Section
+from pipeline.config.schema import RunConfig
+from pipeline.config.section import Section
 from pipeline.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound=Section)
@@ -149,9 +150,9 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models(part)]
 
 
-def _kinds() -> list[str]:
-    """Values of `model.kind`."""
-    models = _models(RunConfig.model_fields["model"].annotation)
+def _kinds(section: str) -> list[str]:
+    """Values of `model.kind` or `data.kind`."""
+    models = _models(RunConfig.model_fields[section].annotation)
     return [kind for model in models for kind in get_args(model.model_fields["kind"].annotation)]
 
 
@@ -159,7 +160,9 @@ def _explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
     """One pydantic problem as `key: what was written; what was expected; nearest choice`."""
     location, value, kind = list(item["loc"]), item["input"], item["type"]
     context = item.get("ctx", {})
-    tagged = len(location) > 1 and location[0] == "model" and location[1] in _kinds()
+    tagged = (
+        len(location) > 1 and location[0] in ("model", "data") and location[1] in _kinds(str(location[0]))
+    )
     shown = [part for index, part in enumerate(location) if not (tagged and index == 1)]
     key = ".".join(str(part) for part in shown)
     if kind == "extra_forbidden":
@@ -176,7 +179,7 @@ def _explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
         near = did_you_mean(context["tag"], choices)
         return f"{key}.kind: {context['tag']!r} is not one of {', '.join(choices)}{near}"
     if kind == "union_tag_not_found":
-        return f"{key}.kind: missing; expected one of {', '.join(_kinds())}"
+        return f"{key}.kind: missing; expected one of {', '.join(_kinds('model'))}"
     if kind == "missing":
         return f"{key}: missing"
     if kind == "value_error":

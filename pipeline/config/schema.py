@@ -1,61 +1,11 @@
 """The typed form of a run's YAML file: one frozen model per section, checks across sections at the end."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, PositiveInt, model_validator
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_yes_for_numbers(cls, tree: Any) -> Any:
-        for key, value in tree.items() if isinstance(tree, dict) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and field.annotation in (int, float):
-                raise ValueError(f"{key} is {str(value).lower()}; expected a number")
-        return tree
-
-
-class DataConfig(Section):
-    """What is read, how it is tokenised, and the order in which training reads it."""
-
-    source: str = (
-        "pydoc"  # "pydoc" (embedded); a file, folder or glob of .txt, .jsonl[.gz|.zst], .parquet; "hf:NAME"
-    )
-    text_field: str = "text"  # the column of .jsonl, .parquet and Hugging Face data that holds the document
-    subset: str | None = None  # of a Hugging Face dataset that has several
-    split: str = "train"  # of a Hugging Face dataset
-    revision: str | None = (
-        None  # of a Hugging Face dataset; None: the newest, which the manifest then records
-    )
-    on_error: Literal["fatal", "skip"] = "fatal"  # what cannot be read ends the job, or is counted and named
-    path: str | None = None  # folder of shards + manifest; None: named by what determines its contents
-    tokenizer: str = "bytes"  # "bytes", "gpt2", or the path of a .tiktoken rank file
-    length: Annotated[int, Field(ge=2)] = 1024  # L, tokens of a row
-    wrap: Literal["none", "bos_eos"] = "none"  # bos_eos: a row is EOT + (L - 2) tokens + EOT
-    validation_documents: PositiveInt = 100_000  # the last documents are held out
-    shard_rows: PositiveInt = 8192
-    streams: Annotated[int, Field(ge=1, le=64)] = 8  # C canonical streams; divides train.batch
-    shuffle_window: PositiveInt = 4096  # rows that a stream shuffles together
-
-    @model_validator(mode="after")
-    def _fits(self) -> "DataConfig":
-        if self.wrap == "bos_eos" and self.length < 3:
-            raise ValueError(f"length {self.length} leaves no token between BOS and EOS; expected at least 3")
-        return self
+from pipeline.config.data import AnyDataConfig, TextDataConfig
+from pipeline.config.section import NonNegativeInt, Rate, Section
 
 
 class SwapConfig(Section):
@@ -128,6 +78,8 @@ ModelConfig = Annotated[PGMConfig | MDLMConfig | ARConfig, Field(discriminator="
 class DiffusionConfig(Section):
     """Noise schedule and loss weights."""
 
+    # loglinear: hidden share t, weighted by loss_weight. arccos: hidden share 2 arccos(r) / pi, weight 1 (images)
+    schedule: Literal["loglinear", "arccos"] = "loglinear"
     eps: Annotated[float, Field(gt=0, lt=0.1)] = 1e-3  # alpha(t) = 1 - (1 - eps) t, and the smallest t
     complement_time: Literal["matched", "paper"] = "matched"  # t' of group 0 (method.md section 2)
     loss_weight: Literal["elbo", "uniform"] = "elbo"
@@ -155,6 +107,7 @@ class TrainConfig(Section):
     persistent_parameters: NonNegativeInt = 100_000  # stage 3 keeps parameters of fewer values whole
     offload_optimizer: bool = False  # keep optimiser state in host memory (stages 1 to 3)
     activation_checkpointing: bool = False  # recompute every block in the backward pass
+    class_drop: Rate = 0.1  # share of rows that a model with classes sees without theirs, for guidance
     init_from: str | None = None  # start from these weights: a model folder, models:/NAME@ALIAS, a checkpoint
     on_nonfinite: Literal["skip", "stop"] = "skip"  # a loss or gradient that is not finite
     ema: Rate = 0.9999
@@ -177,6 +130,8 @@ class SamplingConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    labels: tuple[NonNegativeInt, ...] | None = None  # classes drawn, in turn; None: all in turn
+    guidance: Annotated[float, Field(ge=0)] = 0.0  # w at the last step: (1 + w) log p(x|c) - w log p(x)
     refresh_every: PositiveInt = 1  # PGM: steps between full encodings of the known tokens; 1 is exact
     batch: PositiveInt = 16  # rows sampled together by one actor
     seed: int = 0
@@ -224,7 +179,7 @@ class CardConfig(Section):
     """What an exported model's card says beside what the model itself knows."""
 
     license: str = "other"  # as the hub spells it, e.g. apache-2.0; other: the card leaves a line to fill in
-    figures: dict[str, float | str] = {}  # measured, by name
+    figures: dict[str, float | str] = Field(default_factory=dict)  # measured, by name
 
 
 class RunConfig(Section):
@@ -232,7 +187,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: NonNegativeInt = 0
-    data: DataConfig = DataConfig()
+    data: AnyDataConfig = TextDataConfig()
     model: ModelConfig = PGMConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     optim: OptimConfig = OptimConfig()
@@ -264,7 +219,8 @@ class RunConfig(Section):
             found.append(
                 f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {self.train.steps}"
             )
-        predicted = self.data.length - (self.data.wrap == "bos_eos")
+        found += self._image_conflicts()
+        predicted = self.data.predicted
         if self.sampling.steps > predicted and self.sampling.order != "binomial" and self.model.kind != "ar":
             found.append(
                 f"sampling.steps: {self.sampling.steps} steps for {predicted} predicted tokens a row; "
@@ -280,4 +236,34 @@ class RunConfig(Section):
                     f"sampling.steps: {self.sampling.steps} steps for model.kind ar, which draws one token a step; "
                     f"expected {predicted}"
                 )
+        return found
+
+    def _image_conflicts(self) -> list[str]:
+        """Problems between images, classes and guidance."""
+        found = []
+        classes, data = self.model.classes, self.data
+        if data.kind == "text":
+            if classes is not None:
+                found.append(f"model.classes: {classes}, but data.kind text has no labels; expected null")
+            if self.diffusion.schedule == "arccos":
+                found.append("diffusion.schedule: arccos gives no bound for text; expected loglinear")
+        else:
+            if classes not in (None, data.classes):
+                found.append(f"model.classes: {classes}; expected data.classes {data.classes}, or null")
+            if self.model.kind == "ar" and self.diffusion.schedule == "arccos":
+                found.append(
+                    "diffusion.schedule: arccos for model.kind ar, which hides nothing; expected loglinear"
+                )
+        if (
+            self.sampling.model is None
+            and classes is None
+            and (self.sampling.guidance or self.sampling.labels)
+        ):
+            key = "guidance" if self.sampling.guidance else "labels"
+            found.append(
+                f"sampling.{key}: needs a model with classes; expected model.classes, or no sampling.{key}"
+            )
+        wrong = [label for label in self.sampling.labels or () if classes is not None and label >= classes]
+        if wrong:
+            found.append(f"sampling.labels: {wrong[0]}; expected 0 to {(classes or 0) - 1}")
         return found

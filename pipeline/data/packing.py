@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64, UInt
 
 from pipeline import storage
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import TextDataConfig
 from pipeline.data.shards import ShardFile, encode_shard, token_dtype
 from pipeline.data.sources import Piece, Problem, read
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
@@ -89,7 +89,7 @@ def read_unit(work: str, index: int) -> Unit:
 
 
 @storage.retry
-def tokenise_unit(index: int, pieces: Sequence[Piece], data: DataConfig, work: str) -> Unit:
+def tokenise_unit(index: int, pieces: Sequence[Piece], data: TextDataConfig, work: str) -> Unit:
     """Write a unit's tokens and record. Faults of the data come back in the result."""
     tokenizer = cached_tokenizer(data.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -128,7 +128,7 @@ def tokenise_unit(index: int, pieces: Sequence[Piece], data: DataConfig, work: s
 
 
 def plan_splits(
-    units: Sequence[Unit], data: DataConfig, tokenizer: Tokenizer, work: str
+    units: Sequence[Unit], data: TextDataConfig, tokenizer: Tokenizer, work: str
 ) -> dict[str, SplitPlan]:
     """Which shard holds which tokens; the last `data.validation_documents` documents are held out.
 

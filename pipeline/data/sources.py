@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import TextDataConfig
 from pipeline.errors import DataError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Source:
     fingerprint: str
 
 
-def open_source(data: DataConfig) -> Source:
+def open_source(data: TextDataConfig) -> Source:
     """List what `data.source` names.
 
     Raises:
@@ -99,7 +99,7 @@ def open_source(data: DataConfig) -> Source:
     return Source(tuple(map(tuple, units)), None, fingerprint)
 
 
-def read(piece: Piece, data: DataConfig) -> Iterator[str | Problem]:
+def read(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
     """The documents of a piece, in order, and in their places those that cannot be read."""
     if piece.path == "pydoc":
         yield from _pydoc()
@@ -280,7 +280,7 @@ def _encodable(text: str, where: str) -> str | Problem:
     return text
 
 
-def _open_hub(data: DataConfig) -> Source:
+def _open_hub(data: TextDataConfig) -> Source:
     """A dataset of the Hugging Face hub, its revision pinned, or a local copy in the same layout."""
     name = data.source.removeprefix(HUB)
     fs, inner = storage.filesystem(name)
@@ -307,14 +307,14 @@ def _open_hub(data: DataConfig) -> Source:
     return Source(units, revision, _digest(files))
 
 
-def _load_hub(name: str, data: DataConfig, revision: str | None) -> Any:
+def _load_hub(name: str, data: TextDataConfig, revision: str | None) -> Any:
     from datasets import load_dataset  # slow to import, and other sources do without
 
     path = storage.resolve(name) if revision is None else name
     return load_dataset(path, data.subset, split=data.split, revision=revision, streaming=True)
 
 
-def _read_hub(piece: Piece, data: DataConfig) -> Iterator[str | Problem]:
+def _read_hub(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
     """A row is a document."""
     name = piece.path.removeprefix(HUB)
     local = storage.is_local(name) and storage.exists(name)

@@ -24,7 +24,8 @@ import ray
 import ray.data
 
 from pipeline import storage
-from pipeline.config.schema import DataConfig, RunConfig
+from pipeline.config.data import TextDataConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.packing import (
     SplitPlan,
     Unit,
@@ -169,7 +170,7 @@ def _prepared(config: RunConfig, path: str) -> Manifest | None:
     return manifest
 
 
-def _tokenise(source: Source, data: DataConfig, work: str) -> list[Unit]:
+def _tokenise(source: Source, data: TextDataConfig, work: str) -> list[Unit]:
     """Stage 1: every unit's tokens in `work`, and their counts."""
     there = set(storage.listing(work))
     done = [read_unit(work, index) for index in range(len(source.units)) if f"unit-{index:06d}.json" in there]
@@ -192,7 +193,7 @@ def _tokenise(source: Source, data: DataConfig, work: str) -> list[Unit]:
     return sorted(done, key=lambda unit: unit.index)
 
 
-def _run_units(todo: list[dict[str, Any]], data: DataConfig, work: str) -> Iterator[Unit]:
+def _run_units(todo: list[dict[str, Any]], data: TextDataConfig, work: str) -> Iterator[Unit]:
     """Run the units through Ray Data, yielding results as they come."""
     if not todo:
         return
@@ -203,7 +204,7 @@ def _run_units(todo: list[dict[str, Any]], data: DataConfig, work: str) -> Itera
         yield Unit(**json.loads(row["unit"]))
 
 
-def _tokenise_row(row: dict[str, Any], data: DataConfig, work: str) -> dict[str, Any]:
+def _tokenise_row(row: dict[str, Any], data: TextDataConfig, work: str) -> dict[str, Any]:
     """Ray Data's map function. JSON, so that no column's type depends on what a unit happened to hold."""
     index, pieces = int(row["index"]), [Piece(**piece) for piece in json.loads(row["pieces"])]
     try:

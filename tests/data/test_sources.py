@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import DOCUMENTS, lines, write_parquet
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.data import TextDataConfig
 from pipeline.data import sources
 from pipeline.data.sources import Problem, open_source, read
 from pipeline.errors import DataError
 
 
 def everything(source: str, **settings: str) -> list[str | Problem]:
-    data = DataConfig.model_validate({"source": source, **settings})
+    data = TextDataConfig.model_validate({"source": source, **settings})
     return [document for unit in open_source(data).units for piece in unit for document in read(piece, data)]
 
 
@@ -76,7 +76,7 @@ def test_large_files_are_split_without_changing_anything(
     (tmp_path / "a.jsonl").write_bytes(lines())
     write_parquet(tmp_path / "a.parquet", DOCUMENTS)
     for name in ("a.jsonl", "a.parquet"):
-        assert len(open_source(DataConfig(source=str(tmp_path / name))).units) > 2
+        assert len(open_source(TextDataConfig(source=str(tmp_path / name))).units) > 2
         assert everything(str(tmp_path / name)) == DOCUMENTS
     (tmp_path / "a.jsonl").write_bytes(lines()[:-1] + b"\n\xff\n" + lines())
     assert problems(str(tmp_path / "a.jsonl")) == [
@@ -87,7 +87,7 @@ def test_large_files_are_split_without_changing_anything(
 def test_small_files_are_bundled(tmp_path: Path) -> None:
     for i in range(130):
         (tmp_path / f"{i:03d}.txt").write_text("x")
-    units = open_source(DataConfig(source=str(tmp_path))).units
+    units = open_source(TextDataConfig(source=str(tmp_path))).units
     assert [len(unit) for unit in units] == [64, 64, 2]
 
 
@@ -96,7 +96,7 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path: Path) -
         (tmp_path / folder).mkdir(exist_ok=True)
         for name, text in files.items():
             (tmp_path / folder / name).write_text(text)
-        return open_source(DataConfig(source=str(tmp_path / folder))).fingerprint
+        return open_source(TextDataConfig(source=str(tmp_path / folder))).fingerprint
 
     one = fingerprint("one", {"a.txt": "a", "b.txt": "bb"})
     assert fingerprint("two", {"a.txt": "a", "b.txt": "cc"}) == one

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from small_models import MDLM, PGM, random_rows, randomised
 
 from pipeline.api import export_model, load_model
-from pipeline.config.schema import DataConfig, RunConfig
+from pipeline.config.data import TextDataConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import folder
@@ -25,7 +26,7 @@ RELEASED = ROOT / "tests" / "data" / "pgm_learn_freqs.safetensors"
 def trained(tmp_path: Path) -> Path:
     """A model folder as a run leaves it."""
     model = randomised(PGM, vocab_size=257)
-    config = RunConfig(name="mine", model=PGM, data=DataConfig(source="pydoc"))
+    config = RunConfig(name="mine", model=PGM, data=TextDataConfig(source="pydoc"))
     figures = {"validation_perplexity": 23.456, "estimator": "count, 1 draw(s), EMA weights", "step": 100}
     background = folder.Background(figures, config.model_dump(mode="json"))
     facts = folder.DataFacts(257, 16, bos=None, eot=256)
