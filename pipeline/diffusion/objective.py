@@ -19,9 +19,7 @@ def loss_weights(
     return np.where(groups, weight(t)[:, None], weight(other)[:, None])
 
 
-def normaliser(
-    groups: Bool[np.ndarray, "B L"], config: DiffusionConfig, both_groups: bool, bos: bool
-) -> int:
+def normaliser(groups: Bool[np.ndarray, "B L"], config: DiffusionConfig, both_groups: bool, bos: bool) -> int:
     """What the weighted cross-entropies of a global batch are divided by, from its groups.
 
     Text: the target positions B L', twice that where both groups are learnt from. Images (arccos): B L' where
