@@ -31,6 +31,7 @@ def sample(
     known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
     refresh_every: int = 1,
     guidance: float = 0.0,
+    revealed_at: Int[Tensor, "B L"] | None = None,
 ) -> Int[Tensor, "B L"]:
     """Draw rows of tokens: from nothing, from BOS, or around any given tokens.
 
@@ -49,6 +50,7 @@ def sample(
             1 is exact, more is approximate).
         guidance: w of classifier-free guidance at the last step, reached linearly from 0 at the first; needs
             `condition`. Every row is then in the model twice, with its class and without, in the same calls.
+        revealed_at: filled with the step at which every position was drawn, from 1; 0 for given ones.
 
     Shape:
         Returns [num_samples, L] ids, BOS included.
@@ -83,9 +85,11 @@ def sample(
             orders.plan(order, places, steps, rng, bos is not None)
             for places, rng in zip(unknown, generators, strict=True)
         ]
-        _follow(held, tokens, plans, generators, progress)
+        when = _follow(held, tokens, plans, generators, progress)
     else:
-        _choose(held, tokens, ~given.to(device), steps, order, generators, progress)
+        when = _choose(held, tokens, ~given.to(device), steps, order, generators, progress)
+    if revealed_at is not None:
+        revealed_at.copy_(when)
     return tokens
 
 
@@ -140,7 +144,7 @@ def _follow(
     plans: list[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "steps"]]],
     generators: list[np.random.Generator],
     progress: Progress | None,
-) -> None:
+) -> Int[Tensor, "B L"]:
     """Reveal by plans that were made before the first step; ragged, and without a loop over rows."""
     batch, length = tokens.shape
     noise = torch.from_numpy(np.stack([rng.random(length) for rng in generators])).to(tokens.device)
@@ -148,6 +152,7 @@ def _follow(
     sequences = torch.tensor(np.stack([np.pad(s, (0, width - len(s))) for s, _ in plans])).flatten()
     counts = np.stack([count for _, count in plans], axis=1)  # [steps, B]
     starts = np.cumsum(counts, axis=0) - counts
+    revealed_at = torch.zeros_like(tokens)
     for step, (now, start) in enumerate(zip(counts, starts, strict=True)):
         if now.any():  # a step in which no row reveals anything is not run
             lengths = now.tolist()
@@ -158,9 +163,11 @@ def _follow(
             done = step / max(len(counts) - 1, 1)
             drawn = rows.draw(position, lengths, noise.view(-1)[cell], done).tokens
             tokens.view(-1)[cell] = drawn
+            revealed_at.view(-1)[cell] = step + 1
             rows.extend(drawn, position, lengths)
         if progress is not None:
             progress(step + 1, len(counts))
+    return revealed_at
 
 
 def _choose(
@@ -171,11 +178,12 @@ def _choose(
     order: Order,
     generators: list[np.random.Generator],
     progress: Progress | None,
-) -> None:
+) -> Int[Tensor, "B L"]:
     """Predict all unknown positions at every step and keep some of them."""
     schedule = orders.schedule_of(order)
     left = unknown.sum(1).tolist()
     counts = [orders.step_counts(n, steps, schedule) for n in left]
+    revealed_at = torch.zeros_like(tokens)
     for step in range(steps):
         if any(left):
             row, position = unknown.nonzero(as_tuple=True)
@@ -190,11 +198,13 @@ def _choose(
             )
             kept = keep.sum(1).tolist()
             tokens[keep] = canvas.tokens[keep]
+            revealed_at[keep] = step + 1
             rows.extend(tokens[keep], keep.nonzero(as_tuple=True)[1], kept)
             unknown = unknown & ~keep
             left = [n - k for n, k in zip(left, kept, strict=True)]
         if progress is not None:
             progress(step + 1, steps)
+    return revealed_at
 
 
 def _noise(

@@ -27,7 +27,7 @@ from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, learning_rate
 from pipeline.training.session import Session, StopWatch
 from pipeline.training.task import Pretraining
-from pipeline.training.validation import validate
+from pipeline.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
 
@@ -177,11 +177,10 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 interval = _Interval()
 
             last = stopping or done == config.train.steps
-            validation: float | None = None
-            texts: tuple[str, ...] = ()
+            judged: Validation | None = None
             if done % config.train.validate_every == 0 or done == config.train.steps:
-                validation, texts = validate(config, manifest, engine, ema, session, tracker, done)
-                metrics["validation/perplexity"] = validation
+                judged = validate(config, manifest, engine, ema, session, tracker, done)
+                metrics[f"validation/{judged.metric}"] = judged.value
 
             if done % config.train.checkpoint_every == 0 or last:
                 if rank == 0:
@@ -193,8 +192,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     workers=session.workers,
                     config=config.model_dump(mode="json"),
                     run_id=job.run_id,
-                    validation=validation,
-                    samples=texts,
+                    validation=judged.value if judged else None,
+                    samples=judged.texts if judged else (),
                 )
                 checkpoint.save(local, engine, ema, state, rank)
                 session.publish(local, checkpoint.name_of(done), metrics)
