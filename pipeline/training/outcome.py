@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
-from pipeline.data import text
+from pipeline.data import prepared
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
@@ -74,7 +74,7 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
 
 def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:
     """Perplexities of n-gram models of the same training rows on the same validation rows."""
-    path = text.data_path(config)
+    path = prepared.data_path(config)
 
     train, validation = (ShardReader(path, manifest, split) for split in ("train", "validation"))
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))

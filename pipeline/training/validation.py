@@ -6,8 +6,8 @@ import numpy as np
 import torch.distributed as dist
 
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
-from pipeline.data.text import data_path
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.evaluation import likelihood
 from pipeline.sampling.sampler import sample
