@@ -12,7 +12,7 @@ import json
 import logging
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -72,6 +72,11 @@ class Source:
     units: tuple[tuple[Piece, ...], ...]
     revision: str | None
     fingerprint: str
+
+    @property
+    def plan(self) -> list[list[dict[str, Any]]]:
+        """What an interrupted preparation may be taken up with: the same units of the same content."""
+        return [[asdict(piece) for piece in unit] for unit in self.units]
 
 
 def open_source(data: TextDataConfig) -> Source:

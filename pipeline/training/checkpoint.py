@@ -26,6 +26,7 @@ from pipeline.data.shards import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, folder
+from pipeline.models.vq import ImageTokenizer
 from pipeline.training.ema import EMA, join_slices, read_slices
 from pipeline.training.engine import Engine
 

@@ -23,7 +23,7 @@ from ray.util.metrics import Gauge
 from pipeline import errors, logs, storage, tracking
 from pipeline.config import schema
 from pipeline.config.load import dump, flatten
-from pipeline.data import text
+from pipeline.data import prepared
 from pipeline.data.shards import Manifest, check_fits
 from pipeline.errors import CheckpointError, PipelineError, TrainingError
 from pipeline.evaluation import generation
@@ -59,7 +59,7 @@ def pretrain(config: schema.RunConfig) -> Outcome:
         uri = tracking.tracking_uri(config)
         use_gpu = check_resources(config)
         check_visible(run, uri)
-        manifest = text.ensure(config)
+        manifest = prepared.ensure(config)
         check_fits(manifest, config)
         run_id = _open_run(config, run, uri, manifest)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -116,9 +116,9 @@ def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest) 
     tracking.log_dataset(
         uri,
         run_id,
-        name=Path(text.data_path(config)).name,
+        name=Path(prepared.data_path(config)).name,
         digest=manifest.content_key,
-        source=text.data_path(config),
+        source=prepared.data_path(config),
         profile={
             "rows": manifest.rows("train"),
             "length": manifest.length,

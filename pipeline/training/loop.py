@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.stream import ReadingOrder, batches
-from pipeline.data.text import data_path
 from pipeline.errors import TrainingError
 from pipeline.models import build
 from pipeline.tracking import Tracker

@@ -12,6 +12,7 @@ from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
 from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import ngram
 from pipeline.evaluation.figures import loss_curve
@@ -19,7 +20,7 @@ from pipeline.evaluation.pictures import sample_grid
 from pipeline.models import folder
 from pipeline.training import checkpoint
 from pipeline.training.loop import tracking_spill
-from pipeline.training.validation import draw, tokenizer_of, validation_rows
+from pipeline.training.validation import draw, image_tokenizer, validation_rows
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,16 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
     checkpoint.prune(run, config.train.keep)
     state = checkpoint.read_state(last)
     model = storage.join(run, "model")
-    checkpoint.consolidate(last, config, manifest, tokenizer_of(config), model)
+    text = config.data.kind == "text"
+    tokenizer = load_tokenizer(config.data.tokenizer) if text else image_tokenizer(config)
+    checkpoint.consolidate(last, config, manifest, tokenizer, model)
     metric, value = (
         checkpoint.metric_of(config),
         float("nan") if state.validation is None else state.validation,
     )
     name = config.tracking.register_as or config.name
-    references = _references(config, manifest) if config.data.kind == "text" else {}
-    grid = None if config.data.kind == "text" else _grid(config, manifest, model)
+    references = _references(config, manifest) if text else {}
+    grid = None if text else _grid(config, manifest, model)
     version = None
     try:
         number = tracking.register_model(
@@ -92,7 +95,7 @@ def _grid(config: RunConfig, manifest: Manifest, model: str) -> Figure:
     """Pictures that the finished model draws."""
     denoiser, _, _ = folder.read(storage.fetch(model))
     tokens, classes, _ = draw(config, manifest, denoiser)
-    return sample_grid(tokenizer_of(config).decode(tokens[:, 1:].numpy()), classes)
+    return sample_grid(image_tokenizer(config).decode(tokens[:, 1:].numpy()), classes)
 
 
 def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:

@@ -18,9 +18,9 @@ from data_helpers import DOCUMENTS, lines, write_parquet, write_ranks
 
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path, ensure, prepare
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.sources import open_source, read
-from pipeline.data.text import data_path, ensure, prepare
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError
 
@@ -140,7 +140,7 @@ def test_killed_twice_and_finished_gives_the_same_bytes(
 
     one_worker = (
         "import ray; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
-        "from jobs import main; from pipeline.data.text import prepare; main(prepare)"
+        "from jobs import main; from pipeline.data.prepared import prepare; main(prepare)"
     )
     straight = tmp_path / "straight"
     command = [sys.executable, "-c", one_worker, str(file), f"cluster.storage={straight}"]
