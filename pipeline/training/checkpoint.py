@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class TrainState:
     run_id: str | None
     validation: float | None = None  # at this step, if it was validated; the lower the better
     samples: tuple[str, ...] = ()  # texts drawn at that validation
+    task: dict[str, Any] = field(default_factory=dict)  # of distillation: the round and its teacher
 
 
 def run_folder(config: RunConfig) -> str:

@@ -20,7 +20,7 @@ from pipeline.diffusion.objective import as_batch
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import folder, pretrained
-from pipeline.models.denoiser import Batch
+from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.models.matching import Teaching
 from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
@@ -129,7 +129,9 @@ class Distillation:
             self._engine.restart(weights, keep_optimizer=self._distill.optimizer == "keep")
             self._ema.restart(self._engine.masters())
         if not storage.folder_complete(where):
-            raise CheckpointError(f"{where}: the teacher of round {done + 1} is gone; expected a model folder")
+            raise CheckpointError(
+                f"{where}: the teacher of round {done + 1} is gone; expected a model folder"
+            )
         teacher, _, _ = folder.read(storage.fetch(where))
         self._teacher = self._engine.frozen(teacher)
         self._round = done
@@ -164,33 +166,79 @@ def place_teacher(config: RunConfig, run: str) -> ModelConfig:
     Raises:
         CheckpointError: no such folder, file or model version.
         CapabilityError: an autoregressive teacher, or a form that its kind does not have.
-        ConfigError: the config has a model section that is not the teacher's.
+        ConfigError: no distill section, or a model section that is not the teacher's.
     """
     distill, where = config.distill, teacher_folder(run, 0)
     if distill is None:
         raise ConfigError("distill: missing; expected a section with the teacher")
-    origin = f"distill.teacher {distill.teacher!r}"
+    origin = f"distill.teacher: {distill.teacher!r}"
+    denoiser = None
     if storage.folder_complete(where):
-        model = folder.read_config(storage.fetch(where))[0]
+        model, facts = folder.read_config(storage.fetch(where))
     else:
-        if distill.teacher.startswith("models:/"):
-            local = tracking.download_model(tracking.tracking_uri(config), distill.teacher)
-        elif storage.exists(distill.teacher):
-            local = storage.fetch(distill.teacher)
-        else:
-            raise CheckpointError(f"{origin}: no such folder or file")
-        read = _read_file if local.is_file() else folder.read
-        denoiser, model, facts = read(local)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder.write(Path(temporary) / "m", model, facts, denoiser.state_dict(), folder.Background())
-            storage.publish_folder(Path(temporary) / "m", where)
+        denoiser, model, facts = _read_teacher(config, origin)
     if model.kind == "ar":
         raise CapabilityError(
-            f"{origin}: an autoregressive model draws one token a step in a fixed order, so there are no two "
-            "steps to make one of; expected pgm or mdlm"
+            f"{origin} is autoregressive: it draws one token a step in a fixed order, so there are no two steps "
+            "to make one of; expected a pgm or mdlm teacher"
         )
     if distill.form == "complementary" and model.kind != "pgm":
-        raise CapabilityError(f"distill.form: complementary needs a pgm teacher, not {model.kind}")
-    if "model" in config.model_fields_set and config.model not in (model, ModelConfig):
-        raise ConfigError(f"model: differs from the model of {origin}; leave the section out")
+        raise CapabilityError(
+            f"distill.form: complementary, but {origin} is of kind {model.kind}; expected pgm, or compatible"
+        )
+    if "model" in config.model_fields_set and config.model != model:
+        raise ConfigError(
+            f"model: another than that of {origin}; leave the section out, the teacher's is used"
+        )
+    if denoiser is not None:
+        with tempfile.TemporaryDirectory() as temporary:
+            local = Path(temporary) / "model"
+            folder.write(local, model, facts, denoiser.state_dict(), folder.Background())
+            storage.publish_folder(local, where)
     return model
+
+
+def teacher_name(config: RunConfig) -> str:
+    """The teacher as MLflow should remember it: an alias by the version that it meant when it was read."""
+    assert config.distill is not None
+    name = config.distill.teacher
+    if not name.startswith("models:/"):
+        return name
+    version = tracking.find_version(tracking.tracking_uri(config), name)
+    return f"models:/{version.name}/{version.version}"
+
+
+def _read_teacher(config: RunConfig, origin: str) -> tuple[Denoiser, ModelConfig, folder.DataFacts]:
+    assert config.distill is not None
+    name = config.distill.teacher
+    if name.startswith("models:/"):
+        return folder.read(tracking.download_model(tracking.tracking_uri(config), name))
+    if not storage.exists(name):
+        raise CheckpointError(
+            f"{origin}: no such folder or file; expected a model folder, models:/... or a file"
+        )
+    local = storage.fetch(name)
+    if local.is_dir():
+        return folder.read(local)
+    denoiser, released, facts = pretrained.load(local)
+    return denoiser, released.model, facts
+
+
+def check_teacher(config: RunConfig, run: str, manifest: Manifest) -> None:
+    """Refuse a teacher of another vocabulary or length than the data.
+
+    Raises:
+        DataError: every difference.
+    """
+    _, facts = folder.read_config(storage.fetch(teacher_folder(run, 0)))
+    pairs = {
+        "vocabulary": (facts.vocab_size, manifest.vocabulary),
+        "length": (facts.length, manifest.length),
+        "BOS": (facts.bos, manifest.special.bos),
+    }
+    found = [f"{key} {has}, the data's is {wants}" for key, (has, wants) in pairs.items() if has != wants]
+    if found:
+        assert config.distill is not None
+        raise DataError(
+            f"distill.teacher: {config.distill.teacher!r} does not fit the data: " + "; ".join(found)
+        )

@@ -19,6 +19,7 @@ from pipeline.evaluation.figures import loss_curve
 from pipeline.evaluation.pictures import sample_grid
 from pipeline.models import folder
 from pipeline.training import checkpoint
+from pipeline.training.distillation import sampling_steps, teacher_folder
 from pipeline.training.loop import tracking_spill
 from pipeline.training.validation import draw, image_tokenizer, validation_rows
 
@@ -67,9 +68,13 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
             run_id,
             storage.fetch(model),
             name,
-            tags={"step": str(state.step), f"validation_{metric}": f"{value:.4f}"},
+            tags={"step": str(state.step), f"validation_{metric}": f"{value:.4f}"} | _round_tags(config),
         )
         version = f"models:/{name}/{number}"
+        if config.distill is None:
+            tracking.set_alias(uri, name, "teacher", number)
+        else:
+            _register_rounds(config, run, uri, run_id, name)
         with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
             tracker.log_metrics({f"reference/{k}": v for k, v in references.items()}, state.step)
             tracker.flush()
@@ -89,6 +94,23 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
         grid.savefig(stream, format="png")
         storage.publish_bytes(pictures, stream.getvalue())
     return Outcome(run, model, version, metric, value, references, state.samples, pictures, uri)
+
+
+def _round_tags(config: RunConfig) -> dict[str, str]:
+    if config.distill is None:
+        return {}
+    rounds = config.distill.rounds
+    return {"round": str(rounds), "sampling_steps": str(sampling_steps(config.distill, rounds))}
+
+
+def _register_rounds(config: RunConfig, run: str, uri: str, run_id: str, name: str) -> None:
+    """The students of all rounds but the last, which is the run's model."""
+    assert config.distill is not None
+    for done in range(1, config.distill.rounds):
+        folder_of = storage.fetch(teacher_folder(run, done))
+        steps = str(sampling_steps(config.distill, done))
+        tags = {"round": str(done), "sampling_steps": steps}
+        tracking.register_model(uri, run_id, folder_of, f"{name}-round-{done}", tags)
 
 
 def _grid(config: RunConfig, manifest: Manifest, model: str) -> Figure:

@@ -1,6 +1,6 @@
 """What a step of training asks of the model: from rows of data to a batch with targets and weights."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ class Task(Protocol):
     def start(self, step: int) -> None:
         """Draw what concerns the whole global batch of a step."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint should say about the task."""
+
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """A micro-batch of that step; rows that are not present weigh nothing."""
 
@@ -30,6 +33,9 @@ class Pretraining:
     def __init__(self, config: RunConfig, manifest: Manifest, model: Denoiser, device: torch.device):
         self._config, self._model, self._device = config, model, device
         self._length, self._bos = manifest.length, manifest.special.bos is not None
+
+    def facts(self) -> dict[str, Any]:
+        return {}
 
     def start(self, step: int) -> None:
         config, diffusion = self._config, self._config.diffusion
