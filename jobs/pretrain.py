@@ -10,11 +10,13 @@ from pipeline.training.launch import pretrain
 def run(config: RunConfig) -> None:
     """Train and say what came out and where it is."""
     outcome = pretrain(config)
-    print(f"\nvalidation perplexity  {outcome.perplexity:8.2f}")
+    print(f"\nvalidation {outcome.metric:<11} {outcome.value:8.2f}")
     for name, value in outcome.references.items():
-        print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {outcome.perplexity / value:.2f}")
+        print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {outcome.value / value:.2f}")
     for text in outcome.samples[:1]:
         print(f"\n--- a sample\n{text}\n---")
+    if outcome.pictures:
+        print(f"\nsamples    {outcome.pictures}")
     print(f"\nmodel      {outcome.model}   ({outcome.version or 'not registered'})")
     print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {outcome.tracking_uri}")
 

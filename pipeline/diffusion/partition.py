@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pipeline.diffusion.schedule import alpha
+from pipeline.diffusion.schedule import hidden_share
 
 
 def stratified(count: int, rng: np.random.Generator) -> Float[np.ndarray, "count"]:
@@ -16,21 +16,27 @@ def stratified(count: int, rng: np.random.Generator) -> Float[np.ndarray, "count
 
 
 def draw(
-    seed: int, step: int, batch: int, length: int, eps: float, bos: bool
+    seed: int, step: int, batch: int, length: int, eps: float, bos: bool, schedule: str = "loglinear"
 ) -> tuple[Float[np.ndarray, "B"], Bool[np.ndarray, "B L"]]:
     """Times and groups of the whole global batch of a step.
 
     Every worker draws the whole batch (milliseconds) and takes its rows: nothing depends on who serves them.
 
     Returns:
-        t: [B] in [eps, 1]; groups: [B, L], True = group 1, with probability 1 - alpha(t). BOS is in group 0.
+        t: [B] in [eps, 1] (of no meaning under the arccos schedule); groups: [B, L], True = group 1, with the
+        schedule's hidden share, 1 - alpha(t) if it is log-linear. BOS is in group 0.
     """
     rng = np.random.default_rng([seed, step])
-    t = eps + (1 - eps) * stratified(batch, rng)
-    groups = rng.random((batch, length)) < (1 - alpha(t, eps))[:, None]
+    u = stratified(batch, rng)
+    groups = rng.random((batch, length)) < hidden_share(u, schedule, eps)[:, None]
     if bos:
         groups[:, 0] = False
-    return t, groups
+    return eps + (1 - eps) * u, groups
+
+
+def draw_dropped(seed: int, step: int, batch: int, rate: float) -> Bool[np.ndarray, "B"]:
+    """Which rows of a global batch are seen without their class, for classifier-free guidance."""
+    return np.random.default_rng([seed, step, 1]).random(batch) < rate
 
 
 def draw_subset(

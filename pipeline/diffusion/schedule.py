@@ -11,6 +11,15 @@ def alpha(t: Times, eps: float) -> Times:
     return 1 - (1 - eps) * t
 
 
+def hidden_share(u: Times, schedule: str, eps: float) -> Times:
+    """Probability that a token is hidden, for u uniform in [0, 1].
+
+    `loglinear`: `1 - alpha(t)` at `t = eps + (1 - eps) u`. `arccos`: `2 arccos(u) / pi`, whose mean is 2 / pi.
+    Source: method.md section 1; arXiv 2503.17076 (arccos).
+    """
+    return 1 - alpha(eps + (1 - eps) * u, eps) if schedule == "loglinear" else 2 / np.pi * np.arccos(u)
+
+
 def weight(t: Times) -> Times:
     """Loss weight `-alpha'(t) / (1 - alpha(t)) = 1 / t` of a token hidden at time t."""
     return 1 / t

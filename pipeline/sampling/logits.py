@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
 from pipeline.models.layers import LOGITS_AT_ONCE, Head
 
@@ -28,6 +29,11 @@ class Filters:
     top_k: int | None = None
     top_p: float | None = None
 
+    @classmethod
+    def of(cls, settings: SamplingConfig) -> "Filters":
+        """The filters that a config names."""
+        return cls(settings.temperature, settings.top_k, settings.top_p)
+
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ConfigError(
@@ -48,23 +54,42 @@ class Drawn(NamedTuple):
 
 
 def draw_tokens(
-    head: Head, hidden: Float[Tensor, "Q H"], noise: Float[Tensor, "Q"], filters: Filters = Filters()
+    head: Head,
+    hidden: Float[Tensor, "Q H"],
+    noise: Float[Tensor, "Q"],
+    filters: Filters = Filters(),
+    unconditional: Float[Tensor, "Q H"] | None = None,
+    guidance: float = 0.0,
 ) -> Drawn:
     """Draw one token a row from softmax(head(hidden)) by inverting the cumulative distribution in float64.
 
     Low precision makes categorical draws less diverse than the model is (method.md section 4). One uniform
     number a token, so what a sample draws depends on its own noise only, whatever rows are beside it.
 
+    Args:
+        unconditional: vectors of the same positions without class; with them logits are
+            `(1 + w) log p(x | c) - w log p(x)` for w = `guidance`, before any filter.
+
     Shape:
         hidden: [Q, H]; noise: [Q] float64 uniforms in [0, 1); returns [Q] each. V-wide tensors exist for a
         chunk of rows only.
     """
     rows = max(1, LOGITS_AT_ONCE // head.vocab_size)
-    chunks = zip(hidden.split(rows), noise.split(rows), strict=True)
-    drawn = [_invert(head(h), u, filters) for h, u in chunks]
+    others = [None] * -(-len(hidden) // rows) if unconditional is None else unconditional.split(rows)
+    chunks = zip(hidden.split(rows), noise.split(rows), others, strict=True) if len(hidden) else ()
+    drawn = [_invert(_guided(head, h, other, guidance), u, filters) for h, u, other in chunks]
     if not drawn:
         return Drawn(noise.long(), noise, noise)
     return Drawn(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+
+
+def _guided(
+    head: Head, hidden: Float[Tensor, "q H"], unconditional: Float[Tensor, "q H"] | None, guidance: float
+) -> Float[Tensor, "q V"]:
+    if unconditional is None:
+        return head(hidden)
+    with_class, without = (head(h).double().log_softmax(-1) for h in (hidden, unconditional))
+    return (1 + guidance) * with_class - guidance * without
 
 
 def _invert(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"], filters: Filters) -> Drawn:

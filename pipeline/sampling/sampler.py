@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.models.denoiser import Denoiser, State, flat_index
+from pipeline.models.denoiser import Denoiser, flat_index
 from pipeline.sampling import orders
 from pipeline.sampling.logits import Drawn, Filters, draw_tokens
 from pipeline.sampling.orders import Order
@@ -30,6 +30,8 @@ def sample(
     filters: Filters = Filters(),
     known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
     refresh_every: int = 1,
+    guidance: float = 0.0,
+    revealed_at: Int[Tensor, "B L"] | None = None,
 ) -> Int[Tensor, "B L"]:
     """Draw rows of tokens: from nothing, from BOS, or around any given tokens.
 
@@ -46,6 +48,9 @@ def sample(
         known: tokens and where they are given; all other positions are drawn.
         refresh_every: encode known tokens anew at every so many steps, and between them only new ones (PGM;
             1 is exact, more is approximate).
+        guidance: w of classifier-free guidance at the last step, reached linearly from 0 at the first; needs
+            `condition`. Every row is then in the model twice, with its class and without, in the same calls.
+        revealed_at: filled with the step at which every position was drawn, from 1; 0 for given ones.
 
     Shape:
         Returns [num_samples, L] ids, BOS included.
@@ -53,6 +58,8 @@ def sample(
     Raises:
         ConfigError: unknown order, or more steps than positions.
         CapabilityError: class labels that the model has no vectors for, or an order that it cannot follow.
+
+    Source: method.md section 4; arXiv 2207.12598 (guidance).
     """
     order = Order(order) if isinstance(order, str) else order
     device, length = model.head.weight.device, model.length
@@ -67,32 +74,77 @@ def sample(
     orders.check(order, steps, max(map(len, unknown), default=0), length - (bos is not None))
     generators = [np.random.default_rng([seed, first + i]) for i in range(num_samples)]
 
-    state = model.open(num_samples, condition, length, refresh_every)
+    held = _Rows(model, num_samples, condition, refresh_every, guidance, filters)
     if given.any():
         rows, positions = (index.to(device) for index in given.nonzero(as_tuple=True))
         tokens = tokens.to(device)
-        model.extend(state, tokens[rows, positions], positions, given.sum(1).tolist())
+        held.extend(tokens[rows, positions], positions, given.sum(1).tolist())
     tokens = tokens.to(device)
     if order.name in orders.PLANNED:
         plans = [
             orders.plan(order, places, steps, rng, bos is not None)
             for places, rng in zip(unknown, generators, strict=True)
         ]
-        _follow(model, state, tokens, plans, generators, filters, progress)
+        when = _follow(held, tokens, plans, generators, progress)
     else:
-        _choose(model, state, tokens, ~given.to(device), steps, order, generators, filters, progress)
+        when = _choose(held, tokens, ~given.to(device), steps, order, generators, progress)
+    if revealed_at is not None:
+        revealed_at.copy_(when)
     return tokens
 
 
+class _Rows:
+    """The rows being sampled as the model holds them: once, or under guidance with class and without."""
+
+    def __init__(
+        self,
+        model: Denoiser,
+        count: int,
+        condition: Int[Tensor, "B"] | None,
+        refresh_every: int,
+        guidance: float,
+        filters: Filters,
+    ):
+        self._model, self._filters, self._guidance = model, filters, guidance
+        if guidance:
+            if condition is None or model.classes is None:
+                raise ConfigError(
+                    f"guidance: {guidance} without class labels; expected labels, or guidance 0"
+                )
+            none = torch.full_like(condition, model.classes.num_embeddings - 1)
+            condition = torch.cat([condition, none])
+        self._copies = 2 if guidance else 1
+        self._state = model.open(self._copies * count, condition, model.length, refresh_every)
+
+    def extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
+        """Make packed tokens known, `lengths[b]` of them in row b."""
+        copies = self._copies
+        self._model.extend(
+            self._state, tokens.repeat(copies), positions.repeat(copies), list(lengths) * copies
+        )
+
+    def draw(
+        self,
+        positions: Int[Tensor, "Q"],
+        lengths: Sequence[int],
+        noise: Float[Tensor, "Q"],
+        progress: float,
+    ) -> Drawn:
+        """Tokens at packed positions, after a share `progress` of the steps."""
+        copies, model = self._copies, self._model
+        hidden = model.hidden(self._state, positions.repeat(copies), list(lengths) * copies)
+        hidden, *without = hidden.chunk(copies)
+        other = without[0] if without else None
+        return draw_tokens(model.head, hidden, noise, self._filters, other, progress * self._guidance)
+
+
 def _follow(
-    model: Denoiser,
-    state: State,
+    rows: _Rows,
     tokens: Int[Tensor, "B L"],
     plans: list[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "steps"]]],
     generators: list[np.random.Generator],
-    filters: Filters,
     progress: Progress | None,
-) -> None:
+) -> Int[Tensor, "B L"]:
     """Reveal by plans that were made before the first step; ragged, and without a loop over rows."""
     batch, length = tokens.shape
     noise = torch.from_numpy(np.stack([rng.random(length) for rng in generators])).to(tokens.device)
@@ -100,6 +152,7 @@ def _follow(
     sequences = torch.tensor(np.stack([np.pad(s, (0, width - len(s))) for s, _ in plans])).flatten()
     counts = np.stack([count for _, count in plans], axis=1)  # [steps, B]
     starts = np.cumsum(counts, axis=0) - counts
+    revealed_at = torch.zeros_like(tokens)
     for step, (now, start) in enumerate(zip(counts, starts, strict=True)):
         if now.any():  # a step in which no row reveals anything is not run
             lengths = now.tolist()
@@ -107,35 +160,35 @@ def _follow(
             position = sequences[flat_index(lengths, start.tolist(), width)]
             cell = (row * length + position).to(tokens.device, non_blocking=True)
             position = position.to(tokens.device, non_blocking=True)
-            hidden = model.hidden(state, position, lengths)
-            drawn = draw_tokens(model.head, hidden, noise.view(-1)[cell], filters).tokens
+            done = step / max(len(counts) - 1, 1)
+            drawn = rows.draw(position, lengths, noise.view(-1)[cell], done).tokens
             tokens.view(-1)[cell] = drawn
-            model.extend(state, drawn, position, lengths)
+            revealed_at.view(-1)[cell] = step + 1
+            rows.extend(drawn, position, lengths)
         if progress is not None:
             progress(step + 1, len(counts))
+    return revealed_at
 
 
 def _choose(
-    model: Denoiser,
-    state: State,
+    rows: _Rows,
     tokens: Int[Tensor, "B L"],
     unknown: Bool[Tensor, "B L"],
     steps: int,
     order: Order,
     generators: list[np.random.Generator],
-    filters: Filters,
     progress: Progress | None,
-) -> None:
+) -> Int[Tensor, "B L"]:
     """Predict all unknown positions at every step and keep some of them."""
     schedule = orders.schedule_of(order)
     left = unknown.sum(1).tolist()
     counts = [orders.step_counts(n, steps, schedule) for n in left]
+    revealed_at = torch.zeros_like(tokens)
     for step in range(steps):
         if any(left):
-            rows, positions = unknown.nonzero(as_tuple=True)
+            row, position = unknown.nonzero(as_tuple=True)
             noise = _noise(generators, unknown)
-            hidden = model.hidden(state, positions, left)
-            drawn = draw_tokens(model.head, hidden, noise[0][rows, positions], filters)
+            drawn = rows.draw(position, left, noise[0][row, position], step / max(steps - 1, 1))
             canvas = _on_canvas(drawn, unknown)
             # Confidence keeps to the schedule; entropy may run ahead of it, but must end with it.
             done = [int(count[: step + 1].sum()) for count in counts]
@@ -143,14 +196,15 @@ def _choose(
             keep = orders.choose(
                 order, unknown, canvas.log_prob, canvas.entropy, noise[1], least, step / steps
             )
-            rows, positions = keep.nonzero(as_tuple=True)
             kept = keep.sum(1).tolist()
             tokens[keep] = canvas.tokens[keep]
-            model.extend(state, tokens[rows, positions], positions, kept)
+            revealed_at[keep] = step + 1
+            rows.extend(tokens[keep], keep.nonzero(as_tuple=True)[1], kept)
             unknown = unknown & ~keep
             left = [n - k for n, k in zip(left, kept, strict=True)]
         if progress is not None:
             progress(step + 1, steps)
+    return revealed_at
 
 
 def _noise(

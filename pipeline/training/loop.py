@@ -18,8 +18,6 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.stream import ReadingOrder, batches
-from pipeline.diffusion import partition
-from pipeline.diffusion.objective import next_token_batch, training_batch
 from pipeline.errors import TrainingError
 from pipeline.models import build
 from pipeline.tracking import Tracker
@@ -28,7 +26,8 @@ from pipeline.training import resume as resuming
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, learning_rate
 from pipeline.training.session import Session, StopWatch
-from pipeline.training.validation import validate
+from pipeline.training.task import Pretraining
+from pipeline.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +80,6 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
         config.data.shuffle_window,
         config.seed,
     )
-    bos = manifest.special.bos is not None
     parts = -(-len(order.slots(rank, session.workers)) // config.train.micro_batch)
 
     # Where to start: rank 0 decides, so that no two ranks see different folders.
@@ -105,6 +103,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
         initial.load(engine, ema)
     start = resume.state.step if resume else 0
     masters = engine.masters()
+    task = Pretraining(config, manifest, model, device)
     if rank == 0:
         log.info(
             "%s from step %d: %d workers x %d micro-batches of up to %d rows, %d streams, ZeRO stage %d, %s",
@@ -135,9 +134,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
             interval.waited += time.perf_counter() - began
 
             # Gradients of the global batch.
-            t, groups = partition.draw(
-                config.seed, step, config.train.batch, manifest.length, config.diffusion.eps, bos
-            )
+            task.start(step)
             places = np.concatenate([micro.index for micro in micros])
             losses = []
             for part, micro in enumerate(micros):
@@ -145,22 +142,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     engine.step(step)  # not the last micro-batch: only moves the accumulation on
                 torch.manual_seed(_mix(config.seed, step, int(micro.index[0])))  # dropout
                 present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
-                tokens = np.where(present[:, None], micro.tokens, 0)
-                if model.left_to_right:
-                    batch = next_token_batch(tokens, present, config.train.batch, bos, device)
-                else:
-                    batch = training_batch(
-                        tokens,
-                        t[micro.index],
-                        groups[micro.index],
-                        present,
-                        config.diffusion,
-                        model.both_groups,
-                        config.train.batch,
-                        bos,
-                        device,
-                    )
-                losses.append(engine.backward(batch))
+                losses.append(engine.backward(task.batch(micro, present)))
             row_losses = torch.cat(losses)  # [slots], of `places`
             asked = float(watch is not None and watch.requested)
             shared = torch.stack([row_losses.sum(), torch.tensor(asked, device=device)])
@@ -195,11 +177,10 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 interval = _Interval()
 
             last = stopping or done == config.train.steps
-            validation: float | None = None
-            texts: tuple[str, ...] = ()
+            judged: Validation | None = None
             if done % config.train.validate_every == 0 or done == config.train.steps:
-                validation, texts = validate(config, manifest, engine, ema, session, tracker, done)
-                metrics["validation/perplexity"] = validation
+                judged = validate(config, manifest, engine, ema, session, tracker, done)
+                metrics[f"validation/{judged.metric}"] = judged.value
 
             if done % config.train.checkpoint_every == 0 or last:
                 if rank == 0:
@@ -211,8 +192,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     workers=session.workers,
                     config=config.model_dump(mode="json"),
                     run_id=job.run_id,
-                    validation=validation,
-                    samples=texts,
+                    validation=judged.value if judged else None,
+                    samples=judged.texts if judged else (),
                 )
                 checkpoint.save(local, engine, ema, state, rank)
                 session.publish(local, checkpoint.name_of(done), metrics)

@@ -6,7 +6,7 @@ import torch
 from small_models import BOTH_KINDS, randomised
 
 from pipeline.config.schema import DiffusionConfig, MDLMConfig, PGMConfig
-from pipeline.diffusion.objective import loss_weights, training_batch
+from pipeline.diffusion.objective import loss_weights, normaliser, training_batch
 from pipeline.diffusion.partition import draw
 from pipeline.diffusion.schedule import alpha, complement, weight
 from pipeline.models.denoiser import Batch
@@ -24,12 +24,12 @@ def batch_of(
     both: bool = True,
     bos: bool = False,
     present: np.ndarray | None = None,
-    global_batch: int | None = None,
 ) -> Batch:
     rows = len(groups)
     tokens = np.random.default_rng(0).integers(0, 11, groups.shape)
     present = np.ones(rows, bool) if present is None else present
-    return training_batch(tokens, t, groups, present, config, both, global_batch or rows, bos, CPU)
+    divisor = normaliser(groups, config, both, bos)
+    return training_batch(tokens, t, groups, present, config, both, divisor, bos, CPU)
 
 
 def batch_losses(config: DiffusionConfig, draws: int, rows: int, length: int) -> np.ndarray:
@@ -146,12 +146,12 @@ def test_micro_batches_add_up_to_the_global_batch(config: PGMConfig | MDLMConfig
     both = config.kind == "pgm"
     t, groups = draw(2, 3, 5, 16, EPS, bos=True)
     tokens = np.random.default_rng(4).integers(0, 11, (5, 16))
-    model = randomised(config)
+    model, divisor = randomised(config), normaliser(groups, MATCHED, both, bos=True)
 
     def measure(rows: list[int]) -> tuple[float, list[torch.Tensor]]:
         index = np.array(rows)
         batch = training_batch(
-            tokens[index], t[index], groups[index], index >= 0, MATCHED, both, 5, True, CPU
+            tokens[index], t[index], groups[index], index >= 0, MATCHED, both, divisor, True, CPU
         )
         loss = model(batch).sum()
         return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config.schema import DiffusionConfig, PGMConfig
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import training_batch
+from pipeline.diffusion.objective import normaliser, training_batch
 from pipeline.evaluation.likelihood import measure
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
@@ -73,9 +73,9 @@ def trained() -> Denoiser:
     config = DiffusionConfig(loss_weight="uniform")
     for step in range(STEPS):
         t, groups = partition.draw(0, step, BATCH, L, config.eps, bos=False)
-        present = np.ones(BATCH, bool)
+        present, divisor = np.ones(BATCH, bool), normaliser(groups, config, True, False)
         tokens = CHAIN.draw(BATCH, rng)
-        batch = training_batch(tokens, t, groups, present, config, True, BATCH, False, torch.device("cpu"))
+        batch = training_batch(tokens, t, groups, present, config, True, divisor, False, torch.device("cpu"))
         model(batch).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()

@@ -13,7 +13,7 @@ from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.stream import ReadingOrder
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import training_batch
+from pipeline.diffusion.objective import normaliser, training_batch
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
 
@@ -43,8 +43,9 @@ def batch_of(config: RunConfig, step: int, skipped: Collection[int] = ()) -> Bat
     tokens, size = rows_of(config, step)[1], config.train.batch
     t, groups = partition.draw(config.seed, step, size, tokens.shape[1], config.diffusion.eps, False)
     present = ~np.isin(np.arange(size), list(skipped))
+    divisor = normaliser(groups, config.diffusion, True, False)
     return training_batch(
-        tokens, t, groups, present, config.diffusion, True, size, False, torch.device("cpu")
+        tokens, t, groups, present, config.diffusion, True, divisor, False, torch.device("cpu")
     )
 
 
