@@ -15,11 +15,12 @@ from typing import Any
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
 from pipeline.config.schema import RunConfig
-from pipeline.data import text
+from pipeline.data import images, text
+from pipeline.data.image_sources import ImageSource, open_images
 from pipeline.data.shards import MANIFEST, Manifest, Skipped, SourceInfo
 from pipeline.data.sources import HUB, Source, open_source
 from pipeline.data.stages import Built, start_ray
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -111,23 +112,21 @@ def prepare(config: RunConfig) -> Manifest:
 
 def _content(data: AnyDataConfig) -> dict[str, Any]:
     """Every setting that determines what the shards hold."""
-    if data.kind == "text":
-        return text.content(data)
-    raise ConfigError("data.kind: image cannot be prepared yet; expected text")
+    return text.content(data) if data.kind == "text" else images.content(data)
 
 
-def _open(data: AnyDataConfig) -> Source:
-    """The listed source."""
-    if data.kind == "text":
-        return open_source(data)
-    raise ConfigError("data.kind: image cannot be prepared yet; expected text")
+def _open(data: AnyDataConfig) -> Source | ImageSource:
+    """What `data.source` names, without reading it."""
+    return open_source(data) if data.kind == "text" else open_images(data)
 
 
-def _build(data: AnyDataConfig, source: Source, path: str, work: str) -> Built:
+def _build(data: AnyDataConfig, source: Source | ImageSource, path: str, work: str) -> Built:
     """The shards."""
     if data.kind == "text":
+        assert isinstance(source, Source)
         return text.build(data, source, path, work)
-    raise ConfigError("data.kind: image cannot be prepared yet; expected text")
+    assert isinstance(source, ImageSource)
+    return images.build(data, source, path, work)
 
 
 def _prepared(data: AnyDataConfig, path: str) -> Manifest | None:
@@ -164,17 +163,20 @@ def _clean(path: str, manifest: Manifest) -> None:
 
 
 def _report(path: str, manifest: Manifest) -> None:
+    what = "documents" if manifest.grid is None else "images"
     log.info(
-        "prepared %s: %d documents, %d tokens, %d training and %d validation rows of %d, %d tokens dropped, "
-        "%d documents skipped, %d empty ones left out",
+        "prepared %s: %d %s, %d tokens, %d training and %d validation rows of %d, %d tokens dropped, "
+        "%d %s skipped, %d empty ones left out",
         path,
         manifest.documents,
+        what,
         manifest.tokens,
         manifest.rows("train"),
         manifest.rows("validation"),
         manifest.length,
         sum(split.tokens_dropped for split in manifest.splits.values()),
         manifest.skipped.count,
+        what,
         manifest.documents_empty,
     )
 

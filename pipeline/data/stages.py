@@ -63,7 +63,7 @@ def run_units(
     """Run rows through Ray Data, one a block, yielding the `record` (JSON) of each as it comes."""
     if not items:
         return
-    units = ray.data.from_items(items, override_num_blocks=len(items))
+    units: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
     for stage in stages:
         units = stage(units)
     units.context.enable_progress_bars = units.context.print_on_execution_start = False  # we log our own

@@ -42,7 +42,7 @@ def located(config: schema.RunConfig) -> schema.RunConfig:
     data = config.data.model_copy(update={"path": config.data.path and storage.resolve(config.data.path)})
     cluster = config.cluster.model_copy(update={"storage": storage.resolve(config.cluster.storage)})
     distill = config.distill
-    if distill is not None:
+    if distill is not None and not distill.teacher.startswith("models:/"):
         distill = distill.model_copy(update={"teacher": storage.resolve(distill.teacher)})
     return config.model_copy(update={"data": data, "cluster": cluster, "distill": distill})
 
