@@ -5,11 +5,16 @@ import sys
 from jobs import main
 from pipeline.config.schema import RunConfig
 from pipeline.training.launch import pretrain
+from pipeline.training.outcome import Outcome
 
 
 def run(config: RunConfig) -> None:
     """Train and say what came out and where it is."""
-    outcome = pretrain(config)
+    report(pretrain(config))
+
+
+def report(outcome: Outcome) -> None:
+    """Figures, a sample, and where everything is."""
     print(f"\nvalidation {outcome.metric:<11} {outcome.value:8.2f}")
     for name, value in outcome.references.items():
         print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {outcome.value / value:.2f}")

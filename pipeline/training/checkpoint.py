@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.data.shards import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, folder
+from pipeline.models.vq import ImageTokenizer
 from pipeline.training.ema import EMA, join_slices, read_slices
 from pipeline.training.engine import Engine
 
@@ -45,6 +46,7 @@ class TrainState:
     run_id: str | None
     validation: float | None = None  # at this step, if it was validated; the lower the better
     samples: tuple[str, ...] = ()  # texts drawn at that validation
+    task: dict[str, Any] = field(default_factory=dict)  # of distillation: the round and its teacher
 
 
 def run_folder(config: RunConfig) -> str:

@@ -23,10 +23,11 @@ from pipeline.models import build
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
+from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, learning_rate
 from pipeline.training.session import Session, StopWatch
-from pipeline.training.task import Pretraining
+from pipeline.training.task import Pretraining, Task
 from pipeline.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,9 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
         initial.load(engine, ema)
     start = resume.state.step if resume else 0
     masters = engine.masters()
-    task = Pretraining(config, manifest, model, device)
+    task: Task = Pretraining(config, manifest, model, device)
+    if config.distill:
+        task = Distillation(config, manifest, engine, ema, session)
     if rank == 0:
         log.info(
             "%s from step %d: %d workers x %d micro-batches of up to %d rows, %d streams, ZeRO stage %d, %s",
@@ -194,6 +197,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     run_id=job.run_id,
                     validation=judged.value if judged else None,
                     samples=judged.texts if judged else (),
+                    task=task.facts(),
                 )
                 checkpoint.save(local, engine, ema, state, rank)
                 session.publish(local, checkpoint.name_of(done), metrics)

@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.config.schema import RunConfig
 from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.evaluation import likelihood
 from pipeline.evaluation.pictures import sample_grid, unmasking_order
 from pipeline.models.denoiser import Denoiser
@@ -40,14 +40,12 @@ class Validation:
     texts: tuple[str, ...] = ()
 
 
-def tokenizer_of(config: RunConfig) -> Tokenizer | ImageTokenizer:
-    """What made the tokens of the config's data; for images it lies beside the shards."""
+def image_tokenizer(config: RunConfig) -> ImageTokenizer:
+    """What made the codes of the config's images; it lies beside the shards."""
     data = config.data
-    if data.kind == "text":
-        return load_tokenizer(data.tokenizer)
-    return load_image_tokenizer(
-        storage.join(data_path(config), "tokenizer"), data.factor, data.encode_batch, "cpu"
-    )
+    assert data.kind == "image"
+    folder = storage.join(data_path(config), "tokenizer")
+    return load_image_tokenizer(folder, data.factor, data.encode_batch, "cpu")
 
 
 def validation_rows(there: int, most: int) -> np.ndarray:
@@ -98,11 +96,12 @@ def validate(
         log.info("step %d: validation %s", step, bound)
     texts: tuple[str, ...] = ()
     if config.data.kind == "text":
-        texts = tuple(tokenizer_of(config).decode(row) for row in tokens.tolist())
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        texts = tuple(tokenizer.decode(row) for row in tokens.tolist())
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
     elif tracker:
-        pictures = tokenizer_of(config).decode(tokens[:, 1:].numpy())
+        pictures = image_tokenizer(config).decode(tokens[:, 1:].numpy())
         tracker.log_figure(sample_grid(pictures, classes), f"samples/step_{step:08d}.png")
         one_a_class = slice(None, None, PICTURES_A_CLASS)
         figure = unmasking_order(pictures[one_a_class], revealed[one_a_class, 1:].numpy())
