@@ -99,9 +99,7 @@ class AR(Denoiser):
                     f"known positions {places.tolist()[:8]} for row {row}: AR knows the first tokens of a row; "
                     f"expected positions from {first} on, in order"
                 )
-        memory = state.memory
         super().extend(state, tokens, positions, lengths)
-        state.memory = memory  # grows when something is asked
 
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
@@ -122,7 +120,7 @@ class AR(Denoiser):
         vectors = self.class_vectors(state.condition, len(state.lengths))
         if state.memory is None:
             state.memory = self._remember_nothing(state)
-        self._grow(state, state.memory, vectors)
+        self._grow(state, state.memory, vectors, lengths)
         asked = torch.repeat_interleave(torch.tensor(list(lengths))).to(positions.device)
         return self.final(state.memory.newest[asked], conditioned(vectors, asked))
 
@@ -143,10 +141,12 @@ class AR(Denoiser):
         newest = torch.zeros(rows, hidden, dtype=weight.dtype, device=weight.device)
         return Memory(blank, [0] * rows, newest)
 
-    def _grow(self, state: State, memory: Memory, vectors: Float[Tensor, "B H"] | None) -> None:
-        """Run the slots that are not in the caches yet."""
-        filled = [self.registers + 1 + known for known in state.lengths]
-        new = [a - b for a, b in zip(filled, memory.done, strict=True)]
+    def _grow(
+        self, state: State, memory: Memory, vectors: Float[Tensor, "B H"] | None, asked: Sequence[int]
+    ) -> None:
+        """Run the slots of asked rows that are not in the caches yet."""
+        rows = zip(state.lengths, memory.done, asked, strict=True)
+        new = [self.registers + 1 + known - done if ask else 0 for known, done, ask in rows]
         if not any(new):
             return
         ids = self._ids(state.tokens)  # [B, P + capacity]
@@ -158,4 +158,4 @@ class AR(Denoiser):
         grown = [row for row, count in enumerate(new) if count]
         ends = growth.segments.boundaries[1:] - 1
         memory.newest[grown] = x[ends[grown]]
-        memory.done = filled
+        memory.done = [a + b for a, b in zip(memory.done, new, strict=True)]
