@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
@@ -92,11 +93,10 @@ class AR(Denoiser):
         Raises:
             CapabilityError: they do not.
         """
-        for row, places in enumerate(positions.cpu().split(list(lengths))):
-            first = state.lengths[row]
-            if places.tolist() != list(range(first, first + len(places))):
+        for row, (first, places) in enumerate(zip(state.lengths, _by_row(positions, lengths), strict=True)):
+            if places != list(range(first, first + len(places))):
                 raise CapabilityError(
-                    f"known positions {places.tolist()[:8]} for row {row}: AR knows the first tokens of a row; "
+                    f"known positions {places[:8]} for row {row}: AR knows the first tokens of a row; "
                     f"expected positions from {first} on, in order"
                 )
         super().extend(state, tokens, positions, lengths)
@@ -109,11 +109,11 @@ class AR(Denoiser):
         Raises:
             CapabilityError: another position, or more than one of a row.
         """
-        for row, places in enumerate(positions.cpu().split(list(lengths))):
-            following = state.lengths[row]
-            if len(places) and places.tolist() != [following]:
+        known = zip(state.lengths, _by_row(positions, lengths), strict=True)
+        for row, (following, places) in enumerate(known):
+            if places and places != [following]:
                 raise CapabilityError(
-                    f"positions {places.tolist()[:8]} asked of row {row}: AR answers left to right, from the "
+                    f"positions {places[:8]} asked of row {row}: AR answers left to right, from the "
                     f"{following} tokens that it knows; expected position {following} alone "
                     "(order left_to_right, one token a step)"
                 )
@@ -151,7 +151,7 @@ class AR(Denoiser):
             return
         ids = self._ids(state.tokens)  # [B, P + capacity]
         growth = Growth(memory.done, new, ids.shape[1], ids.device)
-        x = self.embedding(ids.flatten()[growth.index])  # [T, H]
+        x = self.embedding(growth.take(ids))  # [T, H]
         code, condition = rotary(growth.slots, self.head_size), conditioned(vectors, growth.segments.ids)
         for block, cache in zip(self.blocks, memory.caches, strict=True):
             x = block(x, growth.segments, code, condition, cache, growth)
@@ -159,3 +159,9 @@ class AR(Denoiser):
         ends = growth.segments.boundaries[1:] - 1
         memory.newest[grown] = x[ends[grown]]
         memory.done = [a + b for a, b in zip(memory.done, new, strict=True)]
+
+
+def _by_row(packed: Int[Tensor, "T"], lengths: Sequence[int]) -> list[list[int]]:
+    """Packed entries as host integers, row by row."""
+    entries = iter(packed.tolist())
+    return [list(islice(entries, count)) for count in lengths]

@@ -138,12 +138,12 @@ class PGM(Denoiser):
         new = [a - b for a, b in zip(filled, memory.done, strict=True)]
         if any(new):
             growth = Growth(memory.done, new, ids.shape[1], device, causal=False)
-            x = self.embedding(ids.flatten()[growth.index])  # [T, H]
-            code = rotary(places.flatten()[growth.index], self.head_size)
+            x = self.embedding(growth.take(ids))  # [T, H]
+            code = rotary(growth.take(places), self.head_size)
             condition = conditioned(vectors, growth.segments.ids)
             for block, cache in zip(self.encoder, memory.caches, strict=True):
                 x = block(x, growth.segments, code, condition, cache, growth)
-            memory.vectors.flatten(0, 1).index_copy_(0, growth.index, x)
+            growth.put(memory.vectors, x)
             memory.done = filled
         outputs, known = packed(filled, memory.vectors, places)
         return Encoded(outputs, Segments(filled, device), rotary(known, self.head_size))
