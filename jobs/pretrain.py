@@ -5,16 +5,23 @@ import sys
 from jobs import main
 from pipeline.config.schema import RunConfig
 from pipeline.training.launch import pretrain
+from pipeline.training.outcome import Outcome
 
 
 def run(config: RunConfig) -> None:
     """Train and say what came out and where it is."""
-    outcome = pretrain(config)
-    print(f"\nvalidation perplexity  {outcome.perplexity:8.2f}")
+    report(pretrain(config))
+
+
+def report(outcome: Outcome) -> None:
+    """Figures, a sample, and where everything is."""
+    print(f"\nvalidation {outcome.metric:<11} {outcome.value:8.2f}")
     for name, value in outcome.references.items():
-        print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {outcome.perplexity / value:.2f}")
+        print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {outcome.value / value:.2f}")
     for text in outcome.samples[:1]:
         print(f"\n--- a sample\n{text}\n---")
+    if outcome.pictures:
+        print(f"\nsamples    {outcome.pictures}")
     print(f"\nmodel      {outcome.model}   ({outcome.version or 'not registered'})")
     print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {outcome.tracking_uri}")
 

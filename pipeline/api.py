@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from pipeline import storage, tracking
 from pipeline.config.load import parse_section
 from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, RunConfig
-from pipeline.data.tokenizers import INFO_FILE, Tokenizer, load_tokenizer
-from pipeline.errors import CheckpointError, ConfigError, did_you_mean
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
+from pipeline.errors import CapabilityError, CheckpointError, ConfigError, did_you_mean
 from pipeline.evaluation.likelihood import Continuation, score_continuations
 from pipeline.models import folder, pretrained
 from pipeline.models.card import card
 from pipeline.models.denoiser import Denoiser, flat_index
+from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import ragged_known, sample, sample_long
@@ -34,10 +36,15 @@ class Model:
     Attributes:
         denoiser: the network, in eval mode.
         bos: id that stands known at position 0 of every row, or None.
-        tokenizer: turns rows into text, or None for data without one.
+        tokenizer: turns rows into text or images, or None for data without one.
     """
 
-    def __init__(self, denoiser: Denoiser, bos: int | None = None, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        bos: int | None = None,
+        tokenizer: Tokenizer | ImageTokenizer | None = None,
+    ):
         self.denoiser = denoiser.eval()
         self.bos, self.tokenizer = bos, tokenizer
 
@@ -133,6 +140,7 @@ class Model:
         known: Known | None = None,
         filters: Filters = Filters(),
         refresh_every: int = 1,
+        guidance: float = 0.0,
     ) -> Int[Tensor, "B L"]:
         """Draw rows of tokens in `steps` forward passes; [num_samples, L], BOS included.
 
@@ -144,6 +152,8 @@ class Model:
                 each. They are kept as they are and everything else is drawn around them.
             filters: temperature, top-k, nucleus.
             refresh_every: PGM: steps between full encodings of the known tokens; 1 is exact.
+            condition: class labels, [num_samples]; None: without class.
+            guidance: w of classifier-free guidance at the last step, reached linearly from 0; needs `condition`.
 
         Raises:
             ConfigError: unknown order, more steps than positions, a given position outside the row.
@@ -165,6 +175,7 @@ class Model:
             filters=filters,
             known=given,
             refresh_every=refresh_every,
+            guidance=guidance,
         )
 
     def write(
@@ -187,9 +198,9 @@ class Model:
         Raises:
             ConfigError: a prompt longer than a row, a stride that leaves no context.
         """
-        assert self.tokenizer is not None, "this model's data has no tokenizer"
+        tokenizer = self._text_tokenizer
         window, start = self.denoiser.length, int(self.bos is not None)
-        ids = self.tokenizer.encode_batch([prompt])[0]
+        ids = tokenizer.encode_batch([prompt])[0]
         most = window - start - 1
         if len(ids) > most:
             raise ConfigError(f"prompt: {len(ids)} tokens; expected at most {most} for rows of {window}")
@@ -204,7 +215,7 @@ class Model:
             self.bos,
             filters=filters,
             known=self._given({start + i: int(token) for i, token in enumerate(ids)}, num_samples),
-            stop=self.tokenizer.eot,
+            stop=tokenizer.eot,
         )
         return self.decode(rows[:, : length or window])
 
@@ -233,8 +244,7 @@ class Model:
         Raises:
             ConfigError: an empty continuation, or a pair longer than a row.
         """
-        assert self.tokenizer is not None, "this model's data has no tokenizer"
-        ids = self.tokenizer.encode_batch([text for pair in pairs for text in pair])
+        ids = self._text_tokenizer.encode_batch([text for pair in pairs for text in pair])
         rows = [list(map(int, row)) for row in ids]
         return score_continuations(
             self.denoiser, list(zip(rows[::2], rows[1::2], strict=True)), draws, seed, self.bos
@@ -242,9 +252,27 @@ class Model:
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:
         """Rows of ids as texts; BOS and end-of-text are not shown."""
-        assert self.tokenizer is not None, "this model's data has no tokenizer"
-        special = {self.bos, self.tokenizer.eot}
-        return [self.tokenizer.decode([i for i in row if i not in special]) for row in tokens.tolist()]
+        tokenizer = self._text_tokenizer
+        special = {self.bos, tokenizer.eot}
+        return [tokenizer.decode([i for i in row if i not in special]) for row in tokens.tolist()]
+
+    def images(self, tokens: Int[Tensor, "B L"]) -> UInt8[np.ndarray, "B S S 3"]:
+        """Rows of codes, BOS included, as RGB images.
+
+        Raises:
+            CapabilityError: the model is not one of images, or came without its tokenizer.
+        """
+        if not isinstance(self.tokenizer, ImageTokenizer):
+            raise CapabilityError("images: this model has no image tokenizer; expected one of image data")
+        return self.tokenizer.decode(tokens[:, int(self.bos is not None) :].cpu().numpy())
+
+    @property
+    def _text_tokenizer(self) -> Tokenizer:
+        if not isinstance(self.tokenizer, Tokenizer):
+            raise CapabilityError(
+                "text: this model has no text tokenizer; `images` decodes those of image data"
+            )
+        return self.tokenizer
 
 
 @dataclass(frozen=True)
@@ -254,7 +282,7 @@ class _Source:
     denoiser: Denoiser
     config: ModelConfig
     facts: folder.DataFacts
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | ImageTokenizer | None
     background: folder.Background
 
 
@@ -342,8 +370,7 @@ def _open(path: str, overrides: Sequence[str]) -> _Source:
     if overrides:
         raise ConfigError(f"override {overrides[0]!r}: {path} is a model folder, which says all of itself")
     denoiser, model, facts = folder.read(local)
-    kept = load_tokenizer(str(local)) if (local / INFO_FILE).is_file() else None
-    return _Source(denoiser, model, facts, kept, folder.read_background(local))
+    return _Source(denoiser, model, facts, saved_tokenizer(local), folder.read_background(local))
 
 
 def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = ["errors", "logs", "config", "storage", "tracking", "models", "diffusion", "sampling", "data"]
 ORDER += ["evaluation", "training", "api", "jobs"]
 ONLY_IN = {
-    "ray": {"data.text", "data.images", "evaluation", "training.cluster", "training.launch", "jobs"},
+    "ray": {"data.images", "data.stages", "evaluation", "training.cluster", "training.launch", "jobs"},
     "deepspeed": {"training.engine", "training.resume"},
     "mlflow": {"tracking"},
 }
@@ -96,8 +96,8 @@ def test_the_code_keeps_its_shape() -> None:
         ("pipeline/models/pgm.py", "def f():\n    import pipeline.api", "py:2: models imports"),
         ("pipeline/api.py", "from jobs.pretrain import main", "comes after it"),
         ("pipeline/data/text.py", "from pipeline import load_model", "own face"),
-        ("pipeline/data/stream.py", "import ray.data", "only in data.images, data.text"),
-        ("pipeline/data/textual.py", "import ray", "only in data.images, data.text"),
+        ("pipeline/data/stream.py", "import ray.data", "only in data.images, data.stages"),
+        ("pipeline/data/stages_of_text.py", "import ray", "only in data.images, data.stages"),
         ("pipeline/training/loop.py", "import deepspeed", "only in training.engine"),
         ("pipeline/training/loop.py", "from mlflow import MlflowClient", "only in tracking"),
         ("pipeline/helpers.py", "", "no place in the order"),
@@ -116,7 +116,7 @@ def test_a_planted_violation_is_caught(path: str, source: str, says: str) -> Non
             "pipeline/training/launch.py",
             "import ray.train\nfrom pipeline.data import shards\nfrom . import engine",
         ),
-        ("pipeline/data/text.py", "import ray\nfrom pipeline.errors import DataError"),
+        ("pipeline/data/stages.py", "import ray\nfrom pipeline.errors import DataError"),
         ("pipeline/evaluation/generation.py", "import ray"),
         ("pipeline/tracking/store.py", "import mlflow\nimport rayon"),
         ("pipeline/__init__.py", "from pipeline.api import load_model"),

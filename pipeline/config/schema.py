@@ -165,6 +165,20 @@ class ClusterConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without bound
 
 
+class DistillConfig(Section):
+    """Self-Distillation Through Time; `train.steps` are spread over the rounds."""
+
+    teacher: str  # model folder, models:/NAME@ALIAS, or a file of released weights
+    rounds: PositiveInt = 5  # each halves the steps that sampling needs
+    teacher_steps: PositiveInt = 1024  # 1 / dt of the first round; the teacher takes two steps of dt
+    form: Literal["compatible", "complementary"] = (
+        "compatible"  # one group distilled, or both in one pass (PGM)
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "total_variation", "mse"] = "reverse_kl"
+    next_teacher: Literal["raw", "ema"] = "raw"  # which of the student's weights the next round starts from
+    optimizer: Literal["keep", "reset"] = "reset"  # at a round's end
+
+
 class ImportConfig(Section):
     """What a file of released weights is; all of it is read from the file where the file says it."""
 
@@ -196,6 +210,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    distill: DistillConfig | None = None
 
     def conflicts(self) -> list[str]:
         """Problems that no section can see alone, as `key: message` lines."""
@@ -219,7 +234,7 @@ class RunConfig(Section):
             found.append(
                 f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {self.train.steps}"
             )
-        found += self._image_conflicts()
+        found += self._image_conflicts() + self._distill_conflicts()
         predicted = self.data.predicted
         if self.sampling.steps > predicted and self.sampling.order != "binomial" and self.model.kind != "ar":
             found.append(
@@ -266,4 +281,20 @@ class RunConfig(Section):
         wrong = [label for label in self.sampling.labels or () if classes is not None and label >= classes]
         if wrong:
             found.append(f"sampling.labels: {wrong[0]}; expected 0 to {(classes or 0) - 1}")
+        return found
+
+    def _distill_conflicts(self) -> list[str]:
+        """Problems of rounds and steps."""
+        if self.distill is None:
+            return []
+        rounds, steps, first = self.distill.rounds, self.train.steps, self.distill.teacher_steps
+        found = []
+        if steps % rounds:
+            near = max(rounds, round(steps / rounds) * rounds)
+            found.append(f"distill.rounds: {rounds} do not divide train.steps {steps}; nearest steps: {near}")
+        if first < 2**rounds:
+            found.append(
+                f"distill.rounds: {rounds} rounds from {first} teacher steps end below one step; "
+                f"expected at most {first.bit_length() - 1}"
+            )
         return found

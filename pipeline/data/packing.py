@@ -17,7 +17,7 @@ from jaxtyping import Int64, UInt
 
 from pipeline import storage
 from pipeline.config.data import TextDataConfig
-from pipeline.data.shards import ShardFile, encode_shard, token_dtype
+from pipeline.data.shards import ShardFile, publish_shard, token_dtype
 from pipeline.data.sources import Piece, Problem, read
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import DataError
@@ -177,26 +177,21 @@ def plan_splits(
 
 
 def write_shard(shard: Shard, starts: Int64[np.ndarray, "edges"], path: str, work: str) -> ShardFile:
-    """Write one shard and a record of its hash; where both are there and agree, do nothing.
+    """Write one shard, unless it is there.
 
     Args:
         starts: where each unit begins in the stream of all tokens, and its end.
         path: folder of the shards.
-        work: folder of the units, and of the records.
+        work: folder of the units.
     """
-    target, record = storage.join(path, shard.name), storage.join(work, f"{shard.name}.json")
-    if storage.exists(record) and storage.exists(target):
-        file = ShardFile.model_validate_json(storage.read_bytes(record))
-        if storage.sha256(target) == file.sha256:
-            return file
-    rows = _tokens(shard, starts, work).reshape(-1, shard.payload)
-    if shard.wrap_id is not None:
-        rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=shard.wrap_id)
-    data, digest = encode_shard(rows)
-    storage.publish_bytes(target, data)
-    file = ShardFile(name=shard.name, rows=len(rows), sha256=digest)
-    storage.publish_text(record, file.model_dump_json())
-    return file
+
+    def make() -> tuple[UInt[np.ndarray, "n L"], None]:
+        rows = _tokens(shard, starts, work).reshape(-1, shard.payload)
+        if shard.wrap_id is not None:
+            rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=shard.wrap_id)
+        return rows, None
+
+    return publish_shard(shard.name, path, work, make)
 
 
 def _border(units: Sequence[Unit], document: int, dtype: np.dtype, work: str) -> int:

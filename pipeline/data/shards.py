@@ -3,18 +3,22 @@
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Integer, UInt
+from jaxtyping import Int32, Int64, Integer, UInt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
+from pipeline.config.data import ImageDataConfig, TextDataConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import DataError, did_you_mean
+from pipeline.errors import ConfigError, DataError, did_you_mean
 
 MANIFEST = "manifest.json"
 
@@ -77,6 +81,11 @@ class Manifest(_Frozen):
         vocabulary: V, without any mask.
         content: every key of the config that determined the contents.
         content_key: SHA-256 of `content`.
+        documents: those with any text in them; of images, the images.
+        tokens: of images, the ids of all rows, BOS included.
+        classes: C of labelled images, whose rows have a label in 0..C-1.
+        class_names: by label, where the source has them.
+        grid: side of the grid of codes behind the BOS; None for text.
     """
 
     length: int
@@ -92,6 +101,9 @@ class Manifest(_Frozen):
     documents_empty: int
     tokens: int
     skipped: Skipped
+    classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    grid: int | None = None
 
     @classmethod
     def read(cls, path: str) -> "Manifest":
@@ -114,6 +126,11 @@ class Manifest(_Frozen):
                 "remove the folder and prepare it again"
             ) from None
 
+    @property
+    def ids(self) -> int:
+        """Rows hold ids in 0..ids-1: the vocabulary, and the BOS of images, which lies behind the mask."""
+        return max(self.vocabulary, 1 + (self.special.bos or 0))
+
     def split(self, name: str) -> Split:
         """A split by name.
 
@@ -134,18 +151,57 @@ class Manifest(_Frozen):
         return [file.rows for file in self.split(split).files]
 
 
-def token_dtype(vocabulary: int) -> np.dtype:
-    """Smallest unsigned little-endian dtype that holds 0..V-1."""
-    return np.min_scalar_type(vocabulary - 1).newbyteorder("<")
+def token_dtype(ids: int) -> np.dtype:
+    """Smallest unsigned little-endian dtype that holds 0..ids-1."""
+    return np.min_scalar_type(ids - 1).newbyteorder("<")
 
 
-def encode_shard(tokens: UInt[np.ndarray, "n L"]) -> tuple[bytes, str]:
-    """A Parquet file's bytes and their SHA-256, a function of the tokens alone."""
+def encode_shard(
+    tokens: UInt[np.ndarray, "n L"], labels: Integer[np.ndarray, "n"] | None = None
+) -> tuple[bytes, str]:
+    """A Parquet file's bytes and their SHA-256, a function of tokens and labels alone."""
     column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), tokens.shape[1])
+    columns = {"tokens": column} | ({} if labels is None else {"label": pa.array(labels.astype("<i4"))})
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"tokens": column}), sink, compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table(columns), sink, compression="zstd", use_dictionary=False)
     data = sink.getvalue().to_pybytes()
     return data, hashlib.sha256(data).hexdigest()
+
+
+def publish_shard(
+    name: str, path: str, work: str, make: Callable[[], tuple[np.ndarray, np.ndarray | None]]
+) -> ShardFile:
+    """Write one shard and a record of its hash; where both are there and agree, do nothing.
+
+    Args:
+        name: of the file.
+        path: folder of the shards.
+        work: folder of the records.
+        make: gives tokens [n, L] and labels [n], or None for no labels.
+    """
+    target, record = storage.join(path, name), storage.join(work, f"{name}.json")
+    if storage.exists(record) and storage.exists(target):
+        file = ShardFile.model_validate_json(storage.read_bytes(record))
+        if storage.sha256(target) == file.sha256:
+            return file
+    tokens, labels = make()
+    data, digest = encode_shard(tokens, labels)
+    storage.publish_bytes(target, data)
+    file = ShardFile(name=name, rows=len(tokens), sha256=digest)
+    storage.publish_text(record, file.model_dump_json())
+    return file
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One shard in memory."""
+
+    tokens: UInt[np.ndarray, "rows L"]
+    labels: Int32[np.ndarray, "rows"] | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + (0 if self.labels is None else self.labels.nbytes)
 
 
 class ShardReader:
@@ -161,10 +217,11 @@ class ShardReader:
     def __init__(self, path: str, manifest: Manifest, split: str, cache_bytes: int = 1 << 30) -> None:
         self._path = path
         self.length = manifest.length
-        self._dtype = token_dtype(manifest.vocabulary)
+        self._labelled = manifest.classes is not None
+        self._dtype = token_dtype(manifest.ids)
         self._files = manifest.split(split).files
         self._starts = np.cumsum([0, *(file.rows for file in self._files)])
-        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[int, _Decoded] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._verified: set[int] = set()
         self._lock = threading.Lock()  # training reads ahead in a thread
@@ -179,18 +236,40 @@ class ShardReader:
             DataError: a file is missing or differs from its SHA-256 in the manifest.
             IndexError: an index is outside the split.
         """
+        out = np.empty((len(indices), self.length), dtype=self._dtype)
+        with self._lock:
+            for here, shard, within in self._places(indices):
+                out[here] = self._decoded(shard).tokens[within]
+        return out
+
+    def labels(self, indices: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n"] | None:
+        """Labels of rows in the order asked for; None where rows have none.
+
+        Raises:
+            DataError: as `rows`.
+            IndexError: as `rows`.
+        """
+        if not self._labelled:
+            return None
+        out = np.empty(len(indices), dtype=np.int64)
+        with self._lock:
+            for here, shard, within in self._places(indices):
+                labels = self._decoded(shard).labels
+                assert labels is not None, self._files[shard]
+                out[here] = labels[within]
+        return out
+
+    def _places(self, indices: Integer[np.ndarray, "n"]) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """Of each shard asked for: which of the indices are its, its number, their rows within it."""
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"rows {indices.min()}..{indices.max()} of a split of {len(self)}")
-        out = np.empty((len(indices), self.length), dtype=self._dtype)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        with self._lock:
-            for shard in np.unique(shards):
-                here = shards == shard
-                out[here] = self._decoded(int(shard))[indices[here] - self._starts[shard]]
-        return out
+        for shard in np.unique(shards):
+            here = shards == shard
+            yield here, int(shard), indices[here] - self._starts[shard]
 
-    def _decoded(self, shard: int) -> UInt[np.ndarray, "rows L"]:
+    def _decoded(self, shard: int) -> _Decoded:
         if shard in self._cache:
             self._cache.move_to_end(shard)
             return self._cache[shard]
@@ -200,7 +279,7 @@ class ShardReader:
             self._cache.popitem(last=False)
         return self._cache[shard]
 
-    def _load(self, file: ShardFile, verify: bool) -> UInt[np.ndarray, "rows L"]:
+    def _load(self, file: ShardFile, verify: bool) -> _Decoded:
         path = storage.join(self._path, file.name)
         try:
             data = storage.fetch(path).read_bytes()
@@ -211,8 +290,29 @@ class ShardReader:
                 f"{path}: shard is damaged ({len(data)} bytes): SHA-256 {found[:12]}..., the manifest has "
                 f"{file.sha256[:12]}...; remove the folder and prepare it again"
             )
-        column = pq.read_table(pa.BufferReader(data)).column("tokens").combine_chunks()
-        return column.values.to_numpy().reshape(file.rows, self.length)
+        table = pq.read_table(pa.BufferReader(data))
+        tokens = table.column("tokens").combine_chunks().values.to_numpy().reshape(file.rows, self.length)
+        return _Decoded(tokens, table.column("label").to_numpy() if self._labelled else None)
+
+
+@lru_cache(maxsize=4)
+def weights_hash(spec: str) -> str:
+    """SHA-256 of an image tokenizer's file, or over all files of its folder; once a process.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    folder, _, name = spec.rstrip("/").rpartition("/")
+    if not storage.exists(spec):
+        near = did_you_mean(name, [*storage.listing(folder or "."), "patch"])
+        raise ConfigError(
+            f"data.tokenizer: {spec!r} does not exist; expected 'patch', a file or a folder{near}"
+        )
+    names = storage.listing(spec)
+    if names in ([], [name]):  # how a store lists a file
+        return storage.sha256(spec)
+    lines = (f"{name} {storage.sha256(storage.join(spec, name))}\n" for name in names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def check_fits(manifest: Manifest, config: RunConfig) -> None:
@@ -221,22 +321,11 @@ def check_fits(manifest: Manifest, config: RunConfig) -> None:
     Raises:
         DataError: every field that differs, with the data's value and the config's.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    pairs = {
-        "data.length": (manifest.length, config.data.length),
-        "data.wrap": (manifest.wrap, config.data.wrap),
-        "data.tokenizer (vocabulary)": (manifest.vocabulary, tokenizer.vocab_size),
-        "data.tokenizer (end of text)": (manifest.special.eot, tokenizer.eot),
-        "data.tokenizer (hash)": (
-            f"{manifest.tokenizer.name} {manifest.tokenizer.hash[:12]}",
-            f"{tokenizer.name} {tokenizer.hash[:12]}",
-        ),
-    }
-    if manifest.tokenizer.hash == tokenizer.hash:
-        del pairs["data.tokenizer (hash)"]  # the same ids under another name are welcome
+    data = config.data
+    pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
     found = [
         f"{key}: the data has {has!r}, the config {wants!r}"
-        for key, (has, wants) in pairs.items()
+        for key, (has, wants) in {"data.length": (manifest.length, data.length), **pairs}.items()
         if has != wants
     ]
     if (rows := manifest.rows("train")) < config.train.batch:
@@ -245,3 +334,33 @@ def check_fits(manifest: Manifest, config: RunConfig) -> None:
         )
     if found:
         raise DataError("the data does not fit the config:\n" + "\n".join(f"  {line}" for line in found))
+
+
+def _text_pairs(manifest: Manifest, data: TextDataConfig) -> dict[str, tuple[object, object]]:
+    """What the data has and the config wants, by key."""
+    tokenizer = load_tokenizer(data.tokenizer)
+    pairs: dict[str, tuple[object, object]] = {
+        "data.wrap": (manifest.wrap, data.wrap),
+        "data.tokenizer (vocabulary)": (manifest.vocabulary, tokenizer.vocab_size),
+        "data.tokenizer (end of text)": (manifest.special.eot, tokenizer.eot),
+    }
+    if manifest.tokenizer.hash != tokenizer.hash:  # the same ids under another name are welcome
+        pairs["data.tokenizer (hash)"] = (
+            f"{manifest.tokenizer.name} {manifest.tokenizer.hash[:12]}",
+            f"{tokenizer.name} {tokenizer.hash[:12]}",
+        )
+    return pairs
+
+
+def _image_pairs(manifest: Manifest, data: ImageDataConfig) -> dict[str, tuple[object, object]]:
+    """What the data has and the config wants, by key. A codebook of patches was fitted on the data itself."""
+    patch = data.tokenizer == "patch"
+    return {
+        "data.classes": (manifest.classes, data.classes),
+        "data.size / data.factor": (manifest.grid, data.size // data.factor),
+        "data.tokenizer": (
+            manifest.content.get("tokenizer"),
+            "patch" if patch else weights_hash(data.tokenizer),
+        ),
+        **({"data.codes": (manifest.vocabulary, data.codes)} if patch else {}),
+    }

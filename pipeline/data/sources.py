@@ -12,14 +12,14 @@ import json
 import logging
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.config.data import TextDataConfig
+from pipeline.config.data import AnyDataConfig, TextDataConfig
 from pipeline.errors import DataError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 UNIT_BYTES = 16 << 20  # small files are bundled, and large ones split, to about this much
 UNIT_FILES = 64
-_GLOB = "*?["
+GLOB = frozenset("*?[")
 HUB = "hf:"
 
 
@@ -73,6 +73,11 @@ class Source:
     revision: str | None
     fingerprint: str
 
+    @property
+    def plan(self) -> list[list[dict[str, Any]]]:
+        """What an interrupted preparation may be taken up with: the same units of the same content."""
+        return [[asdict(piece) for piece in unit] for unit in self.units]
+
 
 def open_source(data: TextDataConfig) -> Source:
     """List what `data.source` names.
@@ -81,10 +86,10 @@ def open_source(data: TextDataConfig) -> Source:
         DataError: nothing is there, or nothing of a kind that can be read.
     """
     if data.source == "pydoc":
-        return Source(((Piece("pydoc"),),), None, _digest(_pydoc()))
+        return Source(((Piece("pydoc"),),), None, digest(_pydoc()))
     if data.source.startswith(HUB):
         return _open_hub(data)
-    files = _find(data.source)
+    files = find(data.source, SUFFIXES, "pydoc")
     units: list[list[Piece]] = []
     room = count = 0
     for path, size, version in files:
@@ -94,8 +99,8 @@ def open_source(data: TextDataConfig) -> Source:
                 room, count = UNIT_BYTES, 0
             units[-1].append(piece)
             room, count = room - weight, count + 1
-    root = len(storage.join(_root(data.source), ""))
-    fingerprint = _digest(f"{path[root:]} {size}" for path, size, _ in files)
+    root = len(storage.join(root_of(data.source, SUFFIXES), ""))
+    fingerprint = digest(f"{path[root:]} {size}" for path, size, _ in files)
     return Source(tuple(map(tuple, units)), None, fingerprint)
 
 
@@ -128,38 +133,52 @@ def _pydoc() -> list[str]:
     return [topics[key] for key in sorted(topics)]
 
 
-def _root(source: str) -> str:
-    """The folder that names are given relative to."""
+def root_of(source: str, suffixes: tuple[str, ...]) -> str:
+    """The folder that names are given relative to, spelled as `find` spells files."""
     path = storage.resolve(source)
-    wild = min((path.index(c) for c in _GLOB if c in path), default=None)
+    wild = min((path.index(c) for c in GLOB if c in path), default=None)
     if wild is not None:
-        return path[:wild].rpartition("/")[0]
-    return path.rpartition("/")[0] if path.endswith(SUFFIXES) else path.rstrip("/")
+        root = path[:wild].rpartition("/")[0]
+    else:
+        root = path.rpartition("/")[0] if path.lower().endswith(suffixes) else path.rstrip("/")
+    fs, inner = storage.filesystem(root)
+    return root if storage.is_local(root) else fs.unstrip_protocol(inner)
 
 
-def _find(source: str) -> list[tuple[str, int, str]]:
-    """(path, bytes, version) of every readable file, sorted by path."""
+def find(source: str, suffixes: tuple[str, ...], embedded: str) -> list[tuple[str, int, str]]:
+    """(path, bytes, version) of every readable file, sorted by path.
+
+    Args:
+        source: a file, a folder with all that lies in it, or a glob.
+        suffixes: of what can be read, in lower case.
+        embedded: a source that is no file, for the message.
+
+    Raises:
+        DataError: nothing is there, or nothing that can be read.
+    """
     fs, inner = storage.filesystem(source)
-    found = fs.glob(inner) if any(c in inner for c in _GLOB) else [inner]
-    names = [
-        name
-        for item in found
-        for name in (fs.find(item) if fs.isdir(item) else [item] if fs.exists(item) else [])
-    ]
-    if not names:
+    if GLOB.intersection(inner):
+        items = fs.glob(inner, detail=True)
+    else:
+        items = {inner: fs.info(inner)} if fs.exists(inner) else {}
+    there: dict[str, dict[str, Any]] = {}
+    for name, info in items.items():
+        there |= fs.find(name, detail=True) if info["type"] == "directory" else {name: info}
+    if not there:
         beside = storage.listing(source.rstrip("/").rpartition("/")[0] or ".")
-        near = did_you_mean(source.rstrip("/").rpartition("/")[2], [*beside, "pydoc"])
+        near = did_you_mean(source.rstrip("/").rpartition("/")[2], [*beside, embedded])
         raise DataError(f"data.source: nothing at {source!r}{near}")
-    readable = sorted(name for name in set(names) if name.endswith(SUFFIXES))
+    readable = sorted(name for name in there if name.lower().endswith(suffixes))
     if not readable:
         raise DataError(
-            f"data.source: no file to read among {len(names)} at {source!r}, such as {sorted(names)[0]!r}; "
-            f"expected {', '.join(SUFFIXES)}"
+            f"data.source: no file to read among {len(there)} at {source!r}, such as {min(there)!r}; "
+            f"expected {', '.join(suffixes)}"
         )
-    if other := len(set(names)) - len(readable):
+    if other := len(there) - len(readable):
         log.info("%s: %d files of other kinds are left alone", source, other)
-    paths = (name if storage.is_local(source) else fs.unstrip_protocol(name) for name in readable)
-    return [(path, fs.size(name), fs.ukey(name)) for path, name in zip(paths, readable, strict=True)]
+    paths = [name if storage.is_local(source) else fs.unstrip_protocol(name) for name in readable]
+    infos = [there[name] for name in readable]
+    return [(path, info["size"], digest([str(info)])) for path, info in zip(paths, infos, strict=True)]
 
 
 def _split(piece: Piece, size: int) -> Iterable[tuple[Piece, int]]:
@@ -287,14 +306,9 @@ def _open_hub(data: TextDataConfig) -> Source:
     if storage.is_local(name) and fs.isdir(inner):
         revision = None
         files = [f"{path[len(inner) :]} {fs.size(path)}" for path in sorted(fs.find(inner))]
-        version = _digest(fs.ukey(path) for path in sorted(fs.find(inner)))
+        version = digest(fs.ukey(path) for path in sorted(fs.find(inner)))
     else:
-        from huggingface_hub import HfApi  # slow to import, and other sources do without
-
-        try:
-            revision = HfApi().dataset_info(name, revision=data.revision).sha
-        except Exception as error:  # several libraries' errors, which have no base of their own
-            raise DataError(f"data.source: {data.source!r} cannot be had: {error}") from error
+        revision = pinned(data)
         files, version = [str(revision)], str(revision)
     try:
         shards = _load_hub(name, data, revision).num_shards
@@ -304,7 +318,21 @@ def _open_hub(data: TextDataConfig) -> Source:
     ) as error:  # datasets' errors are either; its message names splits and subsets
         raise DataError(f"data.source: {data.source!r} cannot be opened: {error}") from error
     units = tuple((Piece(HUB + name, shard, shards, version),) for shard in range(shards))
-    return Source(units, revision, _digest(files))
+    return Source(units, revision, digest(files))
+
+
+def pinned(data: AnyDataConfig) -> str | None:
+    """The commit of a hub dataset that `data.revision` means now.
+
+    Raises:
+        DataError: there is none, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi  # slow to import, and other sources do without
+
+    try:
+        return HfApi().dataset_info(data.source.removeprefix(HUB), revision=data.revision).sha
+    except Exception as error:  # several libraries' errors, which have no base of their own
+        raise DataError(f"data.source: {data.source!r} cannot be had: {error}") from error
 
 
 def _load_hub(name: str, data: TextDataConfig, revision: str | None) -> Any:
@@ -325,8 +353,9 @@ def _read_hub(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
         yield document if isinstance(document, str) else Problem(where, document.why)
 
 
-def _digest(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+def digest(parts: Iterable[str]) -> str:
+    """SHA-256 over texts."""
+    total = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode("utf-8") + b"\0")
-    return digest.hexdigest()
+        total.update(part.encode("utf-8") + b"\0")
+    return total.hexdigest()

@@ -95,7 +95,7 @@ class ReadingOrder:
         """Rows of every stream before windows are shuffled, and the rows left out."""
         if self._epoch is None or self._epoch[0] != epoch:
             starts = np.cumsum(self._sizes) - self._sizes
-            shards = _permutation(len(self._sizes), self.seed, epoch, _SHARDS)
+            shards = permutation(len(self._sizes), self.seed, epoch, _SHARDS)
             rows = np.concatenate([np.arange(starts[s], starts[s] + self._sizes[s]) for s in shards])
             kept = self.steps_per_epoch * self.batch
             keep = np.ones(self.rows, dtype=bool)
@@ -110,7 +110,7 @@ class ReadingOrder:
         key = (epoch, stream, window)
         if key not in self._windows:
             rows = self._layout(epoch)[0][stream, window * self.window : (window + 1) * self.window]
-            order = _permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)
+            order = permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)
             self._windows[key] = rows[order]
             if len(self._windows) > 2 * self.streams:
                 self._windows.popitem(last=False)
@@ -123,11 +123,13 @@ class MicroBatch:
 
     Attributes:
         tokens: the rows. Missing ones repeat a row that exists.
+        labels: their classes, where rows have one; missing ones repeat likewise.
         index: place of each row in the global batch, -1 for missing ones, which must weigh nothing.
     """
 
     tokens: Int64[np.ndarray, "m L"]
     index: Int64[np.ndarray, "m"]
+    labels: Int64[np.ndarray, "m"] | None = None
 
 
 def batches(
@@ -145,12 +147,11 @@ def batches(
     served = slots >= 0
 
     def load(step: int) -> list[MicroBatch]:
-        rows = order.rows_of_step(step)[slots[served]]
-        tokens = np.empty((len(slots), reader.length), dtype=np.int64)
-        tokens[served] = reader.rows(rows)
-        tokens[~served] = tokens[0]  # slot 0 always exists: a worker has at least one stream
-        split = zip(np.split(tokens, parts), np.split(slots, parts), strict=True)
-        return [MicroBatch(part, index) for part, index in split]
+        rows = order.rows_of_step(step)[np.where(served, slots, slots[0])]  # a worker has at least one stream
+        tokens, labels = reader.rows(rows).astype(np.int64), reader.labels(rows)
+        labelled = [None] * parts if labels is None else np.split(labels, parts)
+        split = zip(np.split(tokens, parts), np.split(slots, parts), labelled, strict=True)
+        return [MicroBatch(*part) for part in split]
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         ahead = pool.submit(load, start_step)
@@ -165,6 +166,6 @@ def _bits(n: int, *key: int) -> np.ndarray:
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
 
 
-def _permutation(n: int, *key: int) -> Int64[np.ndarray, "n"]:
+def permutation(n: int, *key: int) -> Int64[np.ndarray, "n"]:
     """The permutation of range(n) that belongs to `key`."""
     return np.argsort(_bits(n, *key), kind="stable")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import tiktoken
@@ -15,11 +15,15 @@ from jaxtyping import Integer
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError, did_you_mean
 
+if TYPE_CHECKING:
+    from pipeline.models.vq import ImageTokenizer
+
 # GPT-2's split into words, which ranks alone do not determine (same pieces as the original pattern, faster).
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = "<|endoftext|>"
 INFO_FILE = "tokenizer_info.json"  # not tokenizer.json, which other libraries would take for theirs
 RANK_FILE = "ranks.tiktoken"
+IMAGES_AT_ONCE = 16  # decoded together
 
 
 @runtime_checkable
@@ -133,6 +137,15 @@ def load_tokenizer(spec: str) -> Tokenizer:
         f"data.tokenizer: {spec!r} is unknown; expected 'bytes', 'gpt2', a .tiktoken rank file "
         f"or a folder with {INFO_FILE}{did_you_mean(spec, ['bytes', 'gpt2'])}"
     )
+
+
+def saved_tokenizer(folder: Path) -> "Tokenizer | ImageTokenizer | None":
+    """The tokenizer that was saved in a model's folder, of text or of images; None if there is none."""
+    from pipeline.models import vq  # takes seconds, and who prepares text does without
+
+    if (folder / vq.INFO_FILE).is_file():
+        return vq.load_image_tokenizer(str(folder), None, IMAGES_AT_ONCE, "cpu")
+    return load_tokenizer(str(folder)) if (folder / INFO_FILE).is_file() else None
 
 
 def _save_info(folder: Path, tokenizer: Tokenizer) -> None:

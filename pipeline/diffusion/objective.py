@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.schedule import complement, weight
 from pipeline.models.denoiser import Batch
+from pipeline.models.matching import Teaching
 
 
 def loss_weights(
@@ -60,7 +61,7 @@ def training_batch(
     if bos:
         targets[:, 0] = False
     weights = loss_weights(t, groups, config) * targets * present[:, None] / divisor
-    return _batch(tokens, groups, targets, weights, labels, device)
+    return as_batch(tokens, groups, targets, weights, labels, device)
 
 
 def next_token_batch(
@@ -75,17 +76,19 @@ def next_token_batch(
     targets = np.ones(tokens.shape, dtype=bool)
     targets[:, :bos] = False
     weights = targets * present[:, None] / (global_batch * (tokens.shape[1] - bos))
-    return _batch(tokens, targets, targets, weights, labels, device)
+    return as_batch(tokens, targets, targets, weights, labels, device)
 
 
-def _batch(
+def as_batch(
     tokens: Int[np.ndarray, "B L"],
     groups: Bool[np.ndarray, "B L"],
     targets: Bool[np.ndarray, "B L"],
     weights: Float[np.ndarray, "B L"],
     labels: Int[np.ndarray, "B"] | None,
     device: torch.device,
+    teaching: Teaching | None = None,
 ) -> Batch:
+    """A batch from arrays; see `Batch`."""
     return Batch(
         tokens=torch.from_numpy(tokens),
         groups=torch.from_numpy(groups),
@@ -93,4 +96,5 @@ def _batch(
         weights=torch.from_numpy(weights.astype(np.float32)),
         condition=None if labels is None else torch.from_numpy(labels),
         device=device,
+        teaching=teaching,
     )

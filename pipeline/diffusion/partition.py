@@ -16,18 +16,30 @@ def stratified(count: int, rng: np.random.Generator) -> Float[np.ndarray, "count
 
 
 def draw(
-    seed: int, step: int, batch: int, length: int, eps: float, bos: bool, schedule: str = "loglinear"
+    seed: int,
+    step: int,
+    batch: int,
+    length: int,
+    eps: float,
+    bos: bool,
+    schedule: str = "loglinear",
+    least: float | None = None,
 ) -> tuple[Float[np.ndarray, "B"], Bool[np.ndarray, "B L"]]:
     """Times and groups of the whole global batch of a step.
 
     Every worker draws the whole batch (milliseconds) and takes its rows: nothing depends on who serves them.
 
+    Args:
+        least: smallest time of the log-linear schedule; None: eps.
+
     Returns:
-        t: [B] in [eps, 1] (of no meaning under the arccos schedule); groups: [B, L], True = group 1, with the
+        t: [B] in [least, 1] (of no meaning under the arccos schedule); groups: [B, L], True = group 1, with the
         schedule's hidden share, 1 - alpha(t) if it is log-linear. BOS is in group 0.
     """
     rng = np.random.default_rng([seed, step])
     u = stratified(batch, rng)
+    if least is not None:  # the same uniforms, moved into [least, 1]
+        u = (least - eps + (1 - least) * u) / (1 - eps)
     groups = rng.random((batch, length)) < hidden_share(u, schedule, eps)[:, None]
     if bos:
         groups[:, 0] = False

@@ -16,17 +16,21 @@ _HUGE = 1e300  # MLflow stores infinity as 1.8e308
 def loss_curve(
     history: Mapping[str, Sequence[tuple[int, float]]], references: Mapping[str, float] | None = None
 ) -> Figure:
-    """Training loss (raw and smoothed) beside validation perplexity with reference perplexities.
+    """Training loss (raw and smoothed) beside validation perplexity (images: loss) with references.
 
     Args:
-        history: (step, value) points by step under `train/loss` (nats per token) and `validation/perplexity`;
-            either may be missing or empty, and values that are not finite are left out.
+        history: (step, value) points by step under `train/loss` (nats per token) and `validation/perplexity`,
+            or `validation/loss`; either may be missing or empty, and values that are not finite are left out.
         references: perplexities to compare with, such as `{"unigram": 27.4, "bigram": 14.3}`.
     """
     figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_loss(left, *_finite(history.get("train/loss", ())))
-    _draw_perplexity(right, *_finite(history.get("validation/perplexity", ())), references or {})
+    metric, unit = "perplexity", "exp(nats per token)"
+    if "validation/loss" in history:
+        metric, unit = "loss", "nats per masked token"
+    _style(right, f"Validation {metric}", unit)
+    _draw_validation(right, *_finite(history.get(f"validation/{metric}", ())), references or {})
     return figure
 
 
@@ -46,10 +50,9 @@ def _draw_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
     _label_right(axes, [(float(smooth[-1]), f"{smooth[-1]:.3g}", _BLUE)])
 
 
-def _draw_perplexity(
+def _draw_validation(
     axes: Axes, steps: np.ndarray, values: np.ndarray, references: Mapping[str, float]
 ) -> None:
-    _style(axes, "Validation perplexity", "exp(nats per token)")
     if not steps.size:
         _say_empty(axes)
         return

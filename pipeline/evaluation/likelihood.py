@@ -1,6 +1,7 @@
 """Validation: two estimators of the negative log-likelihood bound, on draws that are fixed by the seed.
 
-For an autoregressive model the likelihood is exact, and the estimator "exact" is its only one.
+For an autoregressive model the likelihood is exact, and the estimator "exact" is its only one. Image models that
+are trained with arccos masking are judged by what they are trained for, the estimator "arccos": no bound.
 """
 
 import math
@@ -13,11 +14,11 @@ import torch
 from jaxtyping import Float, Int
 
 from pipeline.diffusion.partition import draw_subset, stratified
-from pipeline.diffusion.schedule import alpha, weight
+from pipeline.diffusion.schedule import hidden_share, weight
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models.denoiser import Batch, Denoiser
 
-Estimator = Literal["count", "mdlm", "exact"]
+Estimator = Literal["count", "mdlm", "exact", "arccos"]
 Scorer = Callable[[Batch], torch.Tensor]  # Batch -> weighted sum of cross-entropies of every row
 
 
@@ -44,10 +45,16 @@ class Likelihood:
         return math.exp(min(self.nats, 700.0))
 
     def __str__(self) -> str:
+        if self.estimator == "arccos":
+            return f"{self.nats:.4f} +- {self.stderr:.4f} nats per masked token, {self._how}"
         return (
             f"perplexity {self.perplexity:.2f} ({self.nats:.4f} +- {self.stderr:.4f} nats per token, "
-            f"{self.estimator} estimator, {self.rows} rows x {self.draws} draws, seed {self.seed})"
+            f"{self._how})"
         )
+
+    @property
+    def _how(self) -> str:
+        return f"{self.estimator} estimator, {self.rows} rows x {self.draws} draws, seed {self.seed}"
 
 
 def masked_batches(
@@ -61,6 +68,7 @@ def masked_batches(
     rank: int,
     workers: int,
     device: torch.device,
+    labels: Int[np.ndarray, "R"] | None = None,
 ) -> Iterator[tuple[Int[np.ndarray, "b"], Batch]]:
     """This worker's share of all (row, draw) pairs, as batches with their row indices.
 
@@ -68,7 +76,8 @@ def masked_batches(
     exactly unbiased for the any-order bound. `mdlm`: t uniform in [eps, 1], positions hidden with probability
     1 - alpha(t), weight w(t) / L' (as in the papers; its expectation carries a factor 1 - eps). n and t are
     stratified over all pairs. `exact`: all positions, weight 1 / L', for models that predict each from those
-    before it. Nothing depends on the number of workers; every worker gets the same number of
+    before it. `arccos`: positions hidden with probability 2 arccos(u) / pi, weight 1 / (L' 2 / pi), the expected
+    number of them. Nothing depends on the number of workers; every worker gets the same number of
     batches, the last ones filled up with rows of weight 0, whose index is -1.
 
     Source: method.md section 2, "Validation has two estimators".
@@ -93,9 +102,12 @@ def masked_batches(
             groups = np.repeat(np.arange(length)[None] >= bos, batch, axis=0)
             weights = np.full((batch, length), 1 / predicted)
         else:
+            schedule = "arccos" if estimator == "arccos" else "loglinear"
             t = eps + (1 - eps) * levels[pairs]
-            groups = own.random((batch, length)) < (1 - alpha(t, eps))[:, None]
+            groups = own.random((batch, length)) < hidden_share(levels[pairs], schedule, eps)[:, None]
             groups[:, :bos] = False
+            weights = np.full((batch, length), np.pi / 2 / predicted)
+        if estimator == "mdlm":
             weights = np.repeat(weight(t)[:, None] / predicted, length, axis=1)
         weights = weights * groups * real[:, None]
         yield (
@@ -105,6 +117,7 @@ def masked_batches(
                 groups=torch.from_numpy(groups),
                 targets=torch.from_numpy(groups),
                 weights=torch.from_numpy(weights.astype(np.float32)),
+                condition=None if labels is None else torch.from_numpy(labels[rows]),
                 device=device,
             ),
         )
@@ -123,9 +136,13 @@ def row_sums(
     return sums
 
 
-def estimator_for(model: Denoiser, asked: Estimator, draws: int) -> tuple[Estimator, int]:
+def estimator_for(
+    model: Denoiser, asked: Estimator, draws: int, schedule: str = "loglinear"
+) -> tuple[Estimator, int]:
     """The estimator and the draws that a model is measured with: an exact likelihood is measured once."""
-    return ("exact", 1) if model.left_to_right else (asked, draws)
+    if model.left_to_right:
+        return "exact", 1
+    return ("arccos" if schedule == "arccos" else asked), draws
 
 
 def summarise(sums: Float[torch.Tensor, "R"], estimator: Estimator, draws: int, seed: int) -> Likelihood:
@@ -146,6 +163,7 @@ def measure(
     bos: bool = False,
     batch: int = 32,
     device: torch.device | None = None,
+    labels: Int[np.ndarray, "R"] | None = None,
 ) -> Likelihood:
     """The bound, or the exact value, on one machine.
 
@@ -158,7 +176,7 @@ def measure(
             f"expected {'exact' if score.left_to_right else 'count or mdlm'}"
         )
     device = device or torch.device("cpu")
-    batches = masked_batches(tokens, estimator, draws, seed, eps, bos, batch, 0, 1, device)
+    batches = masked_batches(tokens, estimator, draws, seed, eps, bos, batch, 0, 1, device, labels)
     return summarise(row_sums(score, batches, len(tokens)), estimator, draws, seed)
 
 

@@ -76,7 +76,7 @@ class AR(Denoiser):
         row = index // length
         x = x[row * ids.shape[1] + index % length + self.registers]
         hidden = self.final(x, conditioned(vectors, row))
-        return batch.by_row(self.head(hidden, batch.gather(batch.tokens, batch.target_index)))
+        return self.losses(hidden, batch)
 
     def logits(self, tokens: Tensor, groups: Tensor, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Refused: next-token logits are no answer to what the other group says about a position."""

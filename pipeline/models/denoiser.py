@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import TrunkConfig
 from pipeline.errors import CapabilityError
 from pipeline.models.layers import Condition, FinalNorm, Head
+from pipeline.models.matching import Teaching
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Batch:
         weights: [B, L] float32 loss weight of every position.
         condition: [B] class labels, or None.
         device: where the model computes.
+        teaching: a teacher's view of the targets, which replaces the tokens themselves as what is learnt.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -37,6 +39,7 @@ class Batch:
     weights: Float[Tensor, "B L"]
     condition: Int[Tensor, "B"] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    teaching: Teaching | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -167,6 +170,12 @@ class Denoiser(nn.Module, ABC):
     def register_ids(self, device: torch.device) -> Int[Tensor, "R"]:
         """Rows of the embedding that hold the registers."""
         return torch.arange(self.registers, device=device) + self.embedding.num_embeddings - self.registers
+
+    def losses(self, hidden: Float[Tensor, "Q H"], batch: Batch) -> Float[Tensor, "B"]:
+        """Every row's weighted sum over its targets, from the vectors at `batch.target_index`."""
+        if batch.teaching is not None:
+            return batch.by_row(self.head(hidden, teaching=batch.teaching))
+        return batch.by_row(self.head(hidden, batch.gather(batch.tokens, batch.target_index)))
 
     def class_vectors(self, labels: Int[Tensor, "B"] | None, rows: int) -> Float[Tensor, "B H"] | None:
         """The vector of every row's class, "no class" where there are no labels; None without classes."""

@@ -76,6 +76,20 @@ def read(folder: Path) -> tuple[Denoiser, ModelConfig, DataFacts]:
         CheckpointError: a file is missing or damaged, or tensors do not fit the config; every one is named.
         ConfigError: the model section is one that this version does not have.
     """
+    config, facts = read_config(folder)
+    with torch.device("meta"):
+        model = build(config, facts.vocab_size, facts.length, facts.bos)
+    load_weights(model, read_weights(folder), origin=str(folder / WEIGHTS))
+    return model.eval(), config, facts
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, DataFacts]:
+    """The model's section and its data's facts, without the weights.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigError: the model section is one that this version does not have.
+    """
     tree = _tree(folder)
     # Folders written by earlier versions name the model only in their run.
     section = tree.get("model") or tree["run"]["model"]
@@ -86,11 +100,7 @@ def read(folder: Path) -> tuple[Denoiser, ModelConfig, DataFacts]:
             f"{folder / CONFIG} is damaged ({error}); expected the sections model and data"
         ) from None
     told = {"model": section, "length": facts.length}
-    config = parse_section(ImportConfig, told, origin=str(folder / CONFIG)).model
-    with torch.device("meta"):
-        model = build(config, facts.vocab_size, facts.length, facts.bos)
-    load_weights(model, read_weights(folder), origin=str(folder / WEIGHTS))
-    return model.eval(), config, facts
+    return parse_section(ImportConfig, told, origin=str(folder / CONFIG)).model, facts
 
 
 def read_background(folder: Path) -> Background:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from pipeline.models.matching import Teaching, matched
+
 PERIOD = 10_000.0  # longest period of rotary and sinusoidal codes
 LOGITS_AT_ONCE = 1 << 22  # entries of rows x V above which the loss works in chunks of rows
 
@@ -156,18 +158,25 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(
-        self, hidden: Float[Tensor, "T H"], targets: Int[Tensor, "T"] | None = None
+        self,
+        hidden: Float[Tensor, "T H"],
+        targets: Int[Tensor, "T"] | None = None,
+        teaching: Teaching | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, "T"]:
-        """Logits, or with `targets` the cross-entropy of every row in nats, never holding all logits.
+        """Logits; or the loss of every row, never holding all logits.
+
+        The loss is the cross-entropy with `targets` in nats, or with `teaching` the divergence from a teacher.
 
         Shape:
             hidden: [T, H]; targets: [T] ids below V. Returns float32 [T, V], or [T].
         """
         # float32 from here on: cross-entropies from bf16 logits are off by up to 0.25 nats.
         x, weight, bias = wide(hidden), wide(self.weight), wide(self.bias)
+        chunk = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        if teaching is not None:
+            return matched(x, weight, bias, teaching, chunk)
         if targets is None:
             return F.linear(x, weight, bias)
-        chunk = max(1, LOGITS_AT_ONCE // self.vocab_size)
         options = None
         if len(x) > chunk:
             options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)

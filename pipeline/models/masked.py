@@ -50,7 +50,7 @@ class MDLM(Denoiser):
         x = self._trunk(canvas.to(batch.device, non_blocking=True), vectors)
         index = index.to(batch.device, non_blocking=True)
         x = self.final(x[index], conditioned(vectors, index // batch.shape[1]))
-        return batch.by_row(self.head(x, batch.gather(batch.tokens, batch.target_index)))
+        return self.losses(x, batch)
 
     def logits(
         self,

@@ -76,8 +76,7 @@ class PGM(Denoiser):
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         self.check_condition(batch.condition, batch.shape[0])
-        losses = self.head(self._both_sides(batch), batch.gather(batch.tokens, batch.target_index))
-        return batch.by_row(losses)
+        return self.losses(self._both_sides(batch), batch)
 
     def logits(
         self,

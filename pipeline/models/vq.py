@@ -78,12 +78,12 @@ class PatchVQ:
         self.name = "patches"
         self._patches = patches
         self._centres = torch.from_numpy(patches.reshape(self.codes, -1).astype(np.float64))
-        self.hash = _digest("patches", {"patches": torch.from_numpy(patches)})
+        self.hash = digest("patches", {"patches": torch.from_numpy(patches)})
 
     def encode(self, images: UInt8[np.ndarray, "n S S 3"]) -> Int64[np.ndarray, "n T"]:
         grid = _grid_side(images.shape[1], self.factor)
-        vectors = torch.from_numpy(_cut(images, self.factor))
-        return nearest(vectors.double(), self._centres).numpy().reshape(len(images), grid * grid)
+        vectors = torch.from_numpy(_cut(images, self.factor).astype(np.float64))
+        return nearest(vectors, self._centres).numpy().reshape(len(images), grid * grid)
 
     def decode(self, codes: Int[np.ndarray, "n T"]) -> UInt8[np.ndarray, "n S S 3"]:
         grid = _check_codes(codes, self.codes)
@@ -134,7 +134,7 @@ class LlamaGen:
         self.name = name
         self.codes = sizes["num_embeddings"]
         self.factor = 2 ** (len(sizes["channel_multiplier"]) - 1)
-        self.hash = _digest("llamagen", tensors)
+        self.hash = digest("llamagen", tensors)
         self._batch, self._device = batch, torch.device(device)
         self._model = model.to(self._device).eval()
         rows = self._model.quantize.embedding.weight.detach()
@@ -303,13 +303,13 @@ def _save(folder: Path, kind: str, tokenizer: ImageTokenizer, tensors: dict[str,
     (folder / INFO_FILE).write_text(text, encoding="utf-8")
 
 
-def _digest(kind: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values."""
-    digest = hashlib.sha256(kind.encode())
+def digest(kind: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a kind, and of the names, shapes and values of tensors on the CPU."""
+    sha = hashlib.sha256(kind.encode())
     for name, value in sorted(tensors.items()):
-        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.contiguous().numpy().data)
-    return digest.hexdigest()
+        sha.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)  # bf16 too
+    return sha.hexdigest()
 
 
 def _grid_side(side: int, factor: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
 from pipeline.models.layers import LOGITS_AT_ONCE, Head
 
@@ -27,6 +28,11 @@ class Filters:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+
+    @classmethod
+    def of(cls, settings: SamplingConfig) -> "Filters":
+        """The filters that a config names."""
+        return cls(settings.temperature, settings.top_k, settings.top_p)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

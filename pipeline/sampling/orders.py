@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError, did_you_mean
 
 PLANNED = ("uniform", "binomial", "halton", "left_to_right")
@@ -35,6 +36,11 @@ class Order:
     schedule: Schedule | None = None
     gumbel: float = 1.0
     gamma: float = 0.1
+
+    @classmethod
+    def of(cls, settings: SamplingConfig) -> "Order":
+        """The order that a config names."""
+        return cls(settings.order, settings.schedule, settings.gumbel, settings.gamma)
 
 
 def check(order: Order, steps: int, unknown: int, length: int) -> None:

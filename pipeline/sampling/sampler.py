@@ -31,6 +31,7 @@ def sample(
     known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
     refresh_every: int = 1,
     guidance: float = 0.0,
+    revealed_at: Int[Tensor, "B L"] | None = None,
 ) -> Int[Tensor, "B L"]:
     """Draw rows of tokens: from nothing, from BOS, or around any given tokens.
 
@@ -49,6 +50,7 @@ def sample(
             1 is exact, more is approximate).
         guidance: w of classifier-free guidance at the last step, reached linearly from 0 at the first; needs
             `condition`. Every row is then in the model twice, with its class and without, in the same calls.
+        revealed_at: filled with the step at which every position was drawn, from 1; 0 for given ones.
 
     Shape:
         Returns [num_samples, L] ids, BOS included.
@@ -83,9 +85,11 @@ def sample(
             orders.plan(order, places, steps, rng, bos is not None)
             for places, rng in zip(unknown, generators, strict=True)
         ]
-        _follow(held, tokens, plans, generators, progress)
+        when = _follow(held, tokens, plans, generators, progress)
     else:
-        _choose(held, tokens, ~given.to(device), steps, order, generators, progress)
+        when = _choose(held, tokens, ~given.to(device), steps, order, generators, progress)
+    if revealed_at is not None:
+        revealed_at.copy_(when)
     return tokens
 
 
@@ -140,7 +144,7 @@ def _follow(
     plans: list[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "steps"]]],
     generators: list[np.random.Generator],
     progress: Progress | None,
-) -> None:
+) -> Int[Tensor, "B L"]:
     """Reveal by plans that were made before the first step; ragged, and without a loop over rows."""
     batch, length = tokens.shape
     noise = np.stack([rng.random(length) for rng in generators]).ravel()
@@ -150,6 +154,8 @@ def _follow(
     by_step = when.argsort(kind="stable")
     position = np.concatenate([sequence for sequence, _ in plans])[by_step]
     cell = np.repeat(np.arange(batch), counts.sum(0))[by_step] * length + position
+    revealed_at = np.zeros(batch * length, dtype=np.int64)
+    revealed_at[cell] = when[by_step] + 1
     places = (torch.from_numpy(x).to(tokens.device) for x in (position, cell, noise[cell]))
     parts = zip(*(x.split(counts.sum(1).tolist()) for x in places), strict=True)
     for step, (lengths, (position, cell, uniform)) in enumerate(zip(counts.tolist(), parts, strict=True)):
@@ -160,6 +166,7 @@ def _follow(
             rows.extend(drawn, position, lengths)
         if progress is not None:
             progress(step + 1, len(counts))
+    return torch.from_numpy(revealed_at).view(batch, length)
 
 
 def _choose(
@@ -170,11 +177,12 @@ def _choose(
     order: Order,
     generators: list[np.random.Generator],
     progress: Progress | None,
-) -> None:
+) -> Int[Tensor, "B L"]:
     """Predict all unknown positions at every step and keep some of them."""
     schedule = orders.schedule_of(order)
     left = unknown.sum(1).tolist()
     counts = [orders.step_counts(n, steps, schedule) for n in left]
+    revealed_at = torch.zeros_like(tokens)
     for step in range(steps):
         if any(left):
             row, position = unknown.nonzero(as_tuple=True)
@@ -189,11 +197,13 @@ def _choose(
             )
             kept = keep.sum(1).tolist()
             tokens[keep] = canvas.tokens[keep]
+            revealed_at[keep] = step + 1
             rows.extend(tokens[keep], keep.nonzero(as_tuple=True)[1], kept)
             unknown = unknown & ~keep
             left = [n - k for n, k in zip(left, kept, strict=True)]
         if progress is not None:
             progress(step + 1, steps)
+    return revealed_at
 
 
 def _noise(

@@ -5,7 +5,7 @@ Only this package imports mlflow. The driver opens and ends a run (`store`) and 
 never fails it.
 """
 
-from pipeline.tracking.registry import download_model, register_model, set_alias
+from pipeline.tracking.registry import download_model, find_version, register_model, set_alias
 from pipeline.tracking.store import end_run, log_dataset, metric_history, open_run, tracking_uri
 from pipeline.tracking.tracker import Tracker
 
@@ -13,6 +13,7 @@ __all__ = [
     "Tracker",
     "download_model",
     "end_run",
+    "find_version",
     "log_dataset",
     "metric_history",
     "open_run",

@@ -55,19 +55,12 @@ def set_alias(uri: str, name: str, alias: str, version: str) -> None:
         connect(uri).set_registered_model_alias(name, alias, version)
 
 
-def download_model(uri: str, reference: str, destination: Path | None = None) -> Path:
-    """A registered model as a local folder.
-
-    Args:
-        reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        destination: folder to copy into; None: where the files lie if that is local, else a temporary folder.
+def find_version(uri: str, reference: str) -> "ModelVersion":
+    """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now.
 
     Raises:
         CheckpointError: no such model, alias or version; says which ones there are.
     """
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([\w-]+)|/(\d+))", reference)
     if parts is None:
         raise CheckpointError(f"model {reference!r}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -90,6 +83,23 @@ def download_model(uri: str, reference: str, destination: Path | None = None) ->
                 f"versions: {', '.join(sorted(versions, key=int))}; "
                 f"aliases: {', '.join(f'{key} -> {value}' for key, value in aliases.items()) or 'none'}"
             )
+    return version
+
+
+def download_model(uri: str, reference: str, destination: Path | None = None) -> Path:
+    """A registered model as a local folder.
+
+    Args:
+        reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        destination: folder to copy into; None: where the files lie if that is local, else a temporary folder.
+
+    Raises:
+        CheckpointError: no such model, alias or version; says which ones there are.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    version = find_version(uri, reference)
     target = str(destination) if destination else None
     try:
         return Path(download_artifacts(artifact_uri=version.source, dst_path=target, tracking_uri=uri))

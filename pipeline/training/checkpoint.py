@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.data.shards import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, folder
+from pipeline.models.vq import ImageTokenizer
 from pipeline.training.ema import EMA, join_slices, read_slices
 from pipeline.training.engine import Engine
 
@@ -43,8 +44,9 @@ class TrainState:
     workers: int
     config: dict[str, Any]
     run_id: str | None
-    validation: float | None = None  # perplexity at this step, if it was validated
+    validation: float | None = None  # at this step, if it was validated; the lower the better
     samples: tuple[str, ...] = ()  # texts drawn at that validation
+    task: dict[str, Any] = field(default_factory=dict)  # of distillation: the round and its teacher
 
 
 def run_folder(config: RunConfig) -> str:
@@ -191,13 +193,22 @@ def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, T
     return tensors
 
 
-def consolidate(path: str, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer, into: str) -> None:
+def metric_of(config: RunConfig) -> str:
+    """What validation reports: the bound's perplexity, or the loss, in nats per masked token, that is no bound."""
+    arccos = config.diffusion.schedule == "arccos" and config.model.kind != "ar"
+    return "loss" if arccos else "perplexity"
+
+
+def consolidate(
+    path: str, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer | ImageTokenizer, into: str
+) -> None:
     """A checkpoint's EMA weights as a model folder, complete or absent."""
     facts = folder.DataFacts(manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot)
     state, figures = read_state(path), {}
     if state.validation is not None:
-        how = f"{config.evaluation.estimator}, {config.evaluation.draws} draw(s), EMA weights"
-        figures = {"validation_perplexity": state.validation, "estimator": how, "step": state.step}
+        estimator = "arccos" if metric_of(config) == "loss" else config.evaluation.estimator
+        how = f"{estimator}, {config.evaluation.draws} draw(s), EMA weights"
+        figures = {f"validation_{metric_of(config)}": state.validation, "estimator": how, "step": state.step}
     background = folder.Background(figures, config.model_dump(mode="json"))
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"

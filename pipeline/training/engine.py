@@ -57,6 +57,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._optim, self._steps, self._parts = optim, train.steps, parts
         self.stage, self.device = train.zero_stage, device
+        self._bf16 = train.precision == "bf16"
         model.to(device)
         model.recompute = train.activation_checkpointing
         # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed first takes a step with zero gradients.
@@ -161,22 +162,48 @@ class Engine:
         name_of = {id(p): name for name, p in named}
         return {(name_of[id(p)], 0): master.detach().view(-1) for p, master in zip(low, high, strict=True)}
 
-    def install(self, slices: Slices) -> None:
-        """Make the model compute with these weights (EMA, or masters again); all ranks call it together."""
+    def _full(self, slices: Slices) -> Iterator[tuple[str, Any, Tensor]]:
+        """Every parameter with its whole float32 values, flat, from all ranks' slices; all ranks iterate together."""
         by_name: dict[str, list[tuple[int, Tensor]]] = {}
         for (name, offset), values in slices.items():
             by_name.setdefault(name, []).append((offset, values))
-        with torch.no_grad():
-            parameter: Any
-            for name, parameter in self.model.named_parameters():
-                size = parameter.ds_numel if self.stage == 3 else parameter.numel()
-                full = torch.zeros(size, device=self.device)
-                for offset, values in by_name.get(name, ()):
-                    full[offset : offset + values.numel()] = values
-                if self.stage > 0:
-                    dist.all_reduce(full)  # every entry is owned by exactly one rank
-                with self._gathered(parameter):
-                    parameter.data.copy_(full.view(parameter.shape))
+        parameter: Any
+        for name, parameter in self.model.named_parameters():
+            size = parameter.ds_numel if self.stage == 3 else parameter.numel()
+            full = torch.zeros(size, device=self.device)
+            for offset, values in by_name.get(name, ()):
+                full[offset : offset + values.numel()] = values
+            if self.stage > 0:
+                dist.all_reduce(full)  # every entry is owned by exactly one rank
+            yield name, parameter, full
+
+    @torch.no_grad()
+    def install(self, slices: Slices) -> None:
+        """Make the model compute with these weights (EMA, or masters again); all ranks call it together."""
+        for _, parameter, full in self._full(slices):
+            with self._gathered(parameter):
+                parameter.data.copy_(full.view(parameter.shape))
+
+    @torch.no_grad()
+    def whole(self, slices: Slices) -> dict[str, Tensor]:
+        """All weights in float32 on the host, of their full shapes; all ranks call it together."""
+        shape = {3: lambda p: p.ds_shape}.get(self.stage, lambda p: p.shape)
+        return {name: full.view(shape(p)).cpu() for name, p, full in self._full(slices)}
+
+    @torch.no_grad()
+    def restart(self, weights: dict[str, Tensor], keep_optimizer: bool) -> None:
+        """Go on from other weights, and with a fresh optimiser unless it is kept; all ranks call it together."""
+        masters = self.masters()
+        for (name, offset), values in masters.items():
+            values.copy_(weights[name].flatten()[offset : offset + values.numel()])
+        self.install(masters)
+        if not keep_optimizer:
+            self._engine.optimizer.state.clear()
+
+    def frozen(self, model: Denoiser) -> Denoiser:
+        """A model that is only read, where and in the precision in which this one computes."""
+        model.requires_grad_(False).eval().to(self.device)
+        return model.bfloat16() if self._bf16 else model
 
     @contextmanager
     def _gathered(self, parameter: Tensor) -> Iterator[None]:

@@ -23,11 +23,11 @@ from ray.util.metrics import Gauge
 from pipeline import errors, logs, storage, tracking
 from pipeline.config import schema
 from pipeline.config.load import dump, flatten
-from pipeline.data import text
+from pipeline.data import prepared
 from pipeline.data.shards import Manifest, check_fits
-from pipeline.errors import CheckpointError, PipelineError, TrainingError
+from pipeline.errors import CheckpointError, ConfigError, PipelineError, TrainingError
 from pipeline.evaluation import generation
-from pipeline.training import checkpoint, resume
+from pipeline.training import checkpoint, distillation, resume
 from pipeline.training.cluster import check_resources, check_visible, cluster, stoppable
 from pipeline.training.loop import Job, train
 from pipeline.training.outcome import Outcome, finish
@@ -41,7 +41,10 @@ def located(config: schema.RunConfig) -> schema.RunConfig:
     """The config with absolute folders: workers run in other folders than the driver."""
     data = config.data.model_copy(update={"path": config.data.path and storage.resolve(config.data.path)})
     cluster = config.cluster.model_copy(update={"storage": storage.resolve(config.cluster.storage)})
-    return config.model_copy(update={"data": data, "cluster": cluster})
+    distill = config.distill
+    if distill is not None and not distill.teacher.startswith("models:/"):
+        distill = distill.model_copy(update={"teacher": storage.resolve(distill.teacher)})
+    return config.model_copy(update={"data": data, "cluster": cluster, "distill": distill})
 
 
 def pretrain(config: schema.RunConfig) -> Outcome:
@@ -51,7 +54,30 @@ def pretrain(config: schema.RunConfig) -> Outcome:
         ConfigError, DataError: before any worker starts.
         CapabilityError: the cluster has not the resources that were asked for.
     """
+    if config.distill is not None:
+        raise ConfigError("distill: a section for jobs.distill; jobs.pretrain takes configs without it")
+    return _carry_out(located(config), {})
+
+
+def distill(config: schema.RunConfig) -> Outcome:
+    """Distil a teacher into students that need half the steps after every round, and register each of them.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, CapabilityError: before any worker starts.
+    """
     config = located(config)
+    run = checkpoint.run_folder(config)
+    storage.check_writable(run, "cluster.storage")
+    model = distillation.place_teacher(config, run)
+    train = config.train.model_copy(update={"init_from": distillation.teacher_folder(run, 0)})
+    config = config.model_copy(update={"model": model, "train": train})
+    if found := config.conflicts():
+        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in found))
+    return _carry_out(config, {"teacher": distillation.teacher_name(config)})
+
+
+def _carry_out(config: schema.RunConfig, tags: dict[str, str]) -> Outcome:
+    """Train to the end on the cluster, in one MLflow run."""
     run = checkpoint.run_folder(config)
     storage.check_writable(run, "cluster.storage")
     resume.precheck(run, config)
@@ -59,9 +85,11 @@ def pretrain(config: schema.RunConfig) -> Outcome:
         uri = tracking.tracking_uri(config)
         use_gpu = check_resources(config)
         check_visible(run, uri)
-        manifest = text.ensure(config)
+        manifest = prepared.ensure(config)
         check_fits(manifest, config)
-        run_id = _open_run(config, run, uri, manifest)
+        if config.distill is not None:
+            distillation.check_teacher(config, run, manifest)
+        run_id = _open_run(config, run, uri, manifest, tags)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             _fit(config, Job(config, uri, run_id), run, use_gpu)
@@ -99,7 +127,7 @@ def sample(config: schema.RunConfig) -> generation.Samples:
         )
 
 
-def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest) -> str:
+def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest, tags: dict[str, str]) -> str:
     """The MLflow run of this folder: the one it already has, or a new one, recorded in `run.json`."""
     record = storage.join(run, "run.json")
     old = json.loads(storage.read_text(record))["run_id"] if storage.exists(record) else None
@@ -108,7 +136,7 @@ def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest) 
         config.tracking.experiment,
         config.name,
         params=flatten(config.model_dump(mode="json")),
-        tags={"folder": run},
+        tags={"folder": run, **tags},
         resume_id=old,
     )
     storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": uri}))
@@ -116,9 +144,9 @@ def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest) 
     tracking.log_dataset(
         uri,
         run_id,
-        name=Path(text.data_path(config)).name,
+        name=Path(prepared.data_path(config)).name,
         digest=manifest.content_key,
-        source=text.data_path(config),
+        source=prepared.data_path(config),
         profile={
             "rows": manifest.rows("train"),
             "length": manifest.length,

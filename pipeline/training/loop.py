@@ -15,19 +15,20 @@ import torch.distributed as dist
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.stream import ReadingOrder, batches
-from pipeline.data.text import data_path
 from pipeline.errors import TrainingError
 from pipeline.models import build
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
+from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, learning_rate
 from pipeline.training.session import Session, StopWatch
-from pipeline.training.task import Pretraining
-from pipeline.training.validation import validate
+from pipeline.training.task import Pretraining, Task
+from pipeline.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,9 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
         initial.load(engine, ema)
     start = resume.state.step if resume else 0
     masters = engine.masters()
-    task = Pretraining(config, manifest, model, device)
+    task: Task = Pretraining(config, manifest, model, device)
+    if config.distill:
+        task = Distillation(config, manifest, engine, ema, session)
     if rank == 0:
         log.info(
             "%s from step %d: %d workers x %d micro-batches of up to %d rows, %d streams, ZeRO stage %d, %s",
@@ -177,11 +180,10 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 interval = _Interval()
 
             last = stopping or done == config.train.steps
-            validation: float | None = None
-            texts: tuple[str, ...] = ()
+            judged: Validation | None = None
             if done % config.train.validate_every == 0 or done == config.train.steps:
-                validation, texts = validate(config, manifest, engine, ema, session, tracker, done)
-                metrics["validation/perplexity"] = validation
+                judged = validate(config, manifest, engine, ema, session, tracker, done)
+                metrics[f"validation/{judged.metric}"] = judged.value
 
             if done % config.train.checkpoint_every == 0 or last:
                 if rank == 0:
@@ -193,8 +195,9 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     workers=session.workers,
                     config=config.model_dump(mode="json"),
                     run_id=job.run_id,
-                    validation=validation,
-                    samples=texts,
+                    validation=judged.value if judged else None,
+                    samples=judged.texts if judged else (),
+                    task=task.facts(),
                 )
                 checkpoint.save(local, engine, ema, state, rank)
                 session.publish(local, checkpoint.name_of(done), metrics)

@@ -1,22 +1,27 @@
 """The end of a run: consolidated model, registered version, comparison with n-grams, the curve."""
 
+import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
-from pipeline.data import text
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import ngram
 from pipeline.evaluation.figures import loss_curve
+from pipeline.evaluation.pictures import sample_grid
+from pipeline.models import folder
 from pipeline.training import checkpoint
+from pipeline.training.distillation import sampling_steps, teacher_folder
 from pipeline.training.loop import tracking_spill
-from pipeline.training.validation import validation_rows
+from pipeline.training.validation import draw, image_tokenizer, validation_rows
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +35,11 @@ class Outcome:
     run: str  # folder
     model: str  # consolidated model
     version: str | None  # models:/NAME/VERSION; None: MLflow did not answer
-    perplexity: float
+    metric: str  # perplexity (text), or loss (images: nats per masked token)
+    value: float
     references: dict[str, float]
     samples: tuple[str, ...]
+    pictures: str | None  # PNG of an image model's samples
     tracking_uri: str
 
 
@@ -44,11 +51,16 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
     checkpoint.prune(run, config.train.keep)
     state = checkpoint.read_state(last)
     model = storage.join(run, "model")
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    text = config.data.kind == "text"
+    tokenizer = load_tokenizer(config.data.tokenizer) if text else image_tokenizer(config)
     checkpoint.consolidate(last, config, manifest, tokenizer, model)
-    perplexity = float("nan") if state.validation is None else state.validation
+    metric, value = (
+        checkpoint.metric_of(config),
+        float("nan") if state.validation is None else state.validation,
+    )
     name = config.tracking.register_as or config.name
-    references = _references(config, manifest)
+    references = _references(config, manifest) if text else {}
+    grid = None if text else _grid(config, manifest, model)
     version = None
     try:
         number = tracking.register_model(
@@ -56,25 +68,61 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
             run_id,
             storage.fetch(model),
             name,
-            tags={"step": str(state.step), "validation_perplexity": f"{perplexity:.4f}"},
+            tags={"step": str(state.step), f"validation_{metric}": f"{value:.4f}"} | _round_tags(config),
         )
         version = f"models:/{name}/{number}"
+        if config.distill is None:
+            tracking.set_alias(uri, name, "teacher", number)
+        else:
+            _register_rounds(config, run, uri, run_id, name)
         with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
             tracker.log_metrics({f"reference/{k}": v for k, v in references.items()}, state.step)
             tracker.flush()
-            history = tracking.metric_history(uri, run_id, ["train/loss", "validation/perplexity"])
+            history = tracking.metric_history(uri, run_id, ["train/loss", f"validation/{metric}"])
             figure = loss_curve(history, references)
             tracker.log_figure(figure, "figures/loss_curve.png")
+            if grid is not None:
+                tracker.log_figure(grid, "figures/samples.png")
         if storage.is_local(run):
             figure.savefig(Path(run) / "loss_curve.png")
     except ConfigError as error:  # the training is done; an outage now must not make it a failure
         log.warning("the model is not registered, the next start does it: %s", error)
-    return Outcome(run, model, version, perplexity, references, state.samples, uri)
+    pictures = None
+    if grid is not None:
+        pictures = storage.join(run, "samples.png")
+        stream = io.BytesIO()
+        grid.savefig(stream, format="png")
+        storage.publish_bytes(pictures, stream.getvalue())
+    return Outcome(run, model, version, metric, value, references, state.samples, pictures, uri)
+
+
+def _round_tags(config: RunConfig) -> dict[str, str]:
+    if config.distill is None:
+        return {}
+    rounds = config.distill.rounds
+    return {"round": str(rounds), "sampling_steps": str(sampling_steps(config.distill, rounds))}
+
+
+def _register_rounds(config: RunConfig, run: str, uri: str, run_id: str, name: str) -> None:
+    """The students of all rounds but the last, which is the run's model."""
+    assert config.distill is not None
+    for done in range(1, config.distill.rounds):
+        folder_of = storage.fetch(teacher_folder(run, done))
+        steps = str(sampling_steps(config.distill, done))
+        tags = {"round": str(done), "sampling_steps": steps}
+        tracking.register_model(uri, run_id, folder_of, f"{name}-round-{done}", tags)
+
+
+def _grid(config: RunConfig, manifest: Manifest, model: str) -> Figure:
+    """Pictures that the finished model draws."""
+    denoiser, _, _ = folder.read(storage.fetch(model))
+    tokens, classes, _ = draw(config, manifest, denoiser)
+    return sample_grid(image_tokenizer(config).decode(tokens[:, 1:].numpy()), classes)
 
 
 def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:
     """Perplexities of n-gram models of the same training rows on the same validation rows."""
-    path = text.data_path(config)
+    path = data_path(config)
 
     train, validation = (ShardReader(path, manifest, split) for split in ("train", "validation"))
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))

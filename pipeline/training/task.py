@@ -1,6 +1,6 @@
 """What a step of training asks of the model: from rows of data to a batch with targets and weights."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ class Task(Protocol):
     def start(self, step: int) -> None:
         """Draw what concerns the whole global batch of a step."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint should say about the task."""
+
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """A micro-batch of that step; rows that are not present weigh nothing."""
 
@@ -30,6 +33,9 @@ class Pretraining:
     def __init__(self, config: RunConfig, manifest: Manifest, model: Denoiser, device: torch.device):
         self._config, self._model, self._device = config, model, device
         self._length, self._bos = manifest.length, manifest.special.bos is not None
+
+    def facts(self) -> dict[str, Any]:
+        return {}
 
     def start(self, step: int) -> None:
         config, diffusion = self._config, self._config.diffusion
@@ -43,8 +49,7 @@ class Pretraining:
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         index, train = micro.index, self._config.train
         tokens, labels = np.where(present[:, None], micro.tokens, 0), None
-        if self._config.model.classes is not None:
-            assert micro.labels is not None, "data without labels passed the checks"
+        if self._config.model.classes is not None and micro.labels is not None:
             labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
         if self._model.left_to_right:
             return next_token_batch(tokens, present, train.batch, self._bos, self._device, labels)

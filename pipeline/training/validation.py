@@ -1,22 +1,51 @@
-"""Validation in the middle of training: perplexity of the EMA weights, and sample texts."""
+"""Validation in the middle of training: how well the EMA weights predict, and what they draw."""
 
 import logging
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from jaxtyping import Int
 
+from pipeline import storage
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
-from pipeline.data.text import data_path
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.evaluation import likelihood
+from pipeline.evaluation.pictures import sample_grid, unmasking_order
+from pipeline.models.denoiser import Denoiser
+from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
+from pipeline.sampling.logits import Filters
+from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import sample
 from pipeline.tracking import Tracker
+from pipeline.training.checkpoint import metric_of
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
 from pipeline.training.session import Session
 
 log = logging.getLogger(__name__)
+
+TEXTS, PICTURES_A_CLASS, CLASSES_SHOWN = 2, 4, 10
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was measured: the bound's perplexity for text, nats per masked token for images; lower is better."""
+
+    metric: str
+    value: float
+    texts: tuple[str, ...] = ()
+
+
+def image_tokenizer(config: RunConfig) -> ImageTokenizer:
+    """What made the codes of the config's images; it lies beside the shards."""
+    data = config.data
+    assert data.kind == "image"
+    folder = storage.join(data_path(config), "tokenizer")
+    return load_image_tokenizer(folder, data.factor, data.encode_batch, "cpu")
 
 
 def validation_rows(there: int, most: int) -> np.ndarray:
@@ -32,13 +61,14 @@ def validate(
     session: Session,
     tracker: Tracker | None,
     step: int,
-) -> tuple[float, tuple[str, ...]]:
-    """Validation perplexity of the EMA weights, and sample texts; all ranks call it together."""
+) -> Validation:
+    """Judge the EMA weights and show samples of theirs; all ranks call it together."""
     bos = manifest.special.bos
     reader = ShardReader(data_path(config), manifest, "validation")
     rows = validation_rows(len(reader), config.evaluation.rows)
+    labels = reader.labels(rows) if config.model.classes is not None else None
     estimator, draws = likelihood.estimator_for(
-        engine.model, config.evaluation.estimator, config.evaluation.draws
+        engine.model, config.evaluation.estimator, config.evaluation.draws, config.diffusion.schedule
     )
     with engine.weights(ema.slices) as model:
         sums = likelihood.row_sums(
@@ -54,20 +84,63 @@ def validate(
                 session.rank,
                 session.workers,
                 session.device,
+                labels,
             ),
             len(rows),
         ).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
-        order = "left_to_right" if model.left_to_right else "uniform"
-        steps = manifest.length - (bos is not None) if model.left_to_right else min(64, config.sampling.steps)
-        tokens = sample(model, 2, steps, config.sampling.seed, order, bos)
+        tokens, classes, revealed = draw(config, manifest, model)
     bound = likelihood.summarise(sums.cpu(), estimator, draws, config.seed)
     if session.rank == 0:
         log.info("step %d: validation %s", step, bound)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    texts = tuple(tokenizer.decode(row) for row in tokens.tolist())
+    texts: tuple[str, ...] = ()
+    if config.data.kind == "text":
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        texts = tuple(tokenizer.decode(row) for row in tokens.tolist())
+        if tracker:
+            tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
+    elif tracker:
+        pictures = image_tokenizer(config).decode(tokens[:, 1:].numpy())
+        tracker.log_figure(sample_grid(pictures, classes), f"samples/step_{step:08d}.png")
+        one_a_class = slice(None, None, PICTURES_A_CLASS)
+        figure = unmasking_order(pictures[one_a_class], revealed[one_a_class, 1:].numpy())
+        tracker.log_figure(figure, f"samples/order_{step:08d}.png")
+    metric = metric_of(config)
+    value = bound.nats if metric == "loss" else bound.perplexity
     if tracker:
-        tracker.log_metrics({"validation/perplexity": bound.perplexity, "validation/nats": bound.nats}, step)
-        tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
-    return bound.perplexity, texts
+        tracker.log_metrics({f"validation/{metric}": value, "validation/nats": bound.nats}, step)
+    return Validation(metric, value, texts)
+
+
+def draw(
+    config: RunConfig, manifest: Manifest, model: Denoiser
+) -> tuple[Int[torch.Tensor, "B L"], list[int] | None, Int[torch.Tensor, "B L"]]:
+    """A few samples as the config's sampling section draws them: tokens, classes, steps of revelation."""
+    settings, bos = config.sampling, manifest.special.bos
+    if config.data.kind == "text":
+        order = Order("left_to_right" if model.left_to_right else "uniform")
+        steps = manifest.length - (bos is not None) if model.left_to_right else min(64, settings.steps)
+        count, classes, guidance, filters = TEXTS, None, 0.0, Filters()
+    else:
+        order, steps = Order.of(settings), settings.steps
+        guidance, filters = settings.guidance, Filters.of(settings)
+        known = config.model.classes or 1
+        shown = settings.labels or range(known)
+        classes = [label for label in list(shown)[:CLASSES_SHOWN] for _ in range(PICTURES_A_CLASS)]
+        count = len(classes)
+    condition = None if config.model.classes is None else torch.tensor(classes)
+    revealed = torch.zeros(count, manifest.length, dtype=torch.int64)
+    tokens = sample(
+        model,
+        count,
+        steps,
+        settings.seed,
+        order,
+        bos,
+        condition,
+        filters=filters,
+        guidance=guidance,
+        revealed_at=revealed,
+    )
+    return tokens.cpu(), classes if condition is not None else None, revealed

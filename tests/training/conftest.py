@@ -8,7 +8,7 @@ from tiny_runs import tiny
 from workers import Workers
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.text import ensure
+from pipeline.data.prepared import ensure
 
 Configure = Callable[..., RunConfig]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.stream import ReadingOrder
-from pipeline.data.text import data_path
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import normaliser, training_batch
 from pipeline.models import build

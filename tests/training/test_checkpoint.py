@@ -12,8 +12,8 @@ from observed import quick
 from workers import Workers
 
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest
-from pipeline.data.text import data_path
 from pipeline.errors import CheckpointError
 from pipeline.training import checkpoint, resume
 

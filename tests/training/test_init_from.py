@@ -12,8 +12,8 @@ from torch import Tensor
 from workers import Workers
 
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest
-from pipeline.data.text import data_path
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import folder

@@ -14,8 +14,8 @@ from torch import Tensor
 from workers import Workers
 
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
-from pipeline.data.text import data_path
 from pipeline.models.denoiser import Denoiser
 from pipeline.training import checkpoint
 

@@ -9,8 +9,8 @@ import torch
 from workers import Workers
 
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest
-from pipeline.data.text import data_path
 from pipeline.training import checkpoint
 
 STAGES = (0, 1, 2, 3)

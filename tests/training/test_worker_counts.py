@@ -10,8 +10,8 @@ from observed import Seen, quick
 from workers import Workers, run_workers
 
 from pipeline.config.schema import RunConfig
+from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest
-from pipeline.data.text import data_path
 from pipeline.training import checkpoint, resume
 from pipeline.training.ema import join_slices, read_slices
 

@@ -1,0 +1,15 @@
+"""Distil the teacher that a config names: every round halves the steps that sampling needs."""
+
+from jobs import main
+from jobs.pretrain import report
+from pipeline.config.schema import RunConfig
+from pipeline.training.launch import distill
+
+
+def run(config: RunConfig) -> None:
+    """Distil and say what came out and where it is."""
+    report(distill(config))
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,244 @@
+"""Self-Distillation Through Time: a student learns in one step what its teacher does in two, round after round."""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool
+from torch import Tensor
+
+from pipeline import storage, tracking
+from pipeline.config.schema import DistillConfig, ModelConfig, RunConfig
+from pipeline.data.shards import Manifest
+from pipeline.data.stream import MicroBatch
+from pipeline.diffusion import partition
+from pipeline.diffusion.objective import as_batch
+from pipeline.diffusion.schedule import complement
+from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
+from pipeline.models import folder, pretrained
+from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.matching import Teaching
+from pipeline.sampling.rollout import roll_out
+from pipeline.training import checkpoint
+from pipeline.training.ema import EMA
+from pipeline.training.engine import Engine
+from pipeline.training.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def time_step(config: DistillConfig, done: int) -> float:
+    """dt of the teacher's steps in the round after `done` finished ones; it doubles every round."""
+    return 2**done / config.teacher_steps
+
+
+def sampling_steps(config: DistillConfig, done: int) -> int:
+    """Steps that a model is made for after `done` rounds: half as many after each."""
+    return config.teacher_steps // 2**done
+
+
+def teacher_folder(run: str, done: int) -> str:
+    """Model folder of the teacher of the round after `done` finished ones: 0 is the one that was given."""
+    return storage.join(run, "rounds", f"{done}")
+
+
+class Distillation:
+    """Task of a distillation run: matching the teacher's two steps on rows of data (method.md section 5).
+
+    Round r takes `train.steps / rounds` steps. Its teacher is a model folder of the run, so that a resumed run
+    finds the teacher that it had; the student of a round that ends becomes the next one's teacher and starting
+    point.
+    """
+
+    def __init__(
+        self, config: RunConfig, manifest: Manifest, engine: Engine, ema: EMA, session: Session
+    ) -> None:
+        assert config.distill is not None
+        self._config, self._distill, self._session = config, config.distill, session
+        self._manifest, self._engine, self._ema = manifest, engine, ema
+        self._length, self._bos = manifest.length, manifest.special.bos is not None
+        self._run = checkpoint.run_folder(config)
+        self._every = config.train.steps // self._distill.rounds
+        self._round: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        assert self._round is not None
+        return {"round": self._round + 1, "teacher": teacher_folder(self._run, self._round)}
+
+    def start(self, step: int) -> None:
+        config = self._config
+        done, inside = divmod(step, self._every)
+        if done != self._round:
+            self._begin(done, at_its_start=inside == 0)
+        self._dt = time_step(self._distill, done)
+        rows, eps = config.train.batch, config.diffusion.eps
+        self._t, self._groups = partition.draw(
+            config.seed, step, rows, self._length, eps, self._bos, least=2 * self._dt
+        )
+        self._dropped = partition.draw_dropped(config.seed, step, rows, config.train.class_drop)
+        self._noise = np.random.default_rng([config.seed, step, 2]).random((rows, 2, 2, self._length))
+        ones = int(self._groups.sum())
+        self._counts = ones, rows * (self._length - self._bos) - ones
+
+    def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
+        index, device = micro.index, self._session.device
+        tokens, labels = np.where(present[:, None], micro.tokens, 0), None
+        if self._bos:
+            tokens[:, 0] = self._manifest.special.bos
+        if self._config.model.classes is not None:
+            assert micro.labels is not None, "data without labels passed the checks"
+            labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
+        groups, t, noise = self._groups[index], self._t[index], self._noise[index]
+        zeros = ~groups
+        zeros[:, : self._bos] = False
+        both = self._distill.form == "complementary"
+        targets = groups | zeros if both else groups
+        ones, others = (max(1, count) for count in self._counts)
+        weights = groups / (2 * ones) + zeros / (2 * others) if both else groups / ones
+        # Rows of the roll-out: each row with its group 1 hidden and, in the complementary form, with its group 0.
+        sides = [(groups, t)]
+        if both:
+            other = complement(t, self._config.diffusion.eps, "matched")
+            sides.append((zeros, np.clip(other, 2 * self._dt, 1.0)))
+        hidden = roll_out(
+            self._teacher,
+            torch.from_numpy(tokens.repeat(len(sides), axis=0)),
+            _interleave([side for side, _ in sides]),
+            _interleave([time for _, time in sides]),
+            self._dt,
+            _interleave([noise[:, side, 0] for side in range(len(sides))]),
+            _interleave([noise[:, side, 1] for side in range(len(sides))]),
+            None if labels is None else torch.from_numpy(labels.repeat(len(sides))),
+        )
+        teaching = Teaching(hidden, self._teacher.head, self._distill.divergence)
+        return as_batch(tokens, groups, targets, weights * present[:, None], labels, device, teaching)
+
+    def _begin(self, done: int, at_its_start: bool) -> None:
+        """Load the round's teacher, which at the round's first step is the student as it is now."""
+        where = teacher_folder(self._run, done)
+        if at_its_start and done > 0:
+            source = self._ema.slices if self._distill.next_teacher == "ema" else self._engine.masters()
+            weights = self._engine.whole(source)
+            if self._session.rank == 0 and not storage.folder_complete(where):
+                self._publish(where, weights)
+            dist.barrier()
+            self._engine.restart(weights, keep_optimizer=self._distill.optimizer == "keep")
+            self._ema.restart(self._engine.masters())
+        if not storage.folder_complete(where):
+            raise CheckpointError(
+                f"{where}: the teacher of round {done + 1} is gone; expected a model folder"
+            )
+        teacher, _, _ = folder.read(storage.fetch(where))
+        self._teacher = self._engine.frozen(teacher)
+        self._round = done
+        if self._session.rank == 0:
+            log.info(
+                "round %d of %d: teacher %s, dt 1/%g, for %d sampling steps",
+                done + 1,
+                self._distill.rounds,
+                where,
+                1 / time_step(self._distill, done),
+                sampling_steps(self._distill, done + 1),
+            )
+
+    def _publish(self, where: str, weights: dict[str, Tensor]) -> None:
+        special = self._manifest.special
+        facts = folder.DataFacts(self._manifest.vocabulary, self._length, special.bos, special.eot)
+        background = folder.Background({}, self._config.model_dump(mode="json"))
+        with tempfile.TemporaryDirectory() as temporary:
+            local = Path(temporary) / "model"
+            folder.write(local, self._config.model, facts, weights, background)
+            storage.publish_folder(local, where)
+
+
+def _interleave(parts: list[np.ndarray]) -> Tensor:
+    """Row 0 of every part, then row 1 of every part, and so on."""
+    return torch.from_numpy(np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
+
+
+def place_teacher(config: RunConfig, run: str) -> ModelConfig:
+    """Put the teacher that the config names into the run's folder, unless it is there; its model section.
+
+    Raises:
+        CheckpointError: no such folder, file or model version.
+        CapabilityError: an autoregressive teacher, or a form that its kind does not have.
+        ConfigError: no distill section, or a model section that is not the teacher's.
+    """
+    distill, where = config.distill, teacher_folder(run, 0)
+    if distill is None:
+        raise ConfigError("distill: missing; expected a section with the teacher")
+    origin = f"distill.teacher: {distill.teacher!r}"
+    denoiser = None
+    if storage.folder_complete(where):
+        model, facts = folder.read_config(storage.fetch(where))
+    else:
+        denoiser, model, facts = _read_teacher(config, origin)
+    if model.kind == "ar":
+        raise CapabilityError(
+            f"{origin} is autoregressive: it draws one token a step in a fixed order, so there are no two steps "
+            "to make one of; expected a pgm or mdlm teacher"
+        )
+    if distill.form == "complementary" and model.kind != "pgm":
+        raise CapabilityError(
+            f"distill.form: complementary, but {origin} is of kind {model.kind}; expected pgm, or compatible"
+        )
+    if "model" in config.model_fields_set and config.model != model:
+        raise ConfigError(
+            f"model: another than that of {origin}; leave the section out, the teacher's is used"
+        )
+    if denoiser is not None:
+        with tempfile.TemporaryDirectory() as temporary:
+            local = Path(temporary) / "model"
+            folder.write(local, model, facts, denoiser.state_dict(), folder.Background())
+            storage.publish_folder(local, where)
+    return model
+
+
+def teacher_name(config: RunConfig) -> str:
+    """The teacher as MLflow should remember it: an alias by the version that it meant when it was read."""
+    assert config.distill is not None
+    name = config.distill.teacher
+    if not name.startswith("models:/"):
+        return name
+    version = tracking.find_version(tracking.tracking_uri(config), name)
+    return f"models:/{version.name}/{version.version}"
+
+
+def _read_teacher(config: RunConfig, origin: str) -> tuple[Denoiser, ModelConfig, folder.DataFacts]:
+    assert config.distill is not None
+    name = config.distill.teacher
+    if name.startswith("models:/"):
+        return folder.read(tracking.download_model(tracking.tracking_uri(config), name))
+    if not storage.exists(name):
+        raise CheckpointError(
+            f"{origin}: no such folder or file; expected a model folder, models:/... or a file"
+        )
+    local = storage.fetch(name)
+    if local.is_dir():
+        return folder.read(local)
+    denoiser, released, facts = pretrained.load(local)
+    return denoiser, released.model, facts
+
+
+def check_teacher(config: RunConfig, run: str, manifest: Manifest) -> None:
+    """Refuse a teacher of another vocabulary or length than the data.
+
+    Raises:
+        DataError: every difference.
+    """
+    _, facts = folder.read_config(storage.fetch(teacher_folder(run, 0)))
+    pairs = {
+        "vocabulary": (facts.vocab_size, manifest.vocabulary),
+        "length": (facts.length, manifest.length),
+        "BOS": (facts.bos, manifest.special.bos),
+    }
+    found = [f"{key} {has}, the data's is {wants}" for key, (has, wants) in pairs.items() if has != wants]
+    if found:
+        assert config.distill is not None
+        raise DataError(
+            f"distill.teacher: {config.distill.teacher!r} does not fit the data: " + "; ".join(found)
+        )
