@@ -170,7 +170,9 @@ class DistillConfig(Section):
 
     teacher: str  # model folder, models:/NAME@ALIAS, or a file of released weights
     rounds: PositiveInt = 5  # each halves the steps that sampling needs
-    teacher_steps: PositiveInt = 1024  # 1 / dt of the first round; the teacher takes two steps of dt
+    teacher_steps: Annotated[int, Field(ge=2)] = (
+        1024  # 1 / dt of the first round; the teacher takes two steps of dt
+    )
     form: Literal["compatible", "complementary"] = (
         "compatible"  # one group distilled, or both in one pass (PGM)
     )
@@ -272,6 +274,7 @@ class RunConfig(Section):
         if (
             self.sampling.model is None
             and classes is None
+            and (self.distill is None or "model" in self.model_fields_set)  # else the teacher's, not read yet
             and (self.sampling.guidance or self.sampling.labels)
         ):
             key = "guidance" if self.sampling.guidance else "labels"

@@ -1,5 +1,6 @@
 """Self-Distillation Through Time: a student learns in one step what its teacher does in two, round after round."""
 
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -12,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import storage, tracking
+from pipeline.config.load import flatten
 from pipeline.config.schema import DistillConfig, ModelConfig, RunConfig
 from pipeline.data.shards import Manifest
 from pipeline.data.stream import MicroBatch
+from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import as_batch
 from pipeline.diffusion.schedule import complement
@@ -30,6 +33,7 @@ from pipeline.training.session import Session
 
 log = logging.getLogger(__name__)
 
+ORIGIN = "origin.json"  # in the first teacher's folder: what it was when it was copied there
 Side = tuple[
     Bool[np.ndarray, "B L"], Float[np.ndarray, "B"]
 ]  # hidden positions, and the time that hides them
@@ -166,7 +170,7 @@ class Distillation:
         if at_its_start and done > 0:
             source = self._ema.slices if self._distill.next_teacher == "ema" else self._engine.masters()
             weights = self._engine.whole(source)
-            if self._session.rank == 0 and not storage.folder_complete(where):
+            if self._session.rank == 0:  # over that of an earlier start, if there is one
                 self._publish(where, weights)
             dist.barrier()
             self._engine.restart(weights, keep_optimizer=self._distill.optimizer == "keep")
@@ -198,85 +202,129 @@ class Distillation:
             storage.publish_folder(local, where)
 
 
-def place_teacher(config: RunConfig, run: str) -> ModelConfig:
-    """Put the teacher that the config names into the run's folder, unless it is there; its model section.
+def with_teacher(config: RunConfig) -> RunConfig:
+    """The run's own config: with its teacher's model section, starting from that teacher's weights.
+
+    The teacher is copied into the run's folder. From the first checkpoint on that copy is the teacher, whatever
+    the config's name for it means by then.
 
     Raises:
         CheckpointError: no such folder, file or model version.
         CapabilityError: an autoregressive teacher, or a form that its kind does not have.
-        ConfigError: no distill section, or a model section that is not the teacher's.
+        ConfigError: no distill section, another start, or keys that do not go with the teacher's model.
     """
-    distill, where = config.distill, teacher_folder(run, 0)
+    distill, run = config.distill, checkpoint.run_folder(config)
     if distill is None:
         raise ConfigError("distill: missing; expected a section with the teacher")
+    where = teacher_folder(run, 0)
+    if config.train.init_from not in (None, where):
+        raise ConfigError(
+            f"train.init_from: {config.train.init_from!r}; expected null, a student starts as its teacher"
+        )
     origin = f"distill.teacher: {distill.teacher!r}"
-    denoiser = None
-    if storage.folder_complete(where):
-        model, facts = folder.read_config(storage.fetch(where))
+    if checkpoint.newest(run) is None or not storage.folder_complete(where):
+        model = _place(config, origin, where)
     else:
-        denoiser, model, facts = _read_teacher(config, origin)
+        model, _ = folder.read_config(storage.fetch(where))
+        _check_model(config, model, origin)
+    train = config.train.model_copy(update={"init_from": where})
+    config = config.model_copy(update={"model": model, "train": train})
+    if found := config.conflicts():
+        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in found))
+    return config
+
+
+def _place(config: RunConfig, origin: str, where: str) -> ModelConfig:
+    """Put the teacher that the config names into the run's folder."""
+    assert config.distill is not None
+    name = config.distill.teacher
+    tokenizer = None
+    if name.startswith("models:/"):
+        uri = tracking.tracking_uri(config)
+        version = tracking.find_version(uri, name)
+        name = f"models:/{version.name}/{version.version}"
+        local = tracking.download_model(uri, name)
+    elif storage.exists(name):
+        local = storage.fetch(name)
+    else:
+        raise CheckpointError(
+            f"{origin}: no such folder or file; expected a model folder, models:/... or a file"
+        )
+    if local.is_dir():
+        denoiser, model, facts = folder.read(local)
+        tokenizer = saved_tokenizer(local)
+    else:
+        denoiser, released, facts = pretrained.load(local)
+        model = released.model
+    _check_model(config, model, origin)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "model"
+        folder.write(copy, model, facts, denoiser.state_dict(), folder.Background())
+        told = {"teacher": name, "tokenizer": tokenizer and tokenizer.hash}
+        (copy / ORIGIN).write_text(json.dumps(told) + "\n", encoding="utf-8")
+        storage.publish_folder(copy, where)
+    return model
+
+
+def _check_model(config: RunConfig, model: ModelConfig, origin: str) -> None:
+    """Refuse a teacher that cannot be distilled as the config says.
+
+    Raises:
+        CapabilityError: an autoregressive teacher, or a form that its kind does not have.
+        ConfigError: a model section that is not the teacher's.
+    """
+    assert config.distill is not None
     if model.kind == "ar":
         raise CapabilityError(
             f"{origin} is autoregressive: it draws one token a step in a fixed order, so there are no two steps "
             "to make one of; expected a pgm or mdlm teacher"
         )
-    if distill.form == "complementary" and model.kind != "pgm":
+    if config.distill.form == "complementary" and model.kind != "pgm":
         raise CapabilityError(
             f"distill.form: complementary, but {origin} is of kind {model.kind}; expected pgm, or compatible"
         )
-    if "model" in config.model_fields_set and config.model != model:
+    if "model" not in config.model_fields_set:
+        return
+    ours, its = flatten(config.model.model_dump()), flatten(model.model_dump())
+    differing = [
+        f"  model.{key}: {ours.get(key)!r}, the teacher's is {its.get(key)!r}"
+        for key in sorted(ours.keys() | its.keys())
+        if ours.get(key) != its.get(key)
+    ]
+    if differing:
         raise ConfigError(
-            f"model: another than that of {origin}; leave the section out, the teacher's is used"
+            f"the model section is not that of {origin}; leave it out, the teacher's is used:\n"
+            + "\n".join(differing)
         )
-    if denoiser is not None:
-        with tempfile.TemporaryDirectory() as temporary:
-            local = Path(temporary) / "model"
-            folder.write(local, model, facts, denoiser.state_dict(), folder.Background())
-            storage.publish_folder(local, where)
-    return model
 
 
-def teacher_name(config: RunConfig) -> str:
-    """The teacher as MLflow should remember it: an alias by the version that it meant when it was read."""
-    assert config.distill is not None
-    name = config.distill.teacher
-    if not name.startswith("models:/"):
-        return name
-    version = tracking.find_version(tracking.tracking_uri(config), name)
-    return f"models:/{version.name}/{version.version}"
+def teacher_name(run: str) -> str:
+    """The teacher that a run was given: a folder, a file, or a model version, whatever alias it went by."""
+    return str(_told(run)["teacher"])
 
 
-def _read_teacher(config: RunConfig, origin: str) -> tuple[Denoiser, ModelConfig, folder.DataFacts]:
-    assert config.distill is not None
-    name = config.distill.teacher
-    if name.startswith("models:/"):
-        return folder.read(tracking.download_model(tracking.tracking_uri(config), name))
-    if not storage.exists(name):
-        raise CheckpointError(
-            f"{origin}: no such folder or file; expected a model folder, models:/... or a file"
-        )
-    local = storage.fetch(name)
-    if local.is_dir():
-        return folder.read(local)
-    denoiser, released, facts = pretrained.load(local)
-    return denoiser, released.model, facts
+def _told(run: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(storage.read_text(storage.join(teacher_folder(run, 0), ORIGIN)))
+    return told
 
 
 def check_teacher(config: RunConfig, run: str, manifest: Manifest) -> None:
-    """Refuse a teacher of another vocabulary or length than the data.
+    """Refuse a teacher of another vocabulary, tokenizer or length than the data.
 
     Raises:
         DataError: every difference.
     """
+    assert config.distill is not None
     _, facts = folder.read_config(storage.fetch(teacher_folder(run, 0)))
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "vocabulary": (facts.vocab_size, manifest.vocabulary),
         "length": (facts.length, manifest.length),
         "BOS": (facts.bos, manifest.special.bos),
     }
+    if tokenizer := _told(run)["tokenizer"]:  # released files come without
+        pairs["tokenizer (hash)"] = (tokenizer, manifest.tokenizer.hash)
     found = [f"{key} {has}, the data's is {wants}" for key, (has, wants) in pairs.items() if has != wants]
     if found:
-        assert config.distill is not None
         raise DataError(
             f"distill.teacher: {config.distill.teacher!r} does not fit the data: " + "; ".join(found)
         )

@@ -68,12 +68,8 @@ def distill(config: schema.RunConfig) -> Outcome:
     config = located(config)
     run = checkpoint.run_folder(config)
     storage.check_writable(run, "cluster.storage")
-    model = distillation.place_teacher(config, run)
-    train = config.train.model_copy(update={"init_from": distillation.teacher_folder(run, 0)})
-    config = config.model_copy(update={"model": model, "train": train})
-    if found := config.conflicts():
-        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in found))
-    return _carry_out(config, {"teacher": distillation.teacher_name(config)})
+    config = distillation.with_teacher(config)
+    return _carry_out(config, {"teacher": distillation.teacher_name(run)})
 
 
 def _carry_out(config: schema.RunConfig, tags: dict[str, str]) -> Outcome:

@@ -123,15 +123,16 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
         CheckpointError: lists every difference as old -> new.
     """
     before, now = flatten(old), flatten(config.model_dump(mode="json"))
+    fixed = ("train.steps",) if config.distill else ()  # they say where a round ends
     differing = [
         f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE)
+        if before.get(key) != now.get(key) and (key in fixed or not key.startswith(FREE))
     ]
     if differing:
         raise CheckpointError(
-            f"{path} belongs to a run with another config; only steps, validation, logging and cluster keys "
-            "may change. Use another name, or change back:\n" + "\n".join(differing)
+            f"{path} belongs to a run with another config; only steps (not in distillation), validation, logging "
+            "and cluster keys may change. Use another name, or change back:\n" + "\n".join(differing)
         )
 
 
