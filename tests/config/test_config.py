@@ -242,9 +242,19 @@ def test_the_configs_are_there() -> None:
     assert {f"text/{name}.yaml" for name in ("pgm_8_8", "pgm_6_6_dim1024", "mdlm")} <= names
     assert {f"text/{name}.yaml" for name in ("ar", "ar_quickstart")} <= names
     assert {f"text/complementary_mdlm{size}.yaml" for size in ("", "_quickstart")} <= names
+    assert {f"distill/{name}.yaml" for name in ("quickstart", "pgm_8_8", "pgm_6_6_dim1024", "mdlm")} <= names
 
 
 def test_configs_differ_in_name() -> None:
     """Runs of two recipes must not share a folder."""
     names = [load(file).name for file in FILES]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "pgm_8_8", "pgm_6_6_dim1024", "mdlm"])
+def test_students_read_the_data_of_their_teachers(name: str) -> None:
+    """Under the name that the teacher's config registers."""
+    student, teacher = load(CONFIGS / f"distill/{name}.yaml"), load(CONFIGS / f"text/{name}.yaml")
+    assert student.data == teacher.data
+    assert student.distill is not None
+    assert student.distill.teacher == f"models:/{teacher.name}@teacher"
