@@ -8,7 +8,9 @@ from pipeline.training.launch import distill
 
 def run(config: RunConfig) -> None:
     """Distil and say what came out and where it is."""
-    report(distill(config))
+    outcome = distill(config)
+    report(outcome)
+    print(f"\n{outcome.quality}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 _BLUE, _RED, _INK, _GREY = "#2563a8", "#c2452d", "#22262b", "#7a828c"
 _WINDOWS = 20  # the smooth curve looks at a twentieth of the run at a time
@@ -31,6 +31,40 @@ def loss_curve(
         metric, unit = "loss", "nats per masked token"
     _style(right, f"Validation {metric}", unit)
     _draw_validation(right, *_finite(history.get(f"validation/{metric}", ())), references or {})
+    return figure
+
+
+def quality_against_steps(
+    points: Mapping[str, Sequence[tuple[int, float, float]]], reference: float | None = None
+) -> Figure:
+    """Perplexity and entropy of samples by the number of steps: the teacher blue, the last student red.
+
+    Args:
+        points: (steps, perplexity, entropy in nats) by model, the teacher first.
+        reference: perplexity of held-out rows under the same bigram model.
+    """
+    figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _style(left, "Samples under the bigram model", "perplexity")
+    _style(right, "Entropy of a sample", "nats")
+    ends: list[list[tuple[float, str, str]]] = [[], []]
+    for index, (model, found) in enumerate(points.items()):
+        steps, *columns = zip(*sorted(found), strict=True)
+        color = _BLUE if index == 0 else _RED if index == len(points) - 1 else _GREY
+        for axes, values, labels in zip((left, right), columns, ends, strict=True):
+            axes.plot(steps, values, "o-", color=color, linewidth=1.6, markersize=4)
+            labels.append((values[-1], model, color))
+    if reference is not None:
+        left.axhline(reference, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        ends[0].append((reference, f"held out {reference:.4g}", _INK))
+    counts = sorted({steps for found in points.values() for steps, _, _ in found})
+    for axes, labels in zip((left, right), ends, strict=True):
+        axes.set_xlabel("sampling steps", fontsize=9, color=_GREY)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(counts))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        _label_right(axes, labels)
     return figure
 
 

@@ -1,7 +1,7 @@
 """Unigram and bigram perplexities: what counting alone achieves on the rows that a model is judged by."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -47,6 +47,13 @@ def bigram_perplexity(
 
     Source: Witten and Bell 1991, method C.
     """
+    return bigram_judge(train_rows, vocabulary, max_train_rows)(rows)
+
+
+def bigram_judge(
+    train_rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
+) -> Callable[[Iterable[Rows]], float]:
+    """`bigram_perplexity` of any blocks of rows, with the training rows counted once."""
     counts = np.zeros(vocabulary, np.int64)
     pairs: np.ndarray = np.empty(0, np.int64)  # codes a V + b, sorted
     pair_counts: np.ndarray = np.empty(0, np.int64)  # c(a, b)
@@ -69,7 +76,7 @@ def bigram_perplexity(
         share = np.where(followed[before] > 0, share, unigram[after])
         return np.log(np.concatenate([unigram[portion[:, :1]], share], axis=1))
 
-    return _perplexity(logs(portion) for portion in _portions(rows))
+    return lambda rows: _perplexity(logs(portion) for portion in _portions(rows))
 
 
 def _portions(blocks: Iterable[Rows], max_rows: int | None = None) -> Iterator[Rows]:

@@ -92,7 +92,7 @@ def _carry_out(config: schema.RunConfig, tags: dict[str, str]) -> Outcome:
             if stop.is_set():
                 status = "KILLED"
                 raise TrainingError("stopped as asked, after a checkpoint; the same command goes on")
-            outcome = finish(config, run, uri, run_id, manifest)
+            outcome = finish(config, run, uri, run_id, manifest, use_gpu)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"

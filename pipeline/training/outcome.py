@@ -2,6 +2,8 @@
 
 import io
 import logging
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +14,13 @@ from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
 from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
-from pipeline.data.tokenizers import load_tokenizer
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation import ngram
-from pipeline.evaluation.figures import loss_curve
+from pipeline.evaluation import distillation, ngram
+from pipeline.evaluation.figures import loss_curve, quality_against_steps
 from pipeline.evaluation.pictures import sample_grid
 from pipeline.models import folder
+from pipeline.models.vq import ImageTokenizer
 from pipeline.training import checkpoint
 from pipeline.training.distillation import sampling_steps, teacher_folder
 from pipeline.training.loop import tracking_spill
@@ -41,10 +44,11 @@ class Outcome:
     samples: tuple[str, ...]
     pictures: str | None  # PNG of an image model's samples
     tracking_uri: str
+    quality: str | None = None  # Markdown table of a distillation: samples of every model by steps
 
 
-def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifest) -> Outcome:
-    """Consolidate, register, draw the curve, compare with n-grams."""
+def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifest, use_gpu: bool) -> Outcome:
+    """Consolidate, register, draw the curve, compare with n-grams; of a distillation, every student too."""
     last = checkpoint.latest(run)
     if last is None:
         raise CheckpointError(f"{run}: training ended without a usable checkpoint")
@@ -61,6 +65,7 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
     name = config.tracking.register_as or config.name
     references = _references(config, manifest) if text else {}
     grid = None if text else _grid(config, manifest, model)
+    quality = [] if config.distill is None else _quality(config, run, manifest, model, use_gpu)
     version = None
     try:
         number = tracking.register_model(
@@ -74,7 +79,7 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
         if config.distill is None:
             tracking.set_alias(uri, name, "teacher", number)
         else:
-            _register_rounds(config, run, uri, run_id, name)
+            _register_rounds(config, run, uri, run_id, name, tokenizer)
         with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
             tracker.log_metrics({f"reference/{k}": v for k, v in references.items()}, state.step)
             tracker.flush()
@@ -83,6 +88,10 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
             tracker.log_figure(figure, "figures/loss_curve.png")
             if grid is not None:
                 tracker.log_figure(grid, "figures/samples.png")
+            if quality:
+                compared = quality_against_steps(distillation.points(quality), references.get("bigram"))
+                tracker.log_figure(compared, "figures/quality_against_steps.png")
+                tracker.log_text(distillation.table(quality) + "\n", "quality_against_steps.md")
         if storage.is_local(run):
             figure.savefig(Path(run) / "loss_curve.png")
     except ConfigError as error:  # the training is done; an outage now must not make it a failure
@@ -93,7 +102,8 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
         stream = io.BytesIO()
         grid.savefig(stream, format="png")
         storage.publish_bytes(pictures, stream.getvalue())
-    return Outcome(run, model, version, metric, value, references, state.samples, pictures, uri)
+    told = distillation.table(quality) if quality else None
+    return Outcome(run, model, version, metric, value, references, state.samples, pictures, uri, told)
 
 
 def _round_tags(config: RunConfig) -> dict[str, str]:
@@ -103,14 +113,38 @@ def _round_tags(config: RunConfig) -> dict[str, str]:
     return {"round": str(rounds), "sampling_steps": str(sampling_steps(config.distill, rounds))}
 
 
-def _register_rounds(config: RunConfig, run: str, uri: str, run_id: str, name: str) -> None:
+def _register_rounds(
+    config: RunConfig, run: str, uri: str, run_id: str, name: str, tokenizer: Tokenizer | ImageTokenizer
+) -> None:
     """The students of all rounds but the last, which is the run's model."""
     assert config.distill is not None
     for done in range(1, config.distill.rounds):
-        folder_of = storage.fetch(teacher_folder(run, done))
         steps = str(sampling_steps(config.distill, done))
         tags = {"round": str(done), "sampling_steps": steps}
-        tracking.register_model(uri, run_id, folder_of, f"{name}-round-{done}", tags)
+        with tempfile.TemporaryDirectory() as temporary:
+            student = Path(temporary) / "model"
+            shutil.copytree(storage.fetch(teacher_folder(run, done)), student)
+            tokenizer.save(student)
+            tracking.register_model(uri, run_id, student, f"{name}-round-{done}", tags)
+
+
+def _quality(
+    config: RunConfig, run: str, manifest: Manifest, model: str, use_gpu: bool
+) -> list[distillation.Quality]:
+    """Samples of the teacher and of every round's student, under the training rows' bigram model."""
+    asked, bos = config.distill, int(manifest.special.bos is not None)
+    assert asked is not None
+    models = {
+        "teacher" if done == 0 else f"round {done}": teacher_folder(run, done) for done in range(asked.rounds)
+    }
+    models[f"round {asked.rounds}"] = model
+    counts = distillation.step_counts(asked.teacher_steps, asked.rounds, manifest.length - bos)
+    log.info("sampling from the teacher and %d students in %s steps", asked.rounds, counts)
+    train = ShardReader(data_path(config), manifest, "train")
+    seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, bos:]
+    judge = ngram.bigram_judge([seen], manifest.vocabulary)
+    cpus = config.cluster.cpus_per_worker
+    return distillation.compare(models, counts, config.sampling, judge, cpus, use_gpu)
 
 
 def _grid(config: RunConfig, manifest: Manifest, model: str) -> Figure:
