@@ -19,7 +19,9 @@ from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mea
 from pipeline.models.released import read
 from pipeline.models.vq import digest
 
-KNOWN = ("inception", "efficientnet", "digits")
+KNOWN = ("inception", "efficientnet", "classifier")
+CLASSIFIER_SIDE = 64  # pixels of the largest images that the fitted net looks at
+CLASSIFIER_IMAGES = 5_000  # that it is fitted on, at most
 HIDDEN = 128  # width of the fitted net's features
 
 Labelled = tuple[UInt8[np.ndarray, "n S S 3"], Int[np.ndarray, "n"]]
@@ -89,11 +91,11 @@ def load_features(
     """Build a feature net.
 
     Args:
-        spec: "inception" (the one of published FIDs), "efficientnet" (ImageNet, without any download), "digits" (a
-            small net fitted on labelled images, of whatever they are) or `package.module:factory`, where
+        spec: "inception" (the one of published FIDs), "efficientnet" (ImageNet, without any download), "classifier"
+            (a small net fitted on the data's own images and labels) or `package.module:factory`, where
             `factory()` gives a module as `FeatureNet` takes it.
         weights: path or URL of Inception's weights; None downloads those of torch-fidelity.
-        labelled: images and labels for "digits".
+        labelled: images and labels for "classifier".
         batch: images that go through the network at a time.
         device: where it runs.
 
@@ -102,10 +104,10 @@ def load_features(
         CapabilityError: a package that it needs is not installed.
         CheckpointError: the weights are damaged, or those of another network.
     """
-    if spec == "digits":
+    if spec == "classifier":
         if labelled is None:
             raise ConfigError(
-                "evaluation.features: 'digits' is fitted on labelled images, and this data has no labels; expected "
+                "evaluation.features: 'classifier' is fitted on labelled images, and there are none; expected "
                 "'inception', 'efficientnet' or package.module:factory"
             )
         return FeatureNet(spec, fit_classifier(*labelled, seed=0), batch, device)
@@ -178,6 +180,11 @@ def classifier_accuracy(
     probabilities = net(images).probabilities
     if probabilities is None:
         raise ConfigError(f"evaluation.features: the network {net.name!r} gives no logits to tell classes by")
+    return accuracy(probabilities, labels)
+
+
+def accuracy(probabilities: Float[np.ndarray, "n K"], labels: Int[np.ndarray, "n"]) -> float:
+    """Share of the images whose likeliest class is the right one."""
     return float((probabilities.argmax(1) == labels).mean())
 
 

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray.data
@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.evaluation.features import FeatureNet, Outputs
-from pipeline.models.vq import ImageTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +30,15 @@ class Gaussian:
     count: int
     mean: Float64[np.ndarray, "D"]
     covariance: Float64[np.ndarray, "D D"]
+
+
+class Difference(NamedTuple):
+    """Sums over pixel values, whole numbers, so that totals are exact for any batches."""
+
+    images: int
+    values: int
+    squares: int
+    absolute: int
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,7 @@ def reference_statistics(
     path = storage.join(cache, f"features-{key[:32]}.safetensors")
     if storage.exists(path):
         return _read(path, count)
+    storage.check_writable(cache, "data.path")
     statistics, _ = summarise(outputs())
     if statistics.count != count:
         raise DataError(f"reference statistics: {statistics.count} images of {data}; expected {count}")
@@ -196,25 +205,23 @@ def dataset_outputs(
         yield Outputs(rows["features"], rows.get("probabilities"))
 
 
-def reconstruction(tokenizer: ImageTokenizer, batches: Iterable[Images]) -> Reconstruction:
+def difference(images: Images, rebuilt: Images) -> Difference:
+    """How far images are from what a tokenizer makes of them."""
+    error = rebuilt.astype(np.int64) - images
+    return Difference(len(images), error.size, int((error**2).sum()), int(np.abs(error).sum()))
+
+
+def reconstruction(parts: Iterable[Difference]) -> Reconstruction:
     """What a tokenizer's codes lose of images.
 
     Raises:
         DataError: there are no images.
     """
-    images = values = squares = differences = 0  # whole numbers: exact for any batches
-    for batch in batches:
-        if not len(batch):
-            continue
-        error = tokenizer.decode(tokenizer.encode(batch)).astype(np.int64) - batch
-        images, values = images + len(batch), values + error.size
-        squares, differences = squares + int((error**2).sum()), differences + int(np.abs(error).sum())
+    images, values, squares, sizes = (sum(column) for column in zip(Difference(0, 0, 0, 0), *parts, strict=True))
     if not images:
         raise DataError("reconstruction: no images; expected at least one")
     mse = squares / values
-    return Reconstruction(
-        images, mse, differences / values, 10 * math.log10(255**2 / mse) if mse else math.inf
-    )
+    return Reconstruction(images, mse, sizes / values, 10 * math.log10(255**2 / mse) if mse else math.inf)
 
 
 class _Actor:

@@ -51,7 +51,7 @@ class Averages(nn.Module):
 @pytest.fixture(scope="module")
 def digits_net() -> FeatureNet:
     """Fitted on the even rows; tests look at the odd ones."""
-    return load_features("digits", None, (PIXELS[::2], LABELS[::2]), 64, "cpu")
+    return load_features("classifier", None, (PIXELS[::2], LABELS[::2]), 64, "cpu")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_classifier_accuracy(digits_net: FeatureNet) -> None:
 
 
 def fit_and_name(images: np.ndarray, labels: np.ndarray) -> str:
-    return load_features("digits", None, (images, labels), 8, "cpu").name
+    return load_features("classifier", None, (images, labels), 8, "cpu").name
 
 
 def test_classifier_of_two_classes() -> None:
@@ -151,7 +151,7 @@ def test_classifier_of_two_classes() -> None:
 
 
 def test_outputs_do_not_depend_on_the_batch(digits_net: FeatureNet) -> None:
-    small = load_features("digits", None, (PIXELS[::2], LABELS[::2]), 7, "cpu")
+    small = load_features("classifier", None, (PIXELS[::2], LABELS[::2]), 7, "cpu")
     a, b = small(PIXELS[:40]), digits_net(PIXELS[:40])
     assert np.allclose(a.features, b.features, atol=1e-5)
     assert np.allclose(a.probabilities, b.probabilities, atol=1e-5)
@@ -180,7 +180,7 @@ def test_unknown_nets(user_module: types.ModuleType) -> None:
         ("users_nest:averages", "'users_nest' cannot be imported"),
         (":averages", "cannot be imported"),
         ("users_nets:nothing", "gave NoneType; expected a torch.nn.Module"),
-        ("digits", "this data has no labels"),
+        ("classifier", "labelled images, and there are none"),
     ]:
         with pytest.raises(ConfigError, match=r"evaluation\.features") as caught:
             load_features(spec, None, None, 8, "cpu")

@@ -1,0 +1,47 @@
+"""Work spread over Ray actors: answers in the order of the questions, users' mistakes raised as what they are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util import ActorPool
+
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job's actors get.
+
+    Attributes:
+        actors: processes that work at the same time, at most.
+        cpus: CPUs of each, which is also its threads.
+        use_gpu: whether each has a GPU of its own.
+    """
+
+    actors: int
+    cpus: int
+    use_gpu: bool
+
+
+def start(actor: type, arguments: Sequence[Any], resources: Resources, tasks: int) -> list[Any]:
+    """Processes that each hold one `actor(*arguments)`; never more of them than tasks.
+
+    They end when the last reference to them goes.
+    """
+    remote = ray.remote(actor).options(num_cpus=resources.cpus, num_gpus=int(resources.use_gpu))
+    return [remote.remote(*arguments) for _ in range(max(1, min(resources.actors, tasks)))]
+
+
+def in_order(ready: list[Any], method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """`method(*task)` of every task on whichever actor is free, one at a time on each.
+
+    Raises:
+        PipelineError: what an actor raised, without Ray's traceback.
+    """
+    pool = ActorPool(ready)
+    try:
+        yield from pool.map(lambda one, task: getattr(one, method).remote(*task), tasks)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, PipelineError) else error from None
