@@ -134,12 +134,15 @@ def _pydoc() -> list[str]:
 
 
 def root_of(source: str, suffixes: tuple[str, ...]) -> str:
-    """The folder that names are given relative to."""
+    """The folder that names are given relative to, spelled as `find` spells files."""
     path = storage.resolve(source)
     wild = min((path.index(c) for c in GLOB if c in path), default=None)
     if wild is not None:
-        return path[:wild].rpartition("/")[0]
-    return path.rpartition("/")[0] if path.lower().endswith(suffixes) else path.rstrip("/")
+        root = path[:wild].rpartition("/")[0]
+    else:
+        root = path.rpartition("/")[0] if path.lower().endswith(suffixes) else path.rstrip("/")
+    fs, inner = storage.filesystem(root)
+    return root if storage.is_local(root) else fs.unstrip_protocol(inner)
 
 
 def find(source: str, suffixes: tuple[str, ...], embedded: str) -> list[tuple[str, int, str]]:

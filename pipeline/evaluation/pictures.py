@@ -14,31 +14,29 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the steps, at which a sample is shown
 def sample_grid(
     images: UInt8[np.ndarray, "n S S 3"], labels: Sequence[int] | None = None, columns: int = 8
 ) -> Figure:
-    """Images side by side; with labels, one row of pictures a class, its number in front.
+    """Images side by side; with labels, one column of pictures a class under its number.
 
     Args:
         labels: class of every image, None for unconditional samples.
-        columns: of the grid, without labels; with them as many as a class has images.
+        columns: of the grid, without labels.
     """
     if labels is None:
-        rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-        names = [""] * len(rows)
+        groups, names = [images[i::columns] for i in range(min(columns, len(images)))], [""] * columns
     else:
         classes = list(dict.fromkeys(labels))
-        rows = [images[np.asarray(labels) == one] for one in classes]
+        groups = [images[np.asarray(labels) == one] for one in classes]
         names = [str(one) for one in classes]
-    width = max(map(len, rows))
-    figure = Figure(figsize=(0.9 * width + 0.5, 0.9 * len(rows)), dpi=150)
-    axes = figure.subplots(len(rows), width, squeeze=False)
-    figure.subplots_adjust(
-        left=0.5 / (0.9 * width + 0.5), right=0.99, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06
-    )
-    for line, pictures, name in zip(axes, rows, names, strict=True):
-        for cell in line:
+    height = max(map(len, groups))
+    figure = Figure(figsize=(0.9 * len(groups), 0.9 * height + 0.3), dpi=150)
+    axes = figure.subplots(height, len(groups), squeeze=False)
+    top = 1 - 0.28 / (0.9 * height + 0.3)
+    figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=0.01, wspace=0.06, hspace=0.06)
+    for column, pictures, name in zip(axes.T, groups, names, strict=False):
+        for cell in column:
             cell.set_axis_off()
-        for cell, picture in zip(line, pictures, strict=False):
+        for cell, picture in zip(column, pictures, strict=False):
             cell.imshow(picture, interpolation="nearest")
-        line[0].text(-0.12, 0.5, name, transform=line[0].transAxes, ha="right", va="center", color=_INK)
+        column[0].set_title(name, fontsize=10, color=_INK, pad=3)
     return figure
 
 

@@ -49,8 +49,7 @@ class Pretraining:
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         index, train = micro.index, self._config.train
         tokens, labels = np.where(present[:, None], micro.tokens, 0), None
-        if self._config.model.classes is not None:
-            assert micro.labels is not None, "data without labels passed the checks"
+        if self._config.model.classes is not None and micro.labels is not None:
             labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
         if self._model.left_to_right:
             return next_token_batch(tokens, present, train.batch, self._bos, self._device, labels)

@@ -1,5 +1,7 @@
 """Shards: bytes that follow from the tokens, hashes that find damage, refusals that name every difference."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,19 @@ from data_helpers import SIZES, L, make_shards, write_ranks
 from pipeline import storage
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
-from pipeline.data.shards import MANIFEST, Manifest, ShardReader, check_fits, encode_shard, token_dtype
+from pipeline.data.shards import (
+    MANIFEST,
+    Manifest,
+    ShardFile,
+    ShardReader,
+    SpecialIds,
+    Split,
+    check_fits,
+    encode_shard,
+    token_dtype,
+)
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 
 def fitting(manifest: Manifest) -> Manifest:
@@ -44,6 +56,38 @@ def test_rows_in_any_order(tmp_path: Path) -> None:
     for bad in (-1, 177):
         with pytest.raises(IndexError, match="177"):
             reader.rows(np.array([bad]))
+
+
+def test_labels_stand_beside_their_rows(tmp_path: Path) -> None:
+    reader = ShardReader(str(tmp_path), make_shards(tmp_path, SIZES, classes=7), "train")
+    indices = np.array([176, 0, 39, 40, 0, 100])
+    labels = reader.labels(indices)
+    assert labels is not None
+    np.testing.assert_array_equal(labels, indices % 7)
+    assert labels.dtype == np.int64
+    np.testing.assert_array_equal(reader.rows(indices)[:, 0], indices)
+    with pytest.raises(IndexError, match="177"):
+        reader.labels(np.array([177]))
+    unlabelled = ShardReader(str(tmp_path / "x"), make_shards(tmp_path / "x", SIZES), "train")
+    assert unlabelled.labels(indices) is None
+
+
+def test_rows_of_images_hold_a_bos_behind_the_mask(tmp_path: Path) -> None:
+    """256 codes fit into a byte, the BOS 257 does not."""
+    tokens = np.array([[257, 255, 0]], dtype="<u2")
+    data, digest = encode_shard(tokens, np.array([3]))
+    storage.publish_bytes(str(tmp_path / "train-00000.parquet"), data)
+    file = ShardFile(name="train-00000.parquet", rows=1, sha256=digest)
+    changes = {
+        "length": 3,
+        "vocabulary": 256,
+        "special": SpecialIds(eot=None, bos=257),
+        "splits": {"train": Split(files=(file,), documents=1, tokens=3, tokens_dropped=0)},
+    }
+    manifest = make_shards(tmp_path / "x", SIZES, classes=7).model_copy(update=changes)
+    reader = ShardReader(str(tmp_path), manifest, "train")
+    np.testing.assert_array_equal(reader.rows(np.array([0])), tokens)
+    assert reader.rows(np.array([0])).dtype == np.uint16
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
@@ -85,6 +129,13 @@ def test_missing_and_truncated_shards(tmp_path: Path) -> None:
         ShardReader(str(tmp_path), manifest, "trian")
 
 
+def test_manifests_from_before_images_are_read(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path, SIZES)
+    old = manifest.model_dump(exclude={"classes", "class_names", "grid"})
+    storage.publish_text(str(tmp_path / MANIFEST), json.dumps(old))
+    assert Manifest.read(str(tmp_path)) == manifest
+
+
 def test_manifest_round_trip_and_damage(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, SIZES)
     with pytest.raises(DataError, match=r"no manifest.json"):
@@ -116,3 +167,28 @@ def test_every_difference_is_named_at_once(tmp_path: Path) -> None:
         "train.batch: 184 rows, but the data has 177",
     ):
         assert part in message
+
+
+def test_every_difference_of_images_is_named_at_once(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path, SIZES, classes=3).model_copy(
+        update={"length": 17, "vocabulary": 128, "grid": 4, "content": {"tokenizer": "patch"}}
+    )
+    check_fits(manifest, make_config({"kind": "image", "classes": 3}))
+    file = tmp_path / "vq.pt"
+    file.write_bytes(b"weights")
+    data = {"kind": "image", "classes": 5, "factor": 1, "tokenizer": str(file)}
+    with pytest.raises(DataError) as caught:
+        check_fits(manifest, make_config(data, batch=184))
+    message = str(caught.value)
+    for part in (
+        "data.length: the data has 17, the config 65",
+        "data.classes: the data has 3, the config 5",
+        "data.size / data.factor: the data has 4, the config 8",
+        f"data.tokenizer: the data has 'patch', the config '{hashlib.sha256(b'weights').hexdigest()}'",
+        "train.batch: 184 rows, but the data has 177",
+    ):
+        assert part in message
+    with pytest.raises(DataError, match=r"data.codes: the data has 128, the config 64"):
+        check_fits(manifest, make_config({"kind": "image", "classes": 3, "codes": 64}))
+    with pytest.raises(ConfigError, match=r"data.tokenizer: .*vq.tp' does not exist.*did you mean 'vq.pt'\?"):
+        check_fits(manifest, make_config({**data, "tokenizer": str(tmp_path / "vq.tp")}))

@@ -139,6 +139,22 @@ def test_batches(workers: int, micro: int, tmp_path: Path) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
 
 
+def test_labels_go_with_their_rows(tmp_path: Path) -> None:
+    """Also in missing rows, which repeat one that exists."""
+    reader = ShardReader(str(tmp_path), make_shards(tmp_path, SIZES, classes=7), "train")
+    stream = batches(reader, make_order(), 0, 2, 3, 4)  # 8 streams for 3 workers: the last one has fewer
+    parts = next(stream)
+    stream.close()
+    assert any((part.index == MISSING).any() for part in parts)
+    for part in parts:
+        assert part.labels is not None
+        np.testing.assert_array_equal(part.labels, part.tokens[:, 0] % 7)
+        assert part.labels.dtype == np.int64
+    unlabelled = batches(make_reader(tmp_path / "x"), make_order(), 0, 0, 1, 24)
+    assert next(unlabelled)[0].labels is None
+    unlabelled.close()
+
+
 def test_an_error_while_reading_ahead_reaches_the_consumer(tmp_path: Path) -> None:
     manifest, order = make_shards(tmp_path, SIZES), make_order()
     reader = ShardReader(str(tmp_path), manifest, "train")

@@ -2,11 +2,9 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import pyarrow as pa
 import pytest
 import ray
 import yaml
-from data_helpers import DOCUMENTS, lines, write_parquet, write_ranks
+from data_helpers import DOCUMENTS, ROOT, lines, run_until, shard_bytes, write_parquet, write_ranks
 
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
@@ -23,8 +21,6 @@ from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.sources import open_source, read
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_tree(storage: Path, **data: object) -> dict[str, object]:
@@ -45,10 +41,6 @@ def make_config(storage: Path, **data: object) -> RunConfig:
 def all_rows(config: RunConfig, manifest: Manifest, split: str) -> np.ndarray:
     reader = ShardReader(data_path(config), manifest, split)
     return reader.rows(np.arange(len(reader)))
-
-
-def shard_bytes(folder: str) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix == ".parquet"}
 
 
 @pytest.mark.parametrize("wrap", ["none", "bos_eos"])
@@ -108,24 +100,6 @@ def corpus(folder: Path) -> None:
     for i in range(40 * 64):
         text = "" if i % 97 == 0 else f"{i} " + f"word{i % 13} " * (i % 100)
         (folder / f"{i:05d}.txt").write_text(text)
-
-
-def run_until(config: Path, address: str, done: Callable[[], bool]) -> None:
-    """Start jobs.prepare on the Ray at `address`, and kill all of it as soon as `done()`."""
-    environment = {**os.environ, "RAY_ADDRESS": address}
-    command = [sys.executable, "-m", "jobs.prepare", str(config)]
-    job = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 180
-    try:
-        while not done():
-            assert job.poll() is None, job.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.communicate()
 
 
 def test_killed_twice_and_finished_gives_the_same_bytes(

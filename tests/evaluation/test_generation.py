@@ -1,0 +1,52 @@
+"""Sampling by Ray actors: what is written, and that it does not depend on batches."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_models import randomised
+
+from pipeline.config.schema import PGMConfig, SamplingConfig
+from pipeline.evaluation.generation import generate, labels_of
+from pipeline.models import folder
+from pipeline.models.vq import PatchVQ
+
+PATCHES = np.random.default_rng(0).integers(0, 256, (11, 2, 2, 3)).astype(np.uint8)
+CONFIG = PGMConfig(hidden=16, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0, classes=3, registers=2)
+
+
+@pytest.fixture
+def image_model(tmp_path: Path) -> str:
+    """A model of 11 codes on 3 x 3 grids behind a BOS, with its tokenizer."""
+    model = randomised(CONFIG, 11, 10)  # no id beyond V is read: BOS is code 0 here
+    folder.write(
+        tmp_path / "model", CONFIG, folder.DataFacts(11, 10, 0, None), model.state_dict(), folder.Background()
+    )
+    PatchVQ(PATCHES).save(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_images_with_their_labels(image_model: str, tmp_path: Path, ray_cluster: None) -> None:
+    seen = []
+    for batch in (5, 2):
+        settings = SamplingConfig(
+            num_samples=5, steps=4, order="halton", guidance=1.0, labels=(2, 0), batch=batch, seed=3
+        )
+        seen.append(generate(image_model, settings, 1, 1, False, str(tmp_path / f"out-{batch}")))
+    assert np.array_equal(seen[0].tokens, seen[1].tokens)
+    assert seen[0].labels == [2, 0, 2, 0, 2]
+    out = tmp_path / "out-5"
+    assert np.array_equal(np.load(out / "tokens.npy"), seen[0].tokens)
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert lines == [{"index": i, "label": label} for i, label in enumerate(seen[0].labels)]
+    for index, row in enumerate(seen[0].tokens):
+        image = np.asarray(Image.open(out / "images" / f"{index:06d}.png"))
+        assert np.array_equal(image, PatchVQ(PATCHES).decode(row[None, 1:])[0])
+    assert min(Image.open(out / "samples.png").size) > 100
+
+
+def test_classes_come_in_turn() -> None:
+    assert labels_of(SamplingConfig(), 3, 2, 4) == [2, 0, 1, 2]
+    assert labels_of(SamplingConfig(labels=(7,)), 10, 5, 2) == [7, 7]

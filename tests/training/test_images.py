@@ -1,0 +1,103 @@
+"""Training on images: codes behind a BOS, classes and their drop, arccos masking and its normalisers."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import observed
+import pytest
+import torch
+from workers import Workers
+
+from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig
+from pipeline.data.prepared import data_path, ensure
+from pipeline.data.shards import Manifest, ShardReader
+from pipeline.data.stream import MicroBatch
+from pipeline.models import build
+from pipeline.training.task import Pretraining
+
+SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0, "classes": 10}
+MODELS = {
+    "pgm": PGMConfig(encoder_blocks=1, decoder_blocks=1, registers=2, **SIZE),
+    "maskgit": MDLMConfig(kind="mdlm", blocks=2, registers=1, **SIZE),
+    "ar": ARConfig(kind="ar", blocks=2, **SIZE),
+}
+STEPS, CODES = 6, 16
+IMAGES = {
+    "kind": "image",
+    "source": "digits",
+    "factor": 4,
+    "codes": CODES,
+    "validation_images": 97,
+    "fit_images": 300,
+    "shard_rows": 600,
+    "streams": 4,
+    "shuffle_window": 600,
+}
+Runs = dict[str, tuple[observed.Seen, observed.Seen]]
+
+
+def image_run(storage: Path, name: str, model: str, stage: int) -> RunConfig:
+    """Digits as 2 x 2 codes of 4 x 4 pixels."""
+    text = observed.quick(storage, name, steps=STEPS, zero_stage=stage, class_drop=0.25)
+    data = {**IMAGES, "path": str(storage / "images")}
+    tree = text.model_dump(mode="json") | {"data": data, "model": MODELS[model].model_dump(mode="json")}
+    tree["diffusion"]["schedule"] = "loglinear" if model == "ar" else "arccos"
+    if model == "ar":
+        tree["sampling"] |= {"order": "left_to_right", "steps": 4}
+    return RunConfig.model_validate(tree)
+
+
+@pytest.fixture(scope="module")
+def runs(run_storage: Path, groups: dict[int, Workers]) -> Runs:
+    """What rank 0 saw: alone with whole parameters, and with a second worker under stage 3."""
+    ensure(image_run(run_storage, "prepare-images", "pgm", 0))
+    seen = [
+        groups[count](observed.train, [image_run(run_storage, f"{m}-{stage}", m, stage) for m in MODELS])[0]
+        for count, stage in ((1, 0), (2, 3))
+    ]
+    return {name: pair for name, *pair in zip(MODELS, *seen, strict=True)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_workers_and_stages_agree(runs: Runs, name: str) -> None:
+    alone, shared = runs[name]
+    assert alone.error is shared.error is None
+    assert min(alone.norms.values()) > 0
+    assert shared.losses == pytest.approx(alone.losses, abs=2e-5, rel=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_is_a_mean_over_targets(runs: Runs, name: str) -> None:
+    """A head of zeros gives every target log V nats, however many of them there are."""
+    assert runs[name][0].losses[1] == pytest.approx(math.log(CODES), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_validation_names_what_it_measures(runs: Runs, name: str) -> None:
+    for seen in runs[name]:
+        (line,) = [line for line in seen.log if ": validation " in line]
+        assert ("exact" if name == "ar" else "nats per masked token, arccos") in line
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_has_its_classes_and_bos(runs: Runs, run_storage: Path, name: str) -> None:
+    config = image_run(run_storage, "any", name, 0)
+    manifest = Manifest.read(data_path(config))
+    assert (manifest.vocabulary, manifest.special.bos, manifest.classes) == (CODES, CODES + 1, 10)
+    reader, rows = ShardReader(data_path(config), manifest, "train"), np.arange(8)
+    model = build(config.model, CODES, manifest.length, manifest.special.bos)
+    task = Pretraining(config, manifest, model, torch.device("cpu"))
+    labels, dropped = reader.labels(rows), []
+    assert labels is not None
+    for step in range(200):
+        task.start(step)
+        batch = task.batch(MicroBatch(reader.rows(rows).astype(np.int64), rows, labels), np.ones(8, bool))
+        assert batch.condition is not None
+        seen = batch.condition.numpy()
+        dropped.append(seen == 10)
+        assert np.array_equal(seen[seen != 10], labels[seen != 10])
+        assert batch.tokens[:, 0].eq(CODES + 1).all()
+        assert not batch.targets[:, 0].any()
+    assert np.mean(dropped) == pytest.approx(0.25, abs=0.05)
+    assert np.std(np.mean(dropped, axis=0)) < 0.06  # no place in the batch is preferred
