@@ -30,7 +30,7 @@ def start(actor: type, arguments: Sequence[Any], resources: Resources, tasks: in
 
     They end when the last reference to them goes.
     """
-    remote = ray.remote(actor).options(num_cpus=resources.cpus, num_gpus=int(resources.use_gpu))
+    remote: Any = ray.remote(actor).options(num_cpus=resources.cpus, num_gpus=int(resources.use_gpu))
     return [remote.remote(*arguments) for _ in range(max(1, min(resources.actors, tasks)))]
 
 
@@ -40,7 +40,7 @@ def in_order(ready: list[Any], method: str, tasks: Sequence[tuple[Any, ...]]) ->
     Raises:
         PipelineError: what an actor raised, without Ray's traceback.
     """
-    pool = ActorPool(ready)
+    pool: Any = ActorPool(ready)
     try:
         yield from pool.map(lambda one, task: getattr(one, method).remote(*task), tasks)
     except ray.exceptions.RayTaskError as error:

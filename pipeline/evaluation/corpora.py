@@ -64,7 +64,8 @@ def open_corpora(paths: Sequence[str]) -> list[Corpus]:
     names = [re.sub(r"[^\w.-]", "_", place.rpartition("/")[2]) for place in places]
     keys = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, start=1)]
     return [
-        Corpus(f"zero_shot/{key}", place, Manifest.read(place)) for key, place in zip(keys, places, strict=True)
+        Corpus(f"zero_shot/{key}", place, Manifest.read(place))
+        for key, place in zip(keys, places, strict=True)
     ]
 
 
@@ -85,7 +86,9 @@ def check_fits(corpus: Corpus, facts: folder.DataFacts, tokenizer_hash: str) -> 
         "bos": (manifest.special.bos, facts.bos),
         "tokenizer (hash)": (manifest.tokenizer.hash[:12], tokenizer_hash[:12]),
     }
-    found = [f"{key}: the data has {has!r}, the model {is_!r}" for key, (has, is_) in pairs.items() if has != is_]
+    found = [
+        f"{key}: the data has {has!r}, the model {is_!r}" for key, (has, is_) in pairs.items() if has != is_
+    ]
     if found:
         raise DataError(
             f"evaluation: the model cannot read {corpus.path} (tokenizer {manifest.tokenizer.name!r}):\n"
@@ -178,7 +181,7 @@ def likelihood_group(corpus: Corpus, title: str, found: Likelihood) -> Group:
         "seed": found.seed,
         "precision": "float32",
     }
-    low, high = found.interval
+    low, high = found.nats - 1.959964 * found.stderr, found.nats + 1.959964 * found.stderr
     if found.estimator == "arccos":
         measures = [Measure("loss", "loss, nats per masked token", found.nats, (low, high))]
     else:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import ray
 import torch
 from jaxtyping import Int
 
-from pipeline import storage
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.encoding import read_pixels
 from pipeline.data.image_archives import Ref
+from pipeline.data.stages import Progress
 from pipeline.evaluation.actors import Resources, in_order, start
 from pipeline.evaluation.features import FeatureNet, Outputs, accuracy
 from pipeline.evaluation.images import (
@@ -79,10 +79,13 @@ def reference_of(
         cache: folder of the prepared data.
     """
 
-    def outputs() -> Any:
+    def outputs() -> Iterator[Outputs]:
         log.info("looking at %d training images, once", count)
+        progress = Progress("looked at", "batches", -(-count // net.batch), "images")
         dataset = dataset_of(images.train, data)
-        return dataset_outputs(dataset, net, resources.actors, resources.cpus, resources.use_gpu)
+        for seen in dataset_outputs(dataset, net, resources.actors, resources.cpus, resources.use_gpu):
+            yield seen
+            progress.add(len(seen.features))
 
     return reference_statistics(outputs, net.name, images.key, count, cache)
 
@@ -137,7 +140,8 @@ def image_groups(
             found.append(Measure("accuracy", name, accuracy(probabilities, right), interval, by=net.name))
         return found
 
-    of_tokenizer = {"images": lost.images, "split": "validation", "tokenizer": storage_name(tokenizer)}
+    lost_by = "/".join(tokenizer.rsplit("/", 2)[1:])
+    of_tokenizer = {"images": lost.images, "split": "validation", "tokenizer": lost_by}
     pixels = [
         Measure("mse", "mean squared error", lost.mse, by="pixel values 0 to 255"),
         Measure("psnr", "PSNR, dB", lost.psnr),
@@ -157,10 +161,6 @@ def image_groups(
             measures([part.real for part in looked], classes, "true"),
         ),
     ]
-
-
-def storage_name(path: str) -> str:
-    return "/".join(storage.resolve(path).rsplit("/", 2)[1:])
 
 
 def _share_interval(share: float, count: int) -> tuple[float, float]:

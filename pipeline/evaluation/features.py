@@ -44,12 +44,13 @@ class FeatureNet:
         batch: images that go through it at a time.
 
     Attributes:
+        spec: as given.
         name: of network and weights; features of equal names can be compared.
     """
 
     def __init__(self, spec: str, module: nn.Module, batch: int, device: str | torch.device):
         self.name = f"{spec}-{digest(spec, {k: v.cpu() for k, v in module.state_dict().items()})[:16]}"
-        self.batch = batch
+        self.spec, self.batch = spec, batch
         self._module = module.eval()
         self.to(device)
 

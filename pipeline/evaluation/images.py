@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import ray.data
 import safetensors.numpy
 import torch
@@ -189,8 +190,9 @@ def dataset_outputs(
         images: with the column `image`, uint8 arrays [S, S, 3] of one size.
         net: on the CPU; every actor gets a copy, and moves it to its GPU.
         actors: processes that look at the same time.
-        cpus: CPUs of an actor.
+        cpus: threads of an actor. A quarter of all CPUs is left to what makes the images, or neither could go on.
     """
+    reserved = min(cpus, 0.75 * ray.cluster_resources()["CPU"] / actors)
     images.context.execution_options.preserve_order = True
     images.context.enable_progress_bars = images.context.print_on_execution_start = False
     looked = images.map_batches(
@@ -198,7 +200,7 @@ def dataset_outputs(
         fn_constructor_args=(ray.put(net), cpus),
         batch_size=net.batch,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=cpus,
+        num_cpus=reserved,
         num_gpus=int(use_gpu),
     )
     for rows in looked.iter_batches(batch_size=net.batch, batch_format="numpy"):
@@ -217,7 +219,9 @@ def reconstruction(parts: Iterable[Difference]) -> Reconstruction:
     Raises:
         DataError: there are no images.
     """
-    images, values, squares, sizes = (sum(column) for column in zip(Difference(0, 0, 0, 0), *parts, strict=True))
+    images, values, squares, sizes = (
+        sum(column) for column in zip(Difference(0, 0, 0, 0), *parts, strict=True)
+    )
     if not images:
         raise DataError("reconstruction: no images; expected at least one")
     mse = squares / values

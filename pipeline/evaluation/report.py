@@ -63,7 +63,7 @@ class Report:
 
     def metrics(self) -> dict[str, float]:
         """Finite figures, and the ends of their intervals, by metric name."""
-        found = {}
+        found: dict[str, float] = {}
         for group in self.groups:
             for one in group.measures:
                 key = f"evaluation/{group.key}/{one.key}"

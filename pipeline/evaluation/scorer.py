@@ -130,7 +130,9 @@ class Scorer:
     def _nats(self, part: list[list[int]]) -> float:
         width = max(map(len, part))
         tokens = torch.tensor([text + [0] * (width - len(text)) for text in part], device=self._device)
-        real = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in part], device=self._device)
+        real = torch.tensor(
+            [[1] * len(text) + [0] * (width - len(text)) for text in part], device=self._device
+        )
         logits = self._model(input_ids=tokens, attention_mask=real).logits  # [B, width, V]
         return sum(
             float(F.cross_entropy(row[: len(text) - 1].float(), ids[1 : len(text)], reduction="sum"))
@@ -181,7 +183,9 @@ def _pretrained(kind: Any, spec: str, **settings: Any) -> Any:
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         folder, _, last = storage.resolve(spec).rpartition("/")
-        near = did_you_mean(last, storage.listing(folder)) if not storage.exists(storage.resolve(spec)) else ""
+        near = (
+            did_you_mean(last, storage.listing(folder)) if not storage.exists(storage.resolve(spec)) else ""
+        )
         raise ConfigError(
             f"evaluation.scorer: {spec!r} cannot be loaded: {_line(error)}; expected a causal language model's hub "
             f"name, its folder, or a {GGUF} file{near}"

@@ -25,6 +25,7 @@ from pipeline.evaluation.features import (
 )
 
 UNIT = 256  # images that are read together
+_READING = 0.25  # CPUs of a task that reads them, so that one fits beside the actors that look at them
 _READERS = 8  # threads that read the images on which a classifier is fitted
 
 
@@ -87,7 +88,7 @@ def dataset_of(refs: Sequence[Ref], data: ImageDataConfig) -> ray.data.Dataset:
     """Images as Ray Data rows with the column `image`, in the order of the refs; what cannot be read is left out."""
     units = [{"refs": json.dumps(refs[i : i + UNIT])} for i in range(0, len(refs), UNIT)]
     rows: ray.data.Dataset = ray.data.from_items(units, override_num_blocks=len(units))
-    return rows.flat_map(partial(_read_unit, data=data))
+    return rows.flat_map(partial(_read_unit, data=data), num_cpus=_READING)
 
 
 def _read_unit(row: dict[str, Any], data: ImageDataConfig) -> list[dict[str, Any]]:

@@ -48,7 +48,11 @@ def distinct(rows: Rows, n: int) -> float:
 
 
 def text_measures(
-    rows: Rows, bos: bool, bigram: Callable[[Iterable[Rows]], float], scored: Scored | None, scorer: str | None
+    rows: Rows,
+    bos: bool,
+    bigram: Callable[[Iterable[Rows]], float],
+    scored: Scored | None,
+    scorer: str | None,
 ) -> list[Measure]:
     """Figures of rows of text, drawn or real.
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,7 +77,7 @@ def evaluate(config: RunConfig) -> Evaluation:
     subject = open_subject(config, run, uri)
     others = corpora.open_corpora(config.evaluation.data)
     storage.check_writable(into, "cluster.storage")
-    with cluster(config):
+    with _mlflow_run(config, run, uri) as run_id, cluster(config):
         resources = Resources(config.cluster.workers, config.cluster.cpus_per_worker, check_resources(config))
         manifest = prepared.ensure(config)
         own = Corpus("validation", prepared.data_path(config), manifest)
@@ -86,15 +88,10 @@ def evaluate(config: RunConfig) -> Evaluation:
             groups = _judge_text(config, subject, own, others, into, resources)
         else:
             groups = _judge_images(config, subject, own, others, into, resources)
-    about = {
-        "kind": subject.config.kind,
-        "parameters": f"{sum(p.numel() for p in subject.outline.parameters()):,}",
-        "step": subject.step,
-    }
-    report = Report(config.sampling.model or subject.model, about, groups)
-    storage.publish_text(storage.join(into, "evaluation.json"), report.to_json())
-    storage.publish_text(storage.join(into, "evaluation.md"), report.to_markdown())
-    _track(config, run, uri, subject.step, report, into)
+        report = Report(config.sampling.model or subject.model, _about(subject), groups)
+        storage.publish_text(storage.join(into, "evaluation.json"), report.to_json())
+        storage.publish_text(storage.join(into, "evaluation.md"), report.to_markdown())
+        _track(config, uri, run_id, subject.step, report, into)
     return Evaluation(report, into, uri)
 
 
@@ -121,6 +118,11 @@ def open_subject(config: RunConfig, run: str, uri: str) -> Subject:
         outline = build(section, facts.vocab_size, facts.length, facts.bos)
     step = int(folder.read_background(local).figures.get("step", 0))
     return Subject(model, section, facts, outline, step)
+
+
+def _about(subject: Subject) -> dict[str, Any]:
+    parameters = sum(value.numel() for value in subject.outline.parameters())
+    return {"kind": subject.config.kind, "parameters": f"{parameters:,}", "step": subject.step}
 
 
 def _tokenizer_hash(subject: Subject, manifest: Manifest) -> str:
@@ -237,16 +239,26 @@ def _judge_images(
     return [*groups, drawn, *rest]
 
 
-def _track(config: RunConfig, run: str, uri: str, step: int, report: Report, into: str) -> None:
-    """Figures, tables and samples into the run's MLflow run, which is opened if there is none yet."""
+@contextmanager
+def _mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
+    """The id of the folder's MLflow run; one is opened, and ended, where the folder has none."""
     record = storage.join(run, "run.json")
-    opened = not storage.exists(record)
-    if opened:
-        params = flatten(config.model_dump(mode="json"))
-        run_id = tracking.open_run(uri, config.tracking.experiment, config.name, params, {"folder": run})
-        storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": uri}))
-    else:
-        run_id = json.loads(storage.read_text(record))["run_id"]
+    if storage.exists(record):
+        yield json.loads(storage.read_text(record))["run_id"]
+        return
+    params = flatten(config.model_dump(mode="json"))
+    run_id = tracking.open_run(uri, config.tracking.experiment, config.name, params, {"folder": run})
+    storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": uri}))
+    status: Literal["FINISHED", "FAILED"] = "FAILED"
+    try:
+        yield run_id
+        status = "FINISHED"
+    finally:
+        tracking.end_run(uri, run_id, status)
+
+
+def _track(config: RunConfig, uri: str, run_id: str, step: int, report: Report, into: str) -> None:
+    """Figures, tables and samples into the MLflow run."""
     with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
         tracker.log_metrics(report.metrics(), step)
         for name in ("evaluation.json", "evaluation.md"):
@@ -254,5 +266,3 @@ def _track(config: RunConfig, run: str, uri: str, step: int, report: Report, int
         shown = generation.GRID if config.data.kind == "image" else "samples.txt"
         tracker.log_artifact(storage.fetch(storage.join(into, "samples", shown)), "evaluation")
         tracker.flush()
-    if opened:
-        tracking.end_run(uri, run_id, "FINISHED")

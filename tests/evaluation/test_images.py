@@ -27,6 +27,7 @@ from pipeline.evaluation.features import (
 from pipeline.evaluation.images import (
     Gaussian,
     dataset_outputs,
+    difference,
     frechet_distance,
     gaussian,
     inception_score,
@@ -253,21 +254,25 @@ def test_reconstruction_by_hand() -> None:
     images = np.full((3, 4, 4, 3), 10, np.uint8)
     images[0, 0, 0] = 13
     images[1, 3, 3, 0] = 6
-    found = reconstruction(PatchVQ(book), [images[:2], images[:0], images[2:]])
+    rebuilt = PatchVQ(book).decode(PatchVQ(book).encode(images))
+    found = reconstruction(difference(images[i:j], rebuilt[i:j]) for i, j in ((0, 2), (2, 2), (2, 3)))
     assert found.images == 3
     assert found.mse == pytest.approx((3 * 9 + 16) / 144)
     assert found.mae == pytest.approx((3 * 3 + 4) / 144)
     assert found.psnr == pytest.approx(10 * math.log10(255**2 * 144 / 43))
-    assert reconstruction(PatchVQ(book), [images[2:]]).psnr == math.inf
+    assert reconstruction([difference(images[2:], rebuilt[2:])]).psnr == math.inf
     with pytest.raises(DataError, match="no images"):
-        reconstruction(PatchVQ(book), [images[:0]])
+        reconstruction([])
 
 
 def test_more_codes_lose_less() -> None:
-    errors = [
-        reconstruction(fit_patches(PIXELS[::2], codes, 2, seed=0), [PIXELS[1::2]]).mse
-        for codes in (4, 32, 256)
-    ]
+    def error(codes: int) -> float:
+        tokenizer = fit_patches(PIXELS[::2], codes, 2, seed=0)
+        return reconstruction(
+            [difference(PIXELS[1::2], tokenizer.decode(tokenizer.encode(PIXELS[1::2])))]
+        ).mse
+
+    errors = [error(codes) for codes in (4, 32, 256)]
     assert errors[0] > 1.5 * errors[1] > 1.5 * 1.5 * errors[2]
 
 
