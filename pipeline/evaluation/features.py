@@ -170,20 +170,6 @@ def fit_classifier(
     return classifier.eval()
 
 
-def classifier_accuracy(
-    net: FeatureNet, images: UInt8[np.ndarray, "n S S 3"], labels: Int[np.ndarray, "n"]
-) -> float:
-    """Share of the images in which the net sees the class that they shall show.
-
-    Raises:
-        ConfigError: the net has no classes.
-    """
-    probabilities = net(images).probabilities
-    if probabilities is None:
-        raise ConfigError(f"evaluation.features: the network {net.name!r} gives no logits to tell classes by")
-    return accuracy(probabilities, labels)
-
-
 def accuracy(probabilities: Float[np.ndarray, "n K"], labels: Int[np.ndarray, "n"]) -> float:
     """Share of the images whose likeliest class is the right one."""
     return float((probabilities.argmax(1) == labels).mean())
