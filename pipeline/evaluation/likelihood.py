@@ -19,6 +19,7 @@ from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models.denoiser import Batch, Denoiser
 
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
+NORMAL_95 = 1.959964  # standard errors from the mean to either end of a 95% interval
 Scorer = Callable[[Batch], torch.Tensor]  # Batch -> weighted sum of cross-entropies of every row
 
 
@@ -42,19 +43,36 @@ class Likelihood:
     @property
     def perplexity(self) -> float:
         """exp(nats per token)."""
-        return math.exp(min(self.nats, 700.0))
+        return _exp(self.nats)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% confidence interval of `nats`: normal over rows, unbounded for a single one."""
+        return self.nats - NORMAL_95 * self.stderr, self.nats + NORMAL_95 * self.stderr
+
+    @property
+    def perplexity_interval(self) -> tuple[float, float]:
+        """95% confidence interval of the perplexity."""
+        low, high = self.interval
+        return _exp(low), _exp(high)
 
     def __str__(self) -> str:
         if self.estimator == "arccos":
             return f"{self.nats:.4f} +- {self.stderr:.4f} nats per masked token, {self._how}"
+        low, high = self.perplexity_interval
+        within = f"95% interval {low:.2f} to {high:.2f}; " if math.isfinite(self.stderr) else ""
         return (
-            f"perplexity {self.perplexity:.2f} ({self.nats:.4f} +- {self.stderr:.4f} nats per token, "
+            f"perplexity {self.perplexity:.2f} ({within}{self.nats:.4f} +- {self.stderr:.4f} nats per token, "
             f"{self._how})"
         )
 
     @property
     def _how(self) -> str:
         return f"{self.estimator} estimator, {self.rows} rows x {self.draws} draws, seed {self.seed}"
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # a diverged model is very bad, not an OverflowError
 
 
 def masked_batches(

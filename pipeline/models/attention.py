@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # Below this mean segment length one masked batch beats a call per segment on CPUs (README, "Speed").
@@ -202,23 +202,48 @@ class Growth:
         self.segments = Segments(new, device)
         self.longest = max(a + b for a, b in zip(old, new, strict=True))
         assert self.longest <= capacity, (self.longest, capacity)
-        self.slots = torch.tensor(list(old), device=device)[self.segments.ids] + self.segments.offsets  # [T]
-        self.index = self.segments.ids * capacity + self.slots  # [T], flat places in the cache
-        alike = self.segments.equal and min(old) == max(old)
-        self._sees_all = alike and (not causal or self.segments.longest == 1)
-        # The last key that each new token sees: its own, or its row's last.
-        ends = torch.tensor([a + b - 1 for a, b in zip(old, new, strict=True)], device=device)
-        self._last = self.slots if causal else ends[self.segments.ids]
+        self._old, self._capacity, self._device, self._causal = list(old), capacity, device, causal
+        # Rows that are all alike, as in most sampling, are sliced: no index tensors, no mask for one token.
+        self._alike = self.segments.equal and min(old) == max(old)
+
+    @cached_property
+    def slots(self) -> Int[Tensor, "T"]:
+        """Place in its row of every new token."""
+        if self._alike:
+            return torch.arange(self._old[0], self.longest, device=self._device).repeat(len(self.segments))
+        return torch.tensor(self._old, device=self._device)[self.segments.ids] + self.segments.offsets
+
+    @cached_property
+    def _index(self) -> Int[Tensor, "T"]:
+        return self.segments.ids * self._capacity + self.slots
+
+    def take(self, rows: Shaped[Tensor, "B capacity *rest"]) -> Shaped[Tensor, "T *rest"]:
+        """The entries of the new tokens, packed."""
+        if self._alike:
+            return rows[:, self._old[0] : self.longest].flatten(0, 1)
+        return rows.flatten(0, 1)[self._index]
+
+    def put(self, rows: Shaped[Tensor, "B capacity *rest"], packed: Shaped[Tensor, "T *rest"]) -> None:
+        """Write the entries of the new tokens."""
+        if self._alike:
+            rows[:, self._old[0] : self.longest] = packed.unflatten(0, (len(rows), -1))
+        else:
+            rows.flatten(0, 1).index_copy_(0, self._index, packed)
 
     @cached_property
     def mask(self) -> Bool[Tensor, "B 1 longest_new longest"] | None:
         """Which keys a new token sees; None where that is all there are."""
-        if self._sees_all:
+        if self._alike and (not self._causal or self.segments.longest == 1):
             return None
-        slots = self.slots.new_zeros(len(self.segments), self.segments.longest)  # padding sees key 0
-        slots = slots.index_put((self.segments.ids, self.segments.offsets), self._last)
-        keys = torch.arange(self.longest, device=self.slots.device)
-        return (keys <= slots[..., None])[:, None]
+        # The last key that each new token sees: its own, or its row's last.
+        last = self.slots
+        if not self._causal:
+            new = self.segments.lengths
+            ends = [a + b - 1 for a, b in zip(self._old, new, strict=True)]
+            last = torch.tensor(ends, device=self._device)[self.segments.ids]
+        seen = last.new_zeros(len(self.segments), self.segments.longest)  # padding sees key 0
+        seen = seen.index_put((self.segments.ids, self.segments.offsets), last)
+        return (torch.arange(self.longest, device=self._device) <= seen[..., None])[:, None]
 
 
 @dataclass(frozen=True)
@@ -232,8 +257,8 @@ class Cache:
         self, q: Float[Tensor, "T N D"], k: Float[Tensor, "T N D"], v: Float[Tensor, "T N D"], growth: Growth
     ) -> Float[Tensor, "T N D"]:
         """Store the new tokens' keys and values, and let them attend to what `growth` says."""
-        self.keys.flatten(0, 1).index_copy_(0, growth.index, k)
-        self.values.flatten(0, 1).index_copy_(0, growth.index, v)
+        growth.put(self.keys, k)
+        growth.put(self.values, v)
         new = growth.segments
         rows = q.unflatten(0, (len(new), -1)) if new.equal else _pad(q, new)  # [B, longest new, N, D]
         out = F.scaled_dot_product_attention(

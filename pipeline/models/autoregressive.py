@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
@@ -92,16 +93,13 @@ class AR(Denoiser):
         Raises:
             CapabilityError: they do not.
         """
-        for row, places in enumerate(positions.cpu().split(list(lengths))):
-            first = state.lengths[row]
-            if places.tolist() != list(range(first, first + len(places))):
+        for row, (first, places) in enumerate(zip(state.lengths, _by_row(positions, lengths), strict=True)):
+            if places != list(range(first, first + len(places))):
                 raise CapabilityError(
-                    f"known positions {places.tolist()[:8]} for row {row}: AR knows the first tokens of a row; "
+                    f"known positions {places[:8]} for row {row}: AR knows the first tokens of a row; "
                     f"expected positions from {first} on, in order"
                 )
-        memory = state.memory
         super().extend(state, tokens, positions, lengths)
-        state.memory = memory  # grows when something is asked
 
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
@@ -111,18 +109,18 @@ class AR(Denoiser):
         Raises:
             CapabilityError: another position, or more than one of a row.
         """
-        for row, places in enumerate(positions.cpu().split(list(lengths))):
-            following = state.lengths[row]
-            if len(places) and places.tolist() != [following]:
+        known = zip(state.lengths, _by_row(positions, lengths), strict=True)
+        for row, (following, places) in enumerate(known):
+            if places and places != [following]:
                 raise CapabilityError(
-                    f"positions {places.tolist()[:8]} asked of row {row}: AR answers left to right, from the "
+                    f"positions {places[:8]} asked of row {row}: AR answers left to right, from the "
                     f"{following} tokens that it knows; expected position {following} alone "
                     "(order left_to_right, one token a step)"
                 )
         vectors = self.class_vectors(state.condition, len(state.lengths))
         if state.memory is None:
             state.memory = self._remember_nothing(state)
-        self._grow(state, state.memory, vectors)
+        self._grow(state, state.memory, vectors, lengths)
         asked = torch.repeat_interleave(torch.tensor(list(lengths))).to(positions.device)
         return self.final(state.memory.newest[asked], conditioned(vectors, asked))
 
@@ -143,19 +141,27 @@ class AR(Denoiser):
         newest = torch.zeros(rows, hidden, dtype=weight.dtype, device=weight.device)
         return Memory(blank, [0] * rows, newest)
 
-    def _grow(self, state: State, memory: Memory, vectors: Float[Tensor, "B H"] | None) -> None:
-        """Run the slots that are not in the caches yet."""
-        filled = [self.registers + 1 + known for known in state.lengths]
-        new = [a - b for a, b in zip(filled, memory.done, strict=True)]
+    def _grow(
+        self, state: State, memory: Memory, vectors: Float[Tensor, "B H"] | None, asked: Sequence[int]
+    ) -> None:
+        """Run the slots of asked rows that are not in the caches yet."""
+        rows = zip(state.lengths, memory.done, asked, strict=True)
+        new = [self.registers + 1 + known - done if ask else 0 for known, done, ask in rows]
         if not any(new):
             return
         ids = self._ids(state.tokens)  # [B, P + capacity]
         growth = Growth(memory.done, new, ids.shape[1], ids.device)
-        x = self.embedding(ids.flatten()[growth.index])  # [T, H]
+        x = self.embedding(growth.take(ids))  # [T, H]
         code, condition = rotary(growth.slots, self.head_size), conditioned(vectors, growth.segments.ids)
         for block, cache in zip(self.blocks, memory.caches, strict=True):
             x = block(x, growth.segments, code, condition, cache, growth)
         grown = [row for row, count in enumerate(new) if count]
         ends = growth.segments.boundaries[1:] - 1
         memory.newest[grown] = x[ends[grown]]
-        memory.done = filled
+        memory.done = [a + b for a, b in zip(memory.done, new, strict=True)]
+
+
+def _by_row(packed: Int[Tensor, "T"], lengths: Sequence[int]) -> list[list[int]]:
+    """Packed entries as host integers, row by row."""
+    entries = iter(packed.tolist())
+    return [list(islice(entries, count)) for count in lengths]

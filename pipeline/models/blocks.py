@@ -47,9 +47,9 @@ class SelfBlock(nn.Module):
     ) -> Float[Tensor, "T H"]:
         """With a cache, x are the new tokens of `growth` and the cache holds those before."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        qkv = self.qkv(self.norm1(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))  # [T, 3, N, D]
-        q, k, v = qkv.unbind(1)
-        q, k = rotate(q, code), rotate(k, code)
+        qkv = self.qkv(self.norm1(x, shift1, scale1)).unflatten(-1, (3 * self.heads, -1))  # [T, 3N, D]
+        qk, v = qkv.split([2 * self.heads, self.heads], 1)
+        q, k = rotate(qk, code).chunk(2, 1)  # [T, N, D], turned together: one pass instead of two
         if cache is not None and growth is not None:
             y = cache.attend(q, k, v, growth)
         else:

@@ -80,7 +80,7 @@ class State:
         tokens, positions: [B, capacity] known tokens of every row, in the order they came.
         lengths: known tokens of every row, host integers.
         refresh_every: predictions from one full encoding to the next.
-        memory: whatever the model derives from them, or None when they have changed since.
+        memory: what the model keeps from one prediction to the next, if anything.
     """
 
     tokens: Int[Tensor, "B capacity"]
@@ -90,15 +90,29 @@ class State:
     memory: Any = None
     refresh_every: int = 1
 
+    def asked(self, lengths: Sequence[int]) -> tuple["State", list[int]]:
+        """The rows of which something is asked, without their memory, and how much is asked of each."""
+        rows = [row for row, count in enumerate(lengths) if count]
+        if len(rows) == len(lengths):
+            return self, list(lengths)
+        condition = None if self.condition is None else self.condition[rows]
+        known = [self.lengths[row] for row in rows]
+        state = State(self.tokens[rows], self.positions[rows], known, condition)
+        return state, [lengths[row] for row in rows]
+
     def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
         """Known tokens and their positions, packed row after row."""
-        count = self.lengths[0]
-        if all(length == count for length in self.lengths):
-            return self.tokens[:, :count].flatten(), self.positions[:, :count].flatten()
-        filled = flat_index(self.lengths, [0] * len(self.lengths), self.tokens.shape[1]).to(
-            self.tokens.device
-        )
-        return self.tokens.flatten()[filled], self.positions.flatten()[filled]
+        tokens, positions = packed(self.lengths, self.tokens, self.positions)
+        return tokens, positions
+
+
+def packed(lengths: Sequence[int], *fields: Tensor) -> tuple[Tensor, ...]:
+    """The first `lengths[b]` entries of row b of every [B, stride, ...] tensor, row after row."""
+    count = max(lengths, default=0)
+    if all(length == count for length in lengths):
+        return tuple(field[:, :count].flatten(0, 1) for field in fields)
+    index = flat_index(lengths, [0] * len(lengths), fields[0].shape[1]).to(fields[0].device)
+    return tuple(field.flatten(0, 1)[index] for field in fields)
 
 
 def flat_index(lengths: Sequence[int], starts: Sequence[int], stride: int) -> Int[Tensor, "T"]:
@@ -242,7 +256,6 @@ class Denoiser(nn.Module, ABC):
             state.tokens.view(-1)[index] = tokens
             state.positions.view(-1)[index] = positions
         state.lengths = [a + b for a, b in zip(state.lengths, lengths, strict=True)]
-        state.memory = None
 
     def check_condition(self, labels: Tensor | None, rows: int) -> None:
         """Refuse class labels that this model has no vectors for.

@@ -75,17 +75,16 @@ class MDLM(Denoiser):
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q H"]:
-        rows = len(state.lengths)
+        state, lengths = state.asked(lengths)  # the others need not be computed
+        rows = len(lengths)
         width = max(self.length, state.tokens.shape[1])
         vectors = self.class_vectors(state.condition, rows)
-        if state.memory is None:
-            tokens, known = state.known()
-            row = torch.repeat_interleave(torch.tensor(state.lengths)).to(tokens.device)
-            canvas = torch.full((rows, width), self.mask, device=tokens.device)
-            canvas[row, known] = tokens
-            state.memory = self._trunk(canvas, vectors)
-        row = torch.repeat_interleave(torch.tensor(list(lengths))).to(positions.device)
-        return self.final(state.memory[row * width + positions], conditioned(vectors, row))
+        tokens, known = state.known()
+        canvas = torch.full((rows, width), self.mask, device=tokens.device)
+        canvas[Segments(state.lengths, tokens.device).ids, known] = tokens
+        x = self._trunk(canvas, vectors)
+        row = Segments(lengths, positions.device).ids
+        return self.final(x[row * width + positions], conditioned(vectors, row))
 
     def _trunk(
         self, canvas: Int[Tensor, "B L"], vectors: Float[Tensor, "B H"] | None

@@ -74,7 +74,7 @@ class _Matched(torch.autograd.Function):
         values = [
             divergence(F.linear(x, weight, bias), teaching.head(y), teaching.divergence) for x, y in rows
         ]
-        return torch.cat(values) if values else hidden.new_zeros(0)
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import PGMConfig
 from pipeline.models.attention import Cache, Growth, Segments
 from pipeline.models.blocks import CrossBlock, GroupSwap, Rotary, SelfBlock
-from pipeline.models.denoiser import Batch, Denoiser, State, conditioned, flat_index
+from pipeline.models.denoiser import Batch, Denoiser, State, conditioned, packed
 from pipeline.models.layers import Condition, rotary
 
 
@@ -96,59 +96,56 @@ class PGM(Denoiser):
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q H"]:
+        if state.refresh_every == 1:
+            state, lengths = state.asked(lengths)  # the others need not be encoded
         vectors = self.class_vectors(state.condition, len(state.lengths))
+        ids, places, filled = self._slots(state)
         if state.refresh_every > 1:
-            encoded = self._grow(state, vectors)
-        elif state.memory is None:
-            tokens, known = state.known()
-            counts, device = state.lengths, tokens.device
-            own = torch.arange(self.registers // 2, self.registers, device=device)  # those of group 0
-            if len(own):
-                tokens = _in_front(self.register_ids(device)[own], tokens, counts)
-                known = _in_front(own, known + self.registers, counts)
-                counts = [len(own) + count for count in counts]
-            segments = Segments(counts, device)
-            encoded = self._encode(tokens, known, segments, conditioned(vectors, segments.ids))
-            state.memory = encoded
+            encoded = self._grow(state, ids, places, filled, vectors)
         else:
-            encoded = state.memory
+            tokens, known = packed(filled, ids, places)
+            segments = Segments(filled, tokens.device)
+            encoded = self._encode(tokens, known, segments, conditioned(vectors, segments.ids))
         extent = max(self.length, state.tokens.shape[1])
         segments = Segments(lengths, positions.device)
         return self._decode(encoded, positions, extent, segments, conditioned(vectors, segments.ids))
 
-    def extend(
-        self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]
-    ) -> None:
-        memory = state.memory if state.refresh_every > 1 else None
-        super().extend(state, tokens, positions, lengths)
-        state.memory = memory
-
-    def _grow(self, state: State, vectors: Float[Tensor, "B H"] | None) -> Encoded:
-        """Encode what is new, or everything where a refresh is due; the same path for both."""
-        device, rows = state.tokens.device, len(state.lengths)
-        own = torch.arange(self.registers // 2, self.registers, device=device)  # those of group 0
-        ids = torch.cat([self.register_ids(device)[own].expand(rows, -1), state.tokens], 1)  # [B, slots]
+    def _slots(self, state: State) -> tuple[Int[Tensor, "B slots"], Int[Tensor, "B slots"], list[int]]:
+        """Every row's clean tokens with the registers of group 0 in front, their places, and their number."""
+        rows, device = len(state.lengths), state.tokens.device
+        own = torch.arange(self.registers // 2, self.registers, device=device)
+        ids = torch.cat([self.register_ids(device)[own].expand(rows, -1), state.tokens], 1)
         places = torch.cat([own.expand(rows, -1), state.positions + self.registers], 1)
+        return ids, places, [len(own) + known for known in state.lengths]
+
+    def _grow(
+        self,
+        state: State,
+        ids: Int[Tensor, "B slots"],
+        places: Int[Tensor, "B slots"],
+        filled: list[int],
+        vectors: Float[Tensor, "B H"] | None,
+    ) -> Encoded:
+        """Encode what is new, or everything where a refresh is due; the same path for both."""
+        rows, device = len(ids), ids.device
         memory: Reused | None = state.memory
         if memory is None:
             memory = state.memory = self._remember_nothing(rows, ids.shape[1])
         elif memory.age >= state.refresh_every:
             memory.done, memory.age = [0] * rows, 0
         memory.age += 1
-        filled = [len(own) + known for known in state.lengths]
         new = [a - b for a, b in zip(filled, memory.done, strict=True)]
         if any(new):
             growth = Growth(memory.done, new, ids.shape[1], device, causal=False)
-            x = self.embedding(ids.flatten()[growth.index])  # [T, H]
-            code = rotary(places.flatten()[growth.index], self.head_size)
+            x = self.embedding(growth.take(ids))  # [T, H]
+            code = rotary(growth.take(places), self.head_size)
             condition = conditioned(vectors, growth.segments.ids)
             for block, cache in zip(self.encoder, memory.caches, strict=True):
                 x = block(x, growth.segments, code, condition, cache, growth)
-            memory.vectors.flatten(0, 1).index_copy_(0, growth.index, x)
+            growth.put(memory.vectors, x)
             memory.done = filled
-        index = flat_index(filled, [0] * rows, ids.shape[1]).to(device)
-        code = rotary(places.flatten()[index], self.head_size)
-        return Encoded(memory.vectors.flatten(0, 1)[index], Segments(filled, device), code)
+        outputs, known = packed(filled, memory.vectors, places)
+        return Encoded(outputs, Segments(filled, device), rotary(known, self.head_size))
 
     def _remember_nothing(self, rows: int, slots: int) -> Reused:
         weight, hidden = self.head.weight, self.embedding.embedding_dim
@@ -222,10 +219,3 @@ class PGM(Denoiser):
                 x = x + self.run_block(swap, read, positions, extent, segments, read_segments, read_code)
             x = self.run_block(block, x, read, segments, read_segments, code, read_code, condition)
         return self.final(x, condition)
-
-
-def _in_front(
-    first: Int[Tensor, "n"], packed: Int[Tensor, "T"], lengths: Sequence[int]
-) -> Int[Tensor, "T_plus"]:
-    """Packed rows with the same entries put in front of every row."""
-    return torch.cat([part for row in packed.split(list(lengths)) for part in (first, row)])

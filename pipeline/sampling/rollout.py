@@ -56,7 +56,9 @@ def roll_out(
             parts.append((asked, vectors(asked)))
         if asked is first and parts:
             extend(first, draw_tokens(teacher.head, parts[0][1], noise[first].to(device)).tokens)
-    found = parts[0][1].new_empty(int(hidden.sum()), parts[0][1].shape[1]) if parts else torch.empty(0, 1)
+    if not parts:
+        return teacher.head.weight.new_empty(0, teacher.head.weight.shape[1])
+    found = parts[0][1].new_empty(int(hidden.sum()), parts[0][1].shape[1])
     for asked, values in parts:
         found[asked[hidden].to(device)] = values
     return found

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.models.denoiser import Denoiser, flat_index
+from pipeline.models.denoiser import Denoiser
 from pipeline.sampling import orders
 from pipeline.sampling.logits import Drawn, Filters, draw_tokens
 from pipeline.sampling.orders import Order
@@ -147,27 +147,26 @@ def _follow(
 ) -> Int[Tensor, "B L"]:
     """Reveal by plans that were made before the first step; ragged, and without a loop over rows."""
     batch, length = tokens.shape
-    noise = torch.from_numpy(np.stack([rng.random(length) for rng in generators])).to(tokens.device)
-    width = max(len(sequence) for sequence, _ in plans)
-    sequences = torch.tensor(np.stack([np.pad(s, (0, width - len(s))) for s, _ in plans])).flatten()
+    noise = np.stack([rng.random(length) for rng in generators]).ravel()
     counts = np.stack([count for _, count in plans], axis=1)  # [steps, B]
-    starts = np.cumsum(counts, axis=0) - counts
-    revealed_at = torch.zeros_like(tokens)
-    for step, (now, start) in enumerate(zip(counts, starts, strict=True)):
-        if now.any():  # a step in which no row reveals anything is not run
-            lengths = now.tolist()
-            row = torch.repeat_interleave(torch.arange(batch), torch.from_numpy(now))
-            position = sequences[flat_index(lengths, start.tolist(), width)]
-            cell = (row * length + position).to(tokens.device, non_blocking=True)
-            position = position.to(tokens.device, non_blocking=True)
+    # All rows' positions, sorted by step and in it by row: every step takes the next few.
+    when = np.concatenate([np.repeat(np.arange(len(count)), count) for _, count in plans])
+    by_step = when.argsort(kind="stable")
+    position = np.concatenate([sequence for sequence, _ in plans])[by_step]
+    cell = np.repeat(np.arange(batch), counts.sum(0))[by_step] * length + position
+    revealed_at = np.zeros(batch * length, dtype=np.int64)
+    revealed_at[cell] = when[by_step] + 1
+    places = (torch.from_numpy(x).to(tokens.device) for x in (position, cell, noise[cell]))
+    parts = zip(*(x.split(counts.sum(1).tolist()) for x in places), strict=True)
+    for step, (lengths, (position, cell, uniform)) in enumerate(zip(counts.tolist(), parts, strict=True)):
+        if any(lengths):  # a step in which no row reveals anything is not run
             done = step / max(len(counts) - 1, 1)
-            drawn = rows.draw(position, lengths, noise.view(-1)[cell], done).tokens
+            drawn = rows.draw(position, lengths, uniform, done).tokens
             tokens.view(-1)[cell] = drawn
-            revealed_at.view(-1)[cell] = step + 1
             rows.extend(drawn, position, lengths)
         if progress is not None:
             progress(step + 1, len(counts))
-    return revealed_at
+    return torch.from_numpy(revealed_at).view(batch, length)
 
 
 def _choose(

@@ -3,12 +3,12 @@
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import storage, tracking
@@ -30,6 +30,10 @@ from pipeline.training.session import Session
 
 log = logging.getLogger(__name__)
 
+Side = tuple[
+    Bool[np.ndarray, "B L"], Float[np.ndarray, "B"]
+]  # hidden positions, and the time that hides them
+
 
 def time_step(config: DistillConfig, done: int) -> float:
     """dt of the teacher's steps in the round after `done` finished ones; it doubles every round."""
@@ -44,6 +48,59 @@ def sampling_steps(config: DistillConfig, done: int) -> int:
 def teacher_folder(run: str, done: int) -> str:
     """Model folder of the teacher of the round after `done` finished ones: 0 is the one that was given."""
     return storage.join(run, "rounds", f"{done}")
+
+
+def hidden_sides(
+    groups: Bool[np.ndarray, "B L"],
+    t: Float[np.ndarray, "B"],
+    dt: float,
+    form: Literal["compatible", "complementary"],
+    eps: float,
+    bos: bool,
+) -> list[Side]:
+    """What is hidden from the teacher, and at which time: group 1 at t, and in the complementary form group 0 too.
+
+    Group 0 is what masking at time t' hides, which is clamped to the times from which two steps are possible.
+
+    Source: method.md section 5.
+    """
+    if form == "compatible":
+        return [(groups, t)]
+    others = ~groups
+    others[:, :bos] = False
+    return [(groups, t), (others, np.clip(complement(t, eps, "matched"), 2 * dt, 1.0))]
+
+
+def teach(
+    teacher: Denoiser,
+    tokens: Int[np.ndarray, "B L"],
+    sides: list[Side],
+    noise: Float[np.ndarray, "B sides 2 L"],
+    dt: float,
+    labels: Int[np.ndarray, "B"] | None = None,
+) -> Float[Tensor, "Q H"]:
+    """The teacher's vectors at everything that the sides hide, in the order of `Batch.target_index`.
+
+    All sides of all rows are rolled out together, row 0's first.
+
+    Args:
+        noise: uniforms for every side: what the first step reveals, and which tokens it draws.
+    """
+    count = len(sides)
+
+    def interleaved(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
+
+    return roll_out(
+        teacher,
+        torch.from_numpy(tokens.repeat(count, axis=0)),
+        interleaved([hidden for hidden, _ in sides]),
+        interleaved([time for _, time in sides]),
+        dt,
+        interleaved([noise[:, side, 0] for side in range(count)]),
+        interleaved([noise[:, side, 1] for side in range(count)]),
+        None if labels is None else torch.from_numpy(labels.repeat(count)),
+    )
 
 
 class Distillation:
@@ -76,13 +133,12 @@ class Distillation:
             self._begin(done, at_its_start=inside == 0)
         self._dt = time_step(self._distill, done)
         rows, eps = config.train.batch, config.diffusion.eps
-        self._t, self._groups = partition.draw(
+        t, self._groups = partition.draw(
             config.seed, step, rows, self._length, eps, self._bos, least=2 * self._dt
         )
+        self._sides = hidden_sides(self._groups, t, self._dt, self._distill.form, eps, self._bos)
         self._dropped = partition.draw_dropped(config.seed, step, rows, config.train.class_drop)
         self._noise = np.random.default_rng([config.seed, step, 2]).random((rows, 2, 2, self._length))
-        ones = int(self._groups.sum())
-        self._counts = ones, rows * (self._length - self._bos) - ones
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         index, device = micro.index, self._session.device
@@ -92,30 +148,17 @@ class Distillation:
         if self._config.model.classes is not None:
             assert micro.labels is not None, "data without labels passed the checks"
             labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
-        groups, t, noise = self._groups[index], self._t[index], self._noise[index]
-        zeros = ~groups
-        zeros[:, : self._bos] = False
-        both = self._distill.form == "complementary"
-        targets = groups | zeros if both else groups
-        ones, others = (max(1, count) for count in self._counts)
-        weights = groups / (2 * ones) + zeros / (2 * others) if both else groups / ones
-        # Rows of the roll-out: each row with its group 1 hidden and, in the complementary form, with its group 0.
-        sides = [(groups, t)]
-        if both:
-            other = complement(t, self._config.diffusion.eps, "matched")
-            sides.append((zeros, np.clip(other, 2 * self._dt, 1.0)))
-        hidden = roll_out(
-            self._teacher,
-            torch.from_numpy(tokens.repeat(len(sides), axis=0)),
-            _interleave([side for side, _ in sides]),
-            _interleave([time for _, time in sides]),
-            self._dt,
-            _interleave([noise[:, side, 0] for side in range(len(sides))]),
-            _interleave([noise[:, side, 1] for side in range(len(sides))]),
-            None if labels is None else torch.from_numpy(labels.repeat(len(sides))),
-        )
-        teaching = Teaching(hidden, self._teacher.head, self._distill.divergence)
-        return as_batch(tokens, groups, targets, weights * present[:, None], labels, device, teaching)
+        targets = np.zeros(tokens.shape, dtype=bool)
+        weights = np.zeros(tokens.shape)
+        for hidden, _ in self._sides:
+            targets |= hidden[index]
+            # Each side's mean over its own targets in the global batch, and the mean of the sides.
+            weights += hidden[index] / (len(self._sides) * max(1, int(hidden.sum())))
+        here = [(hidden[index], time[index]) for hidden, time in self._sides]
+        vectors = teach(self._teacher, tokens, here, self._noise[index], self._dt, labels)
+        teaching = Teaching(vectors, self._teacher.head, self._distill.divergence)
+        weights *= present[:, None]
+        return as_batch(tokens, self._groups[index], targets, weights, labels, device, teaching)
 
     def _begin(self, done: int, at_its_start: bool) -> None:
         """Load the round's teacher, which at the round's first step is the student as it is now."""
@@ -153,11 +196,6 @@ class Distillation:
             local = Path(temporary) / "model"
             folder.write(local, self._config.model, facts, weights, background)
             storage.publish_folder(local, where)
-
-
-def _interleave(parts: list[np.ndarray]) -> Tensor:
-    """Row 0 of every part, then row 1 of every part, and so on."""
-    return torch.from_numpy(np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
 
 
 def place_teacher(config: RunConfig, run: str) -> ModelConfig:

@@ -145,7 +145,20 @@ def test_the_summary_says_what_was_measured() -> None:
     for part in ("7.39", "2.0000", "0.5774", "count", "3 rows x 2 draws", "seed 9"):
         assert part in str(bound)
     assert Likelihood(1e6, 1.0, "mdlm", 1, 1, 0).perplexity < math.inf
-    assert summarise(sums[:1], "mdlm", 2, 0).stderr == math.inf
+    assert bound.interval == pytest.approx((2 - 1.96 / math.sqrt(3), 2 + 1.96 / math.sqrt(3)), rel=1e-4)
+    assert bound.perplexity_interval == pytest.approx([math.exp(nats) for nats in bound.interval])
+    assert "95% interval 2.38 to 22.91" in str(bound)
+    alone = summarise(sums[:1], "mdlm", 2, 0)
+    assert alone.stderr == math.inf
+    assert alone.interval == (-math.inf, math.inf)
+    assert "interval" not in str(alone), "one row says nothing of the spread"
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
+    rows = torch.from_numpy(np.random.default_rng(0).gamma(4.0, 0.5, (2000, 100)))  # of mean 2
+    intervals = [summarise(sums, "count", 1, 0).interval for sums in rows]
+    share = sum(low <= 2 <= high for low, high in intervals) / len(intervals)
+    assert 0.93 < share < 0.96
 
 
 def test_scores_may_come_from_anything() -> None:

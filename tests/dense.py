@@ -1,0 +1,93 @@
+"""The models once more as plain formulas: whole rows, one dense mask, no packing, sorting or caching."""
+
+import torch
+from torch import Tensor
+
+from pipeline.models.autoregressive import AR
+from pipeline.models.blocks import CrossBlock, GroupSwap, SelfBlock
+from pipeline.models.layers import rotary, sinusoid
+from pipeline.models.masked import MDLM
+from pipeline.models.pgm import PGM
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """[T, N, D] each, mask [T, T]; queries that see nothing get 0. Returns [T, H]."""
+    scores = torch.einsum("qnd,knd->nqk", q, k) / q.shape[-1] ** 0.5
+    seen = mask.any(1)
+    scores = torch.where(seen[:, None], scores.masked_fill(~mask, -torch.inf), 0.0)
+    return (torch.einsum("nqk,knd->qnd", scores.softmax(-1), v) * seen[:, None, None]).flatten(1)
+
+
+def turn(x: Tensor) -> Tensor:
+    """Rotary positions 0, 1, ... as products of complex numbers."""
+    cos, sin = rotary(torch.arange(len(x)), x.shape[-1])
+    turned = torch.complex(*x.chunk(2, -1)) * torch.complex(cos.to(x.dtype), sin.to(x.dtype))
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def self_block(block: SelfBlock, x: Tensor, mask: Tensor) -> Tensor:
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation()
+    q, k, v = block.qkv(block.norm1(x, shift1, scale1)).view(len(x), 3, block.heads, -1).unbind(1)
+    x = x + gate1 * block.out(attention(turn(q), turn(k), v, mask))
+    return x + gate2 * block.mlp(block.norm2(x, shift2, scale2))
+
+
+def cross_block(block: CrossBlock, x: Tensor, read: Tensor, mask: Tensor) -> Tensor:
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation()
+    q = block.q(block.q_norm(x, shift1, scale1)).view(len(x), block.heads, -1)
+    k, v = block.kv(block.kv_norm(read)).view(len(x), 2, block.heads, -1).unbind(1)
+    x = x + gate1 * block.out(attention(turn(q), turn(k), v, mask))
+    return x + gate2 * block.mlp(block.norm2(x, shift2, scale2))
+
+
+def swap(module: GroupSwap, read: Tensor, mask: Tensor) -> Tensor:
+    raw = module.base.expand(len(read), -1)
+    if module.positional:
+        raw = raw + sinusoid(torch.arange(len(read)), raw.shape[-1]).to(raw.dtype)
+    if module.pooling != "none":
+        pool = torch.mean if module.pooling == "mean" else torch.logsumexp
+        raw = raw + torch.stack([pool(read[m], 0) if m.any() else torch.zeros_like(read[0]) for m in mask])
+    q = module.query(module.norm(raw)).view(len(read), module.heads, -1)
+    k, v = module.kv(read).view(len(read), 2, module.heads, -1).unbind(1)
+    return module.out(attention(turn(q), turn(k), v, mask))
+
+
+def pgm_logits(model: PGM, tokens: Tensor, groups: Tensor) -> Tensor:
+    """[L] ids, [L] groups -> [L, V]."""
+    registers = torch.arange(model.registers)
+    ids = torch.cat([model.register_ids(torch.device("cpu")), tokens])
+    groups = torch.cat([registers < model.registers // 2, groups])
+    same = groups[:, None] == groups
+    read = model.embedding(ids)
+    for block in model.encoder:
+        read = self_block(block, read, same)
+    x = swap(model.swap, read, ~same)
+    for index, block in enumerate(model.decoder):
+        if index and model.later_swaps:
+            x = x + swap(model.later_swaps[index - 1], read, ~same)
+        x = cross_block(block, x, read, ~same)
+    return model.head(model.final(x))[model.registers :]
+
+
+def trunk_logits(model: MDLM | AR, ids: Tensor, causal: bool) -> Tensor:
+    """Logits in every slot of a row behind the registers."""
+    ids = torch.cat([model.register_ids(torch.device("cpu")), ids])
+    mask = torch.ones(len(ids), len(ids), dtype=torch.bool)
+    x = model.embedding(ids)
+    for block in model.blocks:
+        x = self_block(block, x, mask.tril() if causal else mask)
+    return model.head(model.final(x))[model.registers :]
+
+
+def mdlm_logits(model: MDLM, tokens: Tensor, groups: Tensor) -> Tensor:
+    """[L] ids, [L] groups -> [L, V]: each group hidden behind masks once."""
+    one, zero = (
+        trunk_logits(model, torch.where(hidden, model.mask, tokens), causal=False)
+        for hidden in (groups, ~groups)
+    )
+    return torch.where(groups[:, None], one, zero)
+
+
+def ar_logits(model: AR, tokens: Tensor) -> Tensor:
+    """[L] ids -> [L, V]: at every position from all before it."""
+    return trunk_logits(model, torch.cat([torch.tensor([model.start]), tokens[:-1]]), causal=True)
