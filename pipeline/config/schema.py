@@ -276,7 +276,15 @@ class RunConfig(Section):
                 found.append(f"model.classes: {classes}, but data.kind text has no labels; expected null")
             if self.diffusion.schedule == "arccos":
                 found.append("diffusion.schedule: arccos gives no bound for text; expected loglinear")
+            if self.evaluation.features is not None:
+                found.append(
+                    f"evaluation.features: {self.evaluation.features!r} looks at images; expected null"
+                )
         else:
+            if self.evaluation.scorer is not None:
+                found.append(
+                    f"evaluation.scorer: {self.evaluation.scorer!r} reads text; expected null for images"
+                )
             if classes not in (None, data.classes):
                 found.append(f"model.classes: {classes}; expected data.classes {data.classes}, or null")
             if self.model.kind == "ar" and self.diffusion.schedule == "arccos":

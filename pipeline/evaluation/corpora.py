@@ -5,7 +5,6 @@ in order: the result is the same, bit by bit, for any number of actors.
 """
 
 import logging
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,14 +180,12 @@ def likelihood_group(corpus: Corpus, title: str, found: Likelihood) -> Group:
         "seed": found.seed,
         "precision": "float32",
     }
-    low, high = found.nats - 1.959964 * found.stderr, found.nats + 1.959964 * found.stderr
     if found.estimator == "arccos":
-        measures = [Measure("loss", "loss, nats per masked token", found.nats, (low, high))]
+        measures = [Measure("loss", "loss, nats per masked token", found.nats, found.interval)]
     else:
         bound = "" if found.estimator == "exact" else "upper bound"
-        ends = (math.exp(min(low, 700.0)), math.exp(min(high, 700.0)))
         measures = [
-            Measure("perplexity", "perplexity", found.perplexity, ends, bound),
-            Measure("nats", "nats per token", found.nats, (low, high), bound),
+            Measure("perplexity", "perplexity", found.perplexity, found.perplexity_interval, bound),
+            Measure("nats", "nats per token", found.nats, found.interval, bound),
         ]
     return Group(corpus.key, title, how, measures)

@@ -28,6 +28,7 @@ from pipeline.evaluation.images import (
     reference_statistics,
     summarise,
 )
+from pipeline.evaluation.likelihood import NORMAL_95
 from pipeline.evaluation.report import Group, Measure
 from pipeline.evaluation.source_images import UNIT, SourceImages, dataset_of
 from pipeline.models.vq import load_image_tokenizer
@@ -168,7 +169,7 @@ def _share_interval(share: float, count: int) -> tuple[float, float]:
 
     Source: Wilson 1927.
     """
-    z = 1.959964
+    z = NORMAL_95
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return centre - half, centre + half

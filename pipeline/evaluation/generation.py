@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from jaxtyping import Int, UInt8
 from PIL import Image
@@ -99,7 +98,7 @@ def generate(
     starts = range(0, settings.num_samples, settings.batch)
     ready = start(_Sampler, (model, settings, cpus), Resources(actors, cpus, use_gpu), len(starts))
     # Waits until the models are there, so that the rate below is of sampling alone.
-    classes = ray.get([actor.classes.remote() for actor in ready])[0]
+    classes, *_ = in_order(ready, "classes", [()] * len(ready))
     began, done, drawn = time.perf_counter(), 0, []
     parts = [(first, min(settings.batch, settings.num_samples - first)) for first in starts]
     for rows in in_order(ready, "draw", parts):

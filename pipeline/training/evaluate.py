@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from pipeline import storage, tracking
 from pipeline.config.load import flatten
@@ -24,8 +23,7 @@ from pipeline.evaluation.corpora import Corpus
 from pipeline.evaluation.drawn_images import image_groups, reference_of
 from pipeline.evaluation.report import Group, Measure, Report
 from pipeline.evaluation.source_images import load_net, source_images
-from pipeline.models import build, folder
-from pipeline.models.denoiser import Denoiser
+from pipeline.models import folder
 from pipeline.training import checkpoint
 from pipeline.training.cluster import check_resources, cluster
 from pipeline.training.launch import located
@@ -53,15 +51,17 @@ class Subject:
 
     Attributes:
         model: folder that every node can read.
-        outline: the network without its weights.
         step: of its training; 0 where that is unknown.
+        estimator, draws: its likelihood is measured with.
     """
 
     model: str
     config: ModelConfig
     facts: folder.DataFacts
-    outline: Denoiser
+    parameters: int
     step: int
+    estimator: likelihood.Estimator
+    draws: int
 
 
 def evaluate(config: RunConfig) -> Evaluation:
@@ -99,7 +99,7 @@ def open_subject(config: RunConfig, run: str, uri: str) -> Subject:
     """The model that `jobs.sample` would draw from, checked against the config.
 
     Raises:
-        CheckpointError: there is no such model.
+        CheckpointError: there is no such model, or it is damaged.
         ConfigError: it cannot be sampled as the config says.
     """
     named = config.sampling.model
@@ -110,19 +110,21 @@ def open_subject(config: RunConfig, run: str, uri: str) -> Subject:
         raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
     model = storage.resolve(model)
     local = storage.fetch(model)
-    section, facts = folder.read_config(local)
+    denoiser, section, facts = folder.read(local)
     sampling = config.sampling.model_copy(update={"model": None})
     if found := config.model_copy(update={"model": section, "sampling": sampling}).conflicts():
         raise ConfigError(f"with the model {named or model}:\n" + "\n".join(f"  {line}" for line in found))
-    with torch.device("meta"):
-        outline = build(section, facts.vocab_size, facts.length, facts.bos)
     step = int(folder.read_background(local).figures.get("step", 0))
-    return Subject(model, section, facts, outline, step)
+    parameters = sum(value.numel() for value in denoiser.parameters())
+    asked = config.evaluation
+    estimator, draws = likelihood.estimator_for(
+        denoiser, asked.estimator, asked.draws, config.diffusion.schedule
+    )
+    return Subject(model, section, facts, parameters, step, estimator, draws)
 
 
 def _about(subject: Subject) -> dict[str, Any]:
-    parameters = sum(value.numel() for value in subject.outline.parameters())
-    return {"kind": subject.config.kind, "parameters": f"{parameters:,}", "step": subject.step}
+    return {"kind": subject.config.kind, "parameters": f"{subject.parameters:,}", "step": subject.step}
 
 
 def _tokenizer_hash(subject: Subject, manifest: Manifest) -> str:
@@ -135,10 +137,8 @@ def _likelihoods(
     config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], resources: Resources
 ) -> list[Group]:
     settings, bos = config.evaluation, subject.facts.bos is not None
-    estimator, draws = likelihood.estimator_for(
-        subject.outline, settings.estimator, settings.draws, config.diffusion.schedule
-    )
-    how = corpora.Draws(estimator, draws, config.seed, config.diffusion.eps, bos, settings.batch)
+    eps = config.diffusion.eps
+    how = corpora.Draws(subject.estimator, subject.draws, config.seed, eps, bos, settings.batch)
     judged = [own, *others]
     rows = [validation_rows(corpus.manifest.rows("validation"), settings.rows) for corpus in judged]
     labelled = subject.config.classes is not None
@@ -185,8 +185,6 @@ def _judge_text(
     real_texts = [tokenizer.decode(row) for row in real.tolist()]
     if settings.scorer is not None:
         scorer.load_scorer_tokenizer(settings.scorer).check_context(real_texts)
-    groups = _likelihoods(config, subject, own, others, resources)
-    samples, how = _generate(config, subject, into, resources)
     reader = ShardReader(own.path, manifest, "train")
     last = min(len(reader), NGRAM_ROWS)
     blocks = (reader.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
@@ -198,14 +196,15 @@ def _judge_text(
             scored = scorer.score_texts(settings.scorer, decoded, settings.batch, resources)
         return texts.text_measures(rows, subject.facts.bos is not None, bigram, scored, settings.scorer)
 
+    # Real text first: a scorer that cannot be had is told of before anything is drawn.
+    beside = Group(
+        "real", "Real text", {"rows": len(real), "split": "validation"}, measures(real, real_texts)
+    )
+    groups = _likelihoods(config, subject, own, others, resources)
+    samples, how = _generate(config, subject, into, resources)
     drawn = measures(samples.tokens, [tokenizer.decode(row) for row in samples.tokens.tolist()])
     drawn.append(_speed(samples, resources))
-    own_how = {"rows": len(real), "split": "validation"}
-    return [
-        *groups,
-        Group("samples", "Samples", how, drawn),
-        Group("real", "Real text", own_how, measures(real, real_texts)),
-    ]
+    return [*groups, Group("samples", "Samples", how, drawn), beside]
 
 
 def _judge_images(

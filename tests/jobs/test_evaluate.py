@@ -174,7 +174,11 @@ def test_what_is_refused_before_anything_is_drawn(
     patches = tokenizer.decode(np.arange(CODES)[:, None])
     patches[0] += 1
     write_model(config, PatchVQ(patches), tmp_path / "other")
+    write_model(config, tokenizer, tmp_path / "cut")
+    weights = tmp_path / "cut" / folder.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-8])
     for wanted, kind, says in [
+        (changed(sampling={"model": str(tmp_path / "cut")}), CheckpointError, "model.safetensors is damaged"),
         (changed(sampling={"model": str(tmp_path / "none")}), CheckpointError, "no such model folder"),
         (
             changed(sampling={"model": str(tmp_path / "other")}),
