@@ -138,12 +138,26 @@ class SamplingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation during and after training."""
+    """Validation during training, and what `jobs.evaluate` measures."""
 
     estimator: Literal["count", "mdlm"] = "count"
     draws: PositiveInt = 1  # maskings of every row
     rows: PositiveInt = 1024  # validation rows used, at most
     batch: PositiveInt = 32
+    data: tuple[str, ...] = ()  # folders of other prepared data, judged beside the run's own (zero-shot)
+    # text: the causal language model of generative perplexity, as a hub name, a folder or a .gguf file in one;
+    # None: bigrams of the training rows alone
+    scorer: str | None = None
+    # images: "inception", "efficientnet", "classifier" (fitted on the data itself) or package.module:factory;
+    # None: "classifier" where images are small enough for it, else "inception"
+    features: str | None = None
+    weights: str | None = None  # file of Inception's weights; None: downloaded
+
+    @model_validator(mode="after")
+    def _weights_have_a_net(self) -> "EvaluationConfig":
+        if self.weights is not None and self.features != "inception":
+            raise ValueError(f"weights {self.weights!r} are of features inception, not of {self.features!r}")
+        return self
 
 
 class TrackingConfig(Section):
@@ -264,7 +278,15 @@ class RunConfig(Section):
                 found.append(f"model.classes: {classes}, but data.kind text has no labels; expected null")
             if self.diffusion.schedule == "arccos":
                 found.append("diffusion.schedule: arccos gives no bound for text; expected loglinear")
+            if self.evaluation.features is not None:
+                found.append(
+                    f"evaluation.features: {self.evaluation.features!r} looks at images; expected null"
+                )
         else:
+            if self.evaluation.scorer is not None:
+                found.append(
+                    f"evaluation.scorer: {self.evaluation.scorer!r} reads text; expected null for images"
+                )
             if classes not in (None, data.classes):
                 found.append(f"model.classes: {classes}; expected data.classes {data.classes}, or null")
             if self.model.kind == "ar" and self.diffusion.schedule == "arccos":

@@ -19,7 +19,9 @@ from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mea
 from pipeline.models.released import read
 from pipeline.models.vq import digest
 
-KNOWN = ("inception", "efficientnet", "digits")
+KNOWN = ("inception", "efficientnet", "classifier")
+CLASSIFIER_SIDE = 64  # pixels of the largest images that the fitted net looks at
+CLASSIFIER_IMAGES = 5_000  # that it is fitted on, at most
 HIDDEN = 128  # width of the fitted net's features
 
 Labelled = tuple[UInt8[np.ndarray, "n S S 3"], Int[np.ndarray, "n"]]
@@ -42,12 +44,13 @@ class FeatureNet:
         batch: images that go through it at a time.
 
     Attributes:
+        spec: as given.
         name: of network and weights; features of equal names can be compared.
     """
 
     def __init__(self, spec: str, module: nn.Module, batch: int, device: str | torch.device):
         self.name = f"{spec}-{digest(spec, {k: v.cpu() for k, v in module.state_dict().items()})[:16]}"
-        self.batch = batch
+        self.spec, self.batch = spec, batch
         self._module = module.eval()
         self.to(device)
 
@@ -89,11 +92,11 @@ def load_features(
     """Build a feature net.
 
     Args:
-        spec: "inception" (the one of published FIDs), "efficientnet" (ImageNet, without any download), "digits" (a
-            small net fitted on labelled images, of whatever they are) or `package.module:factory`, where
+        spec: "inception" (the one of published FIDs), "efficientnet" (ImageNet, without any download), "classifier"
+            (a small net fitted on the data's own images and labels) or `package.module:factory`, where
             `factory()` gives a module as `FeatureNet` takes it.
         weights: path or URL of Inception's weights; None downloads those of torch-fidelity.
-        labelled: images and labels for "digits".
+        labelled: images and labels for "classifier".
         batch: images that go through the network at a time.
         device: where it runs.
 
@@ -102,10 +105,10 @@ def load_features(
         CapabilityError: a package that it needs is not installed.
         CheckpointError: the weights are damaged, or those of another network.
     """
-    if spec == "digits":
+    if spec == "classifier":
         if labelled is None:
             raise ConfigError(
-                "evaluation.features: 'digits' is fitted on labelled images, and this data has no labels; expected "
+                "evaluation.features: 'classifier' is fitted on labelled images, and there are none; expected "
                 "'inception', 'efficientnet' or package.module:factory"
             )
         return FeatureNet(spec, fit_classifier(*labelled, seed=0), batch, device)
@@ -167,17 +170,8 @@ def fit_classifier(
     return classifier.eval()
 
 
-def classifier_accuracy(
-    net: FeatureNet, images: UInt8[np.ndarray, "n S S 3"], labels: Int[np.ndarray, "n"]
-) -> float:
-    """Share of the images in which the net sees the class that they shall show.
-
-    Raises:
-        ConfigError: the net has no classes.
-    """
-    probabilities = net(images).probabilities
-    if probabilities is None:
-        raise ConfigError(f"evaluation.features: the network {net.name!r} gives no logits to tell classes by")
+def accuracy(probabilities: Float[np.ndarray, "n K"], labels: Int[np.ndarray, "n"]) -> float:
+    """Share of the images whose likeliest class is the right one."""
     return float((probabilities.argmax(1) == labels).mean())
 
 

@@ -5,34 +5,35 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from jaxtyping import Int, UInt8
 from PIL import Image
-from ray.util import ActorPool
 
 from pipeline import storage
 from pipeline.config.schema import SamplingConfig
-from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
+from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
+from pipeline.evaluation.actors import Resources, in_order, start
 from pipeline.evaluation.pictures import sample_grid
-from pipeline.models import folder
+from pipeline.models import folder, vq
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import sample
 
 log = logging.getLogger(__name__)
 
+GRID = "samples.png"
 GRID_IMAGES = 80  # that the overview shows, at most
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where the samples are, and the seconds that drawing them took (models loaded before)."""
+    """Where the samples are, and the seconds that drawing their tokens took (models loaded before)."""
 
     folder: str
     tokens: Int[np.ndarray, "n L"]
@@ -42,12 +43,16 @@ class Samples:
 
 
 class _Sampler:
-    """One actor: the model on its device."""
+    """One actor: the model, and the tokenizer of its images, on its device."""
 
     def __init__(self, model: str, settings: SamplingConfig, threads: int):
         torch.set_num_threads(threads)
-        self._denoiser, _, self._facts = folder.read(storage.fetch(model))
-        self._denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
+        local, device = storage.fetch(model), "cuda" if torch.cuda.is_available() else "cpu"
+        self._denoiser, _, self._facts = folder.read(local)
+        self._denoiser.to(device)
+        self._images: vq.ImageTokenizer | None = None
+        if (local / vq.INFO_FILE).is_file():
+            self._images = vq.load_image_tokenizer(str(local), None, IMAGES_AT_ONCE, device)
         self._settings = settings
 
     def classes(self) -> int | None:
@@ -74,6 +79,10 @@ class _Sampler:
         )
         return tokens.cpu().numpy()
 
+    def pictures(self, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"] | None:
+        """The images of rows; None from a model that draws none."""
+        return None if self._images is None else self._images.decode(tokens[:, 1:])
+
 
 def generate(
     model: str, settings: SamplingConfig, actors: int, cpus: int, use_gpu: bool, into: str
@@ -86,19 +95,13 @@ def generate(
         cpus: CPUs of an actor.
         into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`.
     """
-    # Never more processes than batches, nor than the cluster can hold at once.
-    actors = max(1, min(actors, -(-settings.num_samples // settings.batch)))
-    remote = ray.remote(_Sampler).options(num_cpus=cpus, num_gpus=int(use_gpu))
-    ready: list[Any] = [remote.remote(model, settings, cpus) for _ in range(actors)]
+    starts = range(0, settings.num_samples, settings.batch)
+    ready = start(_Sampler, (model, settings, cpus), Resources(actors, cpus, use_gpu), len(starts))
     # Waits until the models are there, so that the rate below is of sampling alone.
-    classes = ray.get([actor.classes.remote() for actor in ready])[0]
-    pool = ActorPool(ready)
-    starts: Any = range(0, settings.num_samples, settings.batch)
+    classes, *_ = in_order(ready, "classes", [()] * len(ready))
     began, done, drawn = time.perf_counter(), 0, []
-    for rows in pool.map(
-        lambda actor, first: actor.draw.remote(first, min(settings.batch, settings.num_samples - first)),
-        starts,
-    ):
+    parts = [(first, min(settings.batch, settings.num_samples - first)) for first in starts]
+    for rows in in_order(ready, "draw", parts):
         drawn.append(rows)
         done += len(rows)
         rate = done * rows.shape[1] / (time.perf_counter() - began)
@@ -106,7 +109,8 @@ def generate(
     seconds = time.perf_counter() - began
     tokens = np.concatenate(drawn)
     labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
-    return Samples(into, tokens, labels, _write(model, tokens, labels, into), seconds)
+    pictures = in_order(ready, "pictures", [(rows,) for rows in drawn])
+    return Samples(into, tokens, labels, _write(model, tokens, labels, pictures, into), seconds)
 
 
 def labels_of(settings: SamplingConfig, classes: int, first: int, count: int) -> list[int]:
@@ -115,9 +119,32 @@ def labels_of(settings: SamplingConfig, classes: int, first: int, count: int) ->
     return [asked[(first + i) % len(asked)] for i in range(count)]
 
 
-def _write(model: str, tokens: Int[np.ndarray, "n L"], labels: list[int] | None, into: str) -> list[str]:
-    local = storage.fetch(model)
-    tokenizer, texts = saved_tokenizer(local), []
+def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
+    """How samples were drawn, for reports; settings without effect are left out."""
+    told: dict[str, object] = {"samples": count, "order": settings.order, "steps": settings.steps}
+    told |= {"temperature": settings.temperature}
+    optional = {
+        "schedule": settings.schedule,
+        "gumbel": settings.gumbel if settings.order == "confidence" else None,
+        "gamma": settings.gamma if settings.order == "entropy" else None,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "guidance": settings.guidance or None,
+        "refresh_every": settings.refresh_every if settings.refresh_every > 1 else None,
+        "labels": settings.labels,
+    }
+    told |= {key: value for key, value in optional.items() if value is not None}
+    return told | {"seed": settings.seed, "precision": "float32"}
+
+
+def _write(
+    model: str,
+    tokens: Int[np.ndarray, "n L"],
+    labels: list[int] | None,
+    pictures: Iterable[UInt8[np.ndarray, "n S S 3"] | None],
+    into: str,
+) -> list[str]:
+    tokenizer, texts = saved_tokenizer(storage.fetch(model)), []
     with tempfile.TemporaryDirectory() as temporary:
         np.save(os.path.join(temporary, "tokens.npy"), tokens)
         lines: list[dict[str, Any]] = [{"index": i} for i in range(len(tokens))]
@@ -129,16 +156,24 @@ def _write(model: str, tokens: Int[np.ndarray, "n L"], labels: list[int] | None,
             blocks = [f"--- sample {i}\n{text}\n" for i, text in enumerate(texts)]
             Path(temporary, "samples.txt").write_text("\n".join(blocks), encoding="utf-8")
         elif tokenizer is not None:
-            _write_images(tokenizer.decode(tokens[:, 1:]), labels, Path(temporary))
+            _write_images(pictures, labels, Path(temporary))
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         Path(temporary, "samples.jsonl").write_text(text, encoding="utf-8")
         storage.publish_folder(temporary, into)
     return texts
 
 
-def _write_images(images: UInt8[np.ndarray, "n S S 3"], labels: list[int] | None, into: Path) -> None:
+def _write_images(
+    batches: Iterable[UInt8[np.ndarray, "n S S 3"] | None], labels: list[int] | None, into: Path
+) -> None:
+    """A PNG for every image as they come, and one of the first."""
     (into / "images").mkdir()
-    for index, image in enumerate(images):
-        Image.fromarray(image).save(into / "images" / f"{index:06d}.png")
-    shown = slice(0, GRID_IMAGES)
-    sample_grid(images[shown], labels and labels[shown]).savefig(into / "samples.png")
+    first: list[np.ndarray] = []
+    index = 0
+    for images in batches:
+        assert images is not None, "a model folder with a tokenizer of images"
+        for image in images:
+            Image.fromarray(image).save(into / "images" / f"{index:06d}.png")
+            index += 1
+        first += list(images[: GRID_IMAGES - len(first)])
+    sample_grid(np.stack(first), labels and labels[:GRID_IMAGES]).savefig(into / GRID)

@@ -5,9 +5,10 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import ray.data
 import safetensors.numpy
 import torch
@@ -17,7 +18,6 @@ from safetensors import SafetensorError
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.evaluation.features import FeatureNet, Outputs
-from pipeline.models.vq import ImageTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,15 @@ class Gaussian:
     count: int
     mean: Float64[np.ndarray, "D"]
     covariance: Float64[np.ndarray, "D D"]
+
+
+class Difference(NamedTuple):
+    """Sums over pixel values, whole numbers, so that totals are exact for any batches."""
+
+    images: int
+    values: int
+    squares: int
+    absolute: int
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,7 @@ def reference_statistics(
     path = storage.join(cache, f"features-{key[:32]}.safetensors")
     if storage.exists(path):
         return _read(path, count)
+    storage.check_writable(cache, "data.path")
     statistics, _ = summarise(outputs())
     if statistics.count != count:
         raise DataError(f"reference statistics: {statistics.count} images of {data}; expected {count}")
@@ -180,8 +190,9 @@ def dataset_outputs(
         images: with the column `image`, uint8 arrays [S, S, 3] of one size.
         net: on the CPU; every actor gets a copy, and moves it to its GPU.
         actors: processes that look at the same time.
-        cpus: CPUs of an actor.
+        cpus: threads of an actor. A quarter of all CPUs is left to what makes the images, or neither could go on.
     """
+    reserved = min(cpus, 0.75 * ray.cluster_resources()["CPU"] / actors)
     images.context.execution_options.preserve_order = True
     images.context.enable_progress_bars = images.context.print_on_execution_start = False
     looked = images.map_batches(
@@ -189,32 +200,32 @@ def dataset_outputs(
         fn_constructor_args=(ray.put(net), cpus),
         batch_size=net.batch,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=cpus,
+        num_cpus=reserved,
         num_gpus=int(use_gpu),
     )
     for rows in looked.iter_batches(batch_size=net.batch, batch_format="numpy"):
         yield Outputs(rows["features"], rows.get("probabilities"))
 
 
-def reconstruction(tokenizer: ImageTokenizer, batches: Iterable[Images]) -> Reconstruction:
+def difference(images: Images, rebuilt: Images) -> Difference:
+    """How far images are from what a tokenizer makes of them."""
+    error = rebuilt.astype(np.int64) - images
+    return Difference(len(images), error.size, int((error**2).sum()), int(np.abs(error).sum()))
+
+
+def reconstruction(parts: Iterable[Difference]) -> Reconstruction:
     """What a tokenizer's codes lose of images.
 
     Raises:
         DataError: there are no images.
     """
-    images = values = squares = differences = 0  # whole numbers: exact for any batches
-    for batch in batches:
-        if not len(batch):
-            continue
-        error = tokenizer.decode(tokenizer.encode(batch)).astype(np.int64) - batch
-        images, values = images + len(batch), values + error.size
-        squares, differences = squares + int((error**2).sum()), differences + int(np.abs(error).sum())
+    images, values, squares, sizes = (
+        sum(column) for column in zip(Difference(0, 0, 0, 0), *parts, strict=True)
+    )
     if not images:
         raise DataError("reconstruction: no images; expected at least one")
     mse = squares / values
-    return Reconstruction(
-        images, mse, differences / values, 10 * math.log10(255**2 / mse) if mse else math.inf
-    )
+    return Reconstruction(images, mse, sizes / values, 10 * math.log10(255**2 / mse) if mse else math.inf)
 
 
 class _Actor:

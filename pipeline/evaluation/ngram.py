@@ -32,16 +32,30 @@ def unigram_perplexity(
 def bigram_perplexity(
     train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
 ) -> float:
-    """Perplexity of rows whose tokens are predicted from the token before; the first of a row by the unigram.
-
-    Witten-Bell interpolation, all of it from the training rows: with `c(a, b)` the count of a pair, `c(a)` of
-    its first token and `d(a)` of the different tokens seen after `a`,
-    `p(b | a) = (c(a, b) + d(a) p(b)) / (c(a) + d(a))`, where `p(b)` is the add-one unigram, which also stands
-    alone after a token that the training rows never follow up. Only pairs that occur are stored, never V x V.
+    """`bigram_model` for rows that are judged once.
 
     Args:
         train_rows: blocks of training rows.
         rows: blocks of the rows to judge; they never enter the counts.
+        vocabulary: V, the number of token ids.
+        max_train_rows: count in the first so many training rows only.
+    """
+    return bigram_model(train_rows, vocabulary, max_train_rows)(rows)
+
+
+def bigram_model(
+    train_rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
+) -> Callable[[Iterable[Rows]], float]:
+    """Perplexity, as a function of blocks of rows, of tokens that are predicted from the one before.
+
+    The first token of a row is predicted by the unigram, the others by Witten-Bell interpolation, all of it from
+    the training rows: with `c(a, b)` the count of a pair, `c(a)` of its first token and `d(a)` of the different
+    tokens seen after `a`, `p(b | a) = (c(a, b) + d(a) p(b)) / (c(a) + d(a))`, where `p(b)` is the add-one unigram,
+    which also stands alone after a token that the training rows never follow up. Only pairs that occur are stored,
+    never V x V.
+
+    Args:
+        train_rows: blocks of training rows; the rows to judge never enter the counts.
         vocabulary: V, the number of token ids.
         max_train_rows: count in the first so many training rows only.
 

@@ -1,0 +1,63 @@
+"""Work spread over Ray actors: answers in the order of the questions, users' mistakes raised as what they are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util import ActorPool
+
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job's actors get.
+
+    Attributes:
+        actors: processes that work at the same time, at most.
+        cpus: CPUs of each, which is also its threads.
+        use_gpu: whether each has a GPU of its own.
+    """
+
+    actors: int
+    cpus: int
+    use_gpu: bool
+
+
+class _Actor:
+    """Makes what it holds at the first call: what fails then reaches the caller like any other failure."""
+
+    def __init__(self, kind: type, *arguments: Any):
+        self._kind, self._arguments, self._held = kind, arguments, None
+
+    def call(self, method: str, *task: Any) -> Any:
+        if self._held is None:
+            self._held = self._kind(*self._arguments)
+        return getattr(self._held, method)(*task)
+
+
+def start(kind: type, arguments: Sequence[Any], resources: Resources, tasks: int) -> list[Any]:
+    """Processes that each hold one `kind(*arguments)`; never more of them than tasks.
+
+    They end when the last reference to them goes.
+    """
+    remote: Any = ray.remote(_Actor).options(num_cpus=resources.cpus, num_gpus=int(resources.use_gpu))
+    return [remote.remote(kind, *arguments) for _ in range(max(1, min(resources.actors, tasks)))]
+
+
+def in_order(ready: list[Any], method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """`method(*task)` of every task on whichever actor is free, one at a time on each.
+
+    As many tasks as there are actors reach each of them once.
+
+    Raises:
+        PipelineError: what an actor raised, without Ray's traceback.
+    """
+    pool: Any = ActorPool(ready)
+    try:
+        yield from pool.map(lambda one, task: one.call.remote(method, *task), tasks)
+    except ray.exceptions.RayTaskError as error:
+        for one in ready:  # the error's traceback holds them, and they would keep their CPUs
+            ray.kill(one)
+        raise error.cause if isinstance(error.cause, PipelineError) else error from None

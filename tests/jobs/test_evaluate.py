@@ -1,0 +1,194 @@
+"""The evaluation job on prepared data and models that are written here: its figures against one process's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from small_models import shake
+
+from pipeline import storage
+from pipeline.config.load import parse
+from pipeline.config.schema import RunConfig
+from pipeline.data.encoding import held_out, read_pixels
+from pipeline.data.image_sources import list_images, open_images
+from pipeline.data.images import TOKENIZER, content
+from pipeline.data.prepared import data_path
+from pipeline.data.shards import (
+    MANIFEST,
+    Manifest,
+    ShardFile,
+    ShardReader,
+    Skipped,
+    SourceInfo,
+    SpecialIds,
+    Split,
+    TokenizerInfo,
+    encode_shard,
+)
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.evaluation import likelihood
+from pipeline.evaluation.drawn_images import Looker
+from pipeline.evaluation.images import frechet_distance, summarise
+from pipeline.evaluation.source_images import load_net, source_images
+from pipeline.models import build, folder
+from pipeline.models.vq import PatchVQ, fit_patches, load_image_tokenizer
+from pipeline.tracking import tracking_uri
+from pipeline.training.evaluate import evaluate
+from pipeline.training.validation import validation_rows
+
+CODES = 16
+
+
+def digits(storage: Path, **changes: dict[str, object]) -> RunConfig:
+    """Digits as 2 x 2 codes of 4 x 4 pixels; most of them held out, so that the classifier is soon fitted."""
+    tree: dict[str, dict[str, object]] = {
+        "data": {"kind": "image", "factor": 4, "codes": CODES, "validation_images": 1397, "streams": 4},
+        "model": {"kind": "pgm", "hidden": 16, "heads": 2, "encoder_blocks": 1, "decoder_blocks": 1},
+        "diffusion": {"schedule": "arccos"},
+        "optim": {"warmup_steps": 2},
+        "train": {"steps": 8, "batch": 8},
+        "evaluation": {"rows": 300, "draws": 2, "batch": 64},
+        "sampling": {"num_samples": 120, "steps": 3, "order": "halton", "guidance": 1.0, "batch": 120},
+        "cluster": {"storage": str(storage), "workers": 2},
+    }
+    tree["model"] |= {"classes": 10, "registers": 2, "dropout": 0}
+    for section, keys in changes.items():
+        tree[section] = {**tree[section], **keys}
+    return parse({"name": "judged", **tree}, origin="test")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run with prepared data and a random model, as preparation and training would leave them."""
+    config = digits(tmp_path_factory.mktemp("runs"))
+    data, path = config.data, data_path(config)
+    assert data.kind == "image"
+    source = open_images(data)
+    refs = list_images(source, data).refs
+    out = held_out(np.arange(len(refs)), data.validation_images, len(refs))
+    pixels = read_pixels(refs, data)
+    tokenizer = fit_patches(pixels.images[~out], CODES, 4, seed=0)
+    rows = np.concatenate([np.full((len(refs), 1), CODES + 1), tokenizer.encode(pixels.images)], axis=1)
+    splits = {}
+    for split, mine in (("train", ~out), ("validation", out)):
+        shard, digest = encode_shard(rows[mine].astype(np.uint8), pixels.labels[mine])
+        storage.publish_bytes(f"{path}/{split}-00000.parquet", shard)
+        file = ShardFile(name=f"{split}-00000.parquet", rows=int(mine.sum()), sha256=digest)
+        splits[split] = Split(
+            files=(file,), documents=int(mine.sum()), tokens=5 * file.rows, tokens_dropped=0
+        )
+    manifest = Manifest(
+        length=5,
+        vocabulary=CODES,
+        special=SpecialIds(eot=None, bos=CODES + 1),
+        wrap="none",
+        tokenizer=TokenizerInfo(name=tokenizer.name, hash=tokenizer.hash),
+        source=SourceInfo(name="digits", revision=None, fingerprint=source.fingerprint),
+        content=content(data),
+        content_key="x",
+        splits=splits,
+        documents=len(refs),
+        documents_empty=0,
+        tokens=rows.size,
+        skipped=Skipped(count=0, names=()),
+        classes=10,
+        grid=2,
+    )
+    storage.publish_text(f"{path}/{MANIFEST}", manifest.model_dump_json())
+    tokenizer.save(Path(path) / TOKENIZER)
+    write_model(config, tokenizer, Path(config.cluster.storage) / "judged" / "model")
+    return config
+
+
+def write_model(config: RunConfig, tokenizer: PatchVQ, into: Path) -> None:
+    model = shake(build(config.model, CODES, 5, CODES + 1))
+    facts = folder.DataFacts(CODES, 5, CODES + 1, None)
+    folder.write(into, config.model, facts, model.state_dict(), folder.Background({"step": 8}))
+    tokenizer.save(into)
+
+
+def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) -> None:
+    data, path = config.data, data_path(config)
+    assert data.kind == "image"
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"data": (path,)})})
+    found = evaluate(config)
+    metrics = found.report.metrics()
+
+    manifest = Manifest.read(path)
+    reader = ShardReader(path, manifest, "validation")
+    rows = validation_rows(len(reader), 300)
+    model = folder.read(Path(config.cluster.storage) / "judged" / "model")[0]
+    bound = likelihood.measure(
+        model, reader.rows(rows), "arccos", 2, 0, bos=True, batch=64, labels=reader.labels(rows)
+    )
+    other = f"evaluation/zero_shot/{Path(path).name}/loss"
+    assert metrics["evaluation/validation/loss"] == metrics[other] == bound.nats
+    assert metrics["evaluation/validation/loss_low"] == pytest.approx(
+        bound.nats - 1.96 * bound.stderr, rel=1e-4
+    )
+
+    source = source_images(data, manifest)
+    assert (len(source.train), len(source.validation)) == (400, 1397)
+    net = load_net(None, None, data, source.train, 64)
+    looker = Looker(net, f"{path}/{TOKENIZER}", data, 1)
+    reference = summarise([net(read_pixels(source.train, data).images)])[0]
+    tokens = np.load(f"{found.folder}/samples/tokens.npy")
+    seen = looker.drawn(tokens[:, 1:])
+    distance = frechet_distance(summarise([seen])[0], reference)
+    assert metrics["evaluation/samples/fid"] == pytest.approx(distance, rel=1e-3)
+    assert seen.probabilities is not None
+    right = (seen.probabilities.argmax(1) == np.arange(120) % 10).mean()
+    assert metrics["evaluation/samples/accuracy"] == pytest.approx(right)
+    looked = looker.held_out([source.validation[i] for i in rows])
+    assert looked is not None
+    assert metrics["evaluation/tokenizer/mse"] == pytest.approx(
+        looked.difference.squares / looked.difference.values
+    )
+    # Real images are nearest, what the codes keep of them is further, and a random model's furthest.
+    fids = [metrics[f"evaluation/{whose}/fid"] for whose in ("real", "tokenizer", "samples")]
+    assert fids == sorted(fids)
+    assert metrics["evaluation/real/accuracy"] > 0.85
+
+    run = json.loads((Path(found.folder).parent / "run.json").read_text())
+    client = MlflowClient(tracking_uri(config))
+    logged = client.get_run(run["run_id"])
+    assert logged.info.status == "FINISHED"
+    assert {key: logged.data.metrics[key] for key in metrics} == metrics
+    names = {Path(a.path).name for a in client.list_artifacts(run["run_id"], "evaluation")}
+    assert names == {"evaluation.json", "evaluation.md", "samples.png"}
+    assert "guidance 1.0, seed 0, precision float32" in found.report.to_text()
+
+
+def test_what_is_refused_before_anything_is_drawn(
+    config: RunConfig, tmp_path: Path, ray_cluster: None
+) -> None:
+    def changed(**sections: dict[str, object]) -> RunConfig:
+        return config.model_copy(
+            update={key: getattr(config, key).model_copy(update=keys) for key, keys in sections.items()}
+        )
+
+    tokenizer = load_image_tokenizer(f"{data_path(config)}/{TOKENIZER}", 4, 8, "cpu")
+    assert isinstance(tokenizer, PatchVQ)
+    patches = tokenizer.decode(np.arange(CODES)[:, None])
+    patches[0] += 1
+    write_model(config, PatchVQ(patches), tmp_path / "other")
+    write_model(config, tokenizer, tmp_path / "cut")
+    weights = tmp_path / "cut" / folder.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-8])
+    for wanted, kind, says in [
+        (changed(sampling={"model": str(tmp_path / "cut")}), CheckpointError, "model.safetensors is damaged"),
+        (changed(sampling={"model": str(tmp_path / "none")}), CheckpointError, "no such model folder"),
+        (
+            changed(sampling={"model": str(tmp_path / "other")}),
+            DataError,
+            "tokenizer \\(hash\\): the data has",
+        ),
+        (changed(sampling={"num_samples": 1}), ConfigError, "sampling.num_samples: 1; expected at least 2"),
+        (changed(evaluation={"data": (str(tmp_path),)}), DataError, "no manifest.json"),
+        (changed(evaluation={"features": "inceptoin"}), ConfigError, "did you mean 'inception'"),
+    ]:
+        with pytest.raises(kind, match=says):
+            evaluate(wanted)
+        assert not list(tmp_path.glob("**/samples"))
