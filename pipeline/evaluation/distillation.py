@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Integer
 
 from pipeline import storage
 from pipeline.config.schema import SamplingConfig
 from pipeline.evaluation.generation import labels_of
+from pipeline.evaluation.texts import unigram_entropy
 from pipeline.models import folder
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.logits import Filters
@@ -47,16 +48,6 @@ def step_counts(teacher_steps: int, rounds: int, positions: int) -> list[int]:
     return sorted(set(made_for[-4:]))
 
 
-def entropies(rows: Rows) -> Float[np.ndarray, "n"]:
-    """Entropy of every row's own token frequencies, nats."""
-    found = []
-    for row in rows:
-        counts = np.unique(row, return_counts=True)[1]
-        share = counts / counts.sum()
-        found.append(float(-(share * np.log(share)).sum()))
-    return np.array(found)
-
-
 def draw(model: Denoiser, bos: int | None, settings: SamplingConfig, steps: int) -> Rows:
     """`settings.num_samples` rows as `settings` draws them, in so many steps, without BOS."""
     classes = None if model.classes is None else model.classes.num_embeddings - 1
@@ -82,7 +73,7 @@ def draw(model: Denoiser, bos: int | None, settings: SamplingConfig, steps: int)
 
 def judge(model: str, steps: int, rows: Rows, perplexity: Judge) -> Quality:
     """Measure drawn rows."""
-    return Quality(model, steps, perplexity([rows]), float(entropies(rows).mean()))
+    return Quality(model, steps, perplexity([rows]), unigram_entropy(rows))
 
 
 def compare(

@@ -61,13 +61,6 @@ def bigram_model(
 
     Source: Witten and Bell 1991, method C.
     """
-    return bigram_judge(train_rows, vocabulary, max_train_rows)(rows)
-
-
-def bigram_judge(
-    train_rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
-) -> Callable[[Iterable[Rows]], float]:
-    """`bigram_perplexity` of any blocks of rows, with the training rows counted once."""
     counts = np.zeros(vocabulary, np.int64)
     pairs: np.ndarray = np.empty(0, np.int64)  # codes a V + b, sorted
     pair_counts: np.ndarray = np.empty(0, np.int64)  # c(a, b)

@@ -142,7 +142,7 @@ def _quality(
     log.info("sampling from the teacher and %d students in %s steps", asked.rounds, counts)
     train = ShardReader(data_path(config), manifest, "train")
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, bos:]
-    judge = ngram.bigram_judge([seen], manifest.vocabulary)
+    judge = ngram.bigram_model([seen], manifest.vocabulary)
     cpus = config.cluster.cpus_per_worker
     return distillation.compare(models, counts, config.sampling, judge, cpus, use_gpu)
 

@@ -1,7 +1,5 @@
 """Samples of teacher and students by the number of steps: what is measured, tabled and drawn."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -10,9 +8,10 @@ from small_models import shake
 
 from pipeline.config.schema import PGMConfig, SamplingConfig
 from pipeline.evaluation import distillation
-from pipeline.evaluation.distillation import Quality, draw, entropies, judge, step_counts
+from pipeline.evaluation.distillation import Quality, draw, judge, step_counts
 from pipeline.evaluation.figures import quality_against_steps
-from pipeline.evaluation.ngram import bigram_judge, bigram_perplexity
+from pipeline.evaluation.ngram import bigram_model, bigram_perplexity
+from pipeline.evaluation.texts import unigram_entropy
 from pipeline.models import build
 
 V, L = 4, 5
@@ -38,23 +37,18 @@ def test_steps_of_the_last_models(asked: tuple[int, int, int], expected: list[in
     assert step_counts(*asked) == expected
 
 
-def test_entropy_of_rows() -> None:
-    rows = np.array([[7, 7, 7, 7], [1, 2, 3, 4], [5, 5, 6, 6]])
-    assert entropies(rows) == pytest.approx([0, math.log(4), math.log(2)])
-
-
 def test_more_steps_of_an_exact_model_are_better() -> None:
     """Tokens drawn at once do not know of each other; the source's own rows are the best that there are."""
     joint = markov(V, L, seed=3)
     train = np.random.default_rng(0).choice(V**L, 20_000, p=joint.ravel())
     rows = np.stack(np.unravel_index(train, joint.shape), axis=1)
-    perplexity = bigram_judge([rows], V)
+    perplexity = bigram_model([rows], V)
     model = Known(joint)
     found = [judge("a", steps, draw(model, None, SETTINGS, steps), perplexity) for steps in (1, 2, L)]
     assert found[0].perplexity > 1.2 * found[1].perplexity > 1.2 * found[2].perplexity
     assert found[2].perplexity == pytest.approx(perplexity([rows[:5000]]), rel=0.03)
     assert found[2].perplexity == bigram_perplexity([rows], [draw(model, None, SETTINGS, L)], V)
-    assert found[2].entropy == pytest.approx(entropies(rows[:5000]).mean(), rel=0.03)
+    assert found[2].entropy == pytest.approx(unigram_entropy(rows[:5000]), rel=0.03)
 
 
 def test_rows_of_images_have_their_classes_and_no_bos() -> None:
