@@ -1,6 +1,7 @@
 """Work spread over Ray actors: answers in the order of the questions, users' mistakes raised as what they are."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,16 @@ class _Actor:
         return getattr(self._held, method)(*task)
 
 
-def start(kind: type, arguments: Sequence[Any], resources: Resources, tasks: int) -> list[Any]:
-    """Processes that each hold one `kind(*arguments)`; never more of them than tasks.
-
-    They end when the last reference to them goes.
-    """
+@contextmanager
+def started(kind: type, arguments: Sequence[Any], resources: Resources, tasks: int) -> Iterator[list[Any]]:
+    """Processes that each hold one `kind(*arguments)`, never more of them than tasks; they end with the block."""
     remote: Any = ray.remote(_Actor).options(num_cpus=resources.cpus, num_gpus=int(resources.use_gpu))
-    return [remote.remote(kind, *arguments) for _ in range(max(1, min(resources.actors, tasks)))]
+    ready = [remote.remote(kind, *arguments) for _ in range(max(1, min(resources.actors, tasks)))]
+    try:
+        yield ready
+    finally:
+        for one in ready:  # at once, since who comes next may need their CPUs and GPUs
+            ray.kill(one)
 
 
 def in_order(ready: list[Any], method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:

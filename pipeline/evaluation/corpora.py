@@ -16,9 +16,10 @@ from jaxtyping import Float64, Int, UInt
 
 from pipeline import storage
 from pipeline.data.shards import Manifest, ShardReader
+from pipeline.data.stages import Progress
 from pipeline.errors import DataError
 from pipeline.evaluation import likelihood
-from pipeline.evaluation.actors import Resources, in_order, start
+from pipeline.evaluation.actors import Resources, in_order, started
 from pipeline.evaluation.likelihood import Estimator, Likelihood
 from pipeline.evaluation.report import Group, Measure
 from pipeline.models import folder
@@ -151,21 +152,21 @@ def measure_corpora(
         labelled: whether the model is conditioned on the rows' labels.
     """
     counts = [min(_PARTS, -(-len(some) * how.draws // how.batch)) for some in rows]
-    judges = start(_Judge, (model, resources.cpus), resources, max(counts))
     found = []
-    for corpus, some, parts in zip(corpora, rows, counts, strict=True):
-        reader = ShardReader(corpus.path, corpus.manifest, "validation")
-        tokens = ray.put(reader.rows(some))
-        labels = ray.put(reader.labels(some) if labelled else None)
-        sums = torch.zeros(len(some), dtype=torch.float64)
-        for done, part in enumerate(
-            in_order(judges, "sums", [(tokens, labels, how, part, parts) for part in range(parts)]), start=1
-        ):
-            sums += torch.from_numpy(part.copy())
-            if done % max(1, parts // 4) == 0:
-                log.info("%s: judged part %d of %d", corpus.key, done, parts)
-        found.append(likelihood.summarise(sums, how.estimator, how.draws, how.seed))
-        log.info("%s: %s", corpus.key, found[-1])
+    with started(_Judge, (model, resources.cpus), resources, max(counts)) as judges:
+        for corpus, some, parts in zip(corpora, rows, counts, strict=True):
+            reader = ShardReader(corpus.path, corpus.manifest, "validation")
+            tokens = ray.put(reader.rows(some))
+            labels = ray.put(reader.labels(some) if labelled else None)
+            sums = torch.zeros(len(some), dtype=torch.float64)
+            progress = Progress("judged", "parts", parts, "rows")
+            for part in in_order(
+                judges, "sums", [(tokens, labels, how, part, parts) for part in range(parts)]
+            ):
+                sums += torch.from_numpy(part.copy())
+                progress.add(round(len(some) / parts))
+            found.append(likelihood.summarise(sums, how.estimator, how.draws, how.seed))
+            log.info("%s: %s", corpus.key, found[-1])
     return found
 
 

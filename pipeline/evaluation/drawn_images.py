@@ -15,7 +15,7 @@ from pipeline.config.data import ImageDataConfig
 from pipeline.data.encoding import read_pixels
 from pipeline.data.image_archives import Ref
 from pipeline.data.stages import Progress
-from pipeline.evaluation.actors import Resources, in_order, start
+from pipeline.evaluation.actors import Resources, in_order, started
 from pipeline.evaluation.features import FeatureNet, Outputs, accuracy
 from pipeline.evaluation.images import (
     Difference,
@@ -120,9 +120,11 @@ def image_groups(
     drawn_tasks = [(codes[i : i + UNIT],) for i in range(0, len(codes), UNIT)]
     real_tasks = [(list(held_out[i : i + UNIT]),) for i in range(0, len(held_out), UNIT)]
     tasks = len(drawn_tasks) + len(real_tasks)
-    lookers = start(Looker, (ray.put(net), tokenizer, data, resources.cpus), resources, tasks)
-    seen = list(in_order(lookers, "drawn", drawn_tasks))
-    looked: list[Looked] = [part for part in in_order(lookers, "held_out", real_tasks) if part is not None]
+    arguments = (ray.put(net), tokenizer, data, resources.cpus)
+    with started(Looker, arguments, resources, tasks) as lookers:
+        seen: list[Outputs] = list(in_order(lookers, "drawn", drawn_tasks))
+        every: list[Looked | None] = list(in_order(lookers, "held_out", real_tasks))
+    looked = [part for part in every if part is not None]
     classes = np.concatenate([np.empty(0, np.int64), *(part.labels for part in looked)])
     intended = None if labels is None else np.array(labels)
     lost = reconstruction(part.difference for part in looked)

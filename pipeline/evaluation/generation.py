@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.config.schema import SamplingConfig
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
-from pipeline.evaluation.actors import Resources, in_order, start
+from pipeline.evaluation.actors import Resources, in_order, started
 from pipeline.evaluation.pictures import sample_grid
 from pipeline.models import folder, vq
 from pipeline.sampling.logits import Filters
@@ -96,21 +96,21 @@ def generate(
         into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`.
     """
     starts = range(0, settings.num_samples, settings.batch)
-    ready = start(_Sampler, (model, settings, cpus), Resources(actors, cpus, use_gpu), len(starts))
-    # Waits until the models are there, so that the rate below is of sampling alone.
-    classes, *_ = in_order(ready, "classes", [()] * len(ready))
-    began, done, drawn = time.perf_counter(), 0, []
     parts = [(first, min(settings.batch, settings.num_samples - first)) for first in starts]
-    for rows in in_order(ready, "draw", parts):
-        drawn.append(rows)
-        done += len(rows)
-        rate = done * rows.shape[1] / (time.perf_counter() - began)
-        log.info("sampled %d of %d rows, %s tokens/s", done, settings.num_samples, f"{rate:,.0f}")
-    seconds = time.perf_counter() - began
-    tokens = np.concatenate(drawn)
-    labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
-    pictures = in_order(ready, "pictures", [(rows,) for rows in drawn])
-    return Samples(into, tokens, labels, _write(model, tokens, labels, pictures, into), seconds)
+    with started(_Sampler, (model, settings, cpus), Resources(actors, cpus, use_gpu), len(parts)) as samplers:
+        # Waits until the models are there, so that the rate below is of sampling alone.
+        classes, *_ = in_order(samplers, "classes", [()] * len(samplers))
+        began, done, drawn = time.perf_counter(), 0, []
+        for rows in in_order(samplers, "draw", parts):
+            drawn.append(rows)
+            done += len(rows)
+            rate = done * rows.shape[1] / (time.perf_counter() - began)
+            log.info("sampled %d of %d rows, %s tokens/s", done, settings.num_samples, f"{rate:,.0f}")
+        seconds = time.perf_counter() - began
+        tokens = np.concatenate(drawn)
+        labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
+        pictures = in_order(samplers, "pictures", [(rows,) for rows in drawn])
+        return Samples(into, tokens, labels, _write(model, tokens, labels, pictures, into), seconds)
 
 
 def labels_of(settings: SamplingConfig, classes: int, first: int, count: int) -> list[int]:

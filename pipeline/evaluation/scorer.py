@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pipeline import storage
 from pipeline.data.tokenizers import END_OF_TEXT
 from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mean
-from pipeline.evaluation.actors import Resources, in_order, start
+from pipeline.evaluation.actors import Resources, in_order, started
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,8 +148,8 @@ def score_texts(spec: str, texts: Sequence[str], batch: int, resources: Resource
     """
     starts = range(0, len(texts), _TEXTS_A_TASK)
     tasks = [(list(texts[first : first + _TEXTS_A_TASK]),) for first in starts]
-    ready = start(Scorer, (spec, batch, resources.cpus), resources, len(tasks)) if tasks else []
-    return total(in_order(ready, "score", tasks) if tasks else ())
+    with started(Scorer, (spec, batch, resources.cpus), resources, len(tasks)) as scorers:
+        return total(in_order(scorers, "score", tasks))
 
 
 def total(parts: Any) -> Scored:

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation.actors import Resources, in_order, start
+from pipeline.evaluation.actors import Resources, in_order, started
 
 
 def test_answers_and_errors(ray_cluster: None) -> None:
@@ -20,13 +20,16 @@ def test_answers_and_errors(ray_cluster: None) -> None:
                 raise ConfigError("number: 7; expected another one")
             return self.first + number
 
-    ready = start(Counter, (10,), Resources(2, 1, False), 1)
-    assert len(ready) == 1
-    assert list(in_order(ready, "add", [(n,) for n in (3, 1, 2)])) == [13, 11, 12]
-    with pytest.raises(ConfigError) as caught:
-        list(in_order(ready, "add", [(1,), (7,)]))
+    with started(Counter, (10,), Resources(2, 1, False), 1) as ready:
+        assert len(ready) == 1
+        assert list(in_order(ready, "add", [(n,) for n in (3, 1, 2)])) == [13, 11, 12]
+        with pytest.raises(ConfigError) as caught:
+            list(in_order(ready, "add", [(1,), (7,)]))
     assert str(caught.value) == "number: 7; expected another one"
-    del ready
-    with pytest.raises(CheckpointError) as refused:
-        list(in_order(start(Counter, (-1,), Resources(2, 1, False), 5), "add", [(1,)] * 5))
+    # Both CPUs are free again, although the error's frames still hold the actor.
+    with (
+        started(Counter, (-1,), Resources(2, 1, False), 5) as ready,
+        pytest.raises(CheckpointError) as refused,
+    ):
+        list(in_order(ready, "add", [(1,)] * 5))
     assert str(refused.value) == "-1: no such first number"
