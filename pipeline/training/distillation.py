@@ -34,6 +34,7 @@ from pipeline.training.session import Session
 log = logging.getLogger(__name__)
 
 ORIGIN = "origin.json"  # in the first teacher's folder: what it was when it was copied there
+Form = Literal["compatible", "complementary"]
 Side = tuple[
     Bool[np.ndarray, "B L"], Float[np.ndarray, "B"]
 ]  # hidden positions, and the time that hides them
@@ -58,7 +59,7 @@ def hidden_sides(
     groups: Bool[np.ndarray, "B L"],
     t: Float[np.ndarray, "B"],
     dt: float,
-    form: Literal["compatible", "complementary"],
+    form: Form,
     eps: float,
     bos: bool,
 ) -> list[Side]:
