@@ -129,7 +129,8 @@ def draw(
         shown = settings.labels or range(known)
         classes = [label for label in list(shown)[:CLASSES_SHOWN] for _ in range(PICTURES_A_CLASS)]
         count = len(classes)
-    condition = None if config.model.classes is None else torch.tensor(classes)
+    conditional = classes is not None and config.model.classes is not None
+    condition = torch.tensor(classes) if conditional else None
     revealed = torch.zeros(count, manifest.length, dtype=torch.int64)
     tokens = sample(
         model,
