@@ -16,7 +16,7 @@ from pipeline.data import prepared
 from pipeline.data.images import TOKENIZER
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.evaluation import corpora, generation, likelihood, ngram, scorer, texts
 from pipeline.evaluation.actors import Resources
 from pipeline.evaluation.corpora import Corpus
@@ -26,7 +26,7 @@ from pipeline.evaluation.source_images import load_net, source_images
 from pipeline.models import folder
 from pipeline.training import checkpoint
 from pipeline.training.cluster import check_resources, cluster
-from pipeline.training.launch import located
+from pipeline.training.launch import located, model_folder
 from pipeline.training.loop import tracking_spill
 from pipeline.training.outcome import NGRAM_ROWS
 from pipeline.training.validation import validation_rows
@@ -74,7 +74,7 @@ def evaluate(config: RunConfig) -> Evaluation:
     config = located(config)
     run, uri = checkpoint.run_folder(config), tracking.tracking_uri(config)
     into = storage.join(run, "evaluation")
-    subject = open_subject(config, run, uri)
+    subject = open_subject(config)
     others = corpora.open_corpora(config.evaluation.data)
     storage.check_writable(into, "cluster.storage")
     with _mlflow_run(config, run, uri) as run_id, cluster(config):
@@ -95,20 +95,14 @@ def evaluate(config: RunConfig) -> Evaluation:
     return Evaluation(report, into, uri)
 
 
-def open_subject(config: RunConfig, run: str, uri: str) -> Subject:
+def open_subject(config: RunConfig) -> Subject:
     """The model that `jobs.sample` would draw from, checked against the config.
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
         ConfigError: it cannot be sampled as the config says.
     """
-    named = config.sampling.model
-    model = named or storage.join(run, "model")
-    if model.startswith("models:/"):
-        model = str(tracking.download_model(uri, model))
-    if not storage.folder_complete(model):
-        raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
-    model = storage.resolve(model)
+    named, model = config.sampling.model, model_folder(config)
     local = storage.fetch(model)
     denoiser, section, facts = folder.read(local)
     sampling = config.sampling.model_copy(update={"model": None})

@@ -109,18 +109,26 @@ def sample(config: schema.RunConfig) -> generation.Samples:
         CheckpointError: there is no such model.
     """
     run, settings = checkpoint.run_folder(config), config.sampling
-    model = settings.model or storage.join(run, "model")
-    if model.startswith("models:/"):
-        model = str(tracking.download_model(tracking.tracking_uri(config), model))
-    if not storage.folder_complete(model):
-        raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
+    model = model_folder(config)
     into = storage.join(run, "samples", f"{settings.order}-{settings.steps}-steps-seed-{settings.seed}")
     with cluster(config):
         use_gpu = check_resources(config)
         asked = config.cluster
-        return generation.generate(
-            storage.resolve(model), settings, asked.workers, asked.cpus_per_worker, use_gpu, into
-        )
+        return generation.generate(model, settings, asked.workers, asked.cpus_per_worker, use_gpu, into)
+
+
+def model_folder(config: schema.RunConfig) -> str:
+    """Absolute folder of `sampling.model`, or of the run's own model.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    model = config.sampling.model or storage.join(checkpoint.run_folder(config), "model")
+    if model.startswith("models:/"):
+        model = str(tracking.download_model(tracking.tracking_uri(config), model))
+    if not storage.folder_complete(model):
+        raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
+    return storage.resolve(model)
 
 
 def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest, tags: dict[str, str]) -> str:
