@@ -21,7 +21,13 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import ResizingState, TrainControllerState
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    TrainControllerState,
+)
 from ray.util.metrics import Gauge
 
 from pipeline import errors, logs, storage, tracking
@@ -35,7 +41,7 @@ from pipeline.training import checkpoint, distillation, resume
 from pipeline.training.cluster import check_resources, check_visible, cluster, stoppable, workers_now
 from pipeline.training.loop import Job, train
 from pipeline.training.outcome import Outcome, finish
-from pipeline.training.session import SAVE
+from pipeline.training.session import SAVE, STOP
 
 log = logging.getLogger(__name__)
 
@@ -196,12 +202,15 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
             storage_path=folder,
             failure_config=FailureConfig(max_failures=asked.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[_SaveBeforeResize(run)],
+            callbacks=[Between(run)],
         ),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        if isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, Stopped):
+            log.warning("stopped while no worker ran; what was done after the newest checkpoint is not kept")
+            return
         log.error("%s", error)  # with the workers' tracebacks
         raise TrainingError(f"the workers failed, and may not be restarted again: {reason(error)}") from error
     finally:
@@ -230,25 +239,35 @@ class _Trainer(TorchTrainer):
         pass
 
 
-class _SaveBeforeResize(ControllerCallback):
-    """A group that is to grow starts again from the newest checkpoint: one is made first, so no step is lost.
+class Stopped(Exception):
+    """The run was asked to stop while it had no workers that could save."""
 
-    Ray runs this in its controller, between the decision and the end of the old group.
+
+class Between(ControllerCallback):
+    """What Ray's controller does for a run between two groups of workers.
+
+    A group that is to grow starts again from the newest checkpoint: one is made first, so no step is lost. And a
+    run that waits for nodes can be stopped: nothing else would look for the request.
     """
 
-    PATIENCE = 120.0  # seconds
+    PATIENCE = 120.0  # seconds for that checkpoint
 
     def __init__(self, run: str):
         self._run = run
 
     def after_controller_state_update(
-        self,
-        previous_state: TrainControllerState,  # noqa: ARG002
-        current_state: TrainControllerState,
+        self, previous_state: TrainControllerState, current_state: TrainControllerState
     ) -> None:
-        """Ask the loop for a checkpoint and wait until it is complete."""
-        if not isinstance(current_state, ResizingState):
-            return
+        """Called by Ray whenever its state changes, and again and again while it waits for nodes."""
+        if isinstance(current_state, ResizingState):
+            self._save()
+        elif isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
+            if type(previous_state) is type(current_state):
+                time.sleep(0.5)  # Ray itself would ask again at once
+            if storage.exists(storage.join(self._run, STOP)):
+                raise Stopped
+
+    def _save(self) -> None:
         request = storage.join(self._run, SAVE)
         try:
             before, deadline = checkpoint.newest(self._run), time.monotonic() + self.PATIENCE

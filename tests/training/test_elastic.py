@@ -6,6 +6,7 @@ import observed
 import pytest
 import ray.train
 from observed import Seen, quick
+from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
 from workers import Workers
 
 from pipeline import storage
@@ -13,7 +14,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError
 from pipeline.training import checkpoint, launch
 from pipeline.training.cluster import check_resources, workers_now
-from pipeline.training.session import SAVE, PlainSession, Requests
+from pipeline.training.session import SAVE, STOP, PlainSession, Requests
 
 
 def told(rank: int, workers: int, config: RunConfig, file: bool) -> Seen:
@@ -71,3 +72,14 @@ def test_reason_of_a_failed_run_is_one_line() -> None:
     assert launch.reason(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
     error = ray.train.ControllerError(RuntimeError("no\nplace"))
     assert launch.reason(error) == "Training failed due to controller error: no place"
+
+
+def test_run_that_waits_for_nodes_can_be_stopped(tmp_path: Path) -> None:
+    between = launch.Between(str(tmp_path))
+    waiting = RestartingState(training_failed_error=ray.train.ControllerError(RuntimeError("no place")))
+    between.after_controller_state_update(RunningState(), waiting)
+    between.after_controller_state_update(waiting, waiting)
+    (tmp_path / STOP).touch()
+    between.after_controller_state_update(waiting, RunningState())  # workers look for themselves
+    with pytest.raises(launch.Stopped):
+        between.after_controller_state_update(waiting, waiting)
