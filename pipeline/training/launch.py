@@ -227,6 +227,7 @@ def reason(error: ray.train.TrainingFailedError) -> str:
         return " ".join(str(error).split())
     kinds: dict[str, str] = {}
     for rank, failure in sorted(failures.items()):
+        failure = getattr(failure, "health_check_failure", failure)  # Ray's wrapper says nothing more
         said = (str(failure).strip().splitlines() or ["no message"])[0]
         kinds.setdefault(f"{type(failure).__name__}: {said}", f"worker {rank}")
     return "; ".join(f"{worker}: {kind}" for kind, worker in kinds.items())

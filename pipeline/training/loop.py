@@ -185,6 +185,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 interval = _Interval()
 
             notice = session.notice() if looking else None
+            if saving and not notice:
+                notice = "the group of workers is about to change"
             if notice and rank == 0:
                 log.warning("step %d: %s; saving before that", done, notice)
             last = stopping or done == config.train.steps
@@ -193,7 +195,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 judged = validate(config, manifest, engine, ema, session, tracker, done)
                 metrics[f"validation/{judged.metric}"] = judged.value
 
-            if done % config.train.checkpoint_every == 0 or last or saving or notice:
+            if done % config.train.checkpoint_every == 0 or last or notice:
                 if rank == 0:
                     checkpoint.prune(run, config.train.keep)
                 local = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name_of(done)}-"))

@@ -105,10 +105,13 @@ class Requests:
     def _look(self) -> None:
         stop, save = self._files
         while not self._over.wait(self.EVERY_S):
-            self._stop = self._stop or storage.exists(stop)
-            if storage.exists(save):
-                storage.remove(save)
-                self._save = True
+            try:
+                self._stop = self._stop or storage.exists(stop)
+                if storage.exists(save):
+                    storage.remove(save)
+                    self._save = True
+            except Exception as error:  # storage's troubles are over sooner or later
+                log.warning("no look at the run's folder for requests: %s", error)
 
     def take(self) -> tuple[bool, bool, bool]:
         """Whether to stop, to save, and to call `notice`."""
