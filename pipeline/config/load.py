@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import WORKER_FORMS, RunConfig
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError, did_you_mean
 
@@ -158,7 +158,8 @@ def _kinds(section: str) -> list[str]:
 
 def _explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
     """One pydantic problem as `key: what was written; what was expected; nearest choice`."""
-    location, value, kind = list(item["loc"]), item["input"], item["type"]
+    location = [part for part in item["loc"] if part not in WORKER_FORMS]
+    value, kind = item["input"], item["type"]
     context = item.get("ctx", {})
     tagged = (
         len(location) > 1 and location[0] in ("model", "data") and location[1] in _kinds(str(location[0]))

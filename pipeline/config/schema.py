@@ -1,8 +1,8 @@
 """The typed form of a run's YAML file: one frozen model per section, checks across sections at the end."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
 from pipeline.config.section import NonNegativeInt, Rate, Section
@@ -169,14 +169,53 @@ class TrackingConfig(Section):
     system_metrics: bool = True
 
 
+class Workers(Section):
+    """A number of workers that may change while a run goes on, as nodes go and come."""
+
+    min: PositiveInt = 1  # with fewer, the run waits
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Workers":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}; expected at most {self.max}")
+        return self
+
+
+def _number_or_range(value: Any) -> str:
+    """Which form of `cluster.workers` is meant, so that a mistake is reported for that form alone."""
+    return WORKER_FORMS[isinstance(value, dict | Workers)]
+
+
+WORKER_FORMS = ("<number>", "<range>")  # no keys of a config
+
+
 class ClusterConfig(Section):
     """Where the run lives and on what."""
 
     storage: str = "runs"  # run folders and prepared data: a local folder, a shared one, s3://, gs://
-    workers: PositiveInt = 1
+    # a number, or {min: 1, max: 4}: as many as the nodes there hold, fewer after a loss, more when nodes come
+    workers: Annotated[
+        Annotated[int, Field(gt=0, strict=True), Tag(WORKER_FORMS[0])]
+        | Annotated[Workers, Tag(WORKER_FORMS[1])],
+        Discriminator(_number_or_range),
+    ] = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs if the cluster has any
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without bound
+    # Seconds that one training step may take before its worker counts as hung; null: any. The default is far
+    # above a step's time, and below the 30 minutes after which torch gives a collective up without saying why.
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 900.0
+
+    @property
+    def least(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.workers.min if isinstance(self.workers, Workers) else self.workers
+
+    @property
+    def most(self) -> int:
+        """The most workers that the run uses."""
+        return self.workers.max if isinstance(self.workers, Workers) else self.workers
 
 
 class DistillConfig(Section):
@@ -237,9 +276,9 @@ class RunConfig(Section):
             found.append(
                 f"data.streams: {streams} does not divide train.batch {batch}; nearest that does: {near}"
             )
-        if self.cluster.workers > streams:
+        if self.cluster.most > streams:
             found.append(
-                f"cluster.workers: {self.cluster.workers} workers for data.streams {streams}; "
+                f"cluster.workers: {self.cluster.most} workers for data.streams {streams}; "
                 "expected at most one worker a stream"
             )
         if self.train.offload_optimizer and self.train.zero_stage == 0:

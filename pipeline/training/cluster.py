@@ -28,8 +28,8 @@ def cluster(config: schema.RunConfig) -> Iterator[None]:
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
-            cpus = max(os.cpu_count() or 1, config.cluster.workers * config.cluster.cpus_per_worker)
-            ray.init(num_cpus=cpus, logging_level=logging.WARNING)
+            cpus = max(os.cpu_count() or 1, config.cluster.least * config.cluster.cpus_per_worker)
+            ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
     try:
         yield
     finally:
@@ -41,36 +41,44 @@ def check_resources(config: schema.RunConfig) -> bool:
     """Whether the workers get a GPU each.
 
     Raises:
-        CapabilityError: the cluster is too small; without this, Ray would wait for ever.
+        CapabilityError: the cluster is too small for the fewest workers; without this, Ray would wait for ever.
     """
     there = ray.cluster_resources()
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
     asked = config.cluster
     use_gpu = gpus > 0 if asked.accelerator == "auto" else asked.accelerator == "gpu"
-    if use_gpu and gpus < asked.workers:
+    if use_gpu and gpus < asked.least:
         raise CapabilityError(
-            f"cluster.workers: {asked.workers} workers of one GPU, the cluster has {gpus} GPUs"
+            f"cluster.workers: {asked.least} workers of one GPU, the cluster has {gpus} GPUs"
         )
-    if cpus < asked.workers * asked.cpus_per_worker:
+    if cpus < asked.least * asked.cpus_per_worker:
         raise CapabilityError(
-            f"cluster.workers: {asked.workers} workers of {asked.cpus_per_worker} CPUs, "
-            f"the cluster has {cpus}"
+            f"cluster.workers: {asked.least} workers of {asked.cpus_per_worker} CPUs, the cluster has {cpus}"
         )
     return use_gpu
 
 
+def workers_now(config: schema.RunConfig, use_gpu: bool) -> int:
+    """How many workers a job without an elastic group, such as sampling, starts with: what fits now, in bounds."""
+    there, asked = ray.cluster_resources(), config.cluster
+    fit = int(there.get("GPU", 0)) if use_gpu else int(there.get("CPU", 0)) // asked.cpus_per_worker
+    return max(asked.least, min(asked.most, fit))
+
+
 def check_visible(run: str, uri: str) -> None:
-    """Refuse a store or a folder that only this node can see, if there are others.
+    """Refuse a store or a folder that only this machine can see, if the cluster has others.
 
     Raises:
         ConfigError: names the key.
     """
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    machines = {node["NodeManagerAddress"] for node in alive}
+    if len(machines) < 2:
         return
+    nodes = [node["NodeID"] for node in alive]
     if uri.startswith("sqlite"):
         raise ConfigError(
-            f"tracking.uri: {uri} is one node's SQLite file and the cluster has {len(nodes)} nodes; "
+            f"tracking.uri: {uri} is one machine's SQLite file and the cluster has {len(machines)} machines; "
             "expected the address of an MLflow server"
         )
     if not storage.is_local(run):

@@ -25,7 +25,7 @@ from pipeline.evaluation.report import Group, Measure, Report
 from pipeline.evaluation.source_images import load_net, source_images
 from pipeline.models import folder
 from pipeline.training import checkpoint
-from pipeline.training.cluster import check_resources, cluster
+from pipeline.training.cluster import check_resources, cluster, workers_now
 from pipeline.training.launch import located, model_folder
 from pipeline.training.loop import tracking_spill
 from pipeline.training.outcome import NGRAM_ROWS
@@ -78,7 +78,8 @@ def evaluate(config: RunConfig) -> Evaluation:
     others = corpora.open_corpora(config.evaluation.data)
     storage.check_writable(into, "cluster.storage")
     with _mlflow_run(config, run, uri) as run_id, cluster(config):
-        resources = Resources(config.cluster.workers, config.cluster.cpus_per_worker, check_resources(config))
+        use_gpu = check_resources(config)
+        resources = Resources(workers_now(config, use_gpu), config.cluster.cpus_per_worker, use_gpu)
         manifest = prepared.ensure(config)
         own = Corpus("validation", prepared.data_path(config), manifest)
         tokenizer_hash = _tokenizer_hash(subject, manifest)

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,14 @@ from ray.train import (
     ScalingConfig,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    TrainControllerState,
+)
 from ray.util.metrics import Gauge
 
 from pipeline import errors, logs, storage, tracking
@@ -28,13 +38,18 @@ from pipeline.data.shards import Manifest, check_fits
 from pipeline.errors import CheckpointError, ConfigError, PipelineError, TrainingError
 from pipeline.evaluation import generation
 from pipeline.training import checkpoint, distillation, resume
-from pipeline.training.cluster import check_resources, check_visible, cluster, stoppable
+from pipeline.training.cluster import check_resources, check_visible, cluster, stoppable, workers_now
 from pipeline.training.loop import Job, train
 from pipeline.training.outcome import Outcome, finish
+from pipeline.training.session import SAVE, STOP
 
 log = logging.getLogger(__name__)
 
 FATAL = "fatal.json"  # in the run's folder: an error that no restart can mend
+# Seconds that Ray waits for the places of an elastic group. Its view of the nodes is up to 20 s old, so after a
+# loss it may ask for places that are gone, and only then for fewer; its own minute would be spent waiting.
+PLACES_S = 10
+GROWTH_S = 30.0  # seconds between looks for nodes that have come
 
 
 def located(config: schema.RunConfig) -> schema.RunConfig:
@@ -113,8 +128,8 @@ def sample(config: schema.RunConfig) -> generation.Samples:
     into = storage.join(run, "samples", f"{settings.order}-{settings.steps}-steps-seed-{settings.seed}")
     with cluster(config):
         use_gpu = check_resources(config)
-        asked = config.cluster
-        return generation.generate(model, settings, asked.workers, asked.cpus_per_worker, use_gpu, into)
+        workers, cpus = workers_now(config, use_gpu), config.cluster.cpus_per_worker
+        return generation.generate(model, settings, workers, cpus, use_gpu, into)
 
 
 def model_folder(config: schema.RunConfig) -> str:
@@ -167,6 +182,9 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
     asked = config.cluster
     folder, name = run.rsplit("/", 1)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
+    elastic = asked.least < asked.most
+    if elastic:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACES_S))
     fatal = storage.join(run, FATAL)
     storage.remove(fatal)
     trainer = _Trainer(
@@ -174,7 +192,8 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=asked.workers,
+            num_workers=(asked.least, asked.most) if elastic else asked.most,
+            elastic_resize_monitor_interval_s=GROWTH_S,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": asked.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
@@ -183,10 +202,17 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
             storage_path=folder,
             failure_config=FailureConfig(max_failures=asked.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
+            callbacks=[Between(run)],
         ),
     )
     try:
         trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        if isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, Stopped):
+            log.warning("stopped while no worker ran; what was done after the newest checkpoint is not kept")
+            return
+        log.error("%s", error)  # with the workers' tracebacks
+        raise TrainingError(f"the workers failed, and may not be restarted again: {reason(error)}") from error
     finally:
         if storage.exists(fatal):  # a user's mistake, found by a worker: say that, not what it led to
             told = json.loads(storage.read_text(fatal))
@@ -194,11 +220,64 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
             raise getattr(errors, told["kind"])(told["message"]) from None
 
 
+def reason(error: ray.train.TrainingFailedError) -> str:
+    """What a failed run failed of, in one line: every kind of failure once, with the first worker that had it."""
+    failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
+    if not failures:
+        return " ".join(str(error).split())
+    kinds: dict[str, str] = {}
+    for rank, failure in sorted(failures.items()):
+        failure = getattr(failure, "health_check_failure", failure)  # Ray's wrapper says nothing more
+        said = (str(failure).strip().splitlines() or ["no message"])[0]
+        kinds.setdefault(f"{type(failure).__name__}: {said}", f"worker {rank}")
+    return "; ".join(f"{worker}: {kind}" for kind, worker in kinds.items())
+
+
 class _Trainer(TorchTrainer):
     """Leaves Ctrl-C to `stoppable`; Ray's own handler would end the run without a checkpoint."""
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
+
+
+class Stopped(Exception):
+    """The run was asked to stop while it had no workers that could save."""
+
+
+class Between(ControllerCallback):
+    """What Ray's controller does for a run between two groups of workers.
+
+    A group that is to grow starts again from the newest checkpoint: one is made first, so no step is lost. And a
+    run that waits for nodes can be stopped: nothing else would look for the request.
+    """
+
+    PATIENCE = 120.0  # seconds for that checkpoint
+
+    def __init__(self, run: str):
+        self._run = run
+
+    def after_controller_state_update(
+        self, previous_state: TrainControllerState, current_state: TrainControllerState
+    ) -> None:
+        """Called by Ray whenever its state changes, and again and again while it waits for nodes."""
+        if isinstance(current_state, ResizingState):
+            self._save()
+        elif isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
+            if type(previous_state) is type(current_state):
+                time.sleep(0.5)  # Ray itself would ask again at once
+            if storage.exists(storage.join(self._run, STOP)):
+                raise Stopped
+
+    def _save(self) -> None:
+        request = storage.join(self._run, SAVE)
+        try:
+            before, deadline = checkpoint.newest(self._run), time.monotonic() + self.PATIENCE
+            storage.publish_bytes(request, b"")
+            while checkpoint.newest(self._run) == before and time.monotonic() < deadline:
+                time.sleep(0.5)
+            storage.remove(request)
+        except Exception as error:  # storage's troubles must not end the run: some steps are done again
+            log.warning("no checkpoint before the change of the worker group: %s", error)
 
 
 def _worker(settings: dict[str, Job]) -> None:
@@ -226,6 +305,7 @@ class RaySession:
 
     def __init__(self) -> None:
         self._gauges: dict[str, Gauge] = {}
+        self._known: ray.train.PreemptionInfo | None = None
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -242,6 +322,17 @@ class RaySession:
     def settle(self) -> None:
         """Wait until Ray has taken over everything that was reported."""
         ray.train.get_all_reported_checkpoints()
+
+    def notice(self) -> str | None:
+        """Ask Ray, which answers all ranks alike, for nodes that drain because they will be preempted."""
+        known, self._known = self._known, ray.train.get_preemption_info()
+        if self._known in (None, known):
+            return None
+        assert self._known is not None
+        when = self._known.deadline_ms and datetime.fromtimestamp(self._known.deadline_ms / 1000)
+        return f"the nodes of workers {self._known.preempted_ranks} go" + (
+            f" at {when:%H:%M:%S}" if when else ""
+        )
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
         """Upload in the background; Ray merges the folders of all ranks."""

@@ -26,7 +26,7 @@ from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
-from pipeline.training.session import Session, StopWatch
+from pipeline.training.session import HangWatch, Requests, Session
 from pipeline.training.task import Pretraining, Task
 from pipeline.training.validation import Validation, validate
 
@@ -120,9 +120,10 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
             config.train.precision,
         )
 
-    tracker = watch = None
+    hang = HangWatch(run, rank, config.cluster.hang_timeout_s)
+    tracker = requests = None
     if rank == 0:
-        watch = StopWatch(run)
+        requests = Requests(run)
         if job.tracking_uri and job.run_id:
             tracker = Tracker(
                 job.tracking_uri, job.run_id, tracking_spill(config), config.tracking.system_metrics
@@ -132,6 +133,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     stream = batches(reader, order, start, rank, session.workers, config.train.micro_batch)
     try:
         for step in range(start, config.train.steps):
+            if step > start:  # the first one compiles kernels
+                hang.begin(step)
             began = time.perf_counter()
             micros = next(stream)
             interval.waited += time.perf_counter() - began
@@ -147,10 +150,11 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
                 losses.append(engine.backward(task.batch(micro, present)))
             row_losses = torch.cat(losses)  # [slots], of `places`
-            asked = float(watch is not None and watch.requested)
-            shared = torch.stack([row_losses.sum(), torch.tensor(asked, device=device)])
+            asked = requests.take() if requests else (False, False, False)
+            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(asked)])
             dist.all_reduce(shared)
-            loss, stopping, done = float(shared[0]), bool(shared[1] > 0), step + 1
+            loss, stopping, saving, looking = shared.tolist()
+            done = step + 1
 
             # The update, unless something is not finite.
             finite = math.isfinite(loss)
@@ -164,6 +168,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 raise _GoBack
             ema.update(masters)
             interval.add(loss, time.perf_counter() - began)
+            hang.end()
 
             if done % config.train.log_every == 0 or done == config.train.steps:
                 metrics = interval.metrics(config.train.batch * manifest.length) | {
@@ -179,13 +184,18 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     tracker.log_metrics(metrics, done)
                 interval = _Interval()
 
+            notice = session.notice() if looking else None
+            if saving and not notice:
+                notice = "the group of workers is about to change"
+            if notice and rank == 0:
+                log.warning("step %d: %s; saving before that", done, notice)
             last = stopping or done == config.train.steps
             judged: Validation | None = None
             if done % config.train.validate_every == 0 or done == config.train.steps:
                 judged = validate(config, manifest, engine, ema, session, tracker, done)
                 metrics[f"validation/{judged.metric}"] = judged.value
 
-            if done % config.train.checkpoint_every == 0 or last:
+            if done % config.train.checkpoint_every == 0 or last or notice:
                 if rank == 0:
                     checkpoint.prune(run, config.train.keep)
                 local = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name_of(done)}-"))
@@ -208,8 +218,9 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     finally:
         stream.close()
         engine.close()
-        if watch:
-            watch.close()
+        hang.close()
+        if requests:
+            requests.close()
         if tracker:
             tracker.close()
     return metrics

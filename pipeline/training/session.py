@@ -1,7 +1,12 @@
 """What one worker's loop needs from whatever started it: Ray Train, or plain processes."""
 
+import faulthandler
+import logging
+import os
 import shutil
+import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +15,11 @@ import torch
 from pipeline import storage
 from pipeline.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
 STOP = "stop"  # file in the run's folder: finish the step, save, and end
+SAVE = "save"  # likewise: finish the step, save, and go on
+HANGS = "hangs"  # folder in the run's folder: what workers were doing whose step did not finish
 
 
 class Session(Protocol):
@@ -33,6 +42,9 @@ class Session(Protocol):
 
     def settle(self) -> None:
         """Return once all that was given to `publish` is in the run's folder; all ranks call it together."""
+
+    def notice(self) -> str | None:
+        """What is known of nodes that will soon be taken away, once for each; all ranks call it together."""
 
 
 class PlainSession:
@@ -68,22 +80,118 @@ class PlainSession:
         """Copies are made at once, but every rank must have made its own."""
         torch.distributed.barrier()
 
+    def notice(self) -> str | None:
+        """Nobody tells plain processes."""
+        return None
 
-class StopWatch:
-    """Looks for the run's stop file every second, in a thread, so that no step waits for storage."""
+
+class Requests:
+    """What rank 0's loop is asked to do between two steps.
+
+    A thread looks for the files STOP and SAVE every second, so that no step waits for storage.
+    """
+
+    EVERY_S = 1.0
+    LOOK_S = 5.0  # between questions to Ray, each of which costs a round trip
 
     def __init__(self, run: str):
-        self.requested = False
-        self._path = storage.join(run, STOP)
+        self._stop = self._save = False
+        self._looked = time.monotonic()
+        self._files = [storage.join(run, name) for name in (STOP, SAVE)]
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="stop-watch", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="requests", daemon=True)
         self._thread.start()
 
     def _look(self) -> None:
-        while not self.requested and not self._over.wait(1.0):
-            self.requested = storage.exists(self._path)
+        stop, save = self._files
+        while not self._over.wait(self.EVERY_S):
+            try:
+                self._stop = self._stop or storage.exists(stop)
+                if storage.exists(save):
+                    storage.remove(save)
+                    self._save = True
+            except Exception as error:  # storage's troubles are over sooner or later
+                log.warning("no look at the run's folder for requests: %s", error)
+
+    def take(self) -> tuple[bool, bool, bool]:
+        """Whether to stop, to save, and to call `notice`."""
+        save, self._save = self._save, False
+        now = time.monotonic()
+        look = now - self._looked > self.LOOK_S
+        if look:
+            self._looked = now
+        return self._stop, save, look
 
     def close(self) -> None:
         """End the thread."""
         self._over.set()
         self._thread.join()
+
+
+class HangWatch:
+    """Ends this process if a step does not finish in time, after writing down what all its threads do.
+
+    Ray then starts the group again, and the loop resumes. The others of the group wait in a collective for the
+    one that hangs, so every worker has its own watch. Only what lies between `begin` and `end` counts.
+
+    Args:
+        run: folder under whose `hangs/` the stacks are written; they also go to the log.
+        rank: of this worker, for the file's name.
+        seconds: that a step may take; None: any time.
+    """
+
+    LINGER = 3.0  # seconds in which the other workers, whose time is up too, can write theirs
+    LAST = 60.0  # seconds after which the process ends even if nothing of Python runs in it any more
+
+    def __init__(self, run: str, rank: int, seconds: float | None):
+        self._folder, self._rank, self._seconds = storage.join(run, HANGS), rank, seconds
+        self._began: float | None = None
+        self._step = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="hang-watch", daemon=True)
+        if seconds is not None:
+            self._thread.start()
+
+    def begin(self, step: int) -> None:
+        """A step starts."""
+        self._step, self._began = step, time.monotonic()
+        if self._seconds is not None:  # a thread of C, for a call that never lets Python's threads run again
+            faulthandler.dump_traceback_later(self._seconds + self.LAST, exit=True, file=2)
+
+    def end(self) -> None:
+        """It is done, or failed."""
+        self._began = None
+        if self._seconds is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look(self) -> None:
+        assert self._seconds is not None
+        while not self._over.wait(min(1.0, self._seconds / 10)):
+            began = self._began
+            if began is not None and time.monotonic() - began > self._seconds:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        what = (
+            f"worker {self._rank}: step {self._step + 1} has not finished in {self._seconds:g} s "
+            "(cluster.hang_timeout_s); this worker ends, so that the group starts again"
+        )
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.seek(0)
+            stacks = file.read()
+        log.error("%s. Its threads:\n%s", what, stacks)
+        name = f"step_{self._step + 1:08d}_worker_{self._rank:05d}.txt"
+        try:
+            storage.publish_text(storage.join(self._folder, name), f"{what}\n\n{stacks}")
+        except Exception as error:  # storage may be what hangs
+            log.error("the stacks cannot be written to %s: %s", self._folder, error)
+        time.sleep(self.LINGER)
+        os._exit(1)
+
+    def close(self) -> None:
+        """End the thread."""
+        self.end()
+        self._over.set()
+        if self._seconds is not None:
+            self._thread.join()

@@ -61,6 +61,18 @@ class TestMistakes:
                 "model: registers 3 cannot be split between the groups; expected an even number, such as 4",
             ),
             ({"model": {"hidden": 64}}, "model.kind: missing; expected one of pgm, mdlm, ar"),
+            ({"cluster": {"workers": 0}}, "cluster.workers: 0: input should be greater than 0"),
+            ({"cluster": {"workers": True}}, "cluster.workers: True: input should be a valid integer"),
+            (
+                {"cluster": {"workers": {"min": 3, "max": 2}}},
+                "cluster.workers: min 3 is above max 2; expected at most 2",
+            ),
+            ({"cluster": {"workers": {"min": 2}}}, "cluster.workers.max: missing"),
+            (
+                {"cluster": {"workers": {"max": 2, "mni": 1}}},
+                "cluster.workers.mni: no such key in cluster.workers; did you mean 'min'?",
+            ),
+            ({"cluster": {"hang_timeout_s": 0}}, "cluster.hang_timeout_s: 0: input should be greater than 0"),
             (
                 {"model": {"kind": "mdlm", "hidden": 64, "heads": 5}},
                 "model: heads 5 does not split hidden 64",
@@ -89,6 +101,10 @@ class TestMistakes:
                 "data.streams: 8 does not divide train.batch 12; nearest that does: 6",
             ),
             ({"cluster": {"workers": 9}}, "cluster.workers: 9 workers for data.streams 8; expected at most"),
+            (
+                {"cluster": {"workers": {"min": 1, "max": 9}}},
+                "cluster.workers: 9 workers for data.streams 8; expected at most one worker a stream",
+            ),
             (
                 {"model": {"kind": "ar"}, "sampling": {"steps": 1024}},
                 "sampling.order: 'uniform' for model.kind ar; expected left_to_right",
@@ -209,11 +225,18 @@ class TestRoundTrip:
             {},
             {"model": {"kind": "mdlm", "blocks": 3}, "optim": {"betas": [0.8, 0.95]}, "data": {"path": "x"}},
             {"tracking": {"uri": "http://server"}, "cluster": {"max_failures": -1}, "seed": 7},
+            {"cluster": {"workers": {"min": 2, "max": 3}}},
         ],
     )
     def test_dump_then_parse(self, tree: dict[str, object]) -> None:
         config = parse({"name": "a", **tree}, origin="test")
         assert parse(yaml.safe_load(dump(config)), origin="dump") == config
+
+    def test_workers_in_both_forms(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "name: a\ncluster: {workers: 3}")
+        assert (load(file).cluster.least, load(file).cluster.most) == (3, 3)
+        elastic = load(file, ["cluster.workers={max: 4}"]).cluster
+        assert (elastic.least, elastic.most) == (1, 4)
 
     def test_flatten(self) -> None:
         flat = flatten(parse({"name": "a"}, origin="test").model_dump())

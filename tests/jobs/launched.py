@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import psutil
@@ -20,20 +22,32 @@ ROOT = Path(__file__).parents[2]
 
 
 class LaunchedJob:
-    """`python -m jobs.NAME CONFIG` in a session of its own, its output read line by line."""
+    """`python -m jobs.NAME CONFIG` in a session of its own, its output read line by line.
 
-    def __init__(self, name: str, config: RunConfig | Path, folder: Path, *overrides: str):
+    Args:
+        environment: variables beside those of this process, of which Ray's own are left out.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig | Path,
+        folder: Path,
+        *overrides: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
         path = config if isinstance(config, Path) else folder / f"{config.name}.yaml"
         if isinstance(config, RunConfig):
             path.write_text(dump(config))
             assert yaml.safe_load(path.read_text())
         self.lines: list[str] = []
+        self.times: list[float] = []  # when each came, by time.monotonic()
         self._news = threading.Condition()
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", f"jobs.{name}", str(path), *overrides],
             cwd=ROOT,
-            env=environment,
+            env={**inherited, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -54,6 +68,7 @@ class LaunchedJob:
         for line in self.process.stdout:
             with self._news:
                 self.lines.append(line.rstrip())
+                self.times.append(time.monotonic())
                 self._news.notify_all()
 
     def wait_for(self, pattern: str, timeout: float = 150, after: int = 0) -> re.Match[str]:

@@ -20,7 +20,9 @@ from pipeline.training.outcome import Outcome
 
 @pytest.fixture(scope="module")
 def config(run_storage: Path) -> RunConfig:
-    return tiny(run_storage, "launched", train={"validate_every": 4}, cluster={"workers": 2})
+    return tiny(
+        run_storage, "launched", train={"validate_every": 4}, cluster={"workers": {"min": 1, "max": 2}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_run_is_finished_with_the_resolved_config(run: Run, config: RunConfig):
     assert run.info.status == "FINISHED"
     assert run.data.params["train.batch"] == "8"
     assert run.data.params["model.heads"] == "2"
-    assert run.data.params["cluster.workers"] == "2"
+    assert run.data.params["cluster.workers.max"] == "2"
 
 
 def test_metrics_of_every_step(run: Run, client: MlflowClient):

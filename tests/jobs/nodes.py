@@ -1,0 +1,70 @@
+"""A cluster of several nodes, all of them on this machine, whose nodes can be lost, drained and added."""
+
+import os
+import shutil
+import tempfile
+import time
+from typing import Any, Self
+
+import pytest
+from ray.cluster_utils import Cluster
+
+
+class Nodes:
+    """A head without CPUs and worker nodes of one CPU each."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.workers: list[Any] = []
+
+    def __enter__(self) -> Self:
+        self._patch = pytest.MonkeyPatch()
+        # Sockets need a short path; and no other Ray of this machine may take this cluster for its own.
+        self._folder = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")
+        self._patch.setenv("RAY_TMPDIR", self._folder)
+        self._patch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), *_path()]))
+        try:
+            self._cluster = Cluster()
+            self._cluster.add_node(num_cpus=0, include_dashboard=False)
+            for _ in range(self.count):
+                self.add()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._cluster.shutdown()
+        self._patch.undo()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a job needs to join."""
+        mine = {k: v for k, v in os.environ.items() if k.startswith("RAY_AUTH")}
+        return {**mine, "RAY_ADDRESS": self._cluster.address, "RAY_TMPDIR": self._folder}
+
+    def add(self) -> None:
+        """One more node."""
+        self.workers.append(self._cluster.add_node(num_cpus=1))
+
+    def lose(self, index: int) -> float:
+        """SIGKILL to everything on a node; when."""
+        now = time.monotonic()
+        self._cluster.remove_node(self.workers.pop(index), allow_graceful=False)
+        return now
+
+    def drain(self, index: int, seconds: float) -> None:
+        """Announce that a node will be preempted, as `ray drain-node` and a node's SIGTERM handler do."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        deadline = int((time.time() + seconds) * 1000)
+        client = GcsClient(address=self._cluster.address)
+        reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
+        accepted, why = client.drain_node(self.workers[index].node_id, reason, "test", deadline)
+        assert accepted, why
+
+
+def _path() -> list[str]:
+    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]

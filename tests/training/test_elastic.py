@@ -1,0 +1,86 @@
+"""What a run does when it is told that its group will change: it saves, and goes on."""
+
+from pathlib import Path
+
+import observed
+import pytest
+import ray.train
+from observed import Seen, quick
+from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
+from workers import Workers
+
+from pipeline import storage
+from pipeline.config.schema import RunConfig
+from pipeline.errors import CapabilityError
+from pipeline.training import checkpoint, launch
+from pipeline.training.cluster import check_resources, workers_now
+from pipeline.training.session import SAVE, STOP, PlainSession, Requests
+
+
+def told(rank: int, workers: int, config: RunConfig, file: bool) -> Seen:
+    """Train with a request to save in the run's folder, or with a notice of Ray's from the start."""
+    with pytest.MonkeyPatch.context() as patch:
+        if file:
+            patch.setattr(Requests, "EVERY_S", 0.01)
+        else:
+            patch.setattr(Requests, "LOOK_S", 0.0)
+            notices = ["the nodes of workers [1] go"]
+            patch.setattr(PlainSession, "notice", lambda self: notices.pop() if notices else None)
+        return observed.train_one(rank, workers, config)
+
+
+@pytest.mark.parametrize("file", [True, False], ids=["asked by a file", "told by Ray"])
+def test_one_checkpoint_more_and_the_same_run(
+    run_storage: Path, groups: dict[int, Workers], file: bool
+) -> None:
+    config = quick(run_storage, f"told-{file}", 0.1, steps=12, checkpoint_every=100, keep=5)
+    run = checkpoint.run_folder(config)
+    request = storage.join(run, SAVE)
+    if file:
+        storage.publish_bytes(request, b"")
+    first = groups[2](told, config, file)
+    early, last = checkpoint.steps(run)
+    assert early < last == 12
+    assert not storage.exists(request)
+    assert [seen.error for seen in first] == [None, None]
+    why = "the group of workers is about to change" if file else "the nodes of workers [1] go"
+    assert f"step {early}: {why}; saving before that" in first[0].log
+    # One worker goes on from there, as after the loss of the other.
+    storage.remove(storage.join(run, checkpoint.name_of(12)))
+    second = groups[1](observed.train_one, config)[0]
+    assert list(second.losses) == list(range(early + 1, 13))
+    for step, loss in second.losses.items():
+        assert loss == pytest.approx(first[0].losses[step], rel=1e-5)
+
+
+def test_fewest_workers_must_fit_and_the_most_need_not(run_storage: Path, ray_cluster: None) -> None:
+    def elastic(least: int, most: int) -> RunConfig:
+        config = quick(run_storage, "bounds")
+        workers = {"min": least, "max": most}
+        return config.model_validate(config.model_dump() | {"cluster": {"workers": workers}})
+
+    assert check_resources(elastic(2, 4)) is False
+    assert workers_now(elastic(1, 4), use_gpu=False) == 2
+    assert workers_now(elastic(1, 1), use_gpu=False) == 1
+    with pytest.raises(CapabilityError, match="3 workers of 1 CPUs, the cluster has 2"):
+        check_resources(elastic(3, 4))
+
+
+def test_reason_of_a_failed_run_is_one_line() -> None:
+    lost = "Connection closed by peer"
+    failures = {2: OSError(f"{lost}\nmore"), 0: ValueError("a\nb"), 1: OSError(lost)}
+    error = ray.train.WorkerGroupError("many\nlines", failures)
+    assert launch.reason(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
+    error = ray.train.ControllerError(RuntimeError("no\nplace"))
+    assert launch.reason(error) == "Training failed due to controller error: no place"
+
+
+def test_run_that_waits_for_nodes_can_be_stopped(tmp_path: Path) -> None:
+    between = launch.Between(str(tmp_path))
+    waiting = RestartingState(training_failed_error=ray.train.ControllerError(RuntimeError("no place")))
+    between.after_controller_state_update(RunningState(), waiting)
+    between.after_controller_state_update(waiting, waiting)
+    (tmp_path / STOP).touch()
+    between.after_controller_state_update(waiting, RunningState())  # workers look for themselves
+    with pytest.raises(launch.Stopped):
+        between.after_controller_state_update(waiting, waiting)
