@@ -3,6 +3,7 @@
 from pipeline.storage.cache import read_cached
 from pipeline.storage.files import (
     COMPLETE,
+    arrow,
     check_writable,
     exists,
     fetch,
@@ -28,6 +29,7 @@ from pipeline.storage.patience import retry, transient
 
 __all__ = [
     "COMPLETE",
+    "arrow",
     "check_writable",
     "exists",
     "fetch",

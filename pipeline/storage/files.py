@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage.patience import retry
@@ -51,6 +52,17 @@ def filesystem(path: str) -> tuple[Any, str]:
         raise DataError(f"{path}: {scheme}:// needs a driver that is not installed{how} ({error})") from None
     except ValueError as error:
         raise DataError(f"{path}: cannot be opened: {error}") from None
+
+
+def arrow(path: str) -> tuple[FileSystem | None, str]:
+    """The same filesystem and path for those who write through Arrow; None: Arrow's own, of a local path.
+
+    Arrow's driver of S3 asks Amazon for the bucket's region, whatever endpoint the environment names.
+    """
+    if is_local(path):
+        return None, resolve(path)
+    fs, inner = filesystem(path)
+    return PyFileSystem(FSSpecHandler(fs)), inner
 
 
 @retry
