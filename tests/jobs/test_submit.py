@@ -31,7 +31,6 @@ from pipeline.training import checkpoint
 BIN = Path(sys.executable).parent
 CONFIG = "configs/text/quickstart.yaml"
 SMALL = [  # a run of seconds
-]
     "data.length=16",
     "data.streams=4",
     "data.shard_rows=2048",
