@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
+from pipeline.storage import patience
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -112,7 +113,7 @@ def test_sweep_removes_only_unfinished_files(tmp_path: Path) -> None:
     ],
 )
 def test_retry(error: Exception, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT", 1e-3)
+    monkeypatch.setattr(patience, "FIRST_WAIT", 1e-3)
     seen: list[int] = []
 
     @storage.retry

@@ -282,7 +282,7 @@ class ShardReader:
     def _load(self, file: ShardFile, verify: bool) -> _Decoded:
         path = storage.join(self._path, file.name)
         try:
-            data = storage.fetch(path).read_bytes()
+            data = storage.read_cached(path, file.sha256)
         except FileNotFoundError:
             raise DataError(f"{path}: shard is missing; remove the folder and prepare it again") from None
         if verify and (found := hashlib.sha256(data).hexdigest()) != file.sha256:

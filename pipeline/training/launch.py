@@ -181,6 +181,7 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
     storage.remove(storage.join(run, "checkpoint_manager_snapshot.json"))
     asked = config.cluster
     folder, name = run.rsplit("/", 1)
+    filesystem, folder = storage.arrow(folder)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
     elastic = asked.least < asked.most
     if elastic:
@@ -200,6 +201,7 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
         run_config=RunConfig(
             name=name,
             storage_path=folder,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=asked.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=[Between(run)],

@@ -2,69 +2,24 @@
 
 import contextlib
 import errno
-import functools
 import hashlib
-import logging
 import os
-import random
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, ParamSpec, TypeVar
+from typing import IO, Any
 
 import fsspec
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.storage.patience import retry
 
-log = logging.getLogger(__name__)
-P = ParamSpec("P")
-R = TypeVar("R")
-
-ATTEMPTS = 5
-FIRST_WAIT = 0.5  # seconds; doubled at every attempt
 COMPLETE = "_COMPLETE"  # last file of a folder on a store that cannot rename folders
 _TEMPORARY = ".part-"  # how names of unfinished files begin
-_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-_PASSING = {
-    errno.EIO,
-    errno.EAGAIN,
-    errno.EBUSY,
-    errno.EINTR,
-    errno.ESTALE,
-    errno.ENETUNREACH,
-    errno.EHOSTUNREACH,
-}
-
-
-def transient(error: BaseException) -> bool:
-    """Whether trying again may help: broken connections, time-outs and stores' unnumbered errors."""
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    return isinstance(error, OSError) and not isinstance(error, _FINAL) and error.errno in {None, *_PASSING}
-
-
-def retry(function: Callable[P, R]) -> Callable[P, R]:
-    """Call again after a transient error, with waits that double and are jittered."""
-
-    name = getattr(function, "__name__", "call")
-
-    @functools.wraps(function)
-    def again(*args: P.args, **kwargs: P.kwargs) -> R:
-        for attempt in range(1, ATTEMPTS):
-            try:
-                return function(*args, **kwargs)
-            except Exception as error:
-                if not transient(error):
-                    raise
-                wait = FIRST_WAIT * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1.5)
-                log.warning("%s failed (%s); attempt %d in %.1f s", name, error, attempt + 1, wait)
-                time.sleep(wait)
-        return function(*args, **kwargs)
-
-    return again
+_DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
 def is_local(path: str) -> bool:
@@ -88,18 +43,35 @@ def filesystem(path: str) -> tuple[Any, str]:
     Raises:
         DataError: the URL's scheme is unknown or its driver is not installed.
     """
+    scheme = path.split("://")[0]
     try:
         return fsspec.core.url_to_fs(resolve(path))
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        driver = _DRIVERS.get(scheme)
+        how = f"; `pip install {driver}` on every node" if driver else ""
+        raise DataError(f"{path}: {scheme}:// needs a driver that is not installed{how} ({error})") from None
+    except ValueError as error:
         raise DataError(f"{path}: cannot be opened: {error}") from None
+
+
+def arrow(path: str) -> tuple[FileSystem | None, str]:
+    """The same filesystem and path for those who write through Arrow; None: Arrow's own, of a local path.
+
+    Arrow's driver of S3 asks Amazon for the bucket's region, whatever endpoint the environment names.
+    """
+    if is_local(path):
+        return None, resolve(path)
+    fs, inner = filesystem(path)
+    return PyFileSystem(FSSpecHandler(fs)), inner
 
 
 @retry
 def exists(path: str) -> bool:
     """Whether there is a file or folder."""
-    fs, inner = filesystem(path)
-    fs.invalidate_cache()  # another process may have written since we looked
-    return fs.exists(inner)
+    with _named(path):
+        fs, inner = filesystem(path)
+        fs.invalidate_cache()  # another process may have written since we looked
+        return fs.exists(inner)
 
 
 @retry
@@ -108,7 +80,9 @@ def listing(path: str) -> list[str]:
     fs, inner = filesystem(path)
     fs.invalidate_cache()
     try:
-        names = [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)]
+        with _named(path):
+            found = fs.ls(inner, detail=False)
+        names = [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in names if name and not name.startswith(_TEMPORARY))
@@ -124,8 +98,9 @@ def size(path: str) -> int:
 @retry
 def read_bytes(path: str) -> bytes:
     """A file's bytes."""
-    fs, inner = filesystem(path)
-    return fs.cat_file(inner)
+    with _named(path):
+        fs, inner = filesystem(path)
+        return fs.cat_file(inner)
 
 
 def read_text(path: str) -> str:
@@ -140,6 +115,7 @@ def open_read(path: str) -> IO[bytes]:
     return open(inner, "rb") if is_local(path) else fs.open(inner, "rb")
 
 
+@retry
 def sha256(path: str) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open_read(path) as file:
@@ -235,6 +211,11 @@ def sweep(path: str) -> None:
         remove(str(part))
 
 
+def node_folder() -> Path:
+    """Where this node keeps copies of remote files, under the temporary folder (TMPDIR)."""
+    return Path(tempfile.gettempdir()) / f"partition-pipeline-{os.getuid()}"
+
+
 def fetch(path: str) -> Path:
     """A local path with the content: the path itself, or a copy in this node's cache of a remote one."""
     if is_local(path):
@@ -245,8 +226,7 @@ def fetch(path: str) -> Path:
     if not files:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     version = hashlib.sha256("\n".join([path, *(str(fs.ukey(file)) for file in files)]).encode()).hexdigest()
-    cache = Path(tempfile.gettempdir()) / f"partition-pipeline-{os.getuid()}" / version[:32]
-    target = cache / path.rstrip("/").rsplit("/", 1)[-1]
+    target = node_folder() / version[:32] / path.rstrip("/").rsplit("/", 1)[-1]
     if not target.exists():
         with _replacing(str(target)) as part:
             for file in files:
@@ -297,9 +277,24 @@ def _put(path: str, write: Callable[[Any, str], None]) -> None:
     """One upload: object stores show an object only once it is whole."""
     fs, inner = filesystem(path)
     try:
-        retry(write)(fs, inner)
+        with _named(path):
+            retry(write)(fs, inner)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Let a store's refusal name the path and what decides about access; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        refused = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+        if is_local(path) or not refused:
+            raise
+        raise DataError(
+            f"{path}: the store refuses access ({error}); credentials come from the environment or the node's role"
+        ) from error
 
 
 @retry

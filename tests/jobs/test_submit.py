@@ -1,0 +1,281 @@
+"""The whole way on a cluster: a head with tokens, `ray job submit`, an MLflow server, an object store."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import s3fs
+from launched import ROOT
+from mlflow import MlflowClient
+from object_store import Store, object_store
+
+from jobs import JOB, check_kept, command
+from pipeline import storage
+from pipeline.config.load import load
+from pipeline.errors import ConfigError, DataError
+from pipeline.training import checkpoint
+
+BIN = Path(sys.executable).parent
+CONFIG = "configs/text/quickstart.yaml"
+SMALL = [  # a run of seconds
+    "data.length=16",
+    "data.streams=4",
+    "data.shard_rows=2048",
+    "model.hidden=16",
+    "model.heads=2",
+    "model.encoder_blocks=1",
+    "model.decoder_blocks=1",
+    "optim.warmup_steps=2",
+    "train.batch=8",
+    "train.micro_batch=4",
+    "train.log_every=5",
+    "sampling.steps=4",
+    "train.validate_every=100",
+    "evaluation.rows=16",
+    "evaluation.batch=8",
+    "cluster.workers=2",
+]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head and the environment that clients need."""
+
+    address: str
+    mlflow: str
+    environment: dict[str, str]
+
+    def submit(self, *words: str, timeout: float = 200) -> tuple[int, str]:
+        """`ray job submit` to the end: its code and all it printed."""
+        line = [BIN / "ray", "job", "submit", "--address", self.address, "--working-dir", ".", *words]
+        done = subprocess.run(
+            line,
+            cwd=ROOT,
+            env=self.environment,
+            text=True,
+            timeout=timeout,
+            stdout=-1,
+            stderr=subprocess.STDOUT,
+        )
+        return done.returncode, done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(ready: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(ready, timeout=5)
+            return
+        except urllib.error.HTTPError:
+            return  # it answers, and wants a token
+        except OSError:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """It and everything that it started."""
+    family = (
+        [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    )
+    for member in family:
+        member.send_signal(signal.SIGKILL) if member is not process else member.terminate()
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with object_store("bucket") as running:
+        yield running
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    folder = tmp_path_factory.mktemp("head")
+    short = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short names
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    tracking, port, dashboard = free_port(), free_port(), free_port()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{tracking}",
+        "OMP_NUM_THREADS": "1",
+    }
+    servers = {
+        "mlflow": f"{BIN}/mlflow server --host 127.0.0.1 --port {tracking} --workers 1 "
+        f"--backend-store-uri sqlite:///{folder}/mlflow.db --artifacts-destination s3://bucket/mlflow",
+        "ray": f"{BIN}/ray start --head --block --num-cpus=2 --port={port} --dashboard-host=127.0.0.1 "
+        f"--dashboard-port={dashboard} --temp-dir={short} --disable-usage-stats",
+    }
+    processes = []
+    try:
+        for name, line in servers.items():
+            with (folder / f"{name}.log").open("wb") as log:
+                processes.append(
+                    subprocess.Popen(line.split(), cwd=folder, env=environment, stdout=log, stderr=log)
+                )
+        address = f"http://127.0.0.1:{dashboard}"
+        wait_until(f"{environment['MLFLOW_TRACKING_URI']}/health", processes[0], folder / "mlflow.log")
+        wait_until(f"{address}/api/version", processes[1], folder / "ray.log")
+        yield Head(address, environment["MLFLOW_TRACKING_URI"], environment)
+    finally:
+        for process in processes:
+            end(process)
+        shutil.rmtree(short, ignore_errors=True)
+
+
+def test_folders_inside_a_submitted_job_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(ROOT / CONFIG)
+    monkeypatch.chdir(tmp_path)
+    check_kept(config)  # a plain command
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"env_vars": {"A": "b"}}}))
+    check_kept(config)  # submitted without a copy of the code
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}))
+    with pytest.raises(ConfigError, match=r"cluster.storage: 'runs' lies in the copy of the code"):
+        check_kept(config)
+    check_kept(load(ROOT / CONFIG, ["cluster.storage=s3://bucket/runs"]))
+    check_kept(load(ROOT / CONFIG, ["cluster.storage=/shared/runs"]))
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "last"),
+    [
+        (DataError("no such shard"), 1, "error: no such shard"),
+        (ValueError("first\n  last  "), 1, "error: ValueError: last"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_a_failed_job_says_why_in_its_last_line(
+    raised: BaseException,
+    code: int,
+    last: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(_: list[str]) -> None:
+        raise raised
+
+    monkeypatch.setattr(sys, "argv", ["job", "config.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        command(run, "CONFIG", least=1)
+    assert ended.value.code == code
+    assert capsys.readouterr().err.splitlines()[-1] == last
+
+
+@pytest.mark.slow
+def test_submit_prepare_pretrain_sample_and_read_back(head: Head, store: Store) -> None:
+    common = [CONFIG, "name=submitted", "cluster.storage=s3://bucket/runs", *SMALL]
+    for job, more, expected in (
+        ("prepare", ["train.steps=20"], r"prepared s3://bucket/runs/data/\S+"),
+        ("pretrain", ["train.steps=20", "train.checkpoint_every=10"], r"models:/submitted/1"),
+        (
+            "sample",
+            ["train.steps=20", "sampling.num_samples=8"],
+            r"8 samples in .* s3://bucket/runs/submitted",
+        ),
+    ):
+        code, text = head.submit("--", "python", "-m", f"jobs.{job}", *common, *more)
+        assert code == 0, text[-5000:]
+        assert re.search(expected, text), text[-3000:]
+
+    # Run, metrics, artifacts and model, over HTTP.
+    client = MlflowClient(head.mlflow)
+    (run,) = client.search_runs([client.get_experiment_by_name("pgm").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == "20"
+    assert run.data.metrics["validation/perplexity"] > 1
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 4
+    assert run.inputs.dataset_inputs
+    artifacts = [item.path for item in client.list_artifacts(run.info.run_id)]
+    assert "figures" in artifacts
+    version = client.get_model_version_by_alias("submitted", "teacher")
+    assert version.run_id == run.info.run_id
+    (model,) = [path for path in artifacts if path.startswith("model-")]
+    assert {"model.safetensors", "config.yaml"} <= {
+        item.path.rpartition("/")[2] for item in client.list_artifacts(run.info.run_id, model)
+    }
+    assert storage.listing("s3://bucket/mlflow")  # where the server put them
+    with urllib.request.urlopen(f"{head.mlflow}/api/2.0/mlflow/runs/get?run_id={run.info.run_id}") as answer:
+        assert json.load(answer)["run"]["info"]["status"] == "FINISHED"
+
+    # Checkpoints in the store, whole.
+    assert checkpoint.steps("s3://bucket/runs/submitted") == [10, 20]
+    assert checkpoint.problems("s3://bucket/runs/submitted/step_00000020") == []
+    assert len(storage.listing("s3://bucket/runs/submitted/samples")) == 1
+
+
+@pytest.mark.slow
+def test_a_bad_config_ends_with_the_reason_and_a_stranger_gets_nothing(head: Head) -> None:
+    code, text = head.submit(
+        "--", "python", "-m", "jobs.pretrain", CONFIG, "train.stepz=3", "cluster.storage=s3://bucket/r"
+    )
+    assert code != 0
+    assert "train.stepz: no such key in train; did you mean 'steps'?" in text.rstrip().splitlines()[-1]
+    code, text = head.submit("--", "python", "-m", "jobs.pretrain", CONFIG)
+    assert code != 0
+    assert "cluster.storage: 'runs' lies in the copy" in text.rstrip().splitlines()[-1]
+    stranger = {k: v for k, v in head.environment.items() if k != "RAY_AUTH_TOKEN_PATH"} | {
+        "RAY_AUTH_TOKEN": "0" * 64
+    }
+    code, text = Head(head.address, head.mlflow, stranger).submit("--", "python", "-c", "print('inside')")
+    assert code != 0
+    assert "inside\n" not in text
+    assert re.search("unauthori[sz]ed|invalid", text, re.IGNORECASE)
+
+
+@pytest.mark.slow
+def test_job_stop_ends_in_a_checkpoint_and_a_run_marked_killed(head: Head) -> None:
+    words = [CONFIG, "name=stopped", "cluster.storage=s3://bucket/runs", *SMALL, "train.steps=100000"]
+    code, text = head.submit(
+        "--no-wait", "--submission-id", "to-stop", "--", "python", "-m", "jobs.pretrain", *words
+    )
+    assert code == 0, text
+    ray = [BIN / "ray", "job"]
+    deadline = time.monotonic() + 150
+    while "step 10/" not in (told := job_logs(head)):
+        assert time.monotonic() < deadline, told[-3000:]
+        time.sleep(1)
+    subprocess.run(
+        [*ray, "stop", "--address", head.address, "to-stop"],
+        env=head.environment,
+        check=True,
+        timeout=150,
+        stdout=-1,
+    )
+    told = job_logs(head)
+    assert told.rstrip().splitlines()[-1].startswith("error: stopped as asked, after a checkpoint"), told[
+        -2000:
+    ]
+    (step,) = checkpoint.steps("s3://bucket/runs/stopped")
+    assert step >= 10
+    assert checkpoint.problems(f"s3://bucket/runs/stopped/{checkpoint.name_of(step)}") == []
+    client = MlflowClient(head.mlflow)
+    run_id = json.loads(storage.read_text("s3://bucket/runs/stopped/run.json"))["run_id"]
+    assert client.get_run(run_id).info.status == "KILLED"
+
+
+def job_logs(head: Head) -> str:
+    line = [BIN / "ray", "job", "logs", "--address", head.address, "to-stop"]
+    return subprocess.run(line, env=head.environment, text=True, timeout=60, stdout=-1, stderr=-2).stdout
