@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from ray.train import (
     FailureConfig,
     RunConfig,
     ScalingConfig,
+    UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
@@ -33,6 +35,8 @@ from pipeline.training.loop import Job, train
 from pipeline.training.outcome import Outcome, finish
 
 log = logging.getLogger(__name__)
+
+Group = Callable[[schema.RunConfig, Job, str, bool], None]
 
 FATAL = "fatal.json"  # in the run's folder: an error that no restart can mend
 
@@ -56,7 +60,7 @@ def pretrain(config: schema.RunConfig) -> Outcome:
     """
     if config.distill is not None:
         raise ConfigError("distill: a section for jobs.distill; jobs.pretrain takes configs without it")
-    return _carry_out(located(config), {})
+    return carry_out(located(config), {})
 
 
 def distill(config: schema.RunConfig) -> Outcome:
@@ -69,11 +73,17 @@ def distill(config: schema.RunConfig) -> Outcome:
     run = checkpoint.run_folder(config)
     storage.check_writable(run, "cluster.storage")
     config = distillation.with_teacher(config)
-    return _carry_out(config, {"teacher": distillation.teacher_name(run)})
+    return carry_out(config, {"teacher": distillation.teacher_name(run)})
 
 
-def _carry_out(config: schema.RunConfig, tags: dict[str, str]) -> Outcome:
-    """Train to the end on the cluster, in one MLflow run."""
+def carry_out(config: schema.RunConfig, tags: dict[str, str], group: Group | None = None) -> Outcome:
+    """Train to the end on the cluster, in one MLflow run.
+
+    Args:
+        config: `located`.
+        tags: of the run.
+        group: what runs the workers to the end; None: `run_group`.
+    """
     run = checkpoint.run_folder(config)
     storage.check_writable(run, "cluster.storage")
     resume.precheck(run, config)
@@ -88,7 +98,7 @@ def _carry_out(config: schema.RunConfig, tags: dict[str, str]) -> Outcome:
         run_id = _open_run(config, run, uri, manifest, tags)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
-            _fit(config, Job(config, uri, run_id), run, use_gpu)
+            (group or run_group)(config, Job(config, uri, run_id), run, use_gpu)
             if stop.is_set():
                 status = "KILLED"
                 raise TrainingError("stopped as asked, after a checkpoint; the same command goes on")
@@ -160,7 +170,9 @@ def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest, 
     return run_id
 
 
-def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
+def run_group(
+    config: schema.RunConfig, job: Job, run: str, use_gpu: bool, callbacks: Sequence[UserCallback] = ()
+) -> None:
     """Run the worker group to the end; Ray restarts it after a failure, and the loop resumes by itself."""
     # The loop finds its own checkpoints, and prunes them; Ray's record of an earlier start would miss those.
     storage.remove(storage.join(run, "checkpoint_manager_snapshot.json"))
@@ -183,6 +195,7 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
             storage_path=folder,
             failure_config=FailureConfig(max_failures=asked.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
+            callbacks=list(callbacks),
         ),
     )
     try:

@@ -1,0 +1,397 @@
+"""A sweep's file: a base run, and a space over its keys from which variants are made."""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt, ValidationError
+
+from pipeline.config.load import check, explain, listed, override, put, read_tree
+from pipeline.config.schema import RunConfig
+from pipeline.config.section import NonNegativeInt, Section
+from pipeline.errors import ConfigError, did_you_mean
+
+_LISTED, _DRAWN = ("grid", "choice"), ("choice", "uniform", "loguniform")
+_KINDS = ("grid", *_DRAWN)
+_TRAINING = ("train/loss", "train/tokens_per_second")  # reported beside the validation's metric
+_OWN = ("name", "seed", "distill", "cluster.storage", "tracking.uri", "tracking.experiment")
+_TRIED = 16  # draws of a continuous space that are checked before anything starts
+
+
+class SweepConfig(Section):
+    """A sweep, as written in one YAML file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    base: str  # a run's config file; a relative path starts at the sweep's file
+    overrides: dict[str, Any] = Field(default_factory=dict)  # dotted keys of all trials
+    # dotted key: {grid | choice: [values]} or {uniform | loguniform: [low, high]}; a name of your own:
+    # {grid | choice: {label: {dotted key: value, or again such an entry}}}
+    space: dict[str, Any]
+    seeds: tuple[NonNegativeInt, ...] = (0,)  # of every variant
+    metric: str = "validation/perplexity"
+    mode: Literal["min", "max"] = "min"
+    # grid: all combinations; one_at_a_time: the first of every grid, and every other value alone beside it
+    search: Literal["grid", "one_at_a_time", "random", "optuna"] = "grid"
+    num_samples: PositiveInt | None = None  # variants that random and optuna draw
+    scheduler: Literal["none", "asha"] = "none"
+    first_rung: PositiveInt | None = None  # asha: the step at which trials are first compared
+    reduction: Annotated[int, Field(ge=2)] = 3  # asha: one in so many goes on, to so many times the steps
+    max_concurrent: PositiveInt | None = None  # trials at the same time; None: what the cluster holds
+
+
+@dataclass(frozen=True)
+class Option:
+    """One value of a list, or one label of a group: keys that it sets, and entries that exist only with it."""
+
+    label: str
+    values: Mapping[str, Any]
+    entries: tuple["Entry", ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dimension of the space: a choice between options, or a number between two ends."""
+
+    name: str
+    kind: str
+    options: tuple[Option, ...] = ()
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One point of the space.
+
+    Attributes:
+        choices: label or number by entry, in the space's order.
+        values: what it sets, by dotted key.
+    """
+
+    choices: Mapping[str, str | float] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """For people: `pooling=mean norm=rms`."""
+        return " ".join(f"{_short(name)}={_shown(value)}" for name, value in self.choices.items())
+
+    @property
+    def name(self) -> str:
+        """For folders: the label's beginning, and a hash of all values."""
+        digest = hashlib.sha256(json.dumps(self.values, sort_keys=True, default=str).encode()).hexdigest()[:6]
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.label).strip('-.')[:60]}-{digest}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep: the file, the base run's tree with the overrides in it, the space."""
+
+    config: SweepConfig
+    tree: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+
+    def base(self) -> RunConfig:
+        """The run that every variant starts from."""
+        config, found = check({**self.tree, "name": self.config.name})
+        assert config is not None, found
+        return config
+
+    def trial(self, variant: Variant, seed: int) -> RunConfig:
+        """The run of a variant, without the sweep's folders in it.
+
+        Raises:
+            ConfigError: it cannot be run.
+        """
+        config, found = check(self._tree(variant) | {"name": f"{variant.name}-seed-{seed}", "seed": seed})
+        if config is None or found:
+            raise ConfigError(listed(f"{self.config.name}: {variant.label}", found))
+        return config
+
+    def variants(self) -> list[Variant]:
+        """All variants in their order; those of `optuna` are not known before it has seen results."""
+        if self.config.search == "grid":
+            return list(_product(self.entries))
+        if self.config.search == "one_at_a_time":
+            return _one_at_a_time(self.entries)
+        if self.config.search == "random":
+            return self.draws(self.config.num_samples or 1)
+        return []
+
+    def draws(self, count: int) -> list[Variant]:
+        """Variants drawn from generators of (first seed, index), so that more of them begin with the same."""
+        seed = self.config.seeds[0] if self.config.seeds else 0
+        drawn = [draw(self.entries, np.random.default_rng([seed, index])) for index in range(count)]
+        return list({variant.name: variant for variant in drawn}.values())
+
+    def _tree(self, variant: Variant) -> dict[str, Any]:
+        tree = deepcopy(dict(self.tree))
+        for key, value in variant.values.items():
+            put(tree, key, value)
+        return tree
+
+    def problems(self) -> list[str]:
+        """What is wrong with the runs of this space, each problem once."""
+        found: dict[str, None] = {}
+        tried = self.draws(_TRIED) if self.config.search in ("random", "optuna") else []
+        for variant in [*self.variants(), *tried]:
+            tree = self._tree(variant)
+            config, problems = check({**tree, "name": "trial", "seed": 0})
+            found |= dict.fromkeys(problems)
+            if config is not None:
+                found |= dict.fromkeys(self._trial_problems(config))
+        return list(found)
+
+    def _trial_problems(self, config: RunConfig) -> Iterator[str]:
+        """What a sweep asks of a run beside its being one."""
+        own, train = self.config, config.train
+        reported = (f"validation/{config.validation_metric}", *_TRAINING)
+        if own.metric not in reported:
+            near = did_you_mean(own.metric, reported)
+            yield f"metric: {own.metric!r} is never reported; reported are {', '.join(reported)}{near}"
+        if train.checkpoint_every != train.validate_every:
+            yield (
+                f"train.checkpoint_every: {train.checkpoint_every} is not train.validate_every "
+                f"{train.validate_every}; in a sweep trials are judged where they save"
+            )
+        if own.scheduler == "asha" and own.first_rung:
+            if own.first_rung >= train.steps:
+                yield f"first_rung: {own.first_rung} is not below train.steps {train.steps}"
+            elif own.first_rung % train.validate_every:
+                near_step = max(1, round(own.first_rung / train.validate_every)) * train.validate_every
+                yield (
+                    f"first_rung: {own.first_rung} is no multiple of train.validate_every "
+                    f"{train.validate_every}; nearest that is: {near_step}"
+                )
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep's file and check every run that it may start.
+
+    Args:
+        overrides: `key=value` words: keys of the sweep, or dotted ones of all its runs.
+
+    Raises:
+        ConfigError: names every problem at once.
+    """
+    tree, problems = read_tree(path), []
+    for word in overrides:
+        own = word.partition("=")[0].split(".")[0] in SweepConfig.model_fields
+        if own:
+            problem = override(tree, word)
+        else:
+            key, _, _ = word.partition("=")
+            holder: dict[str, Any] = {}
+            problem = override(holder, word)
+            if not problem:
+                tree.setdefault("overrides", {})[key] = _at(holder, key)
+        problems += [problem] if problem else []
+    try:
+        config = SweepConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            listed(str(path), problems + [explain(item, SweepConfig) for item in error.errors()])
+        ) from None
+    entries = tuple(_entries(config.space, "space", config.search, problems))
+    problems += _own_problems(config, entries)
+    file = Path(config.base).expanduser()
+    file = file if file.is_absolute() else Path(path).parent / file
+    base: dict[str, Any] = {}
+    try:
+        base = read_tree(file)
+    except ConfigError as error:
+        problems.append(f"base: {error}")
+    for key, value in config.overrides.items():
+        if problem := put(base, key, value):
+            problems.append(f"overrides.{key}: {problem}")
+    sweep = Sweep(config, base, entries)
+    if base:
+        problems += sweep.problems()
+    if problems:
+        raise ConfigError(listed(str(path), list(dict.fromkeys(problems))))
+    return sweep
+
+
+def assemble(entries: Sequence[Entry], pick: Callable[[Entry], int | float]) -> Variant:
+    """A variant from what `pick` answers: an option's index, or a number."""
+    choices: dict[str, str | float] = {}
+    values: dict[str, Any] = {}
+    for entry in entries:
+        answer = pick(entry)
+        if not entry.options:
+            choices[entry.name] = values[entry.name] = float(answer)
+            continue
+        option = entry.options[int(answer)]
+        inner = assemble(option.entries, pick)
+        choices |= {entry.name: option.label, **inner.choices}
+        values |= {**option.values, **inner.values}
+    return Variant(choices, values)
+
+
+def draw(entries: Sequence[Entry], rng: np.random.Generator) -> Variant:
+    """A variant at random."""
+
+    def pick(entry: Entry) -> int | float:
+        if entry.options:
+            return int(rng.integers(len(entry.options)))
+        if entry.kind == "loguniform":
+            return math.exp(rng.uniform(math.log(entry.low), math.log(entry.high)))
+        return float(rng.uniform(entry.low, entry.high))
+
+    return assemble(entries, pick)
+
+
+def _product(entries: Sequence[Entry]) -> Iterator[Variant]:
+    """All combinations, the last entry fastest."""
+    for parts in itertools.product(*(list(_alternatives(entry)) for entry in entries)):
+        yield _joined(parts)
+
+
+def _one_at_a_time(entries: Sequence[Entry]) -> list[Variant]:
+    """The first alternative of every entry together, then every other one alone in its place."""
+    lists = [list(_alternatives(entry)) for entry in entries]
+    first = [alternatives[0] for alternatives in lists]
+    found = [_joined(first)]
+    for index, alternatives in enumerate(lists):
+        for other in alternatives[1:]:
+            found.append(_joined([*first[:index], other, *first[index + 1 :]]))
+    return found
+
+
+def _alternatives(entry: Entry) -> Iterator[Variant]:
+    for option in entry.options:
+        for inner in _product(option.entries):
+            yield _joined([Variant({entry.name: option.label}, option.values), inner])
+
+
+def _joined(parts: Sequence[Variant]) -> Variant:
+    choices = {name: value for part in parts for name, value in part.choices.items()}
+    return Variant(choices, {key: value for part in parts for key, value in part.values.items()})
+
+
+def _entries(space: Mapping[str, Any], where: str, search: str, problems: list[str]) -> Iterator[Entry]:
+    """Typed entries; what is wrong with others goes to `problems`."""
+    kinds = _DRAWN if search in ("random", "optuna") else ("grid",)
+    for name, written in space.items():
+        at = f"{where}.{name}"
+        kind, value = next(iter(written.items())) if _is_entry(written) else (None, None)
+        if kind is None:
+            problems.append(f"{at}: {written!r}; expected one of {', '.join(kinds)} with its values")
+        elif kind not in _KINDS:
+            problems.append(
+                f"{at}.{kind}: no such kind{did_you_mean(kind, _KINDS) or '; known: ' + ', '.join(_KINDS)}"
+            )
+        elif kind not in kinds:
+            problems.append(f"{at}: {kind} with search {search}; expected {', '.join(kinds)}")
+        elif kind in _LISTED:
+            if options := _options(name, value, at, search, problems):
+                yield Entry(name, kind, options)
+        elif ends := _ends(value, kind, at, problems):
+            yield Entry(name, kind, (), *ends)
+
+
+def _is_entry(written: Any) -> bool:
+    return isinstance(written, dict) and len(written) == 1
+
+
+def _options(name: str, value: Any, at: str, search: str, problems: list[str]) -> tuple[Option, ...]:
+    if not value or not isinstance(value, list | dict):
+        problems.append(
+            f"{at}: {value!r} has no values; expected a list, or a group of labels, of at least one"
+        )
+        return ()
+    if isinstance(value, list):
+        labels = [_shown(one) for one in value]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            problems.append(f"{at}: {twice} stands in it twice")
+        return tuple(Option(label, {name: one}) for label, one in zip(labels, value, strict=True))
+    options = []
+    for label, keys in value.items():
+        if not isinstance(keys, dict):
+            problems.append(f"{at}.{label}: {keys!r}; expected dotted keys with their values")
+            continue
+        inner = {key: one for key, one in keys.items() if isinstance(one, dict)}
+        fixed = {key: one for key, one in keys.items() if key not in inner}
+        entries = tuple(_entries(inner, f"{at}.{label}", search, problems))
+        options.append(Option(str(label), fixed, entries))
+    return tuple(options)
+
+
+def _ends(value: Any, kind: str, at: str, problems: list[str]) -> tuple[float, float] | None:
+    try:
+        low, high = (float(end) for end in value)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not low < high or not math.isfinite(high - low) or (kind == "loguniform" and low <= 0):
+        above = ", both above 0" if kind == "loguniform" else ""
+        problems.append(f"{at}: {value!r}; expected [low, high] with low < high{above}")
+        return None
+    return low, high
+
+
+def _own_problems(config: SweepConfig, entries: Sequence[Entry]) -> Iterator[str]:
+    """What is wrong with the sweep's own keys."""
+    if not config.space:
+        yield "space: empty; expected at least one entry"
+    if not config.seeds:
+        yield "seeds: empty; expected at least one"
+    elif len(set(config.seeds)) < len(config.seeds):
+        yield f"seeds: {list(config.seeds)}; expected each seed once"
+    drawn = config.search in ("random", "optuna")
+    if drawn and config.num_samples is None:
+        yield f"num_samples: missing; expected how many variants search {config.search} draws"
+    if not drawn and config.num_samples is not None:
+        yield f"num_samples: {config.num_samples} with search {config.search}, which draws none; expected null"
+    if config.search == "optuna" and len(config.seeds) > 1:
+        yield f"seeds: {len(config.seeds)} of them with search optuna; expected one, since it suggests trials"
+    if (config.scheduler == "asha") != (config.first_rung is not None):
+        expected = "the step of the first comparison" if config.scheduler == "asha" else "null without asha"
+        yield f"first_rung: {config.first_rung}; expected {expected}"
+    given: list[tuple[str, str]] = [(f"overrides.{key}", key) for key in config.overrides]
+    for entry in entries:
+        given += [(f"space.{entry.name}", key) for key in sorted(_keys(entry))]
+    for (place, key), (other, second) in itertools.combinations(given, 2):
+        if place != other and (f"{key}.".startswith(f"{second}.") or f"{second}.".startswith(f"{key}.")):
+            yield f"{place}: {key} is also given by {other} ({second}); expected one entry a key"
+    for place, key in given:
+        if own := next((own for own in _OWN if f"{key}.".startswith(f"{own}.")), None):
+            if not (place.startswith("overrides.") and own.startswith(("cluster", "tracking"))):
+                instead = "; expected seeds" if own == "seed" else ""
+                yield f"{place}: {key} is the sweep's own{instead}"
+        if config.search == "optuna" and place.startswith("space.") and key.split(".")[0] == "data":
+            yield f"{place}: {key} with search optuna; expected another search, which prepares all data first"
+
+
+def _keys(entry: Entry) -> set[str]:
+    """Config keys that an entry may set."""
+    if not entry.options:
+        return {entry.name}
+    inner = {key for option in entry.options for one in option.entries for key in _keys(one)}
+    return inner | {key for option in entry.options for key in option.values}
+
+
+def _at(tree: Mapping[str, Any], key: str) -> Any:
+    node: Any = tree
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def _short(key: str) -> str:
+    """model.swap.pooling -> pooling."""
+    return key.rpartition(".")[2]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
