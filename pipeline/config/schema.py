@@ -230,7 +230,7 @@ class RunConfig(Section):
 
     @property
     def validation_metric(self) -> str:
-        """What validation reports: the bound's perplexity, or the loss, in nats per masked token, that is no bound."""
+        """What validation reports: the bound's perplexity, or nats per masked token, which are no bound."""
         return "loss" if self.diffusion.schedule == "arccos" and self.model.kind != "ar" else "perplexity"
 
     def conflicts(self) -> list[str]:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,15 +74,19 @@ class Variant:
     Attributes:
         choices: label or number by entry, in the space's order.
         values: what it sets, by dotted key.
+        title: for people; empty: all choices.
     """
 
     choices: Mapping[str, str | float] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
+    title: str = ""
 
     @property
     def label(self) -> str:
         """For people: `pooling=mean norm=rms`."""
-        return " ".join(f"{_short(name)}={_shown(value)}" for name, value in self.choices.items())
+        return self.title or " ".join(
+            f"{_short(name)}={_shown(value)}" for name, value in self.choices.items()
+        )
 
     @property
     def name(self) -> str:
@@ -142,10 +146,10 @@ class Sweep:
         """What is wrong with the runs of this space, each problem once."""
         found: dict[str, None] = {}
         tried = self.draws(_TRIED) if self.config.search in ("random", "optuna") else []
-        for variant in [*self.variants(), *tried]:
-            tree = self._tree(variant)
-            config, problems = check({**tree, "name": "trial", "seed": 0})
-            found |= dict.fromkeys(problems)
+        for variant in [Variant(), *self.variants(), *tried]:
+            config, problems = check(self._tree(variant) | {"name": "trial", "seed": 0})
+            if variant.values:  # the base may lack what every variant has
+                found |= dict.fromkeys(problems)
             if config is not None:
                 found |= dict.fromkeys(self._trial_problems(config))
         return list(found)
@@ -204,16 +208,16 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     problems += _own_problems(config, entries)
     file = Path(config.base).expanduser()
     file = file if file.is_absolute() else Path(path).parent / file
-    base: dict[str, Any] = {}
+    sweep = Sweep(config, {}, entries)
     try:
         base = read_tree(file)
     except ConfigError as error:
         problems.append(f"base: {error}")
-    for key, value in config.overrides.items():
-        if problem := put(base, key, value):
-            problems.append(f"overrides.{key}: {problem}")
-    sweep = Sweep(config, base, entries)
-    if base:
+    else:
+        for key, value in config.overrides.items():
+            if problem := put(base, key, value):
+                problems.append(f"overrides.{key}: {problem}")
+        sweep = Sweep(config, base, entries)
         problems += sweep.problems()
     if problems:
         raise ConfigError(listed(str(path), list(dict.fromkeys(problems))))
@@ -259,10 +263,11 @@ def _one_at_a_time(entries: Sequence[Entry]) -> list[Variant]:
     """The first alternative of every entry together, then every other one alone in its place."""
     lists = [list(_alternatives(entry)) for entry in entries]
     first = [alternatives[0] for alternatives in lists]
-    found = [_joined(first)]
+    found = [replace(_joined(first), title="default")]
     for index, alternatives in enumerate(lists):
         for other in alternatives[1:]:
-            found.append(_joined([*first[:index], other, *first[index + 1 :]]))
+            whole = _joined([*first[:index], other, *first[index + 1 :]])
+            found.append(replace(whole, title=other.label))
     return found
 
 
@@ -363,10 +368,12 @@ def _own_problems(config: SweepConfig, entries: Sequence[Entry]) -> Iterator[str
         if place != other and (f"{key}.".startswith(f"{second}.") or f"{second}.".startswith(f"{key}.")):
             yield f"{place}: {key} is also given by {other} ({second}); expected one entry a key"
     for place, key in given:
-        if own := next((own for own in _OWN if f"{key}.".startswith(f"{own}.")), None):
-            if not (place.startswith("overrides.") and own.startswith(("cluster", "tracking"))):
-                instead = "; expected seeds" if own == "seed" else ""
-                yield f"{place}: {key} is the sweep's own{instead}"
+        own = next((own for own in _OWN if f"{key}.".startswith(f"{own}.")), None)
+        shared = (
+            place.startswith("overrides.") and own is not None and own.startswith(("cluster", "tracking"))
+        )
+        if own is not None and not shared:
+            yield f"{place}: {key} is the sweep's own" + ("; expected seeds" if own == "seed" else "")
         if config.search == "optuna" and place.startswith("space.") and key.split(".")[0] == "data":
             yield f"{place}: {key} with search optuna; expected another search, which prepares all data first"
 
