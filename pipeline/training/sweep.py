@@ -15,7 +15,8 @@ from ray.tune.search.optuna import OptunaSearch
 from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
-from pipeline.config.sweep import Entry, Sweep, Variant, assemble
+from pipeline.config.space import Entry, Variant, assemble
+from pipeline.config.sweep import Sweep
 from pipeline.data import prepared
 from pipeline.errors import CapabilityError, TrainingError
 from pipeline.training import checkpoint, resume
@@ -157,7 +158,7 @@ def _run_trials(
         param_space={} if search else {"trial": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=_scheduler(plan, max(one.train.steps for one in examples)),
+            scheduler=scheduler_of(plan, max(one.train.steps for one in examples)),
             num_samples=count if search else 1,
             max_concurrent_trials=at_most,
             reuse_actors=True,
@@ -227,7 +228,8 @@ class _Halving(AsyncHyperBandScheduler):
         return TrialScheduler.CONTINUE
 
 
-def _scheduler(plan: Sweep, steps: int) -> TrialScheduler:
+def scheduler_of(plan: Sweep, steps: int) -> TrialScheduler:
+    """What decides which trials go on to `steps`, the most that any has."""
     own = plan.config
     if own.scheduler == "none":
         return FIFOScheduler()

@@ -11,7 +11,8 @@ import numpy as np
 from pipeline import storage, tracking
 from pipeline.config.load import dump
 from pipeline.config.schema import RunConfig
-from pipeline.config.sweep import Sweep, Variant
+from pipeline.config.space import Variant
+from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError
 from pipeline.evaluation import sweep_figures, sweep_report
 from pipeline.evaluation.actors import Resources, in_order, started
