@@ -10,7 +10,16 @@ ROOT = Path(__file__).parents[1]
 ORDER = ["errors", "logs", "config", "storage", "tracking", "models", "diffusion", "sampling", "data"]
 ORDER += ["evaluation", "training", "api", "jobs"]
 ONLY_IN = {
-    "ray": {"data.images", "data.stages", "evaluation", "training.cluster", "training.launch", "jobs"},
+    "ray": {
+        "data.images",
+        "data.stages",
+        "evaluation",
+        "training.cluster",
+        "training.launch",
+        "training.sweep",
+        "training.trial",
+        "jobs",
+    },
     "deepspeed": {"training.engine", "training.resume"},
     "mlflow": {"tracking"},
 }

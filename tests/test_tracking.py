@@ -19,6 +19,7 @@ from pipeline.config.load import parse
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.tracking import (
     Tracker,
+    child_of,
     download_model,
     end_run,
     log_dataset,
@@ -104,7 +105,7 @@ class TestRun:
 
     def test_many_and_long_params_and_a_parent(self, uri: str, run_id: str) -> None:
         params = {f"key.{index}": "x" * 7000 for index in range(130)}
-        child = open_run(uri, "tests", "trial", params, {}, parent_id=run_id)
+        child = open_run(uri, "tests", "trial", params, child_of(run_id))
         run = connect(uri).get_run(child)
         assert len(run.data.params) == 130
         assert run.data.tags["mlflow.parentRunId"] == run_id

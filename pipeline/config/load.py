@@ -37,6 +37,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: names every unknown key, wrong value and conflict at once.
     """
+    tree = read_tree(path)
+    problems = [problem for word in overrides if (problem := override(tree, word))]
+    return parse(tree, origin=str(path), problems=problems)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file as a nested mapping in which no key is written twice.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
     file = Path(path)
     if not file.is_file():
         beside = [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
@@ -47,8 +58,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {str(path)!r} holds a {type(tree).__name__}; expected sections")
-    problems = [problem for word in overrides if (problem := _override(tree, word))]
-    return parse(tree, origin=str(path), problems=problems)
+    return tree
 
 
 def parse(tree: dict[str, Any], origin: str, problems: Sequence[str] = ()) -> RunConfig:
@@ -57,20 +67,28 @@ def parse(tree: dict[str, Any], origin: str, problems: Sequence[str] = ()) -> Ru
     Raises:
         ConfigError: one line a problem.
     """
-    found = list(problems)
-    config = None
+    config, found = check(tree)
+    found = [*problems, *found]
+    if found or config is None:
+        raise ConfigError(listed(origin, found))
+    return config
+
+
+def check(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """The config of a nested mapping, None where it has no typed form, and every problem in it."""
     # A section whose keys are all commented out reads as null.
     tree = {key: value for key, value in tree.items() if value is not None}
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        found += [_explain(item) for item in error.errors()]
-    if config is not None:
-        found += config.conflicts()
-    if found or config is None:
-        count = f"{len(found)} problem{'s' * (len(found) > 1)}"
-        raise ConfigError(f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in found))
-    return config
+        return None, [explain(item) for item in error.errors()]
+    return config, config.conflicts()
+
+
+def listed(origin: str, problems: Sequence[str]) -> str:
+    """One message of several problems, a line each."""
+    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    return f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in problems)
 
 
 def parse_section(kind: type[S], tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> S:
@@ -79,15 +97,15 @@ def parse_section(kind: type[S], tree: dict[str, Any], origin: str, overrides: S
     Raises:
         ConfigError: one line a problem.
     """
-    found = [problem for word in overrides if (problem := _override(tree, word))]
+    found = [problem for word in overrides if (problem := override(tree, word))]
     try:
         section = kind.model_validate(tree)
     except ValidationError as error:
-        found += [_explain(item, kind) for item in error.errors()]
+        found += [explain(item, kind) for item in error.errors()]
     else:
         if not found:
             return section
-    raise ConfigError(f"{origin}: {len(found)} problem{'s' * (len(found) > 1)}\n  " + "\n  ".join(found))
+    raise ConfigError(listed(origin, found))
 
 
 def dump(config: RunConfig) -> str:
@@ -104,7 +122,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _override(tree: dict[str, Any], word: str) -> str | None:
+def override(tree: dict[str, Any], word: str) -> str | None:
     """Apply one `a.b=value` to the tree; returns a problem, or None."""
     key, equals, text = word.partition("=")
     if not equals or not all(key.split(".")):
@@ -113,6 +131,12 @@ def _override(tree: dict[str, Any], word: str) -> str | None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return f"override {word!r}: {text!r} is not a YAML value"
+    problem = put(tree, key, value)
+    return f"override {word!r}: {problem}" if problem else None
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> str | None:
+    """Set the dotted key in the tree; returns a problem, or None."""
     *sections, last = key.split(".")
     node = tree
     for section in sections:
@@ -120,7 +144,7 @@ def _override(tree: dict[str, Any], word: str) -> str | None:
             node[section] = {}
         node = node[section]
         if not isinstance(node, dict):
-            return f"override {word!r}: {section!r} is a value, not a section"
+            return f"{section!r} is a value, not a section"
     node[last] = value
     return None
 
@@ -156,7 +180,7 @@ def _kinds(section: str) -> list[str]:
     return [kind for model in models for kind in get_args(model.model_fields["kind"].annotation)]
 
 
-def _explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
+def explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
     """One pydantic problem as `key: what was written; what was expected; nearest choice`."""
     location = [part for part in item["loc"] if part not in WORKER_FORMS]
     value, kind = item["input"], item["type"]

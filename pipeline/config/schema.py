@@ -267,6 +267,11 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     distill: DistillConfig | None = None
 
+    @property
+    def validation_metric(self) -> str:
+        """What validation reports: the bound's perplexity, or nats per masked token, which are no bound."""
+        return "loss" if self.diffusion.schedule == "arccos" and self.model.kind != "ar" else "perplexity"
+
     def conflicts(self) -> list[str]:
         """Problems that no section can see alone, as `key: message` lines."""
         found = []

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-_BLUE, _RED, _INK, _GREY = "#2563a8", "#c2452d", "#22262b", "#7a828c"
+_BLUE, _RED, INK, GREY = "#2563a8", "#c2452d", "#22262b", "#7a828c"
 _WINDOWS = 20  # the smooth curve looks at a twentieth of the run at a time
 _LABEL_HEIGHT = 0.06  # of an axis, so that labels beside it do not overlap
 _HUGE = 1e300  # MLflow stores infinity as 1.8e308
@@ -29,7 +29,7 @@ def loss_curve(
     metric, unit = "perplexity", "exp(nats per token)"
     if "validation/loss" in history:
         metric, unit = "loss", "nats per masked token"
-    _style(right, f"Validation {metric}", unit)
+    style(right, f"Validation {metric}", unit)
     _draw_validation(right, *_finite(history.get(f"validation/{metric}", ())), references or {})
     return figure
 
@@ -45,31 +45,31 @@ def quality_against_steps(
     """
     figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    _style(left, "Samples under the bigram model", "perplexity")
-    _style(right, "Entropy of a sample", "nats")
+    style(left, "Samples under the bigram model", "perplexity")
+    style(right, "Entropy of a sample", "nats")
     ends: list[list[tuple[float, str, str]]] = [[], []]
     for index, (model, found) in enumerate(points.items()):
         steps, *columns = zip(*sorted(found), strict=True)
-        color = _BLUE if index == 0 else _RED if index == len(points) - 1 else _GREY
+        color = _BLUE if index == 0 else _RED if index == len(points) - 1 else GREY
         for axes, values, labels in zip((left, right), columns, ends, strict=True):
             axes.plot(steps, values, "o-", color=color, linewidth=1.6, markersize=4)
             labels.append((values[-1], model, color))
     if reference is not None:
-        left.axhline(reference, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        ends[0].append((reference, f"held out {reference:.4g}", _INK))
+        left.axhline(reference, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        ends[0].append((reference, f"held out {reference:.4g}", INK))
     counts = sorted({steps for found in points.values() for steps, _, _ in found})
     for axes, labels in zip((left, right), ends, strict=True):
-        axes.set_xlabel("sampling steps", fontsize=9, color=_GREY)
+        axes.set_xlabel("sampling steps", fontsize=9, color=GREY)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(counts))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        _label_right(axes, labels)
+        label_right(axes, labels)
     return figure
 
 
 def _draw_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
-    _style(axes, "Training loss", "nats per token")
+    style(axes, "Training loss", "nats per token")
     if not steps.size:
         _say_empty(axes)
         return
@@ -81,7 +81,7 @@ def _draw_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
     low, high = losses.min(), smooth.max()
     pad = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - pad, high + pad)
-    _label_right(axes, [(float(smooth[-1]), f"{smooth[-1]:.3g}", _BLUE)])
+    label_right(axes, [(float(smooth[-1]), f"{smooth[-1]:.3g}", _BLUE)])
 
 
 def _draw_validation(
@@ -92,8 +92,8 @@ def _draw_validation(
         return
     labels = [(float(values[-1]), f"{values[-1]:.4g}", _RED)]
     for name, value in references.items():
-        axes.axhline(value, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        labels.append((value, f"{name} {value:.4g}", _INK))
+        axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        labels.append((value, f"{name} {value:.4g}", INK))
     axes.plot(steps, values, color=_RED, linewidth=1.8, marker="o", markersize=3.5 if steps.size <= 40 else 0)
     axes.plot(steps[-1:], values[-1:], "o", color=_RED, markersize=5)
     shown = np.array([*values, *references.values()])
@@ -103,7 +103,7 @@ def _draw_validation(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.yaxis.set_minor_locator(NullLocator())
-    _label_right(axes, labels)
+    label_right(axes, labels)
 
 
 def _finite(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,13 +122,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _style(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
-    axes.set_ylabel(unit, fontsize=9, color=_GREY)
-    axes.set_xlabel("step", fontsize=9, color=_GREY)
+def style(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_ylabel(unit, fontsize=9, color=GREY)
+    axes.set_xlabel("step", fontsize=9, color=GREY)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c9ced4")
-    axes.tick_params(colors=_GREY, labelsize=8.5, length=3)
+    axes.tick_params(colors=GREY, labelsize=8.5, length=3)
     axes.grid(axis="y", color="#e8ebee", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
@@ -144,7 +144,7 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Write (value, text, colour) beside the right end of the axes, pushed apart where they would overlap."""
     axes.get_ylim()  # settles the scale, which matplotlib otherwise leaves until it draws
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -152,7 +152,7 @@ def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     floor = -1.0
     for height, text, color in placed:
         floor = max(height, floor + _LABEL_HEIGHT)
-        weight = "normal" if color == _INK else "bold"
+        weight = "normal" if color == INK else "bold"
         axes.text(
             1.015,
             floor,
@@ -167,4 +167,4 @@ def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
 
 def _say_empty(axes: Axes) -> None:
     axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=_GREY, fontsize=9)
+    axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=GREY, fontsize=9)

@@ -6,11 +6,12 @@ never fails it.
 """
 
 from pipeline.tracking.registry import download_model, find_version, register_model, set_alias
-from pipeline.tracking.store import end_run, log_dataset, metric_history, open_run, tracking_uri
+from pipeline.tracking.store import child_of, end_run, log_dataset, metric_history, open_run, tracking_uri
 from pipeline.tracking.tracker import Tracker
 
 __all__ = [
     "Tracker",
+    "child_of",
     "download_model",
     "end_run",
     "find_version",

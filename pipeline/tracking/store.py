@@ -64,7 +64,6 @@ def open_run(
     params: Mapping[str, object],
     tags: Mapping[str, str],
     resume_id: str | None = None,
-    parent_id: str | None = None,
 ) -> str:
     """Start a run, or continue the one that an earlier start of the same job opened.
 
@@ -79,7 +78,6 @@ def open_run(
         params: the resolved config, flattened.
         tags: further facts about the run.
         resume_id: the run to continue; one that the store no longer has is replaced by a new run.
-        parent_id: the run under which this one is shown (a sweep).
 
     Returns:
         the run's id.
@@ -88,7 +86,6 @@ def open_run(
         ConfigError: the store cannot be reached or written, or the experiment is deleted.
     """
     wanted = {key: str(value)[:_PARAM_LENGTH] for key, value in params.items()}
-    marks = dict(tags) | ({"mlflow.parentRunId": parent_id} if parent_id else {})
     try:
         with answering(uri):
             client = connect(uri)
@@ -97,13 +94,18 @@ def open_run(
                 run = client.create_run(_experiment_id(client, uri, experiment), run_name=name)
             else:
                 client.update_run(run.info.run_id, status="RUNNING")
-            _describe(client, run, wanted, marks)
+            _describe(client, run, wanted, dict(tags))
             return run.info.run_id
     except ConfigError as error:
         if resume_id is None:
             raise
         _log.warning("MLflow run %s goes on without its store for now: %s", resume_id, error)
         return resume_id
+
+
+def child_of(parent_id: str) -> dict[str, str]:
+    """Tags of a run that is shown under another: a trial under its sweep."""
+    return {"mlflow.parentRunId": parent_id}
 
 
 def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:

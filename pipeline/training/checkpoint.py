@@ -193,12 +193,6 @@ def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, T
     return tensors
 
 
-def metric_of(config: RunConfig) -> str:
-    """What validation reports: the bound's perplexity, or the loss, in nats per masked token, that is no bound."""
-    arccos = config.diffusion.schedule == "arccos" and config.model.kind != "ar"
-    return "loss" if arccos else "perplexity"
-
-
 def consolidate(
     path: str, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer | ImageTokenizer, into: str
 ) -> None:
@@ -206,9 +200,13 @@ def consolidate(
     facts = folder.DataFacts(manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot)
     state, figures = read_state(path), {}
     if state.validation is not None:
-        estimator = "arccos" if metric_of(config) == "loss" else config.evaluation.estimator
+        estimator = "arccos" if config.validation_metric == "loss" else config.evaluation.estimator
         how = f"{estimator}, {config.evaluation.draws} draw(s), EMA weights"
-        figures = {f"validation_{metric_of(config)}": state.validation, "estimator": how, "step": state.step}
+        figures = {
+            f"validation_{config.validation_metric}": state.validation,
+            "estimator": how,
+            "step": state.step,
+        }
     background = folder.Background(figures, config.model_dump(mode="json"))
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from ray.train import (
     FailureConfig,
     RunConfig,
     ScalingConfig,
+    UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -45,6 +47,8 @@ from pipeline.training.session import SAVE, STOP
 
 log = logging.getLogger(__name__)
 
+Group = Callable[[schema.RunConfig, Job, str, bool], None]
+
 FATAL = "fatal.json"  # in the run's folder: an error that no restart can mend
 # Seconds that Ray waits for the places of an elastic group. Its view of the nodes is up to 20 s old, so after a
 # loss it may ask for places that are gone, and only then for fewer; its own minute would be spent waiting.
@@ -71,7 +75,7 @@ def pretrain(config: schema.RunConfig) -> Outcome:
     """
     if config.distill is not None:
         raise ConfigError("distill: a section for jobs.distill; jobs.pretrain takes configs without it")
-    return _carry_out(located(config), {})
+    return carry_out(located(config), {})
 
 
 def distill(config: schema.RunConfig) -> Outcome:
@@ -84,11 +88,17 @@ def distill(config: schema.RunConfig) -> Outcome:
     run = checkpoint.run_folder(config)
     storage.check_writable(run, "cluster.storage")
     config = distillation.with_teacher(config)
-    return _carry_out(config, {"teacher": distillation.teacher_name(run)})
+    return carry_out(config, {"teacher": distillation.teacher_name(run)})
 
 
-def _carry_out(config: schema.RunConfig, tags: dict[str, str]) -> Outcome:
-    """Train to the end on the cluster, in one MLflow run."""
+def carry_out(config: schema.RunConfig, tags: dict[str, str], group: Group | None = None) -> Outcome:
+    """Train to the end on the cluster, in one MLflow run.
+
+    Args:
+        config: `located`.
+        tags: of the run.
+        group: what runs the workers to the end; None: `run_group`.
+    """
     run = checkpoint.run_folder(config)
     storage.check_writable(run, "cluster.storage")
     resume.precheck(run, config)
@@ -103,7 +113,7 @@ def _carry_out(config: schema.RunConfig, tags: dict[str, str]) -> Outcome:
         run_id = _open_run(config, run, uri, manifest, tags)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
-            _fit(config, Job(config, uri, run_id), run, use_gpu)
+            (group or run_group)(config, Job(config, uri, run_id), run, use_gpu)
             if stop.is_set():
                 status = "KILLED"
                 raise TrainingError("stopped as asked, after a checkpoint; the same command goes on")
@@ -175,7 +185,9 @@ def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest, 
     return run_id
 
 
-def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
+def run_group(
+    config: schema.RunConfig, job: Job, run: str, use_gpu: bool, callbacks: Sequence[UserCallback] = ()
+) -> None:
     """Run the worker group to the end; Ray restarts it after a failure, and the loop resumes by itself."""
     # The loop finds its own checkpoints, and prunes them; Ray's record of an earlier start would miss those.
     storage.remove(storage.join(run, "checkpoint_manager_snapshot.json"))
@@ -204,7 +216,7 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=asked.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[Between(run)],
+            callbacks=[Between(run), *callbacks],
         ),
     )
     try:

@@ -59,7 +59,7 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
     tokenizer = load_tokenizer(config.data.tokenizer) if text else image_tokenizer(config)
     checkpoint.consolidate(last, config, manifest, tokenizer, model)
     metric, value = (
-        checkpoint.metric_of(config),
+        config.validation_metric,
         float("nan") if state.validation is None else state.validation,
     )
     name = config.tracking.register_as or config.name

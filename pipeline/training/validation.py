@@ -21,7 +21,6 @@ from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import sample
 from pipeline.tracking import Tracker
-from pipeline.training.checkpoint import metric_of
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
 from pipeline.training.session import Session
@@ -106,7 +105,7 @@ def validate(
         one_a_class = slice(None, None, PICTURES_A_CLASS)
         figure = unmasking_order(pictures[one_a_class], revealed[one_a_class, 1:].numpy())
         tracker.log_figure(figure, f"samples/order_{step:08d}.png")
-    metric = metric_of(config)
+    metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
     if tracker:
         tracker.log_metrics({f"validation/{metric}": value, "validation/nats": bound.nats}, step)

@@ -10,7 +10,7 @@ from pipeline.config.schema import MDLMConfig, PGMConfig, RunConfig
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "sweep")  # those have a base
 
 
 def problems(tree: dict[str, object]) -> str:
