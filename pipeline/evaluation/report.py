@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_HEAD = ("", "value", "95% interval", "measured by")
+HEAD = ("", "value", "95% interval", "measured by")
 
 
 @dataclass(frozen=True)
@@ -99,24 +99,24 @@ class Report:
         lines = [f"# Evaluation of {self.model}", "", self._about]
         for group in self.groups:
             lines += ["", f"**{group.heading}**", ""]
-            rows = [_HEAD, ("---", "---:", "---", "---"), *map(_cells, group.measures)]
+            rows = [HEAD, ("---", "---:", "---", "---"), *map(cells, group.measures)]
             lines += ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join(lines) + "\n"
 
     def to_text(self) -> str:
         """Columns aligned over all groups."""
-        rows = [_cells(one) for group in self.groups for one in group.measures]
-        name, value, interval = (max(len(row[i]) for row in [_HEAD, *rows]) for i in range(3))
+        rows = [cells(one) for group in self.groups for one in group.measures]
+        name, value, interval = (max(len(row[i]) for row in [HEAD, *rows]) for i in range(3))
 
         def line(row: tuple[str, ...]) -> str:
             return f"  {row[0]:<{name}}  {row[1]:>{value}}  {row[2]:<{interval}}  {row[3]}".rstrip()
 
         def lines() -> Iterator[str]:
             yield f"{self.model}: {self._about}"
-            yield line(_HEAD)
+            yield line(HEAD)
             for group in self.groups:
                 yield f"{group.heading}"
-                yield from (line(_cells(one)) for one in group.measures)
+                yield from (line(cells(one)) for one in group.measures)
 
         return "\n".join(lines())
 
@@ -125,12 +125,13 @@ class Report:
         return ", ".join(f"{key} {value}" for key, value in self.about.items())
 
 
-def _cells(one: Measure) -> tuple[str, str, str, str]:
-    interval = "" if one.interval is None else f"{_short(one.interval[0])} to {_short(one.interval[1])}"
-    return one.name, _short(one.value), interval, one.by
+def cells(one: Measure) -> tuple[str, str, str, str]:
+    """A figure under `HEAD`."""
+    interval = "" if one.interval is None else f"{short(one.interval[0])} to {short(one.interval[1])}"
+    return one.name, short(one.value), interval, one.by
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Four decimals below 10, two below 1,000, none above."""
     if not math.isfinite(value):
         return str(value)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,16 +141,17 @@ class Scorer:
         )
 
 
-def score_texts(spec: str, texts: Sequence[str], batch: int, resources: Resources) -> Scored:
-    """Score texts on Ray actors that each hold the scorer; the sums do not depend on how many there are.
+def score_texts(spec: str, groups: Sequence[Sequence[str]], batch: int, resources: Resources) -> list[Scored]:
+    """Score groups of texts on Ray actors that each hold the scorer; sums do not depend on how many there are.
 
     Raises:
-        DataError: no text has a token to score.
+        DataError: no text of a group has a token to score.
     """
-    starts = range(0, len(texts), _TEXTS_A_TASK)
-    tasks = [(list(texts[first : first + _TEXTS_A_TASK]),) for first in starts]
+    starts = [(texts, first) for texts in groups for first in range(0, len(texts), _TEXTS_A_TASK)]
+    tasks = [(list(texts[first : first + _TEXTS_A_TASK]),) for texts, first in starts]
     with started(Scorer, (spec, batch, resources.cpus), resources, len(tasks)) as scorers:
-        return total(in_order(scorers, "score", tasks))
+        parts = in_order(scorers, "score", tasks)
+        return [total(islice(parts, -(-len(texts) // _TEXTS_A_TASK))) for texts in groups]
 
 
 def total(parts: Any) -> Scored:

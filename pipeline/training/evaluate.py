@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +21,10 @@ from pipeline.evaluation import corpora, generation, likelihood, ngram, scorer, 
 from pipeline.evaluation.actors import Resources
 from pipeline.evaluation.corpora import Corpus
 from pipeline.evaluation.drawn_images import image_groups, reference_of
+from pipeline.evaluation.features import FeatureNet
+from pipeline.evaluation.images import Gaussian
 from pipeline.evaluation.report import Group, Measure, Report
-from pipeline.evaluation.source_images import load_net, source_images
+from pipeline.evaluation.source_images import SourceImages, load_net, source_images
 from pipeline.models import folder
 from pipeline.training import checkpoint
 from pipeline.training.cluster import check_resources, cluster
@@ -77,13 +79,12 @@ def evaluate(config: RunConfig) -> Evaluation:
     subject = open_subject(config)
     others = corpora.open_corpora(config.evaluation.data)
     storage.check_writable(into, "cluster.storage")
-    with _mlflow_run(config, run, uri) as run_id, cluster(config):
+    with mlflow_run(config, run, uri) as run_id, cluster(config):
         resources = Resources(config.cluster.workers, config.cluster.cpus_per_worker, check_resources(config))
         manifest = prepared.ensure(config)
         own = Corpus("validation", prepared.data_path(config), manifest)
-        tokenizer_hash = _tokenizer_hash(subject, manifest)
         for corpus in (own, *others):
-            corpora.check_fits(corpus, subject.facts, tokenizer_hash)
+            corpora.check_fits(corpus, subject.facts, tokenizer_hash(subject, manifest))
         if config.data.kind == "text":
             groups = _judge_text(config, subject, own, others, into, resources)
         else:
@@ -121,26 +122,34 @@ def _about(subject: Subject) -> dict[str, Any]:
     return {"kind": subject.config.kind, "parameters": f"{subject.parameters:,}", "step": subject.step}
 
 
-def _tokenizer_hash(subject: Subject, manifest: Manifest) -> str:
+def tokenizer_hash(subject: Subject, manifest: Manifest) -> str:
     """Of the model's tokenizer; a model that came without one is taken to have the data's."""
     tokenizer = saved_tokenizer(storage.fetch(subject.model))
     return manifest.tokenizer.hash if tokenizer is None else tokenizer.hash
 
 
-def _likelihoods(
-    config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], resources: Resources
-) -> list[Group]:
-    settings, bos = config.evaluation, subject.facts.bos is not None
-    eps = config.diffusion.eps
-    how = corpora.Draws(subject.estimator, subject.draws, config.seed, eps, bos, settings.batch)
-    judged = [own, *others]
+def likelihoods(
+    config: RunConfig, subjects: Sequence[Subject], own: Corpus, others: list[Corpus], resources: Resources
+) -> list[list[Group]]:
+    """Of every model: a group a corpus, its own first."""
+    settings, judged = config.evaluation, [own, *others]
     rows = [validation_rows(corpus.manifest.rows("validation"), settings.rows) for corpus in judged]
-    labelled = subject.config.classes is not None
-    found = corpora.measure_corpora(subject.model, judged, rows, labelled, how, resources)
+    cases = []
+    for one in subjects:
+        bos, labelled = one.facts.bos is not None, one.config.classes is not None
+        how = corpora.Draws(one.estimator, one.draws, config.seed, config.diffusion.eps, bos, settings.batch)
+        cases += [
+            corpora.Case(one.model, corpus, some, labelled, how)
+            for corpus, some in zip(judged, rows, strict=True)
+        ]
+    found = iter(corpora.measure_cases(cases, resources))
     titles = ["Validation", *(f"Zero-shot on {corpus.manifest.source.name}" for corpus in others)]
     return [
-        corpora.likelihood_group(corpus, title, one)
-        for corpus, title, one in zip(judged, titles, found, strict=True)
+        [
+            corpora.likelihood_group(corpus, title, next(found))
+            for corpus, title in zip(judged, titles, strict=True)
+        ]
+        for _ in subjects
     ]
 
 
@@ -166,45 +175,74 @@ def _speed(samples: generation.Samples, resources: Resources) -> Measure:
     return Measure("tokens_per_second", "tokens/s", rate, by=by)
 
 
+@dataclass(frozen=True)
+class RealText:
+    """Held-out rows as text, and the bigrams of the training rows."""
+
+    tokenizer: Tokenizer
+    rows: np.ndarray
+    texts: list[str]
+    bigram: Callable[[Iterable[np.ndarray]], float]
+
+    def decode(self, rows: np.ndarray) -> list[str]:
+        """Text of every row."""
+        return [self.tokenizer.decode(row) for row in rows.tolist()]
+
+
+def real_text(config: RunConfig, subject: Subject, own: Corpus) -> RealText:
+    """What drawn text is put beside.
+
+    Raises:
+        ConfigError: there is no such scorer, or its context is shorter than such texts.
+    """
+    assert config.data.kind == "text"
+    manifest = own.manifest
+    saved = saved_tokenizer(storage.fetch(subject.model))
+    tokenizer = saved if isinstance(saved, Tokenizer) else load_tokenizer(config.data.tokenizer)
+    count = min(config.sampling.num_samples, config.evaluation.rows)
+    rows = corpora.held_out_rows(own, validation_rows(manifest.rows("validation"), count))
+    decoded = [tokenizer.decode(row) for row in rows.tolist()]
+    if config.evaluation.scorer is not None:
+        scorer.load_scorer_tokenizer(config.evaluation.scorer).check_context(decoded)
+    reader = ShardReader(own.path, manifest, "train")
+    last = min(len(reader), NGRAM_ROWS)
+    blocks = (reader.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
+    return RealText(tokenizer, rows, decoded, ngram.bigram_model(blocks, manifest.vocabulary))
+
+
+def judge_texts(
+    config: RunConfig, real: RealText, bos: bool, groups: Sequence[np.ndarray], resources: Resources
+) -> list[list[Measure]]:
+    """Figures of groups of rows, which one start of the scorer reads."""
+    asked = config.evaluation
+    scored: Sequence[scorer.Scored | None] = [None] * len(groups)
+    if asked.scorer is not None:
+        scored = scorer.score_texts(asked.scorer, [*map(real.decode, groups)], asked.batch, resources)
+    return [
+        texts.text_measures(rows, bos, real.bigram, one, asked.scorer)
+        for rows, one in zip(groups, scored, strict=True)
+    ]
+
+
 def _judge_text(
     config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
 ) -> list[Group]:
     """Likelihoods, drawn text, and beside it real text."""
-    assert config.data.kind == "text"
-    settings, manifest = config.evaluation, own.manifest
-    saved = saved_tokenizer(storage.fetch(subject.model))
-    tokenizer = saved if isinstance(saved, Tokenizer) else load_tokenizer(config.data.tokenizer)
-    count = min(config.sampling.num_samples, settings.rows)
-    real = corpora.held_out_rows(own, validation_rows(manifest.rows("validation"), count))
-    real_texts = [tokenizer.decode(row) for row in real.tolist()]
-    if settings.scorer is not None:
-        scorer.load_scorer_tokenizer(settings.scorer).check_context(real_texts)
-    reader = ShardReader(own.path, manifest, "train")
-    last = min(len(reader), NGRAM_ROWS)
-    blocks = (reader.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
-    bigram = ngram.bigram_model(blocks, manifest.vocabulary)
-
-    def measures(rows: np.ndarray, decoded: list[str]) -> list[Measure]:
-        scored = None
-        if settings.scorer is not None:
-            scored = scorer.score_texts(settings.scorer, decoded, settings.batch, resources)
-        return texts.text_measures(rows, subject.facts.bos is not None, bigram, scored, settings.scorer)
-
+    real, bos = real_text(config, subject, own), subject.facts.bos is not None
     # Real text first: a scorer that cannot be had is told of before anything is drawn.
-    beside = Group(
-        "real", "Real text", {"rows": len(real), "split": "validation"}, measures(real, real_texts)
-    )
-    groups = _likelihoods(config, subject, own, others, resources)
+    (measures,) = judge_texts(config, real, bos, [real.rows], resources)
+    beside = Group("real", "Real text", {"rows": len(real.rows), "split": "validation"}, measures)
+    (groups,) = likelihoods(config, [subject], own, others, resources)
     samples, how = _generate(config, subject, into, resources)
-    drawn = measures(samples.tokens, [tokenizer.decode(row) for row in samples.tokens.tolist()])
+    (drawn,) = judge_texts(config, real, bos, [samples.tokens], resources)
     drawn.append(_speed(samples, resources))
     return [*groups, Group("samples", "Samples", how, drawn), beside]
 
 
-def _judge_images(
-    config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
-) -> list[Group]:
-    """Likelihoods, drawn images, and beside them real ones and their reconstructions."""
+def feature_net(
+    config: RunConfig, own: Corpus, resources: Resources
+) -> tuple[FeatureNet, SourceImages, Gaussian]:
+    """The net that looks at images, the source's images, and what it sees in those of the training split."""
     data, settings = config.data, config.evaluation
     assert data.kind == "image"
     if config.sampling.num_samples < 2:
@@ -212,10 +250,19 @@ def _judge_images(
     images = source_images(data, own.manifest)
     net = load_net(settings.features, settings.weights, data, images.train, settings.batch)
     seen = own.manifest.split("train").documents
-    reference = reference_of(net, images, data, seen, own.path, resources)
-    groups = _likelihoods(config, subject, own, others, resources)
+    return net, images, reference_of(net, images, data, seen, own.path, resources)
+
+
+def _judge_images(
+    config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
+) -> list[Group]:
+    """Likelihoods, drawn images, and beside them real ones and their reconstructions."""
+    data = config.data
+    assert data.kind == "image"
+    net, images, reference = feature_net(config, own, resources)
+    (groups,) = likelihoods(config, [subject], own, others, resources)
     samples, how = _generate(config, subject, into, resources)
-    chosen = validation_rows(len(images.validation), settings.rows)
+    chosen = validation_rows(len(images.validation), config.evaluation.rows)
     drawn, *rest = image_groups(
         net,
         net.spec == "classifier",
@@ -233,7 +280,7 @@ def _judge_images(
 
 
 @contextmanager
-def _mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
+def mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
     """The id of the folder's MLflow run; one is opened, and ended, where the folder has none."""
     record = storage.join(run, "run.json")
     if storage.exists(record):
