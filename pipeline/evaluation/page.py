@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from pipeline import storage
 
+_SHOWN, _SHOWN_LENGTH = 3, 500  # texts of a column, and characters of one
 HTML, MARKDOWN = "report.html", "report.md"
 
 _STYLE = """
@@ -125,6 +126,11 @@ def picture(name: str, figure: Figure, caption: str) -> Picture:
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return Picture(name, stream.getvalue(), caption)
+
+
+def excerpt(texts: Sequence[str]) -> str:
+    """The first texts, cut, for a column."""
+    return "\n\n".join(text[:_SHOWN_LENGTH] for text in texts[:_SHOWN])
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

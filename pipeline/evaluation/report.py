@@ -1,4 +1,4 @@
-"""What an evaluation found: figures in groups, each with how it was measured, as JSON, Markdown and plain text."""
+"""What an evaluation found: figures in groups, each with how it was measured, as JSON and plain text."""
 
 import json
 import math
@@ -94,15 +94,6 @@ class Report:
         tree = {"model": self.model, "about": dict(self.about), "groups": groups}
         return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
 
-    def to_markdown(self) -> str:
-        """A table a group."""
-        lines = [f"# Evaluation of {self.model}", "", self._about]
-        for group in self.groups:
-            lines += ["", f"**{group.heading}**", ""]
-            rows = [HEAD, ("---", "---:", "---", "---"), *map(cells, group.measures)]
-            lines += ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join(lines) + "\n"
-
     def to_text(self) -> str:
         """Columns aligned over all groups."""
         rows = [cells(one) for group in self.groups for one in group.measures]
@@ -112,7 +103,7 @@ class Report:
             return f"  {row[0]:<{name}}  {row[1]:>{value}}  {row[2]:<{interval}}  {row[3]}".rstrip()
 
         def lines() -> Iterator[str]:
-            yield f"{self.model}: {self._about}"
+            yield f"{self.model}: {self.told}"
             yield line(HEAD)
             for group in self.groups:
                 yield f"{group.heading}"
@@ -121,7 +112,8 @@ class Report:
         return "\n".join(lines())
 
     @property
-    def _about(self) -> str:
+    def told(self) -> str:
+        """What it is, on one line."""
         return ", ".join(f"{key} {value}" for key, value in self.about.items())
 
 

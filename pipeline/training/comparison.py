@@ -17,7 +17,7 @@ from pipeline.evaluation.corpora import Corpus
 from pipeline.evaluation.drawn_images import distances
 from pipeline.evaluation.frontier import Contender, Point
 from pipeline.evaluation.generation import describe
-from pipeline.evaluation.page import Block, Columns, Page, Section, Table, Text, picture
+from pipeline.evaluation.page import Block, Columns, Page, Section, Table, Text, excerpt, picture
 from pipeline.evaluation.pages import figures_section, paper_section, setting_sections
 from pipeline.evaluation.report import Group, Measure
 from pipeline.models import folder
@@ -37,8 +37,6 @@ from pipeline.training.launch import located, model_folder
 from pipeline.training.loop import tracking_spill
 
 log = logging.getLogger(__name__)
-
-_SHOWN, _SHOWN_LENGTH = 2, 600  # samples of every model in the report, and characters of one
 
 
 @dataclass(frozen=True)
@@ -169,12 +167,11 @@ def _judge_text(
     drawn = frontier.draw_all(contenders, config.data.predicted, resources)
     found = judge_texts(config, real, bos, [one.tokens for one in drawn], resources)
     points = [frontier.point(one, measures) for one, measures in zip(drawn, found, strict=True)]
-    shown = [("held-out text", "\n\n".join(text[:_SHOWN_LENGTH] for text in real.texts[:_SHOWN]))]
+    shown = [("held-out text", excerpt(real.texts))]
     for one in drawn:
         if one.settings == one.contender.settings[-1]:
             title = f"{one.contender.name}, {one.settings.steps} steps"
-            texts = real.decode(one.tokens[:_SHOWN])
-            shown.append((title, "\n\n".join(text[:_SHOWN_LENGTH] for text in texts)))
+            shown.append((title, excerpt(real.decode(one.tokens))))
     return points, bounds, beside, shown
 
 

@@ -13,6 +13,7 @@ from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data import prepared
+from pipeline.data.encoding import read_pixels
 from pipeline.data.images import TOKENIZER
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
@@ -22,7 +23,11 @@ from pipeline.evaluation.actors import Resources
 from pipeline.evaluation.corpora import Corpus
 from pipeline.evaluation.drawn_images import image_groups, reference_of
 from pipeline.evaluation.features import FeatureNet
+from pipeline.evaluation.figures import loss_curve
 from pipeline.evaluation.images import Gaussian
+from pipeline.evaluation.page import Block, Columns, Page, Picture, Section, Text, excerpt, picture
+from pipeline.evaluation.pages import figures_section, paper_section, setting_sections
+from pipeline.evaluation.pictures import sample_grid
 from pipeline.evaluation.report import Group, Measure, Report
 from pipeline.evaluation.source_images import SourceImages, load_net, source_images
 from pipeline.models import folder
@@ -69,6 +74,9 @@ class Subject:
 def evaluate(config: RunConfig) -> Evaluation:
     """Judge a run's model, or `sampling.model`, and leave the figures in the run's folder and in its MLflow run.
 
+    A later evaluation of the same run takes the place of an earlier one in its folder and among the artifacts;
+    the MLflow metrics keep every value in their history. `name=` of another run keeps two apart.
+
     Raises:
         CheckpointError: there is no such model.
         ConfigError, DataError, CapabilityError: before anything is drawn.
@@ -85,14 +93,23 @@ def evaluate(config: RunConfig) -> Evaluation:
         own = Corpus("validation", prepared.data_path(config), manifest)
         for corpus in (own, *others):
             corpora.check_fits(corpus, subject.facts, tokenizer_hash(subject, manifest))
-        if config.data.kind == "text":
-            groups = _judge_text(config, subject, own, others, into, resources)
-        else:
-            groups = _judge_images(config, subject, own, others, into, resources)
+        judge = _judge_text if config.data.kind == "text" else _judge_images
+        groups, shown = judge(config, subject, own, others, into, resources)
         report = Report(config.sampling.model or subject.model, _about(subject), groups)
+        page = Page(
+            f"Evaluation of {report.model}",
+            [
+                Section("Model", [Text(report.told)]),
+                figures_section("Figures", groups),
+                *_training(config, uri, run_id),
+                Section("Samples", shown),
+                paper_section({config.name: subject.config}, manifest),
+                *setting_sections(config, manifest),
+            ],
+        )
+        files = ["evaluation.json", *page.publish(into)]
         storage.publish_text(storage.join(into, "evaluation.json"), report.to_json())
-        storage.publish_text(storage.join(into, "evaluation.md"), report.to_markdown())
-        _track(config, uri, run_id, subject.step, report, into)
+        _track(config, uri, run_id, subject.step, report, into, files)
     return Evaluation(report, into, uri)
 
 
@@ -226,7 +243,7 @@ def judge_texts(
 
 def _judge_text(
     config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
-) -> list[Group]:
+) -> tuple[list[Group], list[Block]]:
     """Likelihoods, drawn text, and beside it real text."""
     real, bos = real_text(config, subject, own), subject.facts.bos is not None
     # Real text first: a scorer that cannot be had is told of before anything is drawn.
@@ -236,7 +253,8 @@ def _judge_text(
     samples, how = _generate(config, subject, into, resources)
     (drawn,) = judge_texts(config, real, bos, [samples.tokens], resources)
     drawn.append(_speed(samples, resources))
-    return [*groups, Group("samples", "Samples", how, drawn), beside]
+    shown = Columns([("samples", excerpt(samples.texts)), ("held-out text", excerpt(real.texts))])
+    return [*groups, Group("samples", "Samples", how, drawn), beside], [shown]
 
 
 def feature_net(
@@ -255,28 +273,34 @@ def feature_net(
 
 def _judge_images(
     config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
-) -> list[Group]:
+) -> tuple[list[Group], list[Block]]:
     """Likelihoods, drawn images, and beside them real ones and their reconstructions."""
     data = config.data
     assert data.kind == "image"
     net, images, reference = feature_net(config, own, resources)
     (groups,) = likelihoods(config, [subject], own, others, resources)
     samples, how = _generate(config, subject, into, resources)
-    chosen = validation_rows(len(images.validation), config.evaluation.rows)
+    chosen = [images.validation[i] for i in validation_rows(len(images.validation), config.evaluation.rows)]
     drawn, *rest = image_groups(
         net,
         net.spec == "classifier",
         reference,
         samples.tokens[:, 1:],
         samples.labels,
-        [images.validation[i] for i in chosen],
+        chosen,
         storage.join(own.path, TOKENIZER),
         data,
         how,
         resources,
     )
     drawn = Group(drawn.key, drawn.title, drawn.how, [*drawn.measures, _speed(samples, resources)])
-    return [*groups, drawn, *rest]
+    some = read_pixels(chosen[: generation.GRID_IMAGES], data)
+    beside = sample_grid(some.images, some.labels.tolist() if subject.config.classes is not None else None)
+    shown: list[Block] = [
+        Picture("samples", storage.read_bytes(storage.join(into, "samples", generation.GRID)), "Samples"),
+        picture("held_out", beside, "Held-out images"),
+    ]
+    return [*groups, drawn, *rest], shown
 
 
 @contextmanager
@@ -297,12 +321,22 @@ def mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
         tracking.end_run(uri, run_id, status)
 
 
-def _track(config: RunConfig, uri: str, run_id: str, step: int, report: Report, into: str) -> None:
+def _training(config: RunConfig, uri: str, run_id: str) -> list[Section]:
+    """The curves of the run's training, where MLflow has them."""
+    keys = ["train/loss", f"validation/{checkpoint.metric_of(config)}"]
+    history = tracking.metric_history(uri, run_id, keys)
+    if not history["train/loss"]:
+        return []
+    return [Section("Training", [picture("training", loss_curve(history), "Loss and validation by step")])]
+
+
+def _track(
+    config: RunConfig, uri: str, run_id: str, step: int, report: Report, into: str, files: Sequence[str]
+) -> None:
     """Figures, tables and samples into the MLflow run."""
     with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
         tracker.log_metrics(report.metrics(), step)
-        for name in ("evaluation.json", "evaluation.md"):
-            tracker.log_text(storage.read_text(storage.join(into, name)), f"evaluation/{name}")
-        shown = generation.GRID if config.data.kind == "image" else "samples.txt"
-        tracker.log_artifact(storage.fetch(storage.join(into, "samples", shown)), "evaluation")
+        shown = "" if config.data.kind == "image" else "samples/samples.txt"
+        for name in [*files, *([shown] if shown else [])]:
+            tracker.log_artifact(storage.fetch(storage.join(into, name)), "evaluation")
         tracker.flush()

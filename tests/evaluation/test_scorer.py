@@ -5,42 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from causal_lm import TEXTS, save_scorer
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.scorer import Scorer, load_scorer_tokenizer, total
 
-CONTEXT, END = 24, "<end>"
-TEXTS = [
-    "the cat sat on the mat",
-    "a",
-    "Zwölf ☃ dogs, <|endoftext|> and then",
-    "",
-    "the the the the",
-    "on it",
-]
+CONTEXT = 24
 
 
 @pytest.fixture(scope="module")
 def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A GPT-2 of one random layer with byte-level BPE."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
-    )
-    bpe.train_from_iterator(TEXTS * 3, trainer)
-    folder = tmp_path_factory.mktemp("scorer") / "tiny"
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=300, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return str(folder)
+    return save_scorer(tmp_path_factory.mktemp("scorer") / "tiny", CONTEXT)
 
 
 def test_equals_a_direct_computation(scorer_folder: str) -> None:

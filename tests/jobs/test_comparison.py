@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from page_check import check_page
 from prepared_text import write_model, write_rows
 
 from pipeline import tracking
@@ -106,6 +107,9 @@ def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
     names = {Path(a.path).name for a in client.list_artifacts(run["run_id"], "comparison")}
     assert names == {"report.html", "report.md", "frontier.png", "convergence.png", "frontier.csv",
                      "convergence.csv"}  # fmt: skip
+    pictures, text = check_page(Path(found.folder, "report.html").read_text())
+    assert len(pictures) == 2
+    assert "AR, 16 steps" in text
     history = tracking.metric_history(found.tracking_uri, run["run_id"], ["frontier/PGM/bigram_perplexity"])
     expected = [(one.steps, one.value("bigram_perplexity")) for one in found.points[:2]]
     assert history["frontier/PGM/bigram_perplexity"] == expected
