@@ -32,6 +32,7 @@ from pipeline.training.evaluate import (
     open_subject,
     real_text,
     tokenizer_hash,
+    without_mauve,
 )
 from pipeline.training.launch import located, model_folder
 from pipeline.training.loop import tracking_spill
@@ -161,8 +162,7 @@ def _judge_text(
 ) -> _Judged:
     """Points of the frontier, likelihoods, figures of real text, and samples to show."""
     first = next(iter(subjects.values()))
-    real, bos = real_text(config, first, own), first.facts.bos is not None
-    (beside,) = judge_texts(config, real, bos, [real.rows], resources)
+    real, bos = real_text(config, first, own, resources), first.facts.bos is not None
     bounds = _bounds(config, subjects, own, resources)
     drawn = frontier.draw_all(contenders, config.data.predicted, resources)
     found = judge_texts(config, real, bos, [one.tokens for one in drawn], resources)
@@ -172,7 +172,7 @@ def _judge_text(
         if one.settings == one.contender.settings[-1]:
             title = f"{one.contender.name}, {one.settings.steps} steps"
             shown.append((title, excerpt(real.decode(one.tokens))))
-    return points, bounds, beside, shown
+    return points, bounds, real.measures, shown
 
 
 def _judge_images(
@@ -273,7 +273,7 @@ def _page(
     sections = [
         Section("Models", [Table(["model", "kind", "parameters", "step", "from"], models)]),
         figures_section("Likelihood on held-out rows", found.likelihoods),
-        Section("Frontier", _frontier_blocks(found.points, contenders, beside)),
+        Section("Frontier", _frontier_blocks(config, found.points, contenders, beside)),
     ]
     if found.curves:
         head, body = convergence.table(found.curves, found.metric)
@@ -293,7 +293,7 @@ def _page(
 
 
 def _frontier_blocks(
-    points: Sequence[Point], contenders: list[Contender], beside: Sequence[Measure]
+    config: RunConfig, points: Sequence[Point], contenders: list[Contender], beside: Sequence[Measure]
 ) -> list[Block]:
     shown = _quality(points)
     lines = {
@@ -304,7 +304,7 @@ def _frontier_blocks(
     }
     real = [next(m.value for m in beside if m.key == one.key) for one in shown] if beside else []
     settings = contenders[0].settings[0]
-    told = describe(settings, settings.num_samples)
+    told = describe(settings, settings.num_samples) | without_mauve(config)
     how = ", ".join(f"{key} {value}" for key, value in told.items() if key not in ("order", "steps"))
     note = (
         f"Every model: {how}, batch {settings.batch}. tokens/s is the median of {frontier.TIMED} batches, drawn "

@@ -194,20 +194,22 @@ def _speed(samples: generation.Samples, resources: Resources) -> Measure:
 
 @dataclass(frozen=True)
 class RealText:
-    """Held-out rows as text, and the bigrams of the training rows."""
+    """Held-out rows as text, with their figures, and the bigrams of the training rows."""
 
     tokenizer: Tokenizer
     rows: np.ndarray
     texts: list[str]
     bigram: Callable[[Iterable[np.ndarray]], float]
+    scored: scorer.Scored | None
+    measures: list[Measure]
 
     def decode(self, rows: np.ndarray) -> list[str]:
         """Text of every row."""
         return [self.tokenizer.decode(row) for row in rows.tolist()]
 
 
-def real_text(config: RunConfig, subject: Subject, own: Corpus) -> RealText:
-    """What drawn text is put beside.
+def real_text(config: RunConfig, subject: Subject, own: Corpus, resources: Resources) -> RealText:
+    """What drawn text is put beside; first of all, so that a scorer that cannot be had is told of at once.
 
     Raises:
         ConfigError: there is no such scorer, or its context is shorter than such texts.
@@ -219,12 +221,16 @@ def real_text(config: RunConfig, subject: Subject, own: Corpus) -> RealText:
     count = min(config.sampling.num_samples, config.evaluation.rows)
     rows = corpora.held_out_rows(own, validation_rows(manifest.rows("validation"), count))
     decoded = [tokenizer.decode(row) for row in rows.tolist()]
-    if config.evaluation.scorer is not None:
-        scorer.load_scorer_tokenizer(config.evaluation.scorer).check_context(decoded)
+    asked, scored = config.evaluation, None
+    if asked.scorer is not None:
+        scorer.load_scorer_tokenizer(asked.scorer).check_context(decoded)
+        (scored,) = scorer.score_texts(asked.scorer, [decoded], asked.batch, resources)
     reader = ShardReader(own.path, manifest, "train")
     last = min(len(reader), NGRAM_ROWS)
     blocks = (reader.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
-    return RealText(tokenizer, rows, decoded, ngram.bigram_model(blocks, manifest.vocabulary))
+    bigram = ngram.bigram_model(blocks, manifest.vocabulary)
+    measures = texts.text_measures(rows, subject.facts.bos is not None, bigram, scored, asked.scorer)
+    return RealText(tokenizer, rows, decoded, bigram, scored, measures)
 
 
 def judge_texts(
@@ -236,21 +242,27 @@ def judge_texts(
     if asked.scorer is not None:
         scored = scorer.score_texts(asked.scorer, [*map(real.decode, groups)], asked.batch, resources)
     return [
-        texts.text_measures(rows, bos, real.bigram, one, asked.scorer)
+        texts.text_measures(rows, bos, real.bigram, one, asked.scorer, real.scored)
         for rows, one in zip(groups, scored, strict=True)
     ]
+
+
+def without_mauve(config: RunConfig) -> dict[str, str]:
+    """What a report says where MAUVE would stand, and does not."""
+    if config.evaluation.scorer is None or texts.has_mauve():
+        return {}
+    return {"MAUVE": "left out, since mauve-text is not installed"}
 
 
 def _judge_text(
     config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
 ) -> tuple[list[Group], list[Block]]:
     """Likelihoods, drawn text, and beside it real text."""
-    real, bos = real_text(config, subject, own), subject.facts.bos is not None
-    # Real text first: a scorer that cannot be had is told of before anything is drawn.
-    (measures,) = judge_texts(config, real, bos, [real.rows], resources)
-    beside = Group("real", "Real text", {"rows": len(real.rows), "split": "validation"}, measures)
+    real, bos = real_text(config, subject, own, resources), subject.facts.bos is not None
+    beside = Group("real", "Real text", {"rows": len(real.rows), "split": "validation"}, real.measures)
     (groups,) = likelihoods(config, [subject], own, others, resources)
     samples, how = _generate(config, subject, into, resources)
+    how |= without_mauve(config)
     (drawn,) = judge_texts(config, real, bos, [samples.tokens], resources)
     drawn.append(_speed(samples, resources))
     shown = Columns([("samples", excerpt(samples.texts)), ("held-out text", excerpt(real.texts))])

@@ -8,7 +8,8 @@ import torch
 from causal_lm import TEXTS, save_scorer
 from transformers import AutoModelForCausalLM
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import CapabilityError, ConfigError, DataError
+from pipeline.evaluation import scorer
 from pipeline.evaluation.scorer import Scorer, load_scorer_tokenizer, total
 
 CONTEXT = 24
@@ -36,6 +37,27 @@ def test_equals_a_direct_computation(scorer_folder: str) -> None:
         assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     parts = [Scorer(scorer_folder, 4, 1).score(TEXTS[i : i + 2]) for i in (0, 2, 4)]
     assert total(parts).perplexity == pytest.approx(found.perplexity, rel=1e-5)
+
+
+def test_features_are_the_last_hidden_states(scorer_folder: str) -> None:
+    texts = ["the cat sat", "on it", "a longer text than these"]
+    found = Scorer(scorer_folder, 2, 1).score(texts)
+    model = AutoModelForCausalLM.from_pretrained(scorer_folder, dtype=torch.float32).eval()
+    ids = sorted(load_scorer_tokenizer(scorer_folder).encode(texts), key=len)
+    expected = [model.transformer(torch.tensor([text])).last_hidden_state[0, -1] for text in ids]
+    assert torch.allclose(torch.from_numpy(found.features), torch.stack(expected), atol=1e-5)
+
+
+def test_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need packages that are no dependencies, and may be damaged."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    spec, there = f"{tmp_path}/model.gguf", {"gguf": None, "accelerate": None}
+    monkeypatch.setattr(scorer, "find_spec", there.get)
+    with pytest.raises(CapabilityError, match=r"model\.gguf' needs packages .*: gguf, accelerate"):
+        load_scorer_tokenizer(spec)
+    monkeypatch.setattr(scorer, "find_spec", {"gguf": 1, "accelerate": 1}.get)
+    with pytest.raises(ConfigError, match=r"evaluation\.scorer: .*model\.gguf' cannot be loaded"):
+        load_scorer_tokenizer(spec)
 
 
 def test_ends_of_text_become_the_scorers_own(scorer_folder: str) -> None:
