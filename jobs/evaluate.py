@@ -1,15 +1,33 @@
-"""Judge a run's model (or `sampling.model`): likelihood, samples, and how far these are from real data."""
+"""Judge a run's model (or `sampling.model`): likelihood, samples, and how far these are from real data.
+
+With `evaluation.models` several are compared: likelihood, quality against sampling speed, convergence.
+"""
 
 from jobs import main
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation import convergence, frontier
+from pipeline.evaluation.page import HTML, aligned
+from pipeline.evaluation.report import Report
+from pipeline.training.comparison import compare
 from pipeline.training.evaluate import evaluate
 
 
 def run(config: RunConfig) -> None:
-    """Evaluate, show the table and say where the files are."""
-    found = evaluate(config)
-    print(f"\n{found.report.to_text()}")
-    print(f"\ntables and samples  {found.folder}\nMLflow              {found.tracking_uri}")
+    """Evaluate or compare, show the tables and say where the files are."""
+    if not config.evaluation.models:
+        judged = evaluate(config)
+        _show(judged.report.to_text(), judged.folder, judged.tracking_uri)
+        return
+    compared = compare(config)
+    told = Report(f"comparison {config.name}", {"models": len(compared.likelihoods)}, compared.likelihoods)
+    parts = [told.to_text(), aligned(*frontier.table(compared.points))]
+    if compared.curves:
+        parts.append(aligned(*convergence.table(compared.curves, compared.metric)))
+    _show("\n\n".join(parts), compared.folder, compared.tracking_uri)
+
+
+def _show(text: str, folder: str, uri: str) -> None:
+    print(f"\n{text}\n\nreport  {folder}/{HTML}\nMLflow  {uri}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pipeline.config.load import parse_section
 from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, RunConfig
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, did_you_mean
-from pipeline.evaluation.likelihood import Continuation, score_continuations
+from pipeline.evaluation.continuations import Continuation, score_continuations
 from pipeline.models import folder, pretrained
 from pipeline.models.card import card
 from pipeline.models.denoiser import Denoiser, flat_index

@@ -145,6 +145,11 @@ class EvaluationConfig(Section):
     rows: PositiveInt = 1024  # validation rows used, at most
     batch: PositiveInt = 32
     data: tuple[str, ...] = ()  # folders of other prepared data, judged beside the run's own (zero-shot)
+    # compared with each other in place of judging one: a name for people -> model folder or models:/NAME@ALIAS
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$")], str] = Field(
+        default_factory=dict
+    )
+    steps: tuple[PositiveInt, ...] = (8, 16, 32, 64)  # sampling steps at which models are compared
     # text: the causal language model of generative perplexity, as a hub name, a folder or a .gguf file in one;
     # None: bigrams of the training rows alone
     scorer: str | None = None
@@ -296,6 +301,12 @@ class RunConfig(Section):
             )
         found += self._image_conflicts() + self._distill_conflicts()
         predicted = self.data.predicted
+        too_many = [n for n in self.evaluation.steps if n > predicted and self.sampling.order != "binomial"]
+        if self.evaluation.models and (too_many or not self.evaluation.steps):
+            found.append(
+                f"evaluation.steps: {too_many or '[]'} for {predicted} predicted tokens a row; "
+                f"expected numbers of at most {predicted}"
+            )
         if self.sampling.steps > predicted and self.sampling.order != "binomial" and self.model.kind != "ar":
             found.append(
                 f"sampling.steps: {self.sampling.steps} steps for {predicted} predicted tokens a row; "

@@ -103,16 +103,39 @@ def held_out_rows(corpus: Corpus, numbers: Int[np.ndarray, "R"]) -> UInt[np.ndar
     return ShardReader(corpus.path, corpus.manifest, "validation").rows(numbers)
 
 
-class _Judge:
-    """One actor: the model on its device."""
+@dataclass(frozen=True)
+class Case:
+    """A likelihood that is asked for.
 
-    def __init__(self, model: str, threads: int):
+    Attributes:
+        model: consolidated folder that every node can read.
+        rows: which validation rows.
+        labelled: whether the model is conditioned on the rows' labels.
+    """
+
+    model: str
+    corpus: Corpus
+    rows: Int[np.ndarray, "R"]
+    labelled: bool
+    how: Draws
+
+    @property
+    def parts(self) -> int:
+        """Tasks that it is cut into."""
+        return min(_PARTS, -(-len(self.rows) * self.how.draws // self.how.batch))
+
+
+class _Judge:
+    """One actor: the model that it was asked for last, on its device."""
+
+    def __init__(self, threads: int):
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._denoiser = folder.read(storage.fetch(model))[0].to(self._device)
+        self._model = ""
 
     def sums(
         self,
+        model: str,
         tokens: UInt[np.ndarray, "R L"],
         labels: Int[np.ndarray, "R"] | None,
         how: Draws,
@@ -120,6 +143,9 @@ class _Judge:
         parts: int,
     ) -> Float64[np.ndarray, "R"]:
         """Every row's sum over its draws in this part."""
+        if model != self._model:
+            self._denoiser = folder.read(storage.fetch(model))[0].to(self._device)
+            self._model = model
         batches = likelihood.masked_batches(
             tokens,
             how.estimator,
@@ -136,35 +162,21 @@ class _Judge:
         return likelihood.row_sums(self._denoiser, batches, len(tokens)).numpy()
 
 
-def measure_corpora(
-    model: str,
-    corpora: Sequence[Corpus],
-    rows: Sequence[Int[np.ndarray, "R"]],
-    labelled: bool,
-    how: Draws,
-    resources: Resources,
-) -> list[Likelihood]:
-    """The likelihood of validation rows of every corpus.
-
-    Args:
-        model: consolidated folder that every node can read.
-        rows: which ones of each.
-        labelled: whether the model is conditioned on the rows' labels.
-    """
-    counts = [min(_PARTS, -(-len(some) * how.draws // how.batch)) for some in rows]
+def measure_cases(cases: Sequence[Case], resources: Resources) -> list[Likelihood]:
+    """The likelihood of every case, by actors that are started once."""
     found = []
-    with started(_Judge, (model, resources.cpus), resources, max(counts)) as judges:
-        for corpus, some, parts in zip(corpora, rows, counts, strict=True):
+    with started(_Judge, (resources.cpus,), resources, max(case.parts for case in cases)) as judges:
+        for case in cases:
+            corpus, how, parts = case.corpus, case.how, case.parts
             reader = ShardReader(corpus.path, corpus.manifest, "validation")
-            tokens = ray.put(reader.rows(some))
-            labels = ray.put(reader.labels(some) if labelled else None)
-            sums = torch.zeros(len(some), dtype=torch.float64)
+            tokens = ray.put(reader.rows(case.rows))
+            labels = ray.put(reader.labels(case.rows) if case.labelled else None)
+            sums = torch.zeros(len(case.rows), dtype=torch.float64)
             progress = Progress("judged", "parts", parts, "rows")
-            for part in in_order(
-                judges, "sums", [(tokens, labels, how, part, parts) for part in range(parts)]
-            ):
+            tasks = [(case.model, tokens, labels, how, part, parts) for part in range(parts)]
+            for part in in_order(judges, "sums", tasks):
                 sums += torch.from_numpy(part.copy())
-                progress.add(round(len(some) / parts))
+                progress.add(round(len(case.rows) / parts))
             found.append(likelihood.summarise(sums, how.estimator, how.draws, how.seed))
             log.info("%s: %s", corpus.key, found[-1])
     return found

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,28 @@ def image_groups(
             measures([part.real for part in looked], classes, "true"),
         ),
     ]
+
+
+def distances(
+    net: FeatureNet,
+    reference: Gaussian,
+    groups: Sequence[Int[np.ndarray, "n T"]],
+    tokenizer: str,
+    data: ImageDataConfig,
+    resources: Resources,
+) -> list[Measure]:
+    """FID of every group of codes.
+
+    Raises:
+        DataError: a group of fewer than two samples.
+    """
+    starts = [(codes, i) for codes in groups for i in range(0, len(codes), UNIT)]
+    tasks = [(codes[i : i + UNIT],) for codes, i in starts]
+    by = f"{net.name}, against {reference.count:,} training images"
+    with started(Looker, (ray.put(net), tokenizer, data, resources.cpus), resources, len(tasks)) as lookers:
+        seen = in_order(lookers, "drawn", tasks)
+        found = [summarise(islice(seen, -(-len(codes) // UNIT)))[0] for codes in groups]
+    return [Measure("fid", "FID", frechet_distance(one, reference), by=by) for one in found]
 
 
 def _share_interval(share: float, count: int) -> tuple[float, float]:

@@ -1,13 +1,16 @@
 """Pictures of a run. Plain `Figure` objects: no window system, no state shared between threads."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 _BLUE, _RED, INK, GREY = "#2563a8", "#c2452d", "#22262b", "#7a828c"
+_MODELS = (_BLUE, _RED, "#2e8540", "#8a5fb0", "#b7791f", "#0f8b8d")  # one after the other
 _WINDOWS = 20  # the smooth curve looks at a twentieth of the run at a time
 _LABEL_HEIGHT = 0.06  # of an axis, so that labels beside it do not overlap
 _HUGE = 1e300  # MLflow stores infinity as 1.8e308
@@ -25,12 +28,12 @@ def loss_curve(
     """
     figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_loss(left, *_finite(history.get("train/loss", ())))
+    _draw_loss(left, *finite(history.get("train/loss", ())))
     metric, unit = "perplexity", "exp(nats per token)"
     if "validation/loss" in history:
         metric, unit = "loss", "nats per masked token"
     style(right, f"Validation {metric}", unit)
-    _draw_validation(right, *_finite(history.get(f"validation/{metric}", ())), references or {})
+    _draw_validation(right, *finite(history.get(f"validation/{metric}", ())), references or {})
     return figure
 
 
@@ -66,6 +69,86 @@ def quality_against_steps(
         axes.xaxis.set_minor_locator(NullLocator())
         label_right(axes, labels)
     return figure
+
+
+def frontier(
+    points: Mapping[str, Sequence[tuple[int, float, Sequence[float]]]],
+    names: Sequence[str],
+    references: Sequence[float] = (),
+) -> Figure:
+    """Figures of samples against the speed of drawing them: a panel a figure, a line a model, a dot a step count.
+
+    Args:
+        points: (steps, tokens/s, figures) by model.
+        names: of the figures, for the axes.
+        references: their values for real data; empty where there are none.
+    """
+    figure = Figure(figsize=(5.4 * len(names), 4.2), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for panel, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        style(axes, name, name)
+        axes.set_xlabel("tokens/s", fontsize=9, color=GREY)
+        axes.set_xscale("log")
+        for (model, found), color in zip(points.items(), cycle(_MODELS), strict=False):
+            speeds = [speed for _, speed, _ in found]
+            values = [figures[panel] for _, _, figures in found]
+            axes.plot(speeds, values, "o-", color=color, linewidth=1.6, markersize=5, label=model)
+            for (steps, speed, _), value in zip(found, values, strict=True):
+                axes.annotate(
+                    str(steps),
+                    (speed, value),
+                    xytext=(4, 5),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color=color,
+                )
+        shown = [figures[panel] for found in points.values() for _, _, figures in found]
+        if references:
+            axes.axhline(references[panel], color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            shown.append(references[panel])
+        _logarithmic(axes.yaxis, shown)
+        _logarithmic(axes.xaxis, [speed for found in points.values() for _, speed, _ in found])
+        axes.margins(x=0.08)
+        if references:
+            label_right(axes, [(references[panel], f"real {references[panel]:.4g}", INK)])
+    panels[0].legend(frameon=False, fontsize=8.5, title="dots: sampling steps", title_fontsize=8)
+    return figure
+
+
+def convergence(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]], metric: str
+) -> Figure:
+    """Validation against tokens read, and against seconds of training.
+
+    Args:
+        curves: (tokens, seconds, values) by model.
+        metric: perplexity or loss.
+    """
+    figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, (axes, unit) in enumerate([(left, "tokens"), (right, "seconds of training")]):
+        style(axes, f"Validation {metric} by {unit}", metric)
+        axes.set_xlabel(unit, fontsize=9, color=GREY)
+        ends = []
+        for (model, found), color in zip(curves.items(), cycle(_MODELS), strict=False):
+            values = found[2]
+            axes.plot(found[index], values, "o-", color=color, linewidth=1.6, markersize=3.5)
+            ends.append((float(values[-1]), f"{model} {values[-1]:.4g}", color))
+        _logarithmic(axes.yaxis, [value for found in curves.values() for value in found[2]])
+        label_right(axes, ends)
+    return figure
+
+
+def _logarithmic(axis: Axis, shown: Sequence[float]) -> None:
+    """A logarithmic scale with plain numbers, where the values span enough of one."""
+    low, high = min(shown), max(shown)
+    if not low > 0:
+        return
+    axis.axes.set(**{f"{axis.axis_name}scale": "log" if high > 4 * low else "linear"})
+    if high > 4 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.set_minor_locator(NullLocator())
 
 
 def _draw_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
@@ -106,8 +189,8 @@ def _draw_validation(
     label_right(axes, labels)
 
 
-def _finite(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values as arrays, without what a picture cannot show."""
+def finite(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a history as arrays, without those that are not finite."""
     table = np.array(points, dtype=np.float64).reshape(-1, 2)
     table = table[np.abs(np.nan_to_num(table[:, 1], nan=np.inf)) < _HUGE]
     return table[:, 0], table[:, 1]

@@ -42,10 +42,10 @@ class Samples:
     seconds: float
 
 
-class _Sampler:
+class Sampler:
     """One actor: the model, and the tokenizer of its images, on its device."""
 
-    def __init__(self, model: str, settings: SamplingConfig, threads: int):
+    def __init__(self, model: str, threads: int):
         torch.set_num_threads(threads)
         local, device = storage.fetch(model), "cuda" if torch.cuda.is_available() else "cpu"
         self._denoiser, _, self._facts = folder.read(local)
@@ -53,16 +53,15 @@ class _Sampler:
         self._images: vq.ImageTokenizer | None = None
         if (local / vq.INFO_FILE).is_file():
             self._images = vq.load_image_tokenizer(str(local), None, IMAGES_AT_ONCE, device)
-        self._settings = settings
 
     def classes(self) -> int | None:
         """Classes that the model knows; returns once the model is there."""
         embedding = self._denoiser.classes
         return None if embedding is None else embedding.num_embeddings - 1
 
-    def draw(self, first: int, count: int) -> Int[np.ndarray, "count L"]:
+    def draw(self, settings: SamplingConfig, first: int, count: int) -> Int[np.ndarray, "count L"]:
         """Samples `first` to `first + count - 1`."""
-        s, classes = self._settings, self.classes()
+        s, classes = settings, self.classes()
         labels = None if classes is None else labels_of(s, classes, first, count)
         tokens = sample(
             self._denoiser,
@@ -96,8 +95,8 @@ def generate(
         into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`.
     """
     starts = range(0, settings.num_samples, settings.batch)
-    parts = [(first, min(settings.batch, settings.num_samples - first)) for first in starts]
-    with started(_Sampler, (model, settings, cpus), Resources(actors, cpus, use_gpu), len(parts)) as samplers:
+    parts = [(settings, first, min(settings.batch, settings.num_samples - first)) for first in starts]
+    with started(Sampler, (model, cpus), Resources(actors, cpus, use_gpu), len(parts)) as samplers:
         # Waits until the models are there, so that the rate below is of sampling alone.
         classes, *_ = in_order(samplers, "classes", [()] * len(samplers))
         began, done, drawn = time.perf_counter(), 0, []

@@ -5,7 +5,7 @@ are trained with arccos masking are judged by what they are trained for, the est
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
-from pipeline.errors import CapabilityError, ConfigError
+from pipeline.errors import CapabilityError
 from pipeline.models.denoiser import Batch, Denoiser
 
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
@@ -196,73 +196,3 @@ def measure(
     device = device or torch.device("cpu")
     batches = masked_batches(tokens, estimator, draws, seed, eps, bos, batch, 0, 1, device, labels)
     return summarise(row_sums(score, batches, len(tokens)), estimator, draws, seed)
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What a model thinks of a continuation of a prompt.
-
-    Attributes:
-        nats: bound on -log p(continuation | prompt), of the whole continuation; exact for AR.
-        stderr: standard error over draws.
-        tokens: of the continuation.
-    """
-
-    nats: float
-    stderr: float
-    tokens: int
-
-
-@torch.no_grad()
-def score_continuations(
-    model: Denoiser,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    draws: int = 32,
-    seed: int = 0,
-    bos: int | None = None,
-    batch: int = 32,
-) -> list[Continuation]:
-    """The `count` bound of continuations given prompts (the exact value for AR), batched over pairs and draws.
-
-    The prompt is known throughout; n tokens of the continuation are hidden, n uniform and stratified over the
-    draws; what lies behind the continuation is unknown to the model. A pair's score does not depend on the
-    others.
-
-    Raises:
-        ConfigError: an empty continuation, or a pair longer than a row.
-    """
-    start, length = int(bos is not None), model.length
-    draws = 1 if model.left_to_right else draws
-    tokens = np.zeros((len(pairs), draws, length), np.int64)
-    groups = np.ones((len(pairs), draws, length), bool)  # behind the continuation: hidden and not asked
-    weights = np.zeros((len(pairs), draws, length))
-    for pair, (prompt, continuation) in enumerate(pairs):
-        begin, end = start + len(prompt), start + len(prompt) + len(continuation)
-        if not continuation or end > length:
-            raise ConfigError(
-                f"pair {pair}: {len(prompt)} + {len(continuation)} tokens; expected a continuation of at least "
-                f"one token and at most {length - start} in all"
-            )
-        tokens[pair, :, start:end] = [*prompt, *continuation]
-        tokens[pair, :, :start] = bos or 0
-        rng = np.random.default_rng([seed, pair])
-        n = 1 + np.floor(stratified(draws, rng) * len(continuation)).astype(np.int64)
-        if model.left_to_right:
-            n[:] = len(continuation)
-        groups[pair, :, :end] = False
-        groups[pair, :, begin:end] = draw_subset(rng, n, len(continuation), bos=False)
-        share = np.repeat(len(continuation) / n[:, None], len(continuation), axis=1)
-        weights[pair, :, begin:end] = groups[pair, :, begin:end] * (1 if model.left_to_right else share)
-    flat = [torch.from_numpy(x.reshape(-1, length)) for x in (tokens, groups, weights)]
-    device = model.head.weight.device
-    nats = torch.cat(
-        [
-            model(Batch(t, g, w > 0, w.float(), device=device)).double().cpu()
-            for t, g, w in zip(*(x.split(batch) for x in flat), strict=True)
-        ]
-    ).view(len(pairs), draws)
-    spread = nats.std(1) / math.sqrt(draws) if draws > 1 else torch.zeros(len(pairs))
-    return [
-        Continuation(float(mean), float(error), len(continuation))
-        for mean, error, (_, continuation) in zip(nats.mean(1), spread, pairs, strict=True)
-    ]

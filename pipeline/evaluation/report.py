@@ -1,4 +1,4 @@
-"""What an evaluation found: figures in groups, each with how it was measured, as JSON, Markdown and plain text."""
+"""What an evaluation found: figures in groups, each with how it was measured, as JSON and plain text."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_HEAD = ("", "value", "95% interval", "measured by")
+HEAD = ("", "value", "95% interval", "measured by")
 
 
 @dataclass(frozen=True)
@@ -94,43 +94,36 @@ class Report:
         tree = {"model": self.model, "about": dict(self.about), "groups": groups}
         return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
 
-    def to_markdown(self) -> str:
-        """A table a group."""
-        lines = [f"# Evaluation of {self.model}", "", self._about]
-        for group in self.groups:
-            lines += ["", f"**{group.heading}**", ""]
-            rows = [_HEAD, ("---", "---:", "---", "---"), *map(_cells, group.measures)]
-            lines += ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join(lines) + "\n"
-
     def to_text(self) -> str:
         """Columns aligned over all groups."""
-        rows = [_cells(one) for group in self.groups for one in group.measures]
-        name, value, interval = (max(len(row[i]) for row in [_HEAD, *rows]) for i in range(3))
+        rows = [cells(one) for group in self.groups for one in group.measures]
+        name, value, interval = (max(len(row[i]) for row in [HEAD, *rows]) for i in range(3))
 
         def line(row: tuple[str, ...]) -> str:
             return f"  {row[0]:<{name}}  {row[1]:>{value}}  {row[2]:<{interval}}  {row[3]}".rstrip()
 
         def lines() -> Iterator[str]:
-            yield f"{self.model}: {self._about}"
-            yield line(_HEAD)
+            yield f"{self.model}: {self.told}"
+            yield line(HEAD)
             for group in self.groups:
                 yield f"{group.heading}"
-                yield from (line(_cells(one)) for one in group.measures)
+                yield from (line(cells(one)) for one in group.measures)
 
         return "\n".join(lines())
 
     @property
-    def _about(self) -> str:
+    def told(self) -> str:
+        """What it is, on one line."""
         return ", ".join(f"{key} {value}" for key, value in self.about.items())
 
 
-def _cells(one: Measure) -> tuple[str, str, str, str]:
-    interval = "" if one.interval is None else f"{_short(one.interval[0])} to {_short(one.interval[1])}"
-    return one.name, _short(one.value), interval, one.by
+def cells(one: Measure) -> tuple[str, str, str, str]:
+    """A figure under `HEAD`."""
+    interval = "" if one.interval is None else f"{short(one.interval[0])} to {short(one.interval[1])}"
+    return one.name, short(one.value), interval, one.by
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Four decimals below 10, two below 1,000, none above."""
     if not math.isfinite(value):
         return str(value)

@@ -1,13 +1,17 @@
 """Generative perplexity: what a causal language model of others thinks of texts."""
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 
 from pipeline import storage
 from pipeline.data.tokenizers import END_OF_TEXT
@@ -17,7 +21,7 @@ from pipeline.evaluation.actors import Resources, in_order, started
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GGUF = ".gguf"
+GGUF, GGUF_READERS = ".gguf", ("gguf", "accelerate")
 _TEXTS_A_TASK = 64
 _LOGITS = 1 << 28  # of one forward pass, 1 GiB in float32
 
@@ -30,11 +34,13 @@ class Scored:
         nats: minus log-probability of all scored tokens.
         tokens: that were scored: of every text all but the first, which nothing precedes.
         cut: tokens beyond the scorer's context, left out.
+        features: the scorer's last hidden state at the end of every scored text.
     """
 
     nats: float
     tokens: int
     cut: int
+    features: Float[np.ndarray, "n H"]
 
     @property
     def perplexity(self) -> float:
@@ -119,37 +125,46 @@ class Scorer:
         kept = [text[: self._tokenizer.context] for text in ids]
         cut = sum(map(len, ids)) - sum(map(len, kept))
         kept = sorted((text for text in kept if len(text) > 1), key=len)
-        nats, vocabulary, first = 0.0, self._model.get_input_embeddings().num_embeddings, 0
+        embedding = self._model.get_input_embeddings()
+        nats, vocabulary, first = 0.0, embedding.num_embeddings, 0
+        features = [np.empty((0, embedding.embedding_dim), np.float32)]
         while first < len(kept):
             fits = max(1, _LOGITS // (vocabulary * len(kept[min(first + self._batch, len(kept)) - 1])))
             part = kept[first : first + min(self._batch, fits)]
-            nats += self._nats(part)
+            found, seen = self._judge(part)
+            nats += found
+            features.append(seen)
             first += len(part)
-        return Scored(nats, sum(len(text) - 1 for text in kept), cut)
+        return Scored(nats, sum(len(text) - 1 for text in kept), cut, np.concatenate(features))
 
-    def _nats(self, part: list[list[int]]) -> float:
+    def _judge(self, part: list[list[int]]) -> tuple[float, Float[np.ndarray, "n H"]]:
+        """Nats of all texts, and the hidden state at the end of each."""
         width = max(map(len, part))
         tokens = torch.tensor([text + [0] * (width - len(text)) for text in part], device=self._device)
         real = torch.tensor(
             [[1] * len(text) + [0] * (width - len(text)) for text in part], device=self._device
         )
-        logits = self._model(input_ids=tokens, attention_mask=real).logits  # [B, width, V]
-        return sum(
+        out = self._model(input_ids=tokens, attention_mask=real, output_hidden_states=True)
+        ends = torch.tensor([len(text) - 1 for text in part], device=self._device)
+        features = out.hidden_states[-1][torch.arange(len(part), device=self._device), ends]
+        nats = sum(
             float(F.cross_entropy(row[: len(text) - 1].float(), ids[1 : len(text)], reduction="sum"))
-            for row, ids, text in zip(logits, tokens, part, strict=True)
+            for row, ids, text in zip(out.logits, tokens, part, strict=True)  # logits [B, width, V]
         )
+        return nats, features.float().cpu().numpy()
 
 
-def score_texts(spec: str, texts: Sequence[str], batch: int, resources: Resources) -> Scored:
-    """Score texts on Ray actors that each hold the scorer; the sums do not depend on how many there are.
+def score_texts(spec: str, groups: Sequence[Sequence[str]], batch: int, resources: Resources) -> list[Scored]:
+    """Score groups of texts on Ray actors that each hold the scorer; sums do not depend on how many there are.
 
     Raises:
-        DataError: no text has a token to score.
+        DataError: no text of a group has a token to score.
     """
-    starts = range(0, len(texts), _TEXTS_A_TASK)
-    tasks = [(list(texts[first : first + _TEXTS_A_TASK]),) for first in starts]
+    starts = [(texts, first) for texts in groups for first in range(0, len(texts), _TEXTS_A_TASK)]
+    tasks = [(list(texts[first : first + _TEXTS_A_TASK]),) for texts, first in starts]
     with started(Scorer, (spec, batch, resources.cpus), resources, len(tasks)) as scorers:
-        return total(in_order(scorers, "score", tasks))
+        parts = in_order(scorers, "score", tasks)
+        return [total(islice(parts, -(-len(texts) // _TEXTS_A_TASK))) for texts in groups]
 
 
 def total(parts: Any) -> Scored:
@@ -162,7 +177,9 @@ def total(parts: Any) -> Scored:
     tokens = sum(part.tokens for part in found)
     if not tokens:
         raise DataError("generative perplexity: no text of at least two tokens; expected samples")
-    return Scored(math.fsum(part.nats for part in found), tokens, int(np.sum([part.cut for part in found])))
+    features = np.concatenate([part.features for part in found])
+    cut = sum(part.cut for part in found)
+    return Scored(math.fsum(part.nats for part in found), tokens, cut, features)
 
 
 def _pretrained(kind: Any, spec: str, **settings: Any) -> Any:
@@ -170,6 +187,11 @@ def _pretrained(kind: Any, spec: str, **settings: Any) -> Any:
     place, name = spec, None
     if spec.endswith(GGUF):
         place, _, name = spec.rpartition("/")
+        missing = [package for package in GGUF_READERS if find_spec(package) is None]
+        if missing:
+            raise CapabilityError(
+                f"evaluation.scorer: {spec!r} needs packages that are not installed: {', '.join(missing)}"
+            )
     local = storage.resolve(place)
     try:
         if storage.exists(local):
@@ -181,7 +203,7 @@ def _pretrained(kind: Any, spec: str, **settings: Any) -> Any:
         raise CapabilityError(
             f"evaluation.scorer: {spec!r} needs a package that is not installed: {_line(error)}"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
         folder, _, last = storage.resolve(spec).rpartition("/")
         near = (
             did_you_mean(last, storage.listing(folder)) if not storage.exists(storage.resolve(spec)) else ""

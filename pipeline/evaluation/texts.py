@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 
 from pipeline.errors import DataError
 from pipeline.evaluation.report import Measure
@@ -53,6 +54,7 @@ def text_measures(
     bigram: Callable[[Iterable[Rows]], float],
     scored: Scored | None,
     scorer: str | None,
+    real: Scored | None = None,
 ) -> list[Measure]:
     """Figures of rows of text, drawn or real.
 
@@ -60,6 +62,7 @@ def text_measures(
         bos: whether every row begins with a token that is given.
         bigram: perplexity under the bigrams of the training rows, from `ngram.bigram_model`.
         scored: what `scorer` found, if there is one.
+        real: what it found in real text, which drawn rows are compared with (MAUVE, where it is installed).
 
     Raises:
         DataError: there are no rows.
@@ -78,7 +81,27 @@ def text_measures(
         by = f"{scorer}, float32, {scored.tokens:,} of its tokens"
         by += f", {scored.cut:,} beyond its context left out" if scored.cut else ""
         measures.append(Measure("generative_perplexity", "generative perplexity", scored.perplexity, by=by))
+    if scored is not None and real is not None and has_mauve():
+        value, clusters = mauve(real.features, scored.features)
+        by = f"last hidden state of {scorer}, {len(scored.features):,} texts against {len(real.features):,}"
+        measures.append(Measure("mauve", "MAUVE", value, by=f"{by} held-out ones, {clusters} clusters"))
     return measures
+
+
+def has_mauve() -> bool:
+    """Whether the package that computes MAUVE is installed."""
+    return find_spec("mauve") is not None
+
+
+def mauve(real: Float[np.ndarray, "n H"], drawn: Float[np.ndarray, "m H"]) -> tuple[float, int]:
+    """How near drawn texts are to real ones, between 0 and 1, and the number of clusters that it rests on.
+
+    Source: Pillutla et al. 2021, arXiv 2102.01454; features of another model than there, so compare within a report.
+    """
+    from mauve import compute_mauve  # an extra
+
+    found = compute_mauve(p_features=real, q_features=drawn)
+    return float(found.mauve), int(found.num_buckets)
 
 
 def _check(rows: Sequence[object] | np.ndarray) -> None:

@@ -57,6 +57,14 @@ class AR(Denoiser):
         Raises:
             CapabilityError: something known lies behind something hidden, as in the any-order estimators.
         """
+        return self.losses(self.target_vectors(batch), batch)
+
+    def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:
+        """What the head makes the targets' next-token logits of, in one pass over all of them.
+
+        Raises:
+            CapabilityError: as `forward`.
+        """
         self.check_condition(batch.condition, batch.shape[0])
         if (batch.groups[:, :-1] & ~batch.groups[:, 1:]).any() or (batch.targets & ~batch.groups).any():
             raise CapabilityError(
@@ -75,8 +83,7 @@ class AR(Denoiser):
         index = batch.target_index.to(batch.device, non_blocking=True)
         row = index // length
         x = x[row * ids.shape[1] + index % length + self.registers]
-        hidden = self.final(x, conditioned(vectors, row))
-        return self.losses(hidden, batch)
+        return self.final(x, conditioned(vectors, row))
 
     def logits(self, tokens: Tensor, groups: Tensor, condition: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Refused: next-token logits are no answer to what the other group says about a position."""

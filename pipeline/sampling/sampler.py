@@ -25,7 +25,7 @@ def sample(
     order: str | Order = "uniform",
     bos: int | None = None,
     condition: Int[Tensor, "B"] | None = None,
-    first: int = 0,
+    first: int | Sequence[int] = 0,
     progress: Progress | None = None,
     filters: Filters = Filters(),
     known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
@@ -35,7 +35,8 @@ def sample(
 ) -> Int[Tensor, "B L"]:
     """Draw rows of tokens: from nothing, from BOS, or around any given tokens.
 
-    Sample i of the call depends on (seed, first + i) only: its order and its noise are the same in any batch.
+    Sample i of the call depends on (seed, first + i) only, or on (seed, first[i]): its order and its noise are the
+    same in any batch.
 
     Args:
         model: in eval mode.
@@ -43,7 +44,7 @@ def sample(
         order: a name with its default settings, or an `Order`.
         bos: id that stands known at position 0.
         condition: [B] class labels.
-        first: index of the first sample, for batches of a longer list.
+        first: index of the first sample, for batches of a longer list; or an index for every sample.
         progress: called with (steps done, steps) after every step.
         known: tokens and where they are given; all other positions are drawn.
         refresh_every: encode known tokens anew at every so many steps, and between them only new ones (PGM;
@@ -72,7 +73,8 @@ def sample(
         tokens[:, 0], given[:, 0] = bos, True
     unknown = [np.flatnonzero(row) for row in (~given).numpy()]
     orders.check(order, steps, max(map(len, unknown), default=0), length - (bos is not None))
-    generators = [np.random.default_rng([seed, first + i]) for i in range(num_samples)]
+    index = range(first, first + num_samples) if isinstance(first, int) else first
+    generators = [np.random.default_rng([seed, i]) for _, i in zip(range(num_samples), index, strict=True)]
 
     held = _Rows(model, num_samples, condition, refresh_every, guidance, filters)
     if given.any():

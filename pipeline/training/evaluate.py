@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data import prepared
+from pipeline.data.encoding import read_pixels
 from pipeline.data.images import TOKENIZER
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
@@ -21,8 +22,14 @@ from pipeline.evaluation import corpora, generation, likelihood, ngram, scorer, 
 from pipeline.evaluation.actors import Resources
 from pipeline.evaluation.corpora import Corpus
 from pipeline.evaluation.drawn_images import image_groups, reference_of
+from pipeline.evaluation.features import FeatureNet
+from pipeline.evaluation.figures import loss_curve
+from pipeline.evaluation.images import Gaussian
+from pipeline.evaluation.page import Block, Columns, Page, Picture, Section, Text, excerpt, picture
+from pipeline.evaluation.pages import figures_section, paper_section, setting_sections
+from pipeline.evaluation.pictures import sample_grid
 from pipeline.evaluation.report import Group, Measure, Report
-from pipeline.evaluation.source_images import load_net, source_images
+from pipeline.evaluation.source_images import SourceImages, load_net, source_images
 from pipeline.models import folder
 from pipeline.training import checkpoint
 from pipeline.training.cluster import check_resources, cluster, workers_now
@@ -67,6 +74,9 @@ class Subject:
 def evaluate(config: RunConfig) -> Evaluation:
     """Judge a run's model, or `sampling.model`, and leave the figures in the run's folder and in its MLflow run.
 
+    A later evaluation of the same run takes the place of an earlier one in its folder and among the artifacts;
+    the MLflow metrics keep every value in their history. `name=` of another run keeps two apart.
+
     Raises:
         CheckpointError: there is no such model.
         ConfigError, DataError, CapabilityError: before anything is drawn.
@@ -77,22 +87,30 @@ def evaluate(config: RunConfig) -> Evaluation:
     subject = open_subject(config)
     others = corpora.open_corpora(config.evaluation.data)
     storage.check_writable(into, "cluster.storage")
-    with _mlflow_run(config, run, uri) as run_id, cluster(config):
+    with mlflow_run(config, run, uri) as run_id, cluster(config):
         use_gpu = check_resources(config)
         resources = Resources(workers_now(config, use_gpu), config.cluster.cpus_per_worker, use_gpu)
         manifest = prepared.ensure(config)
         own = Corpus("validation", prepared.data_path(config), manifest)
-        tokenizer_hash = _tokenizer_hash(subject, manifest)
         for corpus in (own, *others):
-            corpora.check_fits(corpus, subject.facts, tokenizer_hash)
-        if config.data.kind == "text":
-            groups = _judge_text(config, subject, own, others, into, resources)
-        else:
-            groups = _judge_images(config, subject, own, others, into, resources)
+            corpora.check_fits(corpus, subject.facts, tokenizer_hash(subject, manifest))
+        judge = _judge_text if config.data.kind == "text" else _judge_images
+        groups, shown = judge(config, subject, own, others, into, resources)
         report = Report(config.sampling.model or subject.model, _about(subject), groups)
+        page = Page(
+            f"Evaluation of {report.model}",
+            [
+                Section("Model", [Text(report.told)]),
+                figures_section("Figures", groups),
+                *_training(config, uri, run_id),
+                Section("Samples", shown),
+                paper_section({config.name: subject.config}, manifest),
+                *setting_sections(config, manifest),
+            ],
+        )
+        files = ["evaluation.json", *page.publish(into)]
         storage.publish_text(storage.join(into, "evaluation.json"), report.to_json())
-        storage.publish_text(storage.join(into, "evaluation.md"), report.to_markdown())
-        _track(config, uri, run_id, subject.step, report, into)
+        _track(config, uri, run_id, subject.step, report, into, files)
     return Evaluation(report, into, uri)
 
 
@@ -122,26 +140,34 @@ def _about(subject: Subject) -> dict[str, Any]:
     return {"kind": subject.config.kind, "parameters": f"{subject.parameters:,}", "step": subject.step}
 
 
-def _tokenizer_hash(subject: Subject, manifest: Manifest) -> str:
+def tokenizer_hash(subject: Subject, manifest: Manifest) -> str:
     """Of the model's tokenizer; a model that came without one is taken to have the data's."""
     tokenizer = saved_tokenizer(storage.fetch(subject.model))
     return manifest.tokenizer.hash if tokenizer is None else tokenizer.hash
 
 
-def _likelihoods(
-    config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], resources: Resources
-) -> list[Group]:
-    settings, bos = config.evaluation, subject.facts.bos is not None
-    eps = config.diffusion.eps
-    how = corpora.Draws(subject.estimator, subject.draws, config.seed, eps, bos, settings.batch)
-    judged = [own, *others]
+def likelihoods(
+    config: RunConfig, subjects: Sequence[Subject], own: Corpus, others: list[Corpus], resources: Resources
+) -> list[list[Group]]:
+    """Of every model: a group a corpus, its own first."""
+    settings, judged = config.evaluation, [own, *others]
     rows = [validation_rows(corpus.manifest.rows("validation"), settings.rows) for corpus in judged]
-    labelled = subject.config.classes is not None
-    found = corpora.measure_corpora(subject.model, judged, rows, labelled, how, resources)
+    cases = []
+    for one in subjects:
+        bos, labelled = one.facts.bos is not None, one.config.classes is not None
+        how = corpora.Draws(one.estimator, one.draws, config.seed, config.diffusion.eps, bos, settings.batch)
+        cases += [
+            corpora.Case(one.model, corpus, some, labelled, how)
+            for corpus, some in zip(judged, rows, strict=True)
+        ]
+    found = iter(corpora.measure_cases(cases, resources))
     titles = ["Validation", *(f"Zero-shot on {corpus.manifest.source.name}" for corpus in others)]
     return [
-        corpora.likelihood_group(corpus, title, one)
-        for corpus, title, one in zip(judged, titles, found, strict=True)
+        [
+            corpora.likelihood_group(corpus, title, next(found))
+            for corpus, title in zip(judged, titles, strict=True)
+        ]
+        for _ in subjects
     ]
 
 
@@ -167,45 +193,87 @@ def _speed(samples: generation.Samples, resources: Resources) -> Measure:
     return Measure("tokens_per_second", "tokens/s", rate, by=by)
 
 
-def _judge_text(
-    config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
-) -> list[Group]:
-    """Likelihoods, drawn text, and beside it real text."""
+@dataclass(frozen=True)
+class RealText:
+    """Held-out rows as text, with their figures, and the bigrams of the training rows."""
+
+    tokenizer: Tokenizer
+    rows: np.ndarray
+    texts: list[str]
+    bigram: Callable[[Iterable[np.ndarray]], float]
+    scored: scorer.Scored | None
+    measures: list[Measure]
+
+    def decode(self, rows: np.ndarray) -> list[str]:
+        """Text of every row."""
+        return [self.tokenizer.decode(row) for row in rows.tolist()]
+
+
+def real_text(config: RunConfig, subject: Subject, own: Corpus, resources: Resources) -> RealText:
+    """What drawn text is put beside; first of all, so that a scorer that cannot be had is told of at once.
+
+    Raises:
+        ConfigError: there is no such scorer, or its context is shorter than such texts.
+    """
     assert config.data.kind == "text"
-    settings, manifest = config.evaluation, own.manifest
+    manifest = own.manifest
     saved = saved_tokenizer(storage.fetch(subject.model))
     tokenizer = saved if isinstance(saved, Tokenizer) else load_tokenizer(config.data.tokenizer)
-    count = min(config.sampling.num_samples, settings.rows)
-    real = corpora.held_out_rows(own, validation_rows(manifest.rows("validation"), count))
-    real_texts = [tokenizer.decode(row) for row in real.tolist()]
-    if settings.scorer is not None:
-        scorer.load_scorer_tokenizer(settings.scorer).check_context(real_texts)
+    count = min(config.sampling.num_samples, config.evaluation.rows)
+    rows = corpora.held_out_rows(own, validation_rows(manifest.rows("validation"), count))
+    decoded = [tokenizer.decode(row) for row in rows.tolist()]
+    asked, scored = config.evaluation, None
+    if asked.scorer is not None:
+        scorer.load_scorer_tokenizer(asked.scorer).check_context(decoded)
+        (scored,) = scorer.score_texts(asked.scorer, [decoded], asked.batch, resources)
     reader = ShardReader(own.path, manifest, "train")
     last = min(len(reader), NGRAM_ROWS)
     blocks = (reader.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
     bigram = ngram.bigram_model(blocks, manifest.vocabulary)
-
-    def measures(rows: np.ndarray, decoded: list[str]) -> list[Measure]:
-        scored = None
-        if settings.scorer is not None:
-            scored = scorer.score_texts(settings.scorer, decoded, settings.batch, resources)
-        return texts.text_measures(rows, subject.facts.bos is not None, bigram, scored, settings.scorer)
-
-    # Real text first: a scorer that cannot be had is told of before anything is drawn.
-    beside = Group(
-        "real", "Real text", {"rows": len(real), "split": "validation"}, measures(real, real_texts)
-    )
-    groups = _likelihoods(config, subject, own, others, resources)
-    samples, how = _generate(config, subject, into, resources)
-    drawn = measures(samples.tokens, [tokenizer.decode(row) for row in samples.tokens.tolist()])
-    drawn.append(_speed(samples, resources))
-    return [*groups, Group("samples", "Samples", how, drawn), beside]
+    measures = texts.text_measures(rows, subject.facts.bos is not None, bigram, scored, asked.scorer)
+    return RealText(tokenizer, rows, decoded, bigram, scored, measures)
 
 
-def _judge_images(
+def judge_texts(
+    config: RunConfig, real: RealText, bos: bool, groups: Sequence[np.ndarray], resources: Resources
+) -> list[list[Measure]]:
+    """Figures of groups of rows, which one start of the scorer reads."""
+    asked = config.evaluation
+    scored: Sequence[scorer.Scored | None] = [None] * len(groups)
+    if asked.scorer is not None:
+        scored = scorer.score_texts(asked.scorer, [*map(real.decode, groups)], asked.batch, resources)
+    return [
+        texts.text_measures(rows, bos, real.bigram, one, asked.scorer, real.scored)
+        for rows, one in zip(groups, scored, strict=True)
+    ]
+
+
+def without_mauve(config: RunConfig) -> dict[str, str]:
+    """What a report says where MAUVE would stand, and does not."""
+    if config.evaluation.scorer is None or texts.has_mauve():
+        return {}
+    return {"MAUVE": "left out, since mauve-text is not installed"}
+
+
+def _judge_text(
     config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
-) -> list[Group]:
-    """Likelihoods, drawn images, and beside them real ones and their reconstructions."""
+) -> tuple[list[Group], list[Block]]:
+    """Likelihoods, drawn text, and beside it real text."""
+    real, bos = real_text(config, subject, own, resources), subject.facts.bos is not None
+    beside = Group("real", "Real text", {"rows": len(real.rows), "split": "validation"}, real.measures)
+    (groups,) = likelihoods(config, [subject], own, others, resources)
+    samples, how = _generate(config, subject, into, resources)
+    how |= without_mauve(config)
+    (drawn,) = judge_texts(config, real, bos, [samples.tokens], resources)
+    drawn.append(_speed(samples, resources))
+    shown = Columns([("samples", excerpt(samples.texts)), ("held-out text", excerpt(real.texts))])
+    return [*groups, Group("samples", "Samples", how, drawn), beside], [shown]
+
+
+def feature_net(
+    config: RunConfig, own: Corpus, resources: Resources
+) -> tuple[FeatureNet, SourceImages, Gaussian]:
+    """The net that looks at images, the source's images, and what it sees in those of the training split."""
     data, settings = config.data, config.evaluation
     assert data.kind == "image"
     if config.sampling.num_samples < 2:
@@ -213,28 +281,43 @@ def _judge_images(
     images = source_images(data, own.manifest)
     net = load_net(settings.features, settings.weights, data, images.train, settings.batch)
     seen = own.manifest.split("train").documents
-    reference = reference_of(net, images, data, seen, own.path, resources)
-    groups = _likelihoods(config, subject, own, others, resources)
+    return net, images, reference_of(net, images, data, seen, own.path, resources)
+
+
+def _judge_images(
+    config: RunConfig, subject: Subject, own: Corpus, others: list[Corpus], into: str, resources: Resources
+) -> tuple[list[Group], list[Block]]:
+    """Likelihoods, drawn images, and beside them real ones and their reconstructions."""
+    data = config.data
+    assert data.kind == "image"
+    net, images, reference = feature_net(config, own, resources)
+    (groups,) = likelihoods(config, [subject], own, others, resources)
     samples, how = _generate(config, subject, into, resources)
-    chosen = validation_rows(len(images.validation), settings.rows)
+    chosen = [images.validation[i] for i in validation_rows(len(images.validation), config.evaluation.rows)]
     drawn, *rest = image_groups(
         net,
         net.spec == "classifier",
         reference,
         samples.tokens[:, 1:],
         samples.labels,
-        [images.validation[i] for i in chosen],
+        chosen,
         storage.join(own.path, TOKENIZER),
         data,
         how,
         resources,
     )
     drawn = Group(drawn.key, drawn.title, drawn.how, [*drawn.measures, _speed(samples, resources)])
-    return [*groups, drawn, *rest]
+    some = read_pixels(chosen[: generation.GRID_IMAGES], data)
+    beside = sample_grid(some.images, some.labels.tolist() if subject.config.classes is not None else None)
+    shown: list[Block] = [
+        Picture("samples", storage.read_bytes(storage.join(into, "samples", generation.GRID)), "Samples"),
+        picture("held_out", beside, "Held-out images"),
+    ]
+    return [*groups, drawn, *rest], shown
 
 
 @contextmanager
-def _mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
+def mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
     """The id of the folder's MLflow run; one is opened, and ended, where the folder has none."""
     record = storage.join(run, "run.json")
     if storage.exists(record):
@@ -251,12 +334,22 @@ def _mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
         tracking.end_run(uri, run_id, status)
 
 
-def _track(config: RunConfig, uri: str, run_id: str, step: int, report: Report, into: str) -> None:
+def _training(config: RunConfig, uri: str, run_id: str) -> list[Section]:
+    """The curves of the run's training, where MLflow has them."""
+    keys = ["train/loss", f"validation/{checkpoint.metric_of(config)}"]
+    history = tracking.metric_history(uri, run_id, keys)
+    if not history["train/loss"]:
+        return []
+    return [Section("Training", [picture("training", loss_curve(history), "Loss and validation by step")])]
+
+
+def _track(
+    config: RunConfig, uri: str, run_id: str, step: int, report: Report, into: str, files: Sequence[str]
+) -> None:
     """Figures, tables and samples into the MLflow run."""
     with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
         tracker.log_metrics(report.metrics(), step)
-        for name in ("evaluation.json", "evaluation.md"):
-            tracker.log_text(storage.read_text(storage.join(into, name)), f"evaluation/{name}")
-        shown = generation.GRID if config.data.kind == "image" else "samples.txt"
-        tracker.log_artifact(storage.fetch(storage.join(into, "samples", shown)), "evaluation")
+        shown = "" if config.data.kind == "image" else "samples/samples.txt"
+        for name in [*files, *([shown] if shown else [])]:
+            tracker.log_artifact(storage.fetch(storage.join(into, name)), "evaluation")
         tracker.flush()

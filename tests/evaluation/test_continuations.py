@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from small_models import BOTH_KINDS, randomised
@@ -10,7 +11,7 @@ from pipeline.api import Model
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import ConfigError
-from pipeline.evaluation.likelihood import score_continuations
+from pipeline.evaluation.continuations import greedy_matches, score_continuations, windows
 
 AR = ARConfig(kind="ar", hidden=16, heads=2, blocks=2, dropout=0)
 PAIRS = [([1, 2], [3, 4]), ([], [5, 6]), ([7, 8, 9], [10, 0])]
@@ -83,3 +84,36 @@ def test_pairs_that_do_not_fit(pair: tuple[list[int], list[int]]):
         ConfigError, match=r"pair 1: .* tokens; expected a continuation of at least one token"
     ):
         score_continuations(randomised(BOTH_KINDS[0], 11, 8), [PAIRS[0], pair])
+
+
+@pytest.mark.parametrize("config", [*BOTH_KINDS, AR], ids=lambda c: c.kind)
+def test_first_choices(config: PGMConfig | MDLMConfig | ARConfig):
+    """A continuation made of them matches, and no longer does with another token in it; in any company."""
+    denoiser = randomised(config, 11, 8, scale=0.5)
+    model, pairs = Model(denoiser, bos=3), []
+    for prompt in ([1, 2], [], [7, 8, 9, 1]):
+        row, free = [3, *prompt], 3
+        for place in range(len(row), len(row) + free):
+            known = row if config.kind == "ar" else row[: 1 + len(prompt)]
+            logits = [nll(model, dict(enumerate(known)), place, token) for token in range(11)]
+            row.append(int(np.argmin(logits)))
+        pairs.append((prompt, row[1 + len(prompt) :]))
+    wrong = [(prompt, [*some[:-1], (some[-1] + 1) % 11]) for prompt, some in pairs]
+    assert greedy_matches(denoiser, pairs + wrong, bos=3, batch=4) == [True] * 3 + [False] * 3
+    with pytest.raises(ConfigError, match="pair 0: 2 \\+ 7 tokens"):
+        greedy_matches(denoiser, [([1, 2], [0] * 7)], bos=3)
+
+
+@pytest.mark.parametrize("room", [5, 8])
+@pytest.mark.parametrize("asked", [1, 4, 7, 8, 9, 23])
+@pytest.mark.parametrize("given", [0, 1, 5, 20])
+def test_pieces_of_what_does_not_fit(given: int, asked: int, room: int):
+    """Every token is asked once, in order, behind as much of what precedes it as the room holds."""
+    prompt, continuation = list(range(given)), list(range(given, given + asked))
+    pieces = windows(prompt, continuation, room)
+    assert [token for _, piece in pieces for token in piece] == continuation
+    for known, piece in pieces:
+        row = [*known, *piece]
+        assert len(row) <= room
+        assert row == list(range(row[0], row[0] + len(row)))
+        assert len(row) == room or row[0] == 0

@@ -1,4 +1,4 @@
-"""The report of an evaluation: nothing is lost on the way to metrics, JSON, Markdown and the terminal."""
+"""The report of an evaluation: nothing is lost on the way to metrics, JSON and the terminal."""
 
 import json
 import math
@@ -52,9 +52,3 @@ def test_text_is_aligned() -> None:
         "  PSNR, dB           inf",
         "  tokens/s        12,346                    wall clock",
     ]
-
-
-def test_markdown() -> None:
-    text = REPORT.to_markdown()
-    assert "**Samples: samples 4, seed 0**" in text
-    assert "| nats per token | 2.5000 | 2.2500 to 2.7500 |  |" in text

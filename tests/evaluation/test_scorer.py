@@ -5,42 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from causal_lm import TEXTS, save_scorer
+from transformers import AutoModelForCausalLM
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import CapabilityError, ConfigError, DataError
+from pipeline.evaluation import scorer
 from pipeline.evaluation.scorer import Scorer, load_scorer_tokenizer, total
 
-CONTEXT, END = 24, "<end>"
-TEXTS = [
-    "the cat sat on the mat",
-    "a",
-    "Zwölf ☃ dogs, <|endoftext|> and then",
-    "",
-    "the the the the",
-    "on it",
-]
+CONTEXT = 24
 
 
 @pytest.fixture(scope="module")
 def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A GPT-2 of one random layer with byte-level BPE."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
-    )
-    bpe.train_from_iterator(TEXTS * 3, trainer)
-    folder = tmp_path_factory.mktemp("scorer") / "tiny"
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=300, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return str(folder)
+    return save_scorer(tmp_path_factory.mktemp("scorer") / "tiny", CONTEXT)
 
 
 def test_equals_a_direct_computation(scorer_folder: str) -> None:
@@ -59,6 +37,27 @@ def test_equals_a_direct_computation(scorer_folder: str) -> None:
         assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     parts = [Scorer(scorer_folder, 4, 1).score(TEXTS[i : i + 2]) for i in (0, 2, 4)]
     assert total(parts).perplexity == pytest.approx(found.perplexity, rel=1e-5)
+
+
+def test_features_are_the_last_hidden_states(scorer_folder: str) -> None:
+    texts = ["the cat sat", "on it", "a longer text than these"]
+    found = Scorer(scorer_folder, 2, 1).score(texts)
+    model = AutoModelForCausalLM.from_pretrained(scorer_folder, dtype=torch.float32).eval()
+    ids = sorted(load_scorer_tokenizer(scorer_folder).encode(texts), key=len)
+    expected = [model.transformer(torch.tensor([text])).last_hidden_state[0, -1] for text in ids]
+    assert torch.allclose(torch.from_numpy(found.features), torch.stack(expected), atol=1e-5)
+
+
+def test_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need packages that are no dependencies, and may be damaged."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    spec, there = f"{tmp_path}/model.gguf", {"gguf": None, "accelerate": None}
+    monkeypatch.setattr(scorer, "find_spec", there.get)
+    with pytest.raises(CapabilityError, match=r"model\.gguf' needs packages .*: gguf, accelerate"):
+        load_scorer_tokenizer(spec)
+    monkeypatch.setattr(scorer, "find_spec", {"gguf": 1, "accelerate": 1}.get)
+    with pytest.raises(ConfigError, match=r"evaluation\.scorer: .*model\.gguf' cannot be loaded"):
+        load_scorer_tokenizer(spec)
 
 
 def test_ends_of_text_become_the_scorers_own(scorer_folder: str) -> None:

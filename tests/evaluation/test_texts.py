@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.evaluation.ngram import bigram_model
 from pipeline.evaluation.scorer import Scored
-from pipeline.evaluation.texts import distinct, text_measures, unigram_entropy
+from pipeline.evaluation.texts import distinct, mauve, text_measures, unigram_entropy
 
 
 def test_entropy_by_hand() -> None:
@@ -39,10 +39,38 @@ def test_real_text_scores_lower_than_shuffled_text() -> None:
     shuffled = np.random.default_rng(0).permuted(real, axis=1)
     bigram = bigram_model([train], 257)
     found = [
-        {one.key: one.value for one in text_measures(some, True, bigram, Scored(6.0, 3, 0), "a")}
+        {
+            one.key: one.value
+            for one in text_measures(some, True, bigram, Scored(6.0, 3, 0, np.zeros((1, 2))), "a")
+        }
         for some in (real, shuffled)
     ]
     assert found[0]["bigram_perplexity"] < 0.6 * found[1]["bigram_perplexity"]
     assert found[0]["distinct_3"] < found[1]["distinct_3"]
     assert found[0]["entropy"] == unigram_entropy(real[:, 1:])  # BOS is given
     assert found[0]["generative_perplexity"] == pytest.approx(math.exp(2))
+
+
+def test_mauve() -> None:
+    """Near one for texts of the same kind, near none for others, the same at every call."""
+    pytest.importorskip("mauve")
+    rng = np.random.default_rng(0)
+    real, same, other = (rng.normal(shift, 1, (200, 8)).astype(np.float32) for shift in (0, 0, 3))
+    (alike, clusters), (far, _) = mauve(real, same), mauve(real, other)
+    assert alike > 0.9
+    assert far < 0.1
+    assert clusters == 20
+    assert mauve(real, same)[0] == alike
+
+
+def test_mauve_stands_beside_real_text_only() -> None:
+    pytest.importorskip("mauve")
+    rng = np.random.default_rng(0)
+    features = rng.normal(0, 1, (40, 4)).astype(np.float32)
+    scored = Scored(80.0, 40, 0, features)
+    rows = rng.integers(0, 5, (40, 6))
+    alone = text_measures(rows, False, lambda _: 1.0, scored, "a scorer")
+    beside = text_measures(rows, False, lambda _: 1.0, scored, "a scorer", scored)
+    assert [one.key for one in beside] == [*(one.key for one in alone), "mauve"]
+    assert beside[-1].value == pytest.approx(1, abs=1e-6)
+    assert "40 texts against 40 held-out ones, 4 clusters" in beside[-1].by

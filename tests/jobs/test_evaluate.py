@@ -157,7 +157,7 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     assert logged.info.status == "FINISHED"
     assert {key: logged.data.metrics[key] for key in metrics} == metrics
     names = {Path(a.path).name for a in client.list_artifacts(run["run_id"], "evaluation")}
-    assert names == {"evaluation.json", "evaluation.md", "samples.png"}
+    assert names == {"evaluation.json", "report.html", "report.md", "samples.png", "held_out.png"}
     assert "guidance 1.0, seed 0, precision float32" in found.report.to_text()
 
 
