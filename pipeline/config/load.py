@@ -37,6 +37,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: names every unknown key, wrong value and conflict at once.
     """
+    tree = read_tree(path)
+    problems = [problem for word in overrides if (problem := _override(tree, word))]
+    return parse(tree, origin=str(path), problems=problems)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
     file = Path(path)
     if not file.is_file():
         beside = [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
@@ -47,8 +58,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {str(path)!r} holds a {type(tree).__name__}; expected sections")
-    problems = [problem for word in overrides if (problem := _override(tree, word))]
-    return parse(tree, origin=str(path), problems=problems)
+    return tree
 
 
 def parse(tree: dict[str, Any], origin: str, problems: Sequence[str] = ()) -> RunConfig:
@@ -139,7 +149,7 @@ def _fields(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
             for m in models
             if part in m.model_fields
             for inner in _models(m.model_fields[part].annotation)
-        ]
+        ] or models  # a name or a number in a mapping or list of sections
     return sorted({name for model in models for name in model.model_fields})
 
 

@@ -124,6 +124,13 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[M
     return found, peaks
 
 
+def first_step(config: BenchmarkConfig) -> Callable[[], object]:
+    """The step of the first training case, on its own."""
+    case = config.training[0]
+    model = _model(config, case.model)
+    return training_step(config, case, model, Parts(model, clock(config.clock)))
+
+
 def _turn(runner: _Runner, peak: float, now: Callable[[], float]) -> None:
     parts = runner.run()
     into = runner.into
