@@ -16,7 +16,7 @@ from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError
 from pipeline.evaluation import sweep_figures, sweep_report
 from pipeline.evaluation.actors import Resources, in_order, started
-from pipeline.evaluation.speed import Stopwatch
+from pipeline.evaluation.stopwatch import Stopwatch
 from pipeline.evaluation.sweep_report import Row, Trial
 from pipeline.training import checkpoint
 from pipeline.training.cluster import check_resources

@@ -1,0 +1,112 @@
+"""Plainer forms of the same models that speed is measured against: dense masks, all logits, all positions."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipeline.models.blocks import CrossBlock, GroupSwap, Rotary, SelfBlock
+from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.layers import rotary, rotate, sinusoid
+from pipeline.models.pgm import PGM
+from pipeline.sampling.logits import draw_tokens
+
+
+def dense_loss(model: PGM, batch: Batch) -> Float[Tensor, "B"]:
+    """What `model(batch)` is, from whole rows with a dense mask for attention and with all logits at once.
+
+    For models without registers, classes, pooling and further swaps, and batches whose targets are all positions.
+    """
+    groups = batch.groups.to(batch.device)
+    same = (groups[:, :, None] == groups[:, None, :])[:, None]  # [B, 1, L, L]
+    rows, length = groups.shape
+    places = torch.arange(length, device=batch.device)
+    code = rotary(places.repeat(rows), model.head_size)
+    tokens = batch.tokens.to(batch.device)
+    read = model.embedding(tokens.flatten())  # [B L, H]
+    for encoder in model.encoder:
+        assert isinstance(encoder, SelfBlock)
+        read = _self_block(encoder, read, same, code)
+    x = _swap(model.swap, read, places, ~same, code)
+    for decoder in model.decoder:
+        assert isinstance(decoder, CrossBlock)
+        x = _cross_block(decoder, x, read, ~same, code)
+    logits = model.head(model.final(x))  # [B L, V]
+    losses = F.cross_entropy(logits, tokens.flatten(), reduction="none").view(rows, length)
+    return (losses * batch.weights.to(batch.device)).sum(1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "B 1 L L"]) -> Float[Tensor, "T H"]:
+    """[B L, N, D] each."""
+    q, k, v = (x.unflatten(0, (len(mask), -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, L, D]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _self_block(block: SelfBlock, x: Tensor, mask: Tensor, code: Rotary) -> Tensor:
+    shift, scale, gate, *second = block.modulation()
+    q, k, v = block.qkv(block.norm1(x, shift, scale)).unflatten(-1, (3, block.heads, -1)).unbind(1)
+    x = x + gate * block.out(_attention(rotate(q, code), rotate(k, code), v, mask))
+    return x + second[2] * block.mlp(block.norm2(x, second[0], second[1]))
+
+
+def _cross_block(block: CrossBlock, x: Tensor, read: Tensor, mask: Tensor, code: Rotary) -> Tensor:
+    shift, scale, gate, *second = block.modulation()
+    q = block.q(block.q_norm(x, shift, scale)).unflatten(-1, (block.heads, -1))
+    k, v = block.kv(block.kv_norm(read)).unflatten(-1, (2, block.heads, -1)).unbind(1)
+    x = x + gate * block.out(_attention(rotate(q, code), rotate(k, code), v, mask))
+    return x + second[2] * block.mlp(block.norm2(x, second[0], second[1]))
+
+
+def _swap(module: GroupSwap, read: Tensor, places: Tensor, mask: Tensor, code: Rotary) -> Tensor:
+    raw = module.base.expand(len(places), -1)
+    if module.positional:
+        raw = raw + sinusoid(places, raw.shape[-1])
+    q = module.query(module.norm(raw)).repeat(len(mask), 1).unflatten(-1, (module.heads, -1))
+    k, v = module.kv(read).unflatten(-1, (2, module.heads, -1)).unbind(1)
+    return module.out(_attention(rotate(q, code), rotate(k, code), v, mask))
+
+
+@torch.inference_mode()
+def sample_every_position(model: Denoiser, rows: int, steps: int, seed: int) -> Int[Tensor, "B L"]:
+    """Ancestral sampling in its plain form: at every step all positions are predicted, everything V wide in float64.
+
+    Source: arXiv 2406.07524 (the posterior, drawn by Gumbel noise at every position).
+    """
+    length, vocab_size = model.length, model.vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    state = model.open(rows)
+    tokens = torch.full((rows, length), vocab_size)  # id V: hidden
+    everywhere = torch.arange(length).repeat(rows)
+    for step in range(steps):
+        logits = model.head(model.hidden(state, everywhere, [length] * rows))
+        probability = logits.double().softmax(-1)  # [B L, V]
+        hidden_now, hidden_next = 1 - step / steps, 1 - (step + 1) / steps
+        stays = probability.new_full((len(probability), 1), hidden_next)
+        posterior = torch.cat([probability * (hidden_now - hidden_next), stays], -1)
+        noise = torch.rand(posterior.shape, generator=generator, dtype=torch.float64)
+        drawn = (posterior / -(noise + 1e-10).log()).argmax(-1).view(rows, length)
+        new = (tokens == vocab_size) & (drawn != vocab_size)
+        tokens = torch.where(new, drawn, tokens)
+        model.extend(state, tokens[new], new.nonzero(as_tuple=True)[1], new.sum(1).tolist())
+    return tokens
+
+
+@torch.inference_mode()
+def sample_every_hidden(model: Denoiser, rows: int, steps: int, seed: int) -> Int[Tensor, "B L"]:
+    """The uniform order, except that every step predicts and draws all hidden positions and keeps its own."""
+    length = model.length
+    rng = np.random.default_rng(seed)
+    left = torch.from_numpy(np.stack([rng.permutation(length) for _ in range(rows)]))
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    state = model.open(rows)
+    for step in range(steps):
+        count, asked = length // steps + (step < length % steps), left.shape[1]
+        hidden = model.hidden(state, left.flatten(), [asked] * rows)
+        noise = torch.from_numpy(rng.random(rows * asked))
+        drawn = draw_tokens(model.head, hidden, noise).tokens.view(rows, asked)[:, :count]
+        tokens.scatter_(1, left[:, :count], drawn)
+        model.extend(state, drawn.flatten(), left[:, :count].flatten(), [count] * rows)
+        left = left[:, count:]
+    return tokens

@@ -1,0 +1,112 @@
+"""The whole benchmark at its tiny size: figures that add up, a table that parses, an MLflow run that has it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from pipeline.config.benchmark import BenchmarkConfig
+from pipeline.config.load import parse_section, read_tree
+from pipeline.errors import ConfigError
+from pipeline.evaluation.benchmark import Benchmarked, benchmark
+from pipeline.models import build
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "benchmark"
+TINY, CPU = CONFIGS / "tiny.yaml", CONFIGS / "cpu.yaml"
+
+
+def load(path: Path, *overrides: str) -> BenchmarkConfig:
+    return parse_section(BenchmarkConfig, read_tree(path), str(path), overrides)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Benchmarked:
+    storage = tmp_path_factory.mktemp("benchmark")
+    return benchmark(load(TINY, f"storage={storage}", "trace=true", "tracking.uri=null"))
+
+
+def test_figures_add_up(found: Benchmarked) -> None:
+    config = found.report.config
+    for one in found.report.measured:
+        assert len(one.seconds) == 2
+        assert all(s == pytest.approx(sum(p.values())) for s, p in zip(one.seconds, one.parts, strict=True))
+        assert sum(one.split.values()) == pytest.approx(1)
+        assert one.tokens == one.sequences * config.length
+        if one.flops is not None:
+            assert 0 < (one.share_of_roofline or 0) < 1.2
+            assert all(0 < share < 1.2 for share in one.share_of_peak)
+    own = [one.label for one in found.report.measured if one.flops is not None]
+    assert own == [
+        "training pgm",
+        "training mdlm",
+        "sampling pgm",
+        "sampling pgm refresh_every 4",
+        "sampling mdlm",
+    ]
+    assert found.report.peak > 1e8
+    assert 0 <= (found.report.waited or 0) < 1
+
+
+def test_the_files_hold_the_figures(found: Benchmarked) -> None:
+    folder = Path(found.folder)
+    with (folder / "benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == [one.label for one in found.report.measured]
+    for row, one in zip(rows, found.report.measured, strict=True):
+        assert float(row["s/batch"]) == one.median
+        assert float(row["tokens/s"]) == pytest.approx(float(row["sequences/s"]) * found.report.config.length)
+    lines = (folder / "benchmark.md").read_text().splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert sum(cells[0].rstrip(" |") == "training pgm" for cells in table) == 2, "cases, parts"
+    assert any(cells[0] == "sampling pgm over sampling mdlm plain" and cells[4] in ("yes", "no") for cells in table)
+    assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((folder / "traces").glob("*.json.gz"))) == len(rows)
+
+
+def test_mlflow_has_the_run(found: Benchmarked) -> None:
+    client = MlflowClient(found.tracking_uri)
+    run = client.get_run(found.run_id)
+    assert run.info.status == "FINISHED"
+    expected = {key: pytest.approx(value) for key, value in found.report.metrics().items()}
+    assert run.data.metrics == expected
+    assert {file.path for file in client.list_artifacts(found.run_id)} == {
+        "benchmark.md",
+        "benchmark.csv",
+        "benchmark.png",
+    }
+
+
+def test_the_two_models_of_the_size_to_compare_have_equal_parameters() -> None:
+    config = load(CPU)
+    counts = {
+        name: sum(p.numel() for p in build(model, config.vocabulary, config.length).parameters())
+        for name, model in config.models.items()
+    }
+    assert counts["mdlm_16"] == pytest.approx(counts["pgm"], rel=0.02)
+    assert counts["mdlm"] < 0.9 * counts["pgm"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training=[{model: pmg}]", "model 'pmg' of 'training pmg' is none of pgm, mdlm.*did you mean 'pgm'"),
+        ("training=[{model: mdlm, form: dense}]", "form dense of 'mdlm'; expected a pgm"),
+        ("sampling=[{model: pgm, form: plain}]", "form plain is of kind mdlm, not of pgm"),
+        ("sampling=[{model: mdlm, refresh_every: 2}]", "refresh_every is of kind pgm"),
+        ("ratios=[{of: training pgm, over: training}]", "ratio with 'training', which is no case; known: "),
+        ("models.pgm.hiden=8", "hiden: no such key .*did you mean 'hidden'"),
+        ("steps=65", "steps 65 for rows of 64"),
+        ("clock=sun", "'sun' is not one of wall, cpu"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(TINY, override)
+
+
+def test_configs_name_their_command() -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        assert f"python -m jobs.benchmark configs/benchmark/{path.name}" in path.read_text()
+        assert yaml.safe_load(path.read_text())["name"] == path.stem
