@@ -231,7 +231,7 @@ class DistillConfig(Section):
     )
     divergence: Literal["reverse_kl", "forward_kl", "total_variation", "mse"] = "reverse_kl"
     next_teacher: Literal["raw", "ema"] = "raw"  # which of the student's weights the next round starts from
-    optimizer: Literal["keep", "reset"] = "reset"  # at a round's end
+    optimizer: Literal["keep", "reset"] = "reset"  # at a round's end; a reset one warms up again
 
 
 class ImportConfig(Section):
@@ -356,6 +356,12 @@ class RunConfig(Section):
         if steps % rounds:
             near = max(rounds, round(steps / rounds) * rounds)
             found.append(f"distill.rounds: {rounds} do not divide train.steps {steps}; nearest steps: {near}")
+        warm = self.optim.warmup_steps
+        if self.distill.optimizer == "reset" and steps // rounds <= warm < steps:
+            found.append(
+                f"optim.warmup_steps: {warm}, which come again in every round, are not below the "
+                f"{steps // rounds} steps of a round"
+            )
         if first < 2**rounds:
             found.append(
                 f"distill.rounds: {rounds} rounds from {first} teacher steps end below one step; "

@@ -160,7 +160,8 @@ class Distillation:
             # Each side's mean over its own targets in the global batch, and the mean of the sides.
             weights += hidden[index] / (len(self._sides) * max(1, int(hidden.sum())))
         here = [(hidden[index], time[index]) for hidden, time in self._sides]
-        vectors = teach(self._teacher, tokens, here, self._noise[index], self._dt, labels)
+        with self._engine.assembled(self._teacher):
+            vectors = teach(self._teacher, tokens, here, self._noise[index], self._dt, labels)
         teaching = Teaching(vectors, self._teacher.head, self._distill.divergence)
         weights *= present[:, None]
         return as_batch(tokens, self._groups[index], targets, weights, labels, device, teaching)
@@ -182,6 +183,7 @@ class Distillation:
             )
         teacher, _, _ = folder.read(storage.fetch(where))
         self._teacher = self._engine.frozen(teacher)
+        self._engine.fresh = done * self._every if self._distill.optimizer == "reset" else 0
         self._round = done
         if self._session.rank == 0:
             log.info(

@@ -21,9 +21,14 @@ Slices = dict[tuple[str, int], Tensor]
 TAG = "zero"  # DeepSpeed's own folder inside a checkpoint
 
 
-def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
-    """Learning rate of step `step`, counted from 0: linear warm-up, then constant or cosine to 0."""
-    warm = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
+def learning_rate(step: int, optim: OptimConfig, steps: int, fresh: int = 0) -> float:
+    """Learning rate of step `step`, counted from 0: linear warm-up, then constant or cosine to 0.
+
+    Args:
+        fresh: step at which the optimiser was last reset: Adam's first updates, which know next to nothing of
+            the gradient's size, are small again.
+    """
+    warm = min(1.0, (step - fresh + 1) / max(optim.warmup_steps, 1))
     if optim.schedule == "cosine":
         done = max(0, step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
         return optim.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
@@ -72,6 +77,7 @@ class Engine:
             dist_init_required=False,
         )
         self._engine.optimizer.state.clear()  # that step must not count in Adam's bias correction
+        self.fresh = 0  # step at which the optimiser was last reset
 
     def _settings(self, train: TrainConfig, universal: bool) -> dict[str, Any]:
         zero: dict[str, Any] = {
@@ -112,9 +118,13 @@ class Engine:
         self._engine.backward(losses.sum() * (dist.get_world_size() * self._parts))
         return losses.detach()
 
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return learning_rate(step, self._optim, self._steps, self.fresh)
+
     def step(self, step: int) -> None:
         """Finish a micro-batch; at the last one of the step, clip and update at the step's learning rate."""
-        rate = learning_rate(step, self._optim, self._steps)
+        rate = self.rate(step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         if self._engine.is_gradient_accumulation_boundary() and self._plain:
@@ -201,9 +211,36 @@ class Engine:
             self._engine.optimizer.state.clear()
 
     def frozen(self, model: Denoiser) -> Denoiser:
-        """A model that is only read, where and in the precision in which this one computes."""
+        """A model that is only read, where and in the precision in which this one computes.
+
+        Under ZeRO-3 every rank keeps a share of its parameters, the head's apart: `assembled` makes them whole.
+        """
         model.requires_grad_(False).eval().to(self.device)
-        return model.bfloat16() if self._bf16 else model
+        if self._bf16:
+            model.bfloat16()
+        if self.stage == 3:
+            import deepspeed
+
+            for part in model.children():
+                if (
+                    part is not model.head
+                ):  # read by chunks of positions, of which every rank has its own number
+                    deepspeed.zero.Init(module=part, dtype=torch.bfloat16 if self._bf16 else torch.float32)
+        return model
+
+    @contextmanager
+    def assembled(self, model: Denoiser) -> Iterator[None]:
+        """A frozen model's parameters whole for a while; all ranks enter together, whatever each does inside.
+
+        DeepSpeed would gather module by module, and wait for ever where ranks differ in the modules they call.
+        """
+        if self.stage != 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
+            yield
 
     @contextmanager
     def _gathered(self, parameter: Tensor) -> Iterator[None]:

@@ -25,7 +25,7 @@ from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
-from pipeline.training.engine import Engine, learning_rate
+from pipeline.training.engine import Engine
 from pipeline.training.session import HangWatch, Requests, Session
 from pipeline.training.task import Pretraining, Task
 from pipeline.training.validation import Validation, validate
@@ -172,7 +172,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
 
             if done % config.train.log_every == 0 or done == config.train.steps:
                 metrics = interval.metrics(config.train.batch * manifest.length) | {
-                    "train/learning_rate": learning_rate(step, config.optim, config.train.steps),
+                    "train/learning_rate": engine.rate(step),
                     "train/gradient_norm": norm,
                     "train/epoch": order.epoch_of(step),
                     "train/memory_gib": _memory(device),

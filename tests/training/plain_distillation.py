@@ -73,7 +73,7 @@ def copies(model: Denoiser) -> Weights:
 
 
 def train(config: RunConfig, teacher: Denoiser) -> Plain:
-    """Every round of a run at dropout 0 with a constant rate after the warm-up."""
+    """Every round of a run at dropout 0; the rate is constant after the warm-up of a fresh optimiser."""
     distill, optim, decay = config.distill, config.optim, config.train.ema
     assert distill is not None
     assert config.model.dropout == 0
@@ -93,6 +93,7 @@ def train(config: RunConfig, teacher: Denoiser) -> Plain:
                 model.load_state_dict(weights)
             average = copies(student)
             if done == 0 or distill.optimizer == "reset":
+                fresh = step
                 adam = torch.optim.AdamW(
                     student.parameters(), betas=optim.betas, weight_decay=optim.weight_decay
                 )
@@ -101,7 +102,7 @@ def train(config: RunConfig, teacher: Denoiser) -> Plain:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), optim.clip)
         for group in adam.param_groups:
-            group["lr"] = optim.lr * min(1, (step + 1) / optim.warmup_steps)
+            group["lr"] = optim.lr * min(1, (step - fresh + 1) / optim.warmup_steps)
         adam.step()
         run.losses[step + 1] = loss.item()
         for name, value in copies(student).items():

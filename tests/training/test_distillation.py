@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import labelled_rows
 import observed
@@ -22,6 +23,7 @@ from pipeline.config.schema import DiffusionConfig, DistillConfig, MDLMConfig, P
 from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest
 from pipeline.models import build, folder
+from pipeline.models.denoiser import Denoiser
 from pipeline.training import checkpoint, distillation
 
 ROUNDS, STEPS, EVERY = 3, 9, 3
@@ -235,6 +237,42 @@ def test_checkpoints_tell_the_round_and_its_teacher(
         f"round 2 of 3: teacher {run}/rounds/1, dt 1/8, for 4 sampling steps",
         f"round 3 of 3: teacher {run}/rounds/2, dt 1/4, for 2 sampling steps",
     ]
+
+
+def shares(rank: int, workers: int, config: RunConfig) -> tuple[int, int, int]:
+    """Bytes of the round's teacher on this rank: computable while it rolls out, then after the run; its own share."""
+    seen: list[tuple[Denoiser, int]] = []
+    original = distillation.teach
+
+    def size(model: Denoiser) -> int:
+        return sum(p.nbytes for p in model.parameters())
+
+    def watched(teacher: Denoiser, *arguments: Any) -> torch.Tensor:
+        seen.append((teacher, size(teacher)))
+        return original(teacher, *arguments)
+
+    distillation.teach = watched  # type: ignore[assignment]
+    try:
+        observed.train_one(rank, workers, config)
+    finally:
+        distillation.teach = original
+    teacher, rolling = seen[-1]
+    own = sum(p.ds_tensor.nbytes for p in teacher.parameters() if hasattr(p, "ds_tensor"))
+    return rolling, size(teacher), own
+
+
+def test_under_zero_3_ranks_share_a_teacher(
+    distil: Callable[..., RunConfig], groups: dict[int, Workers]
+) -> None:
+    config = distil("raw", "shared", rounds=1, zero_stage=3, steps=3)
+    weights = student_of(config, 0)
+    total = sum(value.nbytes for value in weights.values())
+    for rolling, between, own in groups[2](shares, config):
+        assert rolling == total
+        assert between == sum(
+            value.nbytes for name, value in weights.items() if "." not in name or "head" in name
+        )
+        assert own == pytest.approx((total - between) / 2, rel=0.05)  # shares are padded to one length
 
 
 def die_in(rank: int, workers: int, config: RunConfig, step: int) -> None:

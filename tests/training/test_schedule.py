@@ -33,6 +33,13 @@ def test_warm_up_then_cosine() -> None:
     assert learning_rate(50, optim, 12) == pytest.approx(0)
 
 
+def test_a_reset_optimiser_warms_up_again() -> None:
+    optim = OptimConfig(lr=0.4, warmup_steps=4, schedule="constant")
+    assert [learning_rate(step, optim, 20, fresh=10) for step in range(10, 15)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.4]
+    )
+
+
 def test_no_warm_up() -> None:
     assert learning_rate(0, OptimConfig(lr=0.4, warmup_steps=0), 10) == 0.4
     assert learning_rate(0, OptimConfig(lr=0.4, warmup_steps=0, schedule="cosine"), 10) == 0.4
