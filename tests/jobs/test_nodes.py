@@ -86,7 +86,7 @@ def test_lost_nodes_and_a_killed_driver_change_neither_rows_nor_losses(tmp_path:
     (rows / witness.SLOW).touch()
     config, began = elastic(tmp_path, "elastic"), time.monotonic()
     with Nodes(NODES) as nodes:
-        watched = {"RAY_TRAIN_CALLBACKS": "witness.Witness", witness.FOLDER: str(rows)}
+        watched = {"RAY_TRAIN_CALLBACKS": "witness.Witness", witness.FOLDER: str(rows), "RAY_DEDUP_LOGS": "0"}
         environment = {**nodes.environment, **watched}
         with LaunchedJob("pretrain", config, tmp_path, environment=environment) as job:
             story.back(job, "start", began, 0, NODES)
