@@ -2,6 +2,7 @@
 
 from jobs import main
 from pipeline.config.schema import RunConfig
+from pipeline.logs import shown
 from pipeline.training.evaluate import evaluate
 
 
@@ -9,7 +10,7 @@ def run(config: RunConfig) -> None:
     """Evaluate, show the table and say where the files are."""
     found = evaluate(config)
     print(f"\n{found.report.to_text()}")
-    print(f"\ntables and samples  {found.folder}\nMLflow              {found.tracking_uri}")
+    print(f"\ntables and samples  {found.folder}\nMLflow              {shown(found.tracking_uri)}")
 
 
 if __name__ == "__main__":
