@@ -20,6 +20,7 @@ from pipeline.diffusion.objective import next_token_batch, normaliser, training_
 from pipeline.errors import ConfigError
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.folder import DataFacts
 from pipeline.training import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -156,6 +157,12 @@ def test_states_are_the_engines(groups: dict[int, Workers], tmp_path: Path, prec
             assert mean == pytest.approx(getattr(expected, part), rel=0.03), (stage, part)
         if stage == 0:
             assert found[0]["gradients"] == expected.gradients
+
+
+def test_the_papers_model_has_the_size_that_its_weights_have() -> None:
+    config = load(CONFIGS / "text" / "pgm_8_8.yaml", ["data.tokenizer=bytes"])
+    counts = plan.parameters(config, DataFacts(50_257, 1024, None, 50_256))
+    assert f"{sum(counts.values()) / 1e6:.1f}" == "193.0"
 
 
 def test_stages_divide_and_recomputing_saves() -> None:
