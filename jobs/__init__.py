@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from pipeline import logs, storage
-from pipeline.config.load import load
+from pipeline.config.load import flatten, load
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ConfigError, PipelineError
 
@@ -28,6 +28,7 @@ def main(run: Callable[[RunConfig], object], plan: Callable[[RunConfig, str], ob
         if plan and asked:
             plan(config, asked[-1])
             return
+        check_open(config)
         check_kept(config)
         run(config)
 
@@ -35,6 +36,22 @@ def main(run: Callable[[RunConfig], object], plan: Callable[[RunConfig, str], ob
     command(
         start, f"{usage}\n       {usage} plan=GPU starts nothing, tells the cost" if plan else usage, least=1
     )
+
+
+def check_open(config: RunConfig) -> None:
+    """Refuse a config with a user or password in an address: configs are written to runs, checkpoints and MLflow.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    found = [
+        f"{key}: {logs.shown(str(value))!r} with a user or password; expected it without, and the secret in the "
+        "environment, such as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        for key, value in flatten(config.model_dump(mode="json")).items()
+        if logs.shown(str(value)) != str(value)
+    ]
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def check_kept(config: RunConfig) -> None:
@@ -77,7 +94,7 @@ def command(run: Callable[[list[str]], object], usage: str, least: int) -> None:
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except Exception as error:  # nobody foresaw it: where it happened, and again what
-        traceback.print_exc()
+        print(logs.shown(traceback.format_exc()), file=sys.stderr)
         told = str(error).strip().splitlines()
         fail(f"{type(error).__name__}: {told[-1].strip() if told else 'no message'}")
 
@@ -85,5 +102,5 @@ def command(run: Callable[[list[str]], object], usage: str, least: int) -> None:
 def fail(reason: str, code: int = 1) -> None:
     """End the process with the reason behind all that was printed."""
     sys.stdout.flush()
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    print(logs.shown(f"error: {reason}"), file=sys.stderr, flush=True)
     sys.exit(code)

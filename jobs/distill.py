@@ -1,6 +1,7 @@
 """Distil the teacher that a config names: every round halves the steps that sampling needs."""
 
 from jobs import main
+from jobs.plan import plan
 from jobs.pretrain import report
 from pipeline.config.schema import RunConfig
 from pipeline.training.launch import distill
@@ -14,4 +15,4 @@ def run(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, plan)

@@ -8,6 +8,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.page import HTML, aligned
 from pipeline.evaluation.report import Report
+from pipeline.logs import shown
 from pipeline.training.comparison import compare
 from pipeline.training.evaluate import evaluate
 
@@ -27,7 +28,7 @@ def run(config: RunConfig) -> None:
 
 
 def _show(text: str, folder: str, uri: str) -> None:
-    print(f"\n{text}\n\nreport  {folder}/{HTML}\nMLflow  {uri}")
+    print(f"\n{text}\n\nreport  {folder}/{HTML}\nMLflow  {shown(uri)}")
 
 
 if __name__ == "__main__":

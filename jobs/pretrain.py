@@ -3,7 +3,9 @@
 import sys
 
 from jobs import main
+from jobs.plan import plan
 from pipeline.config.schema import RunConfig
+from pipeline.logs import shown
 from pipeline.training.launch import pretrain
 from pipeline.training.outcome import Outcome
 
@@ -23,8 +25,8 @@ def report(outcome: Outcome) -> None:
     if outcome.pictures:
         print(f"\nsamples    {outcome.pictures}")
     print(f"\nmodel      {outcome.model}   ({outcome.version or 'not registered'})")
-    print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {outcome.tracking_uri}")
+    print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {shown(outcome.tracking_uri)}")
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, plan)

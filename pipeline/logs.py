@@ -1,7 +1,22 @@
 """What a job says while it works: one line a fact, from our own loggers only."""
 
 import logging
+import re
 import warnings
+
+_USER = re.compile(r"://[^/@\s]+@")
+
+
+class _Public(logging.Formatter):
+    """Lines without what only the job should know."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+def shown(text: str) -> str:
+    """The text with user and password cut out of every address in it, fit for logs, files and messages."""
+    return _USER.sub("://", text)
 
 
 def show() -> None:
@@ -9,7 +24,7 @@ def show() -> None:
     logger = logging.getLogger("pipeline")
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Public("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

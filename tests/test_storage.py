@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
@@ -28,6 +29,8 @@ def test_paths() -> None:
     assert not storage.is_local("gs://bucket/a")
     with pytest.raises(DataError, match="nonsense"):
         storage.read_bytes("nonsense://x")
+    with pytest.raises(DataError, match=r"abfs:// needs a driver .*`pip install adlfs` on every node"):
+        storage.read_bytes("abfs://container/x")
 
 
 def test_files(folder: str, tmp_path: Path) -> None:
@@ -101,6 +104,12 @@ def test_sweep_removes_only_unfinished_files(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["kept"]
 
 
+def answered(status: int, error: OSError) -> OSError:
+    """As s3fs raises it: its own choice of an error, caused by what botocore told."""
+    error.__cause__ = ClientError({"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {}}, "PutObject")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "calls"),
     [
@@ -109,6 +118,10 @@ def test_sweep_removes_only_unfinished_files(tmp_path: Path) -> None:
         (OSError("a store's own error"), 3),
         (FileNotFoundError("gone"), 1),
         (OSError(errno.ENOSPC, "disk full"), 1),
+        (OSError(errno.EREMOTEIO, "a store's internal error"), 3),
+        (answered(429, OSError(errno.EINVAL, "too many requests")), 3),
+        (answered(400, OSError(errno.EIO, "a code that the driver does not know")), 1),
+        (answered(403, OSError(errno.EIO, "forbidden")), 1),
         (KeyError("a bug"), 1),
     ],
 )

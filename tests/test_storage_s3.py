@@ -12,19 +12,10 @@ import numpy as np
 import pytest
 import s3fs
 from object_store import Fault, Store, object_store
+from small_manifest import small_manifest
 
 from pipeline import storage
-from pipeline.data.shards import (
-    MANIFEST,
-    Manifest,
-    ShardReader,
-    Skipped,
-    SourceInfo,
-    SpecialIds,
-    Split,
-    TokenizerInfo,
-    publish_shard,
-)
+from pipeline.data.shards import MANIFEST, Manifest, ShardReader, publish_shard
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import cache, files, patience
 from pipeline.training import checkpoint
@@ -56,21 +47,7 @@ def shards(folder: str, count: int) -> Manifest:
         publish_shard(f"train-{i:05d}.parquet", folder, f"{folder}/work", lambda i=i: (rows[i], None))
         for i in range(count)
     )
-    manifest = Manifest(
-        length=LENGTH,
-        vocabulary=60_000,
-        special=SpecialIds(eot=None, bos=None),
-        wrap="none",
-        tokenizer=TokenizerInfo(name="t", hash="t"),
-        source=SourceInfo(name="s", revision=None, fingerprint="f"),
-        content={},
-        content_key="k",
-        splits={"train": Split(files=made, documents=1, tokens=rows.size, tokens_dropped=0)},
-        documents=1,
-        documents_empty=0,
-        tokens=rows.size,
-        skipped=Skipped(count=0, names=()),
-    )
+    manifest = small_manifest(made, LENGTH)
     storage.publish_text(storage.join(folder, MANIFEST), manifest.model_dump_json())
     return manifest
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ConfigError, did_you_mean
+from pipeline.logs import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -181,7 +182,7 @@ def answering(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise ConfigError(f"tracking.uri: MLflow at {uri!r} refuses: {first_line(error)}") from error
+        raise ConfigError(shown(f"tracking.uri: MLflow at {uri!r} refuses: {first_line(error)}")) from error
 
 
 def first_line(error: BaseException) -> str:

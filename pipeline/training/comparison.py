@@ -20,6 +20,7 @@ from pipeline.evaluation.generation import describe
 from pipeline.evaluation.page import Block, Columns, Page, Section, Table, Text, excerpt, picture
 from pipeline.evaluation.pages import figures_section, paper_section, setting_sections
 from pipeline.evaluation.report import Group, Measure
+from pipeline.logs import shown
 from pipeline.models import folder
 from pipeline.training import checkpoint
 from pipeline.training.cluster import check_resources, cluster, workers_now
@@ -238,7 +239,8 @@ def _run_of(config: RunConfig, spec: str) -> tuple[str, str] | None:
     if not storage.exists(record):
         return None
     told = json.loads(storage.read_text(record))
-    return told["tracking_uri"], told["run_id"]
+    ours = tracking.tracking_uri(config)  # with the password that a run's record leaves out
+    return ours if told["tracking_uri"] == shown(ours) else told["tracking_uri"], told["run_id"]
 
 
 def _quality(points: Sequence[Point]) -> list[Measure]:

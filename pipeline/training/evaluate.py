@@ -30,6 +30,7 @@ from pipeline.evaluation.pages import figures_section, paper_section, setting_se
 from pipeline.evaluation.pictures import sample_grid
 from pipeline.evaluation.report import Group, Measure, Report
 from pipeline.evaluation.source_images import SourceImages, load_net, source_images
+from pipeline.logs import shown
 from pipeline.models import folder
 from pipeline.training import checkpoint
 from pipeline.training.cluster import check_resources, cluster, workers_now
@@ -325,7 +326,7 @@ def mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
         return
     params = flatten(config.model_dump(mode="json"))
     run_id = tracking.open_run(uri, config.tracking.experiment, config.name, params, {"folder": run})
-    storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": uri}))
+    storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": shown(uri)}))
     status: Literal["FINISHED", "FAILED"] = "FAILED"
     try:
         yield run_id

@@ -168,7 +168,7 @@ def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest, 
         tags={"folder": run, **tags},
         resume_id=old,
     )
-    storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": uri}))
+    storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": logs.shown(uri)}))
     storage.publish_text(storage.join(run, "config.yaml"), dump(config))
     tracking.log_dataset(
         uri,

@@ -122,7 +122,8 @@ def test_token_and_patience_stand_where_ray_reads_them(name: str) -> None:
         assert "RAY_AUTH_MODE=token" in container + start
     # The supervisor of a job, which waits, is a process of the head; its environment is that of `ray start`.
     assert re.search(r"RAY_JOB_STOP_WAIT_TIME_S=\d{3,}", container + head)
-    assert "MLFLOW_TRACKING_URI=http://" in head
+    assert "MLFLOW_TRACKING_URI=http://$(hostname -I" in head
+    assert "RAY_HEAD_IP" not in head  # Ray tells it to workers only
 
 
 def test_kubernetes_head_has_token_and_patience() -> None:

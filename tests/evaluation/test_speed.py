@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from small_models import random_rows, randomised
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +25,6 @@ from pipeline.models.pgm import PGM
 from pipeline.models.work import Op, flops, sampling_work, training_work
 from pipeline.sampling.orders import step_counts
 from pipeline.sampling.sampler import sample
-from small_models import randomised, random_rows
 
 V, L, ROWS = 11, 16, 3
 SIZES = {"hidden": 32, "heads": 4, "dropout": 0}

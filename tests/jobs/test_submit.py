@@ -1,10 +1,10 @@
 """The whole way on a cluster: a head with tokens, `ray job submit`, an MLflow server, an object store."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -57,6 +57,7 @@ class Head:
     address: str
     mlflow: str
     environment: dict[str, str]
+    database: Path  # MLflow's
 
     def submit(self, *words: str, timeout: float = 200) -> tuple[int, str]:
         """`ray job submit` to the end: its code and all it printed."""
@@ -95,11 +96,14 @@ def wait_until(ready: str, process: subprocess.Popen[bytes], log: Path, seconds:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """It and everything that it started."""
-    family = (
-        [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-    )
-    for member in family:
-        member.send_signal(signal.SIGKILL) if member is not process else member.terminate()
+    if process.poll() is not None:
+        return
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    psutil.wait_procs(family, timeout=10)
+    for member in (*family, process):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            member.kill()
     process.wait(30)
 
 
@@ -116,11 +120,14 @@ def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hea
     short = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short names
     (folder / "token").write_text("0123456789abcdef" * 4)
     tracking, port, dashboard = free_port(), free_port(), free_port()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
+    environment = kept | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_JOB_STOP_WAIT_TIME_S": "120",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{tracking}",
+        "MLFLOW_TRACKING_URI": f"http://me:planted-password@127.0.0.1:{tracking}",
+        "HF_TOKEN": "planted-hub-token",
         "OMP_NUM_THREADS": "1",
     }
     servers = {
@@ -137,9 +144,10 @@ def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hea
                     subprocess.Popen(line.split(), cwd=folder, env=environment, stdout=log, stderr=log)
                 )
         address = f"http://127.0.0.1:{dashboard}"
-        wait_until(f"{environment['MLFLOW_TRACKING_URI']}/health", processes[0], folder / "mlflow.log")
+        mlflow = f"http://127.0.0.1:{tracking}"
+        wait_until(f"{mlflow}/health", processes[0], folder / "mlflow.log")
         wait_until(f"{address}/api/version", processes[1], folder / "ray.log")
-        yield Head(address, environment["MLFLOW_TRACKING_URI"], environment)
+        yield Head(address, mlflow, environment, folder / "mlflow.db")
     finally:
         for process in processes:
             end(process)
@@ -187,6 +195,7 @@ def test_a_failed_job_says_why_in_its_last_line(
 @pytest.mark.slow
 def test_submit_prepare_pretrain_sample_and_read_back(head: Head, store: Store) -> None:
     common = [CONFIG, "name=submitted", "cluster.storage=s3://bucket/runs", *SMALL]
+    printed = ""
     for job, more, expected in (
         ("prepare", ["train.steps=20"], r"prepared s3://bucket/runs/data/\S+"),
         ("pretrain", ["train.steps=20", "train.checkpoint_every=10"], r"models:/submitted/1"),
@@ -199,6 +208,7 @@ def test_submit_prepare_pretrain_sample_and_read_back(head: Head, store: Store) 
         code, text = head.submit("--", "python", "-m", f"jobs.{job}", *common, *more)
         assert code == 0, text[-5000:]
         assert re.search(expected, text), text[-3000:]
+        printed += text
 
     # Run, metrics, artifacts and model, over HTTP.
     client = MlflowClient(head.mlflow)
@@ -225,6 +235,17 @@ def test_submit_prepare_pretrain_sample_and_read_back(head: Head, store: Store) 
     assert checkpoint.problems("s3://bucket/runs/submitted/step_00000020") == []
     assert len(storage.listing("s3://bucket/runs/submitted/samples")) == 1
 
+    # No secret of the environment is in what the jobs printed, in Ray's record of them, in MLflow or in the store.
+    token = {"Authorization": f"Bearer {Path(head.environment['RAY_AUTH_TOKEN_PATH']).read_text()}"}
+    jobs = urllib.request.urlopen(urllib.request.Request(f"{head.address}/api/jobs/", headers=token)).read()
+    assert b"jobs.pretrain" in jobs
+    fs, _ = storage.filesystem("s3://bucket")
+    stored = b"".join(fs.cat(fs.find("bucket")).values())
+    assert b"train" in stored
+    for where in (printed.encode(), jobs, head.database.read_bytes(), stored):
+        for secret in (b"planted-password", b"planted-hub-token", b"planted-secret", b"0123456789abcdef" * 4):
+            assert secret not in where
+
 
 @pytest.mark.slow
 def test_a_bad_config_ends_with_the_reason_and_a_stranger_gets_nothing(head: Head) -> None:
@@ -239,7 +260,7 @@ def test_a_bad_config_ends_with_the_reason_and_a_stranger_gets_nothing(head: Hea
     stranger = {k: v for k, v in head.environment.items() if k != "RAY_AUTH_TOKEN_PATH"} | {
         "RAY_AUTH_TOKEN": "0" * 64
     }
-    code, text = Head(head.address, head.mlflow, stranger).submit("--", "python", "-c", "print('inside')")
+    code, text = replace(head, environment=stranger).submit("--", "python", "-c", "print('inside')")
     assert code != 0
     assert "inside\n" not in text
     assert re.search("unauthori[sz]ed|invalid", text, re.IGNORECASE)
@@ -256,6 +277,7 @@ def test_job_stop_ends_in_a_checkpoint_and_a_run_marked_killed(head: Head) -> No
     deadline = time.monotonic() + 150
     while "step 10/" not in (told := job_logs(head)):
         assert time.monotonic() < deadline, told[-3000:]
+        assert "Traceback" not in told, told[-3000:]
         time.sleep(1)
     subprocess.run(
         [*ray, "stop", "--address", head.address, "to-stop"],
