@@ -303,7 +303,7 @@ class _Progress(tune.Callback):
     ) -> None:
         """One judgement."""
         found = self._find(trial.config)
-        if found.config.name not in self._quiet and self._metric in result:
+        if self._metric in result and not result.get("repeated"):
             log.info(
                 "%s: step %d/%d  %s %.4g",
                 _title(found),
