@@ -113,7 +113,7 @@ def rows(trials: Sequence[Trial], mode: Literal["min", "max"]) -> list[Row]:
     for trial in trials:
         groups.setdefault(trial.variant, []).append(trial)
     reference: dict[int, float] = {}
-    found = []
+    found: list[Row] = []
     for variant, ones in groups.items():
         counted = [one for one in ones if one.status == "finished"] or ones
         finals = {one.seed: one.value for one in ones if one.status == "finished" and one.value is not None}

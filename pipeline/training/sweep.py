@@ -28,6 +28,7 @@ from pipeline.training.trial import in_one_process, read_ended, run_trial
 
 log = logging.getLogger(__name__)
 
+DRAWS = 64  # of a space, to see whether all of its variants have a number in them
 SUGGESTED = "suggested.json"  # in the sweep's folder: what a model-based search has asked for, in order
 
 
@@ -145,13 +146,13 @@ def _run_trials(
     count = (own.num_samples or 1) if search else len(trials)
     ended = sum(_counts(one.config) for one in trials)
     at_most = own.max_concurrent or _fitting(examples)
+    if search and not all(_has_number(variant) for variant in plan.draws(DRAWS)):
+        at_most = 1  # the search may ask for the same variant twice, which has one folder
     log.info("%d trials, %d of them ended before, at most %d at the same time", count, ended, at_most)
     # A fresh experiment at every start, since trials remember by themselves.
     storage.remove(storage.join(folder, "tune"))
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = (
-        "1"  # metrics go to MLflow; do not warn that files lack
-    )
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials have MLflow; no warning that files lack
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         tune.with_resources(trial, lambda config: _resources(find(config).config)),
@@ -183,7 +184,11 @@ def _run_trials(
             lost.add(found.config.name)
             log.warning("%s: its process was lost: %s", found.config.name, result.error)
     over = [name for name, one in tried.items() if name in lost or read_ended(one.config) is not None]
-    return list(tried.values()), len(over) == len(tried) >= min(count, len(tried))
+    return list(tried.values()), len(over) == len(tried) and len(results) >= count
+
+
+def _has_number(variant: Variant) -> bool:
+    return any(isinstance(value, float) for value in variant.choices.values())
 
 
 def _counts(config: RunConfig) -> bool:
@@ -298,7 +303,7 @@ class _Progress(tune.Callback):
     ) -> None:
         """One judgement."""
         found = self._find(trial.config)
-        if found.config.name not in self._quiet and self._metric in result:
+        if self._metric in result and not result.get("repeated"):
             log.info(
                 "%s: step %d/%d  %s %.4g",
                 _title(found),

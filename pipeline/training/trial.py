@@ -80,7 +80,7 @@ def run_trial(config: RunConfig, metric: str, tags: dict[str, str]) -> None:
     """
     run = checkpoint.run_folder(config)
     for report in read_reports(run):
-        tune.report({**report, "folder": run})
+        tune.report({**report, "folder": run, "repeated": True})
     ended = read_ended(config)
     if ended is not None and ended.counts(config):
         return

@@ -34,7 +34,7 @@ def runs(folder: Path) -> dict[str, Run]:
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     file = write(
         tmp_path,
-        300,
+        160,
         20,
         1,
         space={"model.swap.norm": {"grid": ["layer", "rms"]}},
@@ -43,7 +43,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     )
     with LaunchedJob("sweep", file, tmp_path) as job:
         job.wait_for(r"\(1 of 4 trials")
-        job.wait_for(r"norm=layer seed 1: step 60/300")
+        job.wait_for(r"norm=layer seed 1: step 60/160")
         job.kill_driver()
     before = runs(tmp_path)
     (done,) = [name for name, run in before.items() if run.info.status == "FINISHED"]
@@ -52,7 +52,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     with LaunchedJob("sweep", file, tmp_path) as job:
         text = job.finish()
     assert "4 trials, 1 of them ended before" in text
-    assert "norm=layer seed 1: step 20/300" not in text  # it went on from a checkpoint
+    assert "norm=layer seed 1: step 20/160" not in text  # it went on from a checkpoint
     after = runs(tmp_path)
     for name in (done, cut, "swept"):
         assert after[name].info.run_id == before[name].info.run_id
@@ -62,7 +62,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert sum(run.data.tags.get("mlflow.parentRunId") == parent for run in after.values()) == 4
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     steps = {p.step for p in client.get_metric_history(after[cut].info.run_id, "validation/perplexity")}
-    assert steps == set(range(20, 301, 20))
+    assert steps == set(range(20, 161, 20))
 
 
 @pytest.mark.slow
