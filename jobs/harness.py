@@ -45,7 +45,7 @@ def main() -> None:
             model = load_model(path, (device or "cuda") if here else "cpu")
             if not isinstance(model.tokenizer, Tokenizer):
                 raise CapabilityError(f"path: {path!r} has no text tokenizer; expected a model of text")
-            asked = int(batch_size) if str(batch_size).isdigit() else 1
+            asked = int(str(batch_size)) if str(batch_size).isdigit() else 1
             rows = asked if asked > 1 else rows
             super().__init__(model.denoiser, model.bos, model.tokenizer, draws, seed, steps, rows)
 

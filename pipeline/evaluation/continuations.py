@@ -120,7 +120,8 @@ def windows(prompt: Sequence[int], continuation: Sequence[int], room: int) -> li
     if len(continuation) <= max(room - len(prompt), room // 2):
         return [(prompt[len(prompt) - min(len(prompt), room - len(continuation)) :], continuation)]
     whole = [*prompt, *continuation]
-    done, pieces = len(prompt), []
+    pieces: list[Pair] = []
+    done = len(prompt)
     while done < len(whole):
         new = min(len(whole) - done, max(room - done, room // 2, 1))
         pieces.append((whole[max(0, done + new - room) : done], whole[done : done + new]))

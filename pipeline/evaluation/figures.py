@@ -88,7 +88,6 @@ def frontier(
     for panel, (axes, name) in enumerate(zip(panels, names, strict=True)):
         style(axes, name, name)
         axes.set_xlabel("tokens/s", fontsize=9, color=GREY)
-        axes.set_xscale("log")
         for (model, found), color in zip(points.items(), cycle(_MODELS), strict=False):
             speeds = [speed for _, speed, _ in found]
             values = [figures[panel] for _, _, figures in found]
@@ -115,9 +114,7 @@ def frontier(
     return figure
 
 
-def convergence(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]], metric: str
-) -> Figure:
+def convergence(curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], metric: str) -> Figure:
     """Validation against tokens read, and against seconds of training.
 
     Args:
@@ -140,12 +137,10 @@ def convergence(
 
 
 def _logarithmic(axis: Axis, shown: Sequence[float]) -> None:
-    """A logarithmic scale with plain numbers, where the values span enough of one."""
+    """Plain numbers, on a logarithmic scale where the values span enough of one and none is below."""
     low, high = min(shown), max(shown)
-    if not low > 0:
-        return
-    axis.axes.set(**{f"{axis.axis_name}scale": "log" if high > 4 * low else "linear"})
-    if high > 4 * low:
+    if 0 < 4 * low < high:
+        (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axis.set_minor_locator(NullLocator())

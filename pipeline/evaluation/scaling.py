@@ -17,7 +17,9 @@ from pipeline.models.work import flops, training_work
 
 Stage = Literal[0, 1, 2, 3]
 
-HOP = 10e-6  # seconds for a message to the next GPU, an assumption; matters for small models on many GPUs only
+HOP = (
+    10e-6  # seconds for a message to the next GPU, an assumption; matters for small models on many GPUs only
+)
 # Bytes that a block keeps for its backward pass, for a token and an entry of the hidden size, in bf16 with
 # attention that keeps no scores (arXiv 2205.05198, table 2: 34 s b h). Cross-attention keeps as much.
 KEPT = 34
@@ -179,7 +181,9 @@ def break_even(recipe: Recipe, gpu: Gpu, share: float, gpus: int) -> float:
 def kept_of_a_row(recipe: Recipe) -> float:
     """Bytes of activations of a row, from `KEPT`."""
     model = recipe.model
-    blocks = model.blocks if isinstance(model, MDLMConfig) else model.encoder_blocks + model.decoder_blocks + 1
+    blocks = (
+        model.blocks if isinstance(model, MDLMConfig) else model.encoder_blocks + model.decoder_blocks + 1
+    )
     return KEPT * blocks * model.hidden * recipe.length
 
 

@@ -10,7 +10,8 @@ from pipeline.config.schema import MDLMConfig, PGMConfig, RunConfig
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "sweep")  # those have a base
+OTHERS = {"sweep", "benchmark"}  # files of another form
+FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name not in OTHERS)
 
 
 def problems(tree: dict[str, object]) -> str:

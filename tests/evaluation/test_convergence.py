@@ -59,7 +59,8 @@ def test_table_and_data() -> None:
 
 
 def test_figures() -> None:
-    curves = {"a": ([1e3, 2e3], [1.0, 2.0], [40.0, 5.0]), "b": ([1e3, 2e3], [2.0, 4.0], [30.0, 6.0])}
+    told = {"a": [[1e3, 2e3], [1.0, 2.0], [40.0, 5.0]], "b": [[1e3, 2e3], [2.0, 4.0], [30.0, 6.0]]}
+    curves = {name: (np.array(x), np.array(y), np.array(z)) for name, (x, y, z) in told.items()}
     by_tokens, by_time = (axes for axes in draw(curves, "perplexity").axes)
     assert [list(line.get_xdata()) for line in by_tokens.lines] == [[1e3, 2e3]] * 2
     assert [list(line.get_xdata()) for line in by_time.lines] == [[1, 2], [2, 4]]

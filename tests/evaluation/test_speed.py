@@ -52,7 +52,9 @@ def head_flops_of_the_loss(model: Denoiser, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("config", [*PGMS, *MDLMS, ARConfig(kind="ar", blocks=2, **SIZES)])
-def test_needed_flops_are_those_that_torch_counts(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_needed_flops_are_those_that_torch_counts(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "SHORT", 0)  # not the kernel that pads segments as short as these
     model = build(config, V, L)
     tokens, groups = random_rows(ROWS, L, V)
@@ -143,7 +145,16 @@ def test_parts_sum_to_the_whole_in_both_passes() -> None:
 
 
 def test_the_yardstick_tokeniser_gives_the_same_ids(tmp_path: Path) -> None:
-    tokens = [bytes([b]) for b in range(256)] + [b"th", b"he", b"the", b" the", b"re", b"lo", b"hello", b"\xe6\x9d"]
+    tokens = [bytes([b]) for b in range(256)] + [
+        b"th",
+        b"he",
+        b"the",
+        b" the",
+        b"re",
+        b"lo",
+        b"hello",
+        b"\xe6\x9d",
+    ]
     ranks = {token: rank for rank, token in enumerate(tokens)} | {b"hel": 300, b"hello": 301}
     file = tmp_path / "small.tiktoken"
     file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))

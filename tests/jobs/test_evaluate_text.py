@@ -31,6 +31,7 @@ L = 16
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     storage = tmp_path_factory.mktemp("judged")
+    scorer = save_scorer(tmp_path_factory.mktemp("scorer"), context=96)
     tree = {
         "name": "judged",
         "data": {"length": L, "validation_documents": 2, "shard_rows": 64, "streams": 4},
@@ -38,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "train": {"steps": 8, "batch": 8},
         "optim": {"warmup_steps": 2},
         "sampling": {"num_samples": 20, "steps": 4, "batch": 8, "top_p": 0.9},
-        "evaluation": {"rows": 40, "draws": 2, "scorer": save_scorer(storage / "scorer", context=96)},
+        "evaluation": {"rows": 40, "draws": 2, "scorer": scorer},
         "cluster": {"storage": str(storage)},
     }
     config = parse(tree, origin="test")

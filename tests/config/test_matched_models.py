@@ -1,0 +1,28 @@
+"""The four models of the comparison differ in what they are compared for, and in nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.load import load
+from pipeline.models import build
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = ("pgm", "mdlm", "complementary", "ar")
+
+
+def test_matched_parameters_equal_tokens_one_corpus() -> None:
+    compared = load(CONFIGS / "evaluate/compare.yaml")
+    files = [CONFIGS / f"text/compare_{name}.yaml" for name in NAMES]
+    runs = [load(file) for file in files]
+    assert [f"runs/{run.name}/model" for run in runs] == list(compared.evaluation.models.values())
+    counts = []
+    for file, run in zip(files, runs, strict=True):
+        assert run.data == compared.data
+        same = runs[0].train.steps, runs[0].train.batch, runs[0].optim
+        assert (run.train.steps, run.train.batch, run.optim) == same
+        tokens = run.train.steps * run.train.batch * run.data.length
+        parameters = sum(p.numel() for p in build(run.model, 257, run.data.length).parameters())
+        assert f"({parameters:,} parameters, {tokens:,} tokens)" in file.read_text().partition("\n")[0]
+        counts.append(parameters)
+    assert max(counts) == pytest.approx(min(counts), rel=0.02)
