@@ -144,12 +144,16 @@ def _fields(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
             for m in models
             if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)
         ]
-        models = tagged or [
-            inner
-            for m in models
-            if part in m.model_fields
-            for inner in _models(m.model_fields[part].annotation)
-        ] or models  # a name or a number in a mapping or list of sections
+        models = (
+            tagged
+            or [
+                inner
+                for m in models
+                if part in m.model_fields
+                for inner in _models(m.model_fields[part].annotation)
+            ]
+            or models
+        )  # a name or a number in a mapping or list of sections
     return sorted({name for model in models for name in model.model_fields})
 
 

@@ -1,7 +1,8 @@
-"""Step time, memory and communication of training on 1 to 1,024 GPUs, predicted: `python -m pipeline.evaluation.scaling`.
+"""Step time, memory and communication of training on 1 to 1,024 GPUs, predicted.
 
-Computed from the operations that a step needs, published rates of GPUs and links, and one measured number: the
-share of a GPU's peak that training reaches. Nothing here was run on that many GPUs.
+`python -m pipeline.evaluation.scaling` prints the tables of docs/scaling.md. They follow from the operations that a
+step needs, published rates of GPUs and links, and one measured number: the share of a GPU's peak that training
+reaches. Nothing here was run on that many GPUs.
 """
 
 import math
@@ -17,7 +18,9 @@ from pipeline.models.work import flops, training_work
 
 Stage = Literal[0, 1, 2, 3]
 
-HOP = 10e-6  # seconds for a message to the next GPU, an assumption; matters for small models on many GPUs only
+HOP = (
+    10e-6  # seconds for a message to the next GPU, an assumption; matters for small models on many GPUs only
+)
 # Bytes that a block keeps for its backward pass, for a token and an entry of the hidden size, in bf16 with
 # attention that keeps no scores (arXiv 2205.05198, table 2: 34 s b h). Cross-attention keeps as much.
 KEPT = 34
@@ -179,7 +182,9 @@ def break_even(recipe: Recipe, gpu: Gpu, share: float, gpus: int) -> float:
 def kept_of_a_row(recipe: Recipe) -> float:
     """Bytes of activations of a row, from `KEPT`."""
     model = recipe.model
-    blocks = model.blocks if isinstance(model, MDLMConfig) else model.encoder_blocks + model.decoder_blocks + 1
+    blocks = (
+        model.blocks if isinstance(model, MDLMConfig) else model.encoder_blocks + model.decoder_blocks + 1
+    )
     return KEPT * blocks * model.hidden * recipe.length
 
 

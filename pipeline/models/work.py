@@ -127,7 +127,11 @@ def _pgm(
     raw = min(queries, extent) if config.swap.pooling == "none" else queries
     wide = 4 * hidden if config.swap.query == "mlp4" else 0
     swap = cross - _products(queries, hidden, hidden) + _norms(raw, hidden)
-    swap += _products(raw, hidden, wide) + _products(raw, wide, hidden) if wide else _products(raw, hidden, hidden)
+    swap += (
+        _products(raw, hidden, wide) + _products(raw, wide, hidden)
+        if wide
+        else _products(raw, hidden, hidden)
+    )
     for op, count in swap.items():
         work[op] += count * (config.decoder_blocks if config.swap.every_block else 1)
     return work + _final(config, vocab_size, queries)

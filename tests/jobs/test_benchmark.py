@@ -60,7 +60,9 @@ def test_the_files_hold_the_figures(found: Benchmarked) -> None:
     lines = (folder / "benchmark.md").read_text().splitlines()
     table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     assert sum(cells[0].rstrip(" |") == "training pgm" for cells in table) == 2, "cases, parts"
-    assert any(cells[0] == "sampling pgm over sampling mdlm plain" and cells[4] in ("yes", "no") for cells in table)
+    assert any(
+        cells[0] == "sampling pgm over sampling mdlm plain" and cells[4] in ("yes", "no") for cells in table
+    )
     assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((folder / "traces").glob("*.json.gz"))) == len(rows)
 
