@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def _last_merge(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[by
     """The two parts that a token is merged from: what merging by the smaller ranks leaves of it."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
         least = pairs.index(min(pairs))
         parts[least : least + 2] = [parts[least] + parts[least + 1]]
     return parts[0], parts[1]

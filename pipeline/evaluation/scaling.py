@@ -1,7 +1,8 @@
-"""Step time, memory and communication of training on 1 to 1,024 GPUs, predicted: `python -m pipeline.evaluation.scaling`.
+"""Step time, memory and communication of training on 1 to 1,024 GPUs, predicted.
 
-Computed from the operations that a step needs, published rates of GPUs and links, and one measured number: the
-share of a GPU's peak that training reaches. Nothing here was run on that many GPUs.
+`python -m pipeline.evaluation.scaling` prints the tables of docs/scaling.md. They follow from the operations that a
+step needs, published rates of GPUs and links, and one measured number: the share of a GPU's peak that training
+reaches. Nothing here was run on that many GPUs.
 """
 
 import math

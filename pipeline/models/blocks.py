@@ -54,8 +54,8 @@ class SelfBlock(nn.Module):
             y = cache.attend(q, k, v, growth)
         else:
             y = attend(q, k, v, segments, segments, self.causal)
-        x = x + gate1 * self._drop(self.out(y.flatten(1)))
-        return x + gate2 * self._drop(self.mlp(self.norm2(x, shift2, scale2)))
+        x = torch.addcmul(x, gate1, self._drop(self.out(y.flatten(1))))
+        return torch.addcmul(x, gate2, self._drop(self.mlp(self.norm2(x, shift2, scale2))))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -93,8 +93,9 @@ class CrossBlock(nn.Module):
         q = self.q(self.q_norm(x, shift1, scale1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
         k, v = self.kv(self.kv_norm(encoded)).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
         y = attend(rotate(q, q_code), rotate(k, k_code), v, q_segments, k_segments).flatten(1)
-        x = x + gate1 * F.dropout(self.out(y), self.dropout, self.training)
-        return x + gate2 * F.dropout(self.mlp(self.norm2(x, shift2, scale2)), self.dropout, self.training)
+        x = torch.addcmul(x, gate1, F.dropout(self.out(y), self.dropout, self.training))
+        rest = F.dropout(self.mlp(self.norm2(x, shift2, scale2)), self.dropout, self.training)
+        return torch.addcmul(x, gate2, rest)
 
 
 class GroupSwap(nn.Module):

@@ -1,7 +1,7 @@
 """Small layers that every trunk is made of: norm, modulation, rotary and sinusoidal positions, MLP, head."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,33 @@ def rotate(x: Float[Tensor, "T N D"], code: tuple[Tensor, Tensor]) -> Float[Tens
 
     Source: method.md section 2, "Block details".
     """
-    cos, sin = code
-    low, high = wide(x).chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
+    turned: Tensor = _Turn.apply(wide(x), *code)
+    return turned.to(x.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """The rotation, written straight into its result: a third of the memory traffic of the formula.
+
+    Its gradient is the rotation back, so nothing of x is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (low, high), (low_out, high_out) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(low, cos, out=low_out).addcmul_(high, sin, value=-direction)
+    torch.mul(high, cos, out=high_out).addcmul_(low, sin, value=direction)
+    return out
 
 
 def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:

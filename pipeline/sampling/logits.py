@@ -1,5 +1,7 @@
 """From hidden vectors to drawn tokens, a chunk of rows at a time."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +12,9 @@ from torch import Tensor
 from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
 from pipeline.models.layers import LOGITS_AT_ONCE, Head
+
+_DOUBLES_AT_ONCE = 1 << 19  # entries of rows x V that are turned into draws together: 4 MiB
+_LEAST = math.log(torch.finfo(torch.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,49 @@ def draw_tokens(
         hidden: [Q, H]; noise: [Q] float64 uniforms in [0, 1); returns [Q] each. V-wide tensors exist for a
         chunk of rows only.
     """
-    rows = max(1, LOGITS_AT_ONCE // head.vocab_size)
-    others = [None] * -(-len(hidden) // rows) if unconditional is None else unconditional.split(rows)
-    chunks = zip(hidden.split(rows), noise.split(rows), others, strict=True) if len(hidden) else ()
-    drawn = [_invert(_guided(head, h, other, guidance), u, filters) for h, u, other in chunks]
+    chunks = _chunks(head, hidden, noise, filters, unconditional, guidance)
+    drawn = [_with_certainty(logits, u) for logits, u in chunks]
     if not drawn:
         return Drawn(noise.long(), noise, noise)
     return Drawn(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+
+
+def draw_ids(
+    head: Head,
+    hidden: Float[Tensor, "Q H"],
+    noise: Float[Tensor, "Q"],
+    filters: Filters = Filters(),
+    unconditional: Float[Tensor, "Q H"] | None = None,
+    guidance: float = 0.0,
+) -> Int[Tensor, "Q"]:
+    """The tokens of `draw_tokens` alone, for orders that do not ask how sure they are: several times as fast."""
+    chunks = _chunks(head, hidden, noise, filters, unconditional, guidance)
+    drawn = [_inverted(logits, u) for logits, u in chunks]
+    return torch.cat(drawn) if drawn else noise.long()
+
+
+def _chunks(
+    head: Head,
+    hidden: Float[Tensor, "Q H"],
+    noise: Float[Tensor, "Q"],
+    filters: Filters,
+    unconditional: Float[Tensor, "Q H"] | None,
+    guidance: float,
+) -> Iterator[tuple[Float[Tensor, "q V"], Float[Tensor, "q"]]]:
+    """Filtered logits in float64 and their noise, for some rows at a time.
+
+    The head takes as many rows as its product likes, and what comes after it fewer, which stay in the cache.
+    """
+    rows, fewer = (max(1, count // head.vocab_size) for count in (LOGITS_AT_ONCE, _DOUBLES_AT_ONCE))
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        other = None if unconditional is None else unconditional[part]
+        logits = _guided(head, hidden[part], other, guidance)
+        for few, u in zip(logits.split(fewer), noise[part].split(fewer), strict=True):
+            doubled = few.double()
+            if filters.temperature != 1:
+                doubled = doubled / filters.temperature
+            yield _filtered(doubled, filters), u
 
 
 def _guided(
@@ -92,16 +133,20 @@ def _guided(
     return (1 + guidance) * with_class - guidance * without
 
 
-def _invert(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"], filters: Filters) -> Drawn:
-    probability = _filtered(logits.double() / filters.temperature, filters).softmax(-1)
-    cumulative = probability.cumsum(-1)
+def _inverted(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"]) -> Int[Tensor, "q"]:
+    """Ids at which the cumulative distribution passes the noise, which is stretched to the sum: no division."""
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
     # `right`: the first id whose cumulative probability exceeds the noise, so never one of probability 0.
     found = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)
-    tokens = found.clamp(max=logits.shape[-1] - 1)
-    log_prob = probability.gather(1, tokens).squeeze(1).log()
-    # A product with the logarithm: special.entr takes several times as long, as long as all the rest.
-    logarithm = probability.clamp(min=torch.finfo(torch.float64).tiny).log()
-    return Drawn(tokens.squeeze(1), log_prob, -(probability * logarithm).sum(-1))
+    return found.clamp(max=cumulative.shape[-1] - 1).squeeze(1)
+
+
+def _with_certainty(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"]) -> Drawn:
+    log_prob = logits - logits.logsumexp(-1, keepdim=True)
+    tokens = _inverted(logits, noise)
+    # 0 log 0 is 0. A product with the logarithm: special.entr takes several times as long as all the rest.
+    entropy = -(log_prob.exp() * log_prob.clamp(min=_LEAST)).sum(-1)
+    return Drawn(tokens, log_prob.gather(1, tokens[:, None]).squeeze(1), entropy)
 
 
 def _filtered(logits: Float[Tensor, "q V"], filters: Filters) -> Float[Tensor, "q V"]:

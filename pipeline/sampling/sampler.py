@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling import orders
-from pipeline.sampling.logits import Drawn, Filters, draw_tokens
+from pipeline.sampling.logits import Drawn, Filters, draw_ids, draw_tokens
 from pipeline.sampling.orders import Order
 
 Progress = Callable[[int, int], None]  # (steps done, steps)
@@ -132,12 +132,29 @@ class _Rows:
         noise: Float[Tensor, "Q"],
         progress: float,
     ) -> Drawn:
-        """Tokens at packed positions, after a share `progress` of the steps."""
-        copies, model = self._copies, self._model
-        hidden = model.hidden(self._state, positions.repeat(copies), list(lengths) * copies)
-        hidden, *without = hidden.chunk(copies)
-        other = without[0] if without else None
-        return draw_tokens(model.head, hidden, noise, self._filters, other, progress * self._guidance)
+        """Tokens at packed positions, after a share `progress` of the steps, and how sure the model is."""
+        hidden, other = self._hidden(positions, lengths)
+        return draw_tokens(self._model.head, hidden, noise, self._filters, other, progress * self._guidance)
+
+    def draw_ids(
+        self,
+        positions: Int[Tensor, "Q"],
+        lengths: Sequence[int],
+        noise: Float[Tensor, "Q"],
+        progress: float,
+    ) -> Int[Tensor, "Q"]:
+        """The tokens of `draw` alone."""
+        hidden, other = self._hidden(positions, lengths)
+        return draw_ids(self._model.head, hidden, noise, self._filters, other, progress * self._guidance)
+
+    def _hidden(
+        self, positions: Int[Tensor, "Q"], lengths: Sequence[int]
+    ) -> tuple[Float[Tensor, "Q H"], Float[Tensor, "Q H"] | None]:
+        """Vectors with class, and under guidance those without."""
+        copies = self._copies
+        hidden = self._model.hidden(self._state, positions.repeat(copies), list(lengths) * copies)
+        own, *without = hidden.chunk(copies)
+        return own, without[0] if without else None
 
 
 def _follow(
@@ -163,7 +180,7 @@ def _follow(
     for step, (lengths, (position, cell, uniform)) in enumerate(zip(counts.tolist(), parts, strict=True)):
         if any(lengths):  # a step in which no row reveals anything is not run
             done = step / max(len(counts) - 1, 1)
-            drawn = rows.draw(position, lengths, uniform, done).tokens
+            drawn = rows.draw_ids(position, lengths, uniform, done)
             tokens.view(-1)[cell] = drawn
             rows.extend(drawn, position, lengths)
         if progress is not None:
