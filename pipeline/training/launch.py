@@ -12,6 +12,9 @@ from typing import Literal
 import ray
 import ray.train
 import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -23,6 +26,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
     ReschedulingState,
@@ -50,6 +54,7 @@ log = logging.getLogger(__name__)
 Group = Callable[[schema.RunConfig, Job, str, bool], None]
 
 FATAL = "fatal.json"  # in the run's folder: an error that no restart can mend
+CLAIM = "claim"  # likewise: under which name Ray holds the run's places
 # Seconds that Ray waits for the places of an elastic group. Its view of the nodes is up to 20 s old, so after a
 # loss it may ask for places that are gone, and only then for fewer; its own minute would be spent waiting.
 PLACES_S = 10
@@ -191,6 +196,7 @@ def run_group(
     """Run the worker group to the end; Ray restarts it after a failure, and the loop resumes by itself."""
     # The loop finds its own checkpoints, and prunes them; Ray's record of an earlier start would miss those.
     storage.remove(storage.join(run, "checkpoint_manager_snapshot.json"))
+    _release(run)
     asked = config.cluster
     folder, name = run.rsplit("/", 1)
     filesystem, folder = storage.arrow(folder)
@@ -234,6 +240,17 @@ def run_group(
             raise getattr(errors, told["kind"])(told["message"]) from None
 
 
+def _release(run: str) -> None:
+    """Give back what an earlier start of the run holds, if its driver was killed.
+
+    Ray would keep those places for three minutes more, and an elastic group would wait for them.
+    """
+    claim = storage.join(run, CLAIM)
+    if storage.exists(claim):
+        holder = f"train-{storage.read_text(claim)}"
+        ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(holder), timeout=60)
+
+
 def reason(error: ray.train.TrainingFailedError) -> str:
     """What a failed run failed of, in one line: every kind of failure once, with the first worker that had it."""
     failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
@@ -269,6 +286,10 @@ class Between(ControllerCallback):
 
     def __init__(self, run: str):
         self._run = run
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Note the name for `_release`."""
+        storage.publish_text(storage.join(self._run, CLAIM), train_run_context.run_id)
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState

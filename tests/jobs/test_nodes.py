@@ -17,7 +17,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.tracking import tracking_uri
 from pipeline.training import checkpoint
 
-STEPS, EVERY, NODES = 700, 20, 3
+STEPS, EVERY, NODES = 300, 10, 3
 
 
 def elastic(storage: Path, name: str) -> RunConfig:
@@ -90,7 +90,7 @@ def test_lost_nodes_and_a_killed_driver_change_neither_rows_nor_losses(tmp_path:
         environment = {**nodes.environment, **watched}
         with LaunchedJob("pretrain", config, tmp_path, environment=environment) as job:
             story.back(job, "start", began, 0, NODES)
-            for left, step in ((2, 25 + rng.randrange(30)), (1, 75 + rng.randrange(30))):
+            for left, step in ((2, 14 + rng.randrange(10)), (1, 40 + rng.randrange(10))):
                 job.wait_for(rf"step {step}/{STEPS} ", timeout=240)
                 seen, when = len(job.lines), nodes.lose(rng.randrange(left + 1))
                 start = story.back(job, f"node lost at step {step}", when, seen, left)

@@ -12,7 +12,7 @@ from ray.train.v2._internal.execution.callback import WorkerCallback
 
 FOLDER = "WITNESS_FOLDER"  # environment variable: where
 SLOW = "slow"  # while this file is there, a step takes at least SECONDS
-SECONDS = 0.15
+SECONDS = 0.5
 
 
 class Witness(WorkerCallback):
