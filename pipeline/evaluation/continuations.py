@@ -51,8 +51,8 @@ def score_continuations(
     """The `count` bound of continuations given prompts (the exact value for AR), batched over pairs and draws.
 
     The prompt is known throughout; n tokens of the continuation are hidden, n uniform and stratified over the
-    draws; what lies behind the continuation is unknown to the model. How a pair is hidden depends on its own ids
-    and the seed, so its score does not depend on the others.
+    draws; what lies behind the continuation is unknown to the model. What is hidden depends on the continuation's
+    ids and the seed: a score does not depend on other pairs, and prompts of one continuation compare with less noise.
 
     Args:
         batch: rows of a forward pass, of as many pairs as fit with all their draws.
@@ -155,7 +155,7 @@ def _hidden_rows(
         if model.left_to_right:
             groups[pair, :, begin:end], weights[pair, :, begin:end] = True, 1
             continue
-        rng = np.random.default_rng(seed_of(seed, prompt, continuation))
+        rng = np.random.default_rng(seed_of(seed, continuation))
         n = 1 + np.floor(stratified(draws, rng) * len(continuation)).astype(np.int64)
         hidden: Bool[np.ndarray, "draws n"] = draw_subset(rng, n, len(continuation), bos=False)
         groups[pair, :, begin:end] = hidden
