@@ -91,7 +91,7 @@ def compare(config: RunConfig) -> Comparison:
         ]
         judge = _judge_text if config.data.kind == "text" else _judge_images
         points, bounds, beside, samples = judge(config, subjects, contenders, own, resources)
-        metric = checkpoint.metric_of(config)
+        metric = config.validation_metric
         curves = _curves(config, subjects, f"validation/{metric}")
         found = Comparison(bounds, points, curves, metric, into, uri)
         page = _page(config, found, subjects, contenders, own, beside, samples)

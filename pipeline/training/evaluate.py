@@ -337,7 +337,7 @@ def mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
 
 def _training(config: RunConfig, uri: str, run_id: str) -> list[Section]:
     """The curves of the run's training, where MLflow has them."""
-    keys = ["train/loss", f"validation/{checkpoint.metric_of(config)}"]
+    keys = ["train/loss", f"validation/{config.validation_metric}"]
     history = tracking.metric_history(uri, run_id, keys)
     if not history["train/loss"]:
         return []

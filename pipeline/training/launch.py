@@ -210,8 +210,8 @@ def run_group(
         _worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=(asked.least, asked.most) if elastic else asked.most,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=(asked.least, asked.most) if elastic else asked.most,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=GROWTH_S,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": asked.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
@@ -222,7 +222,7 @@ def run_group(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=asked.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[Between(run), *callbacks],
+            callbacks=[Between(run), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
         ),
     )
     try:

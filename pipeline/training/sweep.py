@@ -177,7 +177,7 @@ def _run_trials(
     results = tuner.fit()
     tried = {one.config.name: one for one in trials}
     lost = set()
-    for result in results:
+    for result in (results[at] for at in range(len(results))):
         found = find(result.config or {})
         tried[found.config.name] = found
         if result.error is not None:
@@ -210,9 +210,9 @@ def _fitting(configs: Sequence[RunConfig]) -> int:
     there, most = ray.cluster_resources(), []
     for config in filter(_fits, configs):
         asked = config.cluster
-        most.append(there.get("CPU", 0) // (asked.workers * asked.cpus_per_worker))
+        most.append(there.get("CPU", 0) // (asked.most * asked.cpus_per_worker))
         if check_resources(config):
-            most.append(there.get("GPU", 0) // asked.workers)
+            most.append(there.get("GPU", 0) // asked.most)
     return int(min(most, default=1))
 
 
@@ -275,7 +275,8 @@ class _Progress(tune.Callback):
     ):
         self._find, self._metric, self._count, self._ended = find, metric, count, ended
         self._before, self._began = ended, time.monotonic()
-        self._file, self._suggested = storage.join(folder, SUGGESTED), []
+        self._file = storage.join(folder, SUGGESTED)
+        self._suggested: list[dict[str, Any]] = []
         self._quiet: set[str] = set()
 
     def on_trial_start(
