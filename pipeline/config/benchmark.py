@@ -33,7 +33,7 @@ class SamplingCase(Section):
     @property
     def label(self) -> str:
         """Its name in tables and in `ratios`."""
-        words = [self.form] * (self.form != "own") + [self.order] * (self.order != "uniform")
+        words: list[str] = [self.form] * (self.form != "own") + [self.order] * (self.order != "uniform")
         words += [f"refresh_every {self.refresh_every}"] * (self.refresh_every > 1)
         return " ".join(["sampling", self.model, *words])
 
@@ -76,9 +76,15 @@ class BenchmarkConfig(Section):
     storage: str = "runs"  # the report goes to the folder benchmarks/NAME in it
     tracking: TrackingConfig = TrackingConfig(experiment="benchmark", system_metrics=False)
 
+    @property
+    def cases(self) -> tuple[TrainingCase | SamplingCase, ...]:
+        """All that is timed."""
+        return (*self.training, *self.sampling)
+
     @model_validator(mode="after")
     def _names_exist(self) -> "BenchmarkConfig":
-        for case in (*self.training, *self.sampling):
+        cases = self.cases
+        for case in cases:
             if case.model not in self.models:
                 known = ", ".join(self.models)
                 raise ValueError(
@@ -86,7 +92,7 @@ class BenchmarkConfig(Section):
                     f"{did_you_mean(case.model, self.models)}"
                 )
             self._check(case)
-        labels = [case.label for case in (*self.training, *self.sampling)]
+        labels = [case.label for case in cases]
         for label in (name for ratio in self.ratios for name in (ratio.of, ratio.over)):
             if label not in labels:
                 raise ValueError(

@@ -1,6 +1,6 @@
 """Where the time of a step goes: stamps between a model's parts, in the forward and in the backward pass."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +29,7 @@ class Parts:
         self._now, self._running = now, False
         self._last, self._part = 0.0, ""
         self._ends: list[str] = []  # parts that the stamps of this forward pass end, in its order
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         model.embedding.register_forward_pre_hook(self._before_embedding)
         model.head.register_forward_pre_hook(self._before_head)
         model.head.register_forward_hook(lambda *_: self.mark("head + loss"))
@@ -44,7 +44,7 @@ class Parts:
 
     def start(self) -> None:
         """Forget the last run and begin."""
-        self.seconds, self._part, self._running = Counter(), "", True
+        self.seconds, self._part, self._running = defaultdict(float), "", True
         self._ends.clear()
         self._last = self._now()
 
@@ -89,11 +89,11 @@ class _Stamp(torch.autograd.Function):
     """The identity, which tells when the gradient passes it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: Parts, index: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, parts: Parts, index: int) -> Tensor:
         ctx.parts, ctx.index = parts, index
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.parts.passed(ctx.index)
         return gradient, None, None

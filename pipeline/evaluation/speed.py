@@ -116,7 +116,7 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[M
         if traces is not None:
             _trace(runners, traces)
     if config.memory:
-        for case, one in zip((*config.training, *config.sampling), found, strict=True):
+        for case, one in zip(config.cases, found, strict=True):
             one.peak_mib = peak_memory(config, case)
             if isinstance(case, TrainingCase):
                 large = config.model_copy(update={"vocabulary": config.memory_vocabulary})

@@ -95,8 +95,8 @@ def sampling_work(
             work += _trunk(config, vocab_size, config.blocks, width, rows * count)
         else:
             stored, own = known + config.registers // 2, 0 if step % refresh_every == 0 else encoded
-            parts = [[stored - own] * rows, [stored] * rows, [count] * rows]
-            work += _pgm(config, vocab_size, *parts, length + config.registers)
+            new, there, asked = ([width] * rows for width in (stored - own, stored, count))
+            work += _pgm(config, vocab_size, new, there, asked, length + config.registers)
             encoded = stored
         known += count
     return work
@@ -172,7 +172,8 @@ def _final(config: TrunkConfig, vocab_size: int, rows: int) -> Work:
 
 def _attention(config: TrunkConfig, asked: Sequence[int], read: Sequence[int], causal: bool = False) -> Work:
     """Equal segments are one operation, others one each; pairs without queries or keys are none."""
-    size, kind = config.hidden // config.heads, "causal" if causal else "attention"
+    size = config.hidden // config.heads
+    kind: Literal["causal", "attention"] = "causal" if causal else "attention"
     pairs = Counter(pair for pair in zip(asked, read, strict=True) if all(pair))
     if len(pairs) == 1 and pairs.total() == len(asked):
         return Counter({Op(kind, (n, config.heads, *pair, size)): 1 for pair, n in pairs.items()})
