@@ -20,7 +20,6 @@ from ray.train import (
     CheckpointUploadMode,
     FailureConfig,
     RunConfig,
-    ScalingConfig,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -32,6 +31,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
     TrainControllerState,
 )
+from ray.train.v2.api.config import ScalingConfig  # what ray.train gives, by the name that type checkers see
 from ray.util.metrics import Gauge
 
 from pipeline import errors, logs, storage, tracking
@@ -208,7 +208,7 @@ def _fit(config: schema.RunConfig, job: Job, run: str, use_gpu: bool) -> None:
             storage_path=folder,
             failure_config=FailureConfig(max_failures=asked.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[Between(run)],
+            callbacks=[Between(run)],  # type: ignore[list-item]  # Ray takes its controller's too
         ),
     )
     try:
