@@ -21,7 +21,6 @@ from ray.train import (
     CheckpointUploadMode,
     FailureConfig,
     RunConfig,
-    ScalingConfig,
     UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -34,6 +33,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
     TrainControllerState,
 )
+from ray.train.v2.api.config import ScalingConfig  # what ray.train gives, by the name that type checkers see
 from ray.util.metrics import Gauge
 
 from pipeline import errors, logs, storage, tracking
@@ -210,8 +210,8 @@ def run_group(
         _worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(  # type: ignore[call-arg]
-            num_workers=(asked.least, asked.most) if elastic else asked.most,  # type: ignore[arg-type]
+        scaling_config=ScalingConfig(
+            num_workers=(asked.least, asked.most) if elastic else asked.most,
             elastic_resize_monitor_interval_s=GROWTH_S,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": asked.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
