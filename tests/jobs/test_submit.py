@@ -59,7 +59,7 @@ class Head:
     environment: dict[str, str]
     database: Path  # MLflow's
 
-    def submit(self, *words: str, timeout: float = 200) -> tuple[int, str]:
+    def submit(self, *words: str, timeout: float = 400) -> tuple[int, str]:
         """`ray job submit` to the end: its code and all it printed."""
         line = [BIN / "ray", "job", "submit", "--address", self.address, "--working-dir", ".", *words]
         done = subprocess.run(
@@ -80,7 +80,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(ready: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+def wait_until(ready: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
