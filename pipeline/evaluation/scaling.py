@@ -7,9 +7,11 @@ reaches. Nothing here was run on that many GPUs.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 
 from pipeline.config.schema import MDLMConfig, PGMConfig
 from pipeline.models import build
@@ -70,11 +72,12 @@ class Recipe:
     length: int
     measured: float
 
-    @property
+    @cached_property
     def parameters(self) -> int:
-        return sum(p.numel() for p in build(self.model, self.vocabulary, self.length).parameters())
+        with torch.device("meta"):  # shapes without values
+            return sum(p.numel() for p in build(self.model, self.vocabulary, self.length).parameters())
 
-    @property
+    @cached_property
     def flops_of_a_row(self) -> float:
         """Needed for forward and backward, mean over random groups of the log-linear schedule."""
         rng = np.random.default_rng(0)
