@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 
 from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.data.shards import Manifest
@@ -19,6 +20,7 @@ from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.folder import DataFacts
 from pipeline.models.layers import LOGITS_AT_ONCE
+from pipeline.models.work import flops, training_work
 
 SHARE_OF_PEAK = 0.35  # of the dense peak that a step is assumed to reach
 RESERVE = 0.9  # share of a GPU's memory that tensors can have; the rest is CUDA's and fragmentation
@@ -134,57 +136,16 @@ def states(count: int, train: TrainConfig, workers: int, kept_whole: int = 0) ->
     )
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Means over rows of a batch, drawn as training draws them."""
-
-    encoded: float  # tokens that the trunk (PGM: the encoder) runs
-    asked: float  # positions that the head, and PGM's decoder, run
-    own_pairs: float  # query-key pairs of one self-attention
-    cross_pairs: float  # and of one cross-attention
-
-
-def sizes(config: RunConfig, facts: DataFacts) -> Sizes:
-    """Mean sizes of what a row of training runs through the model."""
-    model, length, bos = config.model, facts.length, facts.bos is not None
-    _, groups = partition.draw(
-        config.seed, 0, _ROWS, length, config.diffusion.eps, bos, config.diffusion.schedule
-    )
-    hidden = groups.sum(1).astype(np.float64)  # group 1
-    known = length - hidden
-    half, all_asked = model.registers / 2, float(length - bos)
-    if model.kind == "ar":
-        total = length + model.registers
-        return Sizes(total, all_asked, total**2, 0)
-    if model.kind == "mdlm":
-        total, passes = length + model.registers, 2 if model.complementary else 1
-        asked = all_asked if model.complementary else float(hidden.mean())
-        return Sizes(passes * total, asked, passes * total**2, 0)
-    one, zero = hidden + half, known + half
-    cross = hidden * zero + (known - bos) * one
-    return Sizes(length + model.registers, all_asked, float((one**2 + zero**2).mean()), float(cross.mean()))
+def _groups(config: RunConfig, facts: DataFacts) -> Bool[np.ndarray, "B L"]:
+    """Groups of some rows, drawn as training draws them."""
+    bos = facts.bos is not None
+    settings = config.diffusion
+    return partition.draw(config.seed, 0, _ROWS, facts.length, settings.eps, bos, settings.schedule)[1]
 
 
 def forward_flops(config: RunConfig, facts: DataFacts) -> float:
-    """Floating-point operations of one row's forward pass: 2 for each multiply-add of the matrix products.
-
-    Blocks take 12 H^2 multiply-adds a token and 2 H a query-key pair; cross blocks 10 H^2 a query, 2 H^2 a key;
-    the swap H^2 a query (9 H^2 if its map is mlp4 and pooled) and 2 H^2 a key; the head V H a position. What does
-    not grow with tokens is left out.
-    """
-    model, s = config.model, sizes(config, facts)
-    square = float(model.hidden) ** 2
-    products = facts.vocab_size * model.hidden * s.asked
-    if model.kind != "pgm":
-        products += model.blocks * (12 * square * s.encoded + 2 * model.hidden * s.own_pairs)
-        return 2 * products
-    products += model.encoder_blocks * (12 * square * s.encoded + 2 * model.hidden * s.own_pairs)
-    cross = 2 * model.hidden * s.cross_pairs + 2 * square * s.encoded
-    products += model.decoder_blocks * (10 * square * s.asked + cross)
-    pooled = 0.0 if model.swap.pooling == "none" else 1.0 if model.swap.query == "linear" else 8.0
-    swaps = model.decoder_blocks if model.swap.every_block else 1
-    products += swaps * ((1 + pooled) * square * s.asked + cross)
-    return 2 * products
+    """Floating-point operations of one row's forward pass: 2 for each multiply-add of the matrix products."""
+    return flops(training_work(config.model, facts.vocab_size, _groups(config, facts))) / _ROWS
 
 
 def step_flops(config: RunConfig, facts: DataFacts) -> float:
@@ -205,18 +166,22 @@ def activations(config: RunConfig, facts: DataFacts) -> float:
     and rotations still work in float32; with recomputing one vector a block, and all of one block. The loss holds
     up to three chunks of 2^22 float32 logits.
     """
-    model, train, s = config.model, config.train, sizes(config, facts)
+    model, train = config.model, config.train
     rows = min(train.micro_batch, train.batch)
     each = model.hidden * KEPT[train.precision]
+    encoded, asked = float(facts.length + model.registers), float(facts.length - (facts.bos is not None))
     if model.kind == "pgm":
         swaps = model.decoder_blocks if model.swap.every_block else 1
-        runs = [s.encoded] * model.encoder_blocks + [s.asked] * (model.decoder_blocks + swaps)
+        runs = [encoded] * model.encoder_blocks + [asked] * (model.decoder_blocks + swaps)
     else:
-        runs = [s.encoded] * model.blocks
+        if model.kind == "mdlm":
+            encoded *= 2 if model.complementary else 1
+            asked = asked if model.complementary else float(_groups(config, facts).sum(1).mean())
+        runs = [encoded] * model.blocks
     kept = sum(runs) * each
     if train.activation_checkpointing:
         kept = sum(runs) * model.hidden * (4 if train.precision == "fp32" else 2) + max(runs) * each
-    return rows * kept + 3 * 4 * min(rows * s.asked * facts.vocab_size, LOGITS_AT_ONCE)
+    return rows * kept + 3 * 4 * min(rows * asked * facts.vocab_size, LOGITS_AT_ONCE)
 
 
 def report(
@@ -245,7 +210,7 @@ def report(
     total, workers = sum(counts.values()), _workers(config)
     tokens = train.steps * train.batch * facts.length
     parts = -(-train.batch // (workers * train.micro_batch))
-    flops = step_flops(config, facts)
+    needed = step_flops(config, facts)
     lines = [
         f"parameters   {total:,} ({', '.join(f'{name} {n:,}' for name, n in counts.items() if n)})",
         f"tokens       {tokens:,} in {train.steps:,} steps of {train.batch} rows of {facts.length}",
@@ -257,7 +222,7 @@ def report(
         ),
         f"workers      {workers}, each {parts} micro-batches of up to {train.micro_batch} rows a step; "
         f"{config.data.streams} streams of data",
-        f"arithmetic   {flops:.3g} FLOPs a step, {flops * train.steps:.3g} in all",
+        f"arithmetic   {needed:.3g} FLOPs a step, {needed * train.steps:.3g} in all",
         "",
         f"memory of one GPU, GiB, {train.precision} (the run's: ZeRO stage {train.zero_stage})",
         "  stage  weights  gradients  optimiser    EMA  activations (estimate)  all",
@@ -278,7 +243,7 @@ def report(
         f"time at {SHARE_OF_PEAK:.0%} of each type's dense {train.precision} peak, on {workers} GPUs",
     ]
     for name, gpu in gpus.items():
-        seconds = flops / (
+        seconds = needed / (
             workers * SHARE_OF_PEAK * 1e12 * (gpu.bf16 if train.precision == "bf16" else gpu.fp32)
         )
         fits = "fits" if need <= RESERVE * gpu.memory_gib * 2**30 else "DOES NOT FIT"

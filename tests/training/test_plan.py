@@ -82,7 +82,10 @@ def test_parameters_and_operations_are_the_models(name: str) -> None:
     # The plain kernel of attention: the counter knows no other on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(first_batch(config, model)).sum().backward()
-    assert plan.step_flops(config, facts) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    counted = counter.get_total_flops()
+    if config.model.kind == "ar":  # that kernel multiplies the half that causal attention does not need
+        counted -= 3 * 4 * config.model.blocks * ROWS * config.model.hidden * (LENGTH * (LENGTH - 1) // 2)
+    assert plan.step_flops(config, facts) == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
