@@ -35,12 +35,13 @@ class Nodes:
 
     def _add(self, **options: Any) -> Any:
         """Ray gives a node 30 seconds to start, which a busy machine may need more than once."""
-        for left in (2, 1, 0):
+        for _ in range(2):
             try:
                 return self._cluster.add_node(**options)
             except Exception as error:
-                if left == 0 or "timed out during startup" not in str(error):
+                if "timed out during startup" not in str(error):
                     raise
+        return self._cluster.add_node(**options)
 
     def __exit__(self, *error: object) -> None:
         self._cluster.shutdown()
