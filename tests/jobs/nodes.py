@@ -23,25 +23,15 @@ class Nodes:
         self._folder = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")
         self._patch.setenv("RAY_TMPDIR", self._folder)
         self._patch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), *_path()]))
-        self._cluster = Cluster()
         try:
-            self._add(num_cpus=0, include_dashboard=False)
+            self._cluster = Cluster()
+            self._cluster.add_node(num_cpus=0, include_dashboard=False)
             for _ in range(self.count):
                 self.add()
         except BaseException:
             self.__exit__()
             raise
         return self
-
-    def _add(self, **options: Any) -> Any:
-        """Ray gives a node 30 seconds to start, which a busy machine may need more than once."""
-        for _ in range(2):
-            try:
-                return self._cluster.add_node(**options)
-            except Exception as error:
-                if "timed out during startup" not in str(error):
-                    raise
-        return self._cluster.add_node(**options)
 
     def __exit__(self, *error: object) -> None:
         self._cluster.shutdown()
@@ -56,7 +46,7 @@ class Nodes:
 
     def add(self) -> None:
         """One more node."""
-        self.workers.append(self._add(num_cpus=1))
+        self.workers.append(self._cluster.add_node(num_cpus=1))
 
     def lose(self, index: int) -> float:
         """SIGKILL to everything on a node; when."""
