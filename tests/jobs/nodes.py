@@ -1,4 +1,4 @@
-"""A cluster of several nodes, all of them on this machine, whose nodes can be lost, drained and added."""
+"""A cluster of several nodes, all of them on this machine, whose nodes can be lost and added."""
 
 import os
 import shutil
@@ -53,17 +53,6 @@ class Nodes:
         now = time.monotonic()
         self._cluster.remove_node(self.workers.pop(index), allow_graceful=False)
         return now
-
-    def drain(self, index: int, seconds: float) -> None:
-        """Announce that a node will be preempted, as `ray drain-node` and a node's SIGTERM handler do."""
-        from ray._raylet import GcsClient
-        from ray.core.generated import autoscaler_pb2
-
-        deadline = int((time.time() + seconds) * 1000)
-        client = GcsClient(address=self._cluster.address)
-        reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
-        accepted, why = client.drain_node(self.workers[index].node_id, reason, "test", deadline)
-        assert accepted, why
 
 
 def _path() -> list[str]:
