@@ -25,7 +25,7 @@ def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*arguments: object) -> None:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr(launch, "_fit", start)
+    monkeypatch.setattr(launch, "run_group", start)
 
 
 def save(into: Path, model: ModelConfig, vocab_size: int = 257, length: int = 16) -> str:
