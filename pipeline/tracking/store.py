@@ -3,11 +3,12 @@
 mlflow takes seconds to import, so every function imports it when called: workers that log nothing never do.
 """
 
+import io
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,7 +113,8 @@ def child_of(parent_id: str) -> dict[str, str]:
 def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
     """Mark a run as over. An MLflow outage is only a warning: the training itself has ended as it has."""
     try:
-        with answering(uri):
+        # MLflow would print the run's address as it was given, user and password included.
+        with answering(uri), redirect_stdout(io.StringIO()):
             connect(uri).set_terminated(run_id, status=status)
     except ConfigError as error:
         _log.warning("MLflow run %s ended as %s, which could not be recorded: %s", run_id, status, error)

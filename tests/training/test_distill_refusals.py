@@ -211,6 +211,7 @@ def test_guidance_without_a_model_section_waits_for_the_teachers(tmp_path: Path)
         "name": "a",
         "data": {"kind": "image"},
         "train": {"steps": 6000},
+        "optim": {"warmup_steps": 100},
         "sampling": {"guidance": 2.0, "steps": 4},
     }
     with pytest.raises(ConfigError, match=r"sampling\.guidance: needs a model with classes"):
