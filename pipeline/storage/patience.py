@@ -28,7 +28,13 @@ _PASSING = {
 }
 _OVERLOAD = {429, 503}
 # Broken connections as the stores' drivers call them, which are no OSError. By name: no driver need be installed.
-_BROKEN = {"HTTPClientError", "EndpointConnectionError", "ServerDisconnectedError", "ClientPayloadError", "IncompleteRead"}
+_BROKEN = {
+    "HTTPClientError",
+    "EndpointConnectionError",
+    "ServerDisconnectedError",
+    "ClientPayloadError",
+    "IncompleteRead",
+}
 
 
 def status(error: BaseException) -> int | None:

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import ray
@@ -252,19 +253,26 @@ def scheduler_of(plan: Sweep, steps: int) -> TrialScheduler:
 def _optuna(plan: Sweep, folder: str) -> OptunaSearch:
     """A searcher that first asks again for what it asked for in earlier starts."""
 
-    def space(trial: Any) -> None:
-        def pick(entry: Entry) -> int | float:
-            if entry.options:
-                return trial.suggest_categorical(entry.name, list(range(len(entry.options))))
-            return trial.suggest_float(entry.name, entry.low, entry.high, log=entry.kind == "loguniform")
-
-        assemble(plan.entries, pick)
-
     own, file = plan.config, storage.join(folder, SUGGESTED)
     earlier = json.loads(storage.read_text(file)) if storage.exists(file) else []
     return OptunaSearch(
-        space, metric=own.metric, mode=own.mode, points_to_evaluate=earlier, seed=own.seeds[0]
+        partial(_suggest, plan.entries),  # not a closure: Ray Tune pickles its searcher
+        metric=own.metric,
+        mode=own.mode,
+        points_to_evaluate=earlier,
+        seed=own.seeds[0],
     )
+
+
+def _suggest(entries: Sequence[Entry], trial: Any) -> None:
+    """Optuna's choice of every entry that this variant has."""
+
+    def pick(entry: Entry) -> int | float:
+        if entry.options:
+            return trial.suggest_categorical(entry.name, list(range(len(entry.options))))
+        return trial.suggest_float(entry.name, entry.low, entry.high, log=entry.kind == "loguniform")
+
+    assemble(entries, pick)
 
 
 class _Progress(tune.Callback):
