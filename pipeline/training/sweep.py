@@ -49,7 +49,8 @@ def sweep(plan: Sweep) -> SweepOutcome:
     with cluster(base):
         uri = tracking.tracking_uri(base)
         check_visible(folder, uri)
-        for config in {prepared.data_path(one.config): one.config for one in trials}.values():
+        configs = [one.config for one in trials] or [base]  # what a search draws leaves the data alone
+        for config in {prepared.data_path(config): config for config in configs}.values():
             prepared.ensure(config)
         run_id = _open_parent(plan, folder, uri, len(trials))
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"

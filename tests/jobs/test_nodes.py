@@ -119,7 +119,7 @@ class Story:
         assert off < 1e-4
 
 
-@pytest.mark.nodes
+@pytest.mark.alone
 def test_nodes_lost_at_random_change_neither_rows_nor_losses(tmp_path: Path):
     rng, story = random.Random(11), Story(tmp_path, steps=100)
     with Nodes(NODES) as nodes, story.start(nodes) as job:
@@ -135,7 +135,7 @@ def test_nodes_lost_at_random_change_neither_rows_nor_losses(tmp_path: Path):
     story.compare()
 
 
-@pytest.mark.nodes
+@pytest.mark.alone
 def test_killed_driver_goes_on_and_a_node_that_comes_is_used(tmp_path: Path):
     rng, story = random.Random(5), Story(tmp_path, steps=300)
     with Nodes(1) as nodes:

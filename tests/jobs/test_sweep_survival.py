@@ -65,7 +65,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert steps == set(range(20, 161, 20))
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_asha_stops_worker_groups_early_and_optuna_suggests(tmp_path: Path) -> None:
     """Two workers a trial, so one trial at a time; hopeless rates must not go to the end."""
     file = write(
