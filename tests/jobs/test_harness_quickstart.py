@@ -20,7 +20,7 @@ from pipeline.data.tokenizers import ByteTokenizer
 QUESTIONS, CHOICES = 400, 4
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_accuracy_of_the_quickstart(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     words = [f"cluster.storage={tmp_path / 'runs'}"]
