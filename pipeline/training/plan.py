@@ -207,7 +207,7 @@ def report(
             "prepare the data first (`python -m jobs.prepare CONFIG`)"
         )
     counts = parameters(config, facts)
-    total, workers = sum(counts.values()), _workers(config)
+    total, workers = sum(counts.values()), config.cluster.most
     tokens = train.steps * train.batch * facts.length
     parts = -(-train.batch // (workers * train.micro_batch))
     needed = step_flops(config, facts)
@@ -259,15 +259,9 @@ def memory(config: RunConfig, facts: DataFacts, stage: int) -> Memory:
     train = config.train.model_copy(update={"zero_stage": stage})
     counts = [parameter.numel() for parameter in empty_model(config, facts).parameters()]
     whole = sum(count for count in counts if count < train.persistent_parameters)
-    kept = states(sum(counts), train, _workers(config), whole)
+    kept = states(sum(counts), train, config.cluster.most, whole)
     teacher = 0.0 if config.distill is None else sum(counts) * (4 if train.precision == "fp32" else 2)
     return replace(kept, weights=kept.weights + teacher, activations=activations(config, facts))
-
-
-def _workers(config: RunConfig) -> int:
-    """The most workers of the run."""
-    asked = config.cluster.workers
-    return asked if isinstance(asked, int) else asked.max
 
 
 def _against(config: RunConfig, workers: int, there: Mapping[str, float]) -> list[str]:

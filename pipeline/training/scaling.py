@@ -1,6 +1,6 @@
 """Step time, memory and communication of training on 1 to 1,024 GPUs, predicted.
 
-`python -m pipeline.evaluation.scaling` prints the tables of docs/scaling.md. They follow from the operations that a
+`python -m pipeline.training.scaling` prints the tables of docs/scaling.md. They follow from the operations that a
 step needs, published rates of GPUs and links, and one measured number: the share of a GPU's peak that training
 reaches. Nothing here was run on that many GPUs.
 """
@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.schema import MDLMConfig, PGMConfig, TrainConfig
 from pipeline.models import build
 from pipeline.models.layers import LOGITS_AT_ONCE
 from pipeline.models.work import flops, training_work
+from pipeline.training.plan import GPUS, states
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -35,7 +36,6 @@ class Gpu:
 
     Attributes:
         flops: dense bf16 FLOP/s.
-        memory: bytes.
         bandwidth: of its memory, bytes/s.
         inside: to its neighbours in the server, bytes/s a direction.
         outside: of all network adapters of the server together, bytes/s a direction.
@@ -44,18 +44,18 @@ class Gpu:
 
     name: str
     flops: float
-    memory: float
     bandwidth: float
     inside: float
     outside: float
     servers: int = 8
 
 
-# NVIDIA's data sheets: A100 80GB SXM and DGX A100 (8 adapters of 200 Gb/s); H100 SXM and DGX H100 (8 of 400 Gb/s).
-A100 = Gpu("A100 80GB", 312e12, 80e9, 2039e9, 600e9 / 2, 8 * 25e9)
+# Links from NVIDIA's data sheets: A100 80GB SXM and DGX A100 (8 adapters of 200 Gb/s); H100 SXM and DGX H100
+# (8 of 400 Gb/s).
+A100 = Gpu("A100 80GB", GPUS["a100-80gb"].bf16 * 1e12, 2039e9, 600e9 / 2, 8 * 25e9)
 # The same GPUs behind one 100 Gb/s Ethernet adapter a server, as clouds without InfiniBand rent them.
-A100_ETHERNET = Gpu("A100 80GB, 100 Gb/s a server", 312e12, 80e9, 2039e9, 600e9 / 2, 12.5e9)
-H100 = Gpu("H100 80GB", 989e12, 80e9, 3350e9, 900e9 / 2, 8 * 50e9)
+A100_ETHERNET = Gpu("A100 80GB, 100 Gb/s a server", A100.flops, 2039e9, 600e9 / 2, 12.5e9)
+H100 = Gpu("H100 80GB", GPUS["h100"].bf16 * 1e12, 3350e9, 900e9 / 2, 8 * 50e9)
 
 
 @dataclass(frozen=True)
@@ -161,17 +161,15 @@ def predict(
     link = gpu.inside if gpus <= gpu.servers else gpu.outside
     moved = 2 * parameters * (gpus - 1) / gpus
     communication = collectives * (moved / link + math.log2(gpus) * HOP)
-    # Weights and gradients in bf16; float32 weights, two moments and the average of the weights.
-    state, owners = 16 * parameters, gpus if stage else 1
-    resident = 2 * parameters / (gpus if stage == 3 else 1) + 2 * parameters / (gpus if stage >= 2 else 1)
+    held = states(parameters, TrainConfig(precision="bf16", zero_stage=stage), gpus)
     logits = 2 * 4 * LOGITS_AT_ONCE
-    memory = resident + state / owners + logits + min(rows, micro_batch) * kept_of_a_row
+    memory = held.total + logits + min(rows, micro_batch) * kept_of_a_row
     return Prediction(
         gpus=gpus,
         rows=rows,
         compute=rows * flops_of_a_row / (gpu.flops * share),
         communication=communication,
-        optimiser=2 * state / owners / gpu.bandwidth,
+        optimiser=2 * (held.optimiser + held.ema) / gpu.bandwidth,
         memory=memory,
     )
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluation.scaling import (
+from pipeline.training.scaling import (
     A100,
     A100_ETHERNET,
     HOP,
@@ -64,4 +64,4 @@ def test_the_recipe_is_the_papers() -> None:
 
 
 def test_the_page_holds_what_is_computed() -> None:
-    assert report().strip() in PAGE.read_text(encoding="utf-8"), "python -m pipeline.evaluation.scaling"
+    assert report().strip() in PAGE.read_text(encoding="utf-8"), "python -m pipeline.training.scaling"
