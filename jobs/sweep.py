@@ -2,19 +2,23 @@
 
 import sys
 
-from jobs import command
+from jobs import check_kept, check_open, command
 from pipeline.config.sweep import load_sweep
+from pipeline.logs import shown
 from pipeline.training.sweep import sweep
 
 
 def run(words: list[str]) -> None:
     """Sweep, show the table and say where everything is."""
-    outcome = sweep(load_sweep(words[0], words[1:]))
+    plan = load_sweep(words[0], words[1:])
+    check_open(plan.base())
+    check_kept(plan.base())
+    outcome = sweep(plan)
     print(f"\n{outcome.table}")
     print(f"folder     {outcome.folder}")
     if outcome.best is not None:
         print(f"the best   python -m jobs.pretrain {outcome.best}")
-    print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {outcome.tracking_uri}")
+    print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {shown(outcome.tracking_uri)}")
 
 
 if __name__ == "__main__":

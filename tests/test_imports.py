@@ -15,7 +15,7 @@ ONLY_IN = {
         "data.stages",
         "evaluation",
         "training.cluster",
-        "training.launch",
+        "training.group",
         "training.sweep",
         "training.trial",
         "jobs",
@@ -122,7 +122,7 @@ def test_a_planted_violation_is_caught(path: str, source: str, says: str) -> Non
     ("path", "source"),
     [
         (
-            "pipeline/training/launch.py",
+            "pipeline/training/group.py",
             "import ray.train\nfrom pipeline.data import shards\nfrom . import engine",
         ),
         ("pipeline/data/stages.py", "import ray\nfrom pipeline.errors import DataError"),

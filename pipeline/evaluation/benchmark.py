@@ -2,13 +2,13 @@
 
 import logging
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from pipeline import storage, tracking
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import flatten
 from pipeline.config.schema import ClusterConfig, RunConfig
+from pipeline.evaluation.figures import png
 from pipeline.evaluation.preparation import Preparation, data_wait, measure_preparation
 from pipeline.evaluation.roofline import clock
 from pipeline.evaluation.speed import first_step, measure
@@ -65,11 +65,9 @@ def _preparation(config: BenchmarkConfig) -> Preparation | None:
 
 def _publish(report: SpeedReport, folder: str, uri: str, run_id: str) -> None:
     figure = report.picture()
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png")
     storage.publish_text(storage.join(folder, "benchmark.md"), report.to_markdown())
     storage.publish_text(storage.join(folder, "benchmark.csv"), report.to_csv())
-    storage.publish_bytes(storage.join(folder, "benchmark.png"), drawn.getvalue())
+    storage.publish_bytes(storage.join(folder, "benchmark.png"), png(figure))
     with tracking.Tracker(uri, run_id) as tracker:
         tracker.log_metrics(report.metrics(), 0)
         tracker.log_text(report.to_markdown(), "benchmark.md")

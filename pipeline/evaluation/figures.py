@@ -1,5 +1,6 @@
 """Pictures of a run. Plain `Figure` objects: no window system, no state shared between threads."""
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
@@ -182,6 +183,13 @@ def _draw_validation(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.yaxis.set_minor_locator(NullLocator())
     label_right(axes, labels)
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a PNG file's bytes."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
 
 
 def finite(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:

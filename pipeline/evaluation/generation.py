@@ -59,6 +59,10 @@ class Sampler:
         embedding = self._denoiser.classes
         return None if embedding is None else embedding.num_embeddings - 1
 
+    def parameters(self) -> int:
+        """Of the model."""
+        return sum(value.numel() for value in self._denoiser.parameters())
+
     def draw(self, settings: SamplingConfig, first: int, count: int) -> Int[np.ndarray, "count L"]:
         """Samples `first` to `first + count - 1`."""
         s, classes = settings, self.classes()
@@ -83,20 +87,17 @@ class Sampler:
         return None if self._images is None else self._images.decode(tokens[:, 1:])
 
 
-def generate(
-    model: str, settings: SamplingConfig, actors: int, cpus: int, use_gpu: bool, into: str
-) -> Samples:
+def generate(model: str, settings: SamplingConfig, resources: Resources, into: str) -> Samples:
     """Draw `settings.num_samples` rows and write them as tokens and, where there is a tokenizer, text or images.
 
     Args:
         model: consolidated folder that every node can read.
-        actors: processes that draw batches at the same time.
-        cpus: CPUs of an actor.
+        resources: of the actors, which draw batches at the same time.
         into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`.
     """
     starts = range(0, settings.num_samples, settings.batch)
     parts = [(settings, first, min(settings.batch, settings.num_samples - first)) for first in starts]
-    with started(Sampler, (model, cpus), Resources(actors, cpus, use_gpu), len(parts)) as samplers:
+    with started(Sampler, (model, resources.cpus), resources, len(parts)) as samplers:
         # Waits until the models are there, so that the rate below is of sampling alone.
         classes, *_ = in_order(samplers, "classes", [()] * len(samplers))
         began, done, drawn = time.perf_counter(), 0, []

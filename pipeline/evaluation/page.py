@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from pipeline import storage
+from pipeline.evaluation.figures import png
 
 _SHOWN, _SHOWN_LENGTH = 3, 500  # texts of a column, and characters of one
 HTML, MARKDOWN = "report.html", "report.md"
@@ -123,9 +123,7 @@ class Page:
 
 def picture(name: str, figure: Figure, caption: str) -> Picture:
     """A figure as a block."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return Picture(name, stream.getvalue(), caption)
+    return Picture(name, png(figure), caption)
 
 
 def excerpt(texts: Sequence[str]) -> str:

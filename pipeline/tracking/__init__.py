@@ -6,7 +6,16 @@ never fails it.
 """
 
 from pipeline.tracking.registry import download_model, find_version, register_model, set_alias
-from pipeline.tracking.store import child_of, end_run, log_dataset, metric_history, open_run, tracking_uri
+from pipeline.tracking.store import (
+    child_of,
+    end_run,
+    log_dataset,
+    metric_history,
+    open_recorded_run,
+    open_run,
+    recorded_run,
+    tracking_uri,
+)
 from pipeline.tracking.tracker import Tracker
 
 __all__ = [
@@ -17,7 +26,9 @@ __all__ = [
     "find_version",
     "log_dataset",
     "metric_history",
+    "open_recorded_run",
     "open_run",
+    "recorded_run",
     "register_model",
     "set_alias",
     "tracking_uri",

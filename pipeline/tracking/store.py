@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline import storage
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.logs import shown
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_RECORD = "run.json"  # in the folder of whatever has an MLflow run
 _SQLITE = "sqlite:///"
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 _PARAM_LENGTH = 6000  # MLflow's limits on one value, and on one request
@@ -103,6 +105,31 @@ def open_run(
             raise
         _log.warning("MLflow run %s goes on without its store for now: %s", resume_id, error)
         return resume_id
+
+
+def recorded_run(folder: str) -> tuple[str, str] | None:
+    """Id and store of the MLflow run that a folder has; the store's address is without user and password."""
+    record = storage.join(folder, _RECORD)
+    if not storage.exists(record):
+        return None
+    told = json.loads(storage.read_text(record))
+    return told["run_id"], told["tracking_uri"]
+
+
+def open_recorded_run(
+    folder: str,
+    uri: str,
+    experiment: str,
+    name: str,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+) -> str:
+    """`open_run` for what lives in a folder: continues the run that the folder has, and records which one it is."""
+    old = recorded_run(folder)
+    run_id = open_run(uri, experiment, name, params, {"folder": folder, **tags}, old and old[0])
+    told = {"run_id": run_id, "tracking_uri": shown(uri)}
+    storage.publish_text(storage.join(folder, _RECORD), json.dumps(told))
+    return run_id
 
 
 def child_of(parent_id: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import storage
 from pipeline.config import schema
 from pipeline.errors import CapabilityError, ConfigError
+from pipeline.evaluation.actors import Resources
 from pipeline.training.session import STOP
 
 log = logging.getLogger(__name__)
@@ -58,11 +59,16 @@ def check_resources(config: schema.RunConfig) -> bool:
     return use_gpu
 
 
-def workers_now(config: schema.RunConfig, use_gpu: bool) -> int:
-    """How many workers a job without an elastic group, such as sampling, starts with: what fits now, in bounds."""
+def actors_now(config: schema.RunConfig) -> Resources:
+    """What a job without an elastic group, such as sampling, starts with: as many actors as fit now, in bounds.
+
+    Raises:
+        CapabilityError: the cluster is too small.
+    """
+    use_gpu = check_resources(config)
     there, asked = ray.cluster_resources(), config.cluster
     fit = int(there.get("GPU", 0)) if use_gpu else int(there.get("CPU", 0)) // asked.cpus_per_worker
-    return max(asked.least, min(asked.most, fit))
+    return Resources(max(asked.least, min(asked.most, fit)), asked.cpus_per_worker, use_gpu)
 
 
 def check_visible(run: str, uri: str) -> None:

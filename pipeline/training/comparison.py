@@ -1,6 +1,5 @@
 """Several models against each other: likelihood, the frontier of quality against speed, convergence."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from pipeline.evaluation.report import Group, Measure
 from pipeline.logs import shown
 from pipeline.models import folder
 from pipeline.training import checkpoint
-from pipeline.training.cluster import check_resources, cluster, workers_now
+from pipeline.training.cluster import actors_now, cluster
 from pipeline.training.evaluate import (
     Subject,
     feature_net,
@@ -70,8 +69,7 @@ def compare(config: RunConfig) -> Comparison:
     subjects = {name: _open(config, name) for name in config.evaluation.models}
     storage.check_writable(into, "cluster.storage")
     with mlflow_run(config, run, uri) as run_id, cluster(config):
-        use_gpu = check_resources(config)
-        resources = Resources(workers_now(config, use_gpu), config.cluster.cpus_per_worker, use_gpu)
+        resources = actors_now(config)
         manifest = prepared.ensure(config)
         own = Corpus("validation", prepared.data_path(config), manifest)
         for name, subject in subjects.items():
@@ -235,12 +233,12 @@ def _run_of(config: RunConfig, spec: str) -> tuple[str, str] | None:
         uri = tracking.tracking_uri(config)
         run_id = tracking.find_version(uri, spec).run_id
         return (uri, run_id) if run_id else None
-    record = storage.join(storage.resolve(spec).rstrip("/").rpartition("/")[0], "run.json")
-    if not storage.exists(record):
+    recorded = tracking.recorded_run(storage.resolve(spec).rstrip("/").rpartition("/")[0])
+    if recorded is None:
         return None
-    told = json.loads(storage.read_text(record))
+    run_id, uri = recorded
     ours = tracking.tracking_uri(config)  # with the password that a run's record leaves out
-    return ours if told["tracking_uri"] == shown(ours) else told["tracking_uri"], told["run_id"]
+    return ours if uri == shown(ours) else uri, run_id
 
 
 def _quality(points: Sequence[Point]) -> list[Measure]:

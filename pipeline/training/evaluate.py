@@ -1,6 +1,5 @@
 """From a run to its figures: likelihood, samples, and what others' networks think of them, in one report."""
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +29,9 @@ from pipeline.evaluation.pages import figures_section, paper_section, setting_se
 from pipeline.evaluation.pictures import sample_grid
 from pipeline.evaluation.report import Group, Measure, Report
 from pipeline.evaluation.source_images import SourceImages, load_net, source_images
-from pipeline.logs import shown
 from pipeline.models import folder
 from pipeline.training import checkpoint
-from pipeline.training.cluster import check_resources, cluster, workers_now
+from pipeline.training.cluster import actors_now, cluster
 from pipeline.training.launch import located, model_folder
 from pipeline.training.loop import tracking_spill
 from pipeline.training.outcome import NGRAM_ROWS
@@ -89,14 +87,13 @@ def evaluate(config: RunConfig) -> Evaluation:
     others = corpora.open_corpora(config.evaluation.data)
     storage.check_writable(into, "cluster.storage")
     with mlflow_run(config, run, uri) as run_id, cluster(config):
-        use_gpu = check_resources(config)
-        resources = Resources(workers_now(config, use_gpu), config.cluster.cpus_per_worker, use_gpu)
+        resources = actors_now(config)
         manifest = prepared.ensure(config)
         own = Corpus("validation", prepared.data_path(config), manifest)
         for corpus in (own, *others):
             corpora.check_fits(corpus, subject.facts, tokenizer_hash(subject, manifest))
         judge = _judge_text if config.data.kind == "text" else _judge_images
-        groups, shown = judge(config, subject, own, others, into, resources)
+        groups, samples = judge(config, subject, own, others, into, resources)
         report = Report(config.sampling.model or subject.model, _about(subject), groups)
         page = Page(
             f"Evaluation of {report.model}",
@@ -104,7 +101,7 @@ def evaluate(config: RunConfig) -> Evaluation:
                 Section("Model", [Text(report.told)]),
                 figures_section("Figures", groups),
                 *_training(config, uri, run_id),
-                Section("Samples", shown),
+                Section("Samples", samples),
                 paper_section({config.name: subject.config}, manifest),
                 *setting_sections(config, manifest),
             ],
@@ -176,14 +173,8 @@ def _generate(
     config: RunConfig, subject: Subject, into: str, resources: Resources
 ) -> tuple[generation.Samples, dict[str, Any]]:
     """Samples, and how they were drawn."""
-    samples = generation.generate(
-        subject.model,
-        config.sampling,
-        resources.actors,
-        resources.cpus,
-        resources.use_gpu,
-        storage.join(into, "samples"),
-    )
+    into = storage.join(into, "samples")
+    samples = generation.generate(subject.model, config.sampling, resources, into)
     return samples, generation.describe(config.sampling, len(samples.tokens))
 
 
@@ -320,13 +311,11 @@ def _judge_images(
 @contextmanager
 def mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
     """The id of the folder's MLflow run; one is opened, and ended, where the folder has none."""
-    record = storage.join(run, "run.json")
-    if storage.exists(record):
-        yield json.loads(storage.read_text(record))["run_id"]
+    if recorded := tracking.recorded_run(run):
+        yield recorded[0]
         return
     params = flatten(config.model_dump(mode="json"))
-    run_id = tracking.open_run(uri, config.tracking.experiment, config.name, params, {"folder": run})
-    storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": shown(uri)}))
+    run_id = tracking.open_recorded_run(run, uri, config.tracking.experiment, config.name, params, {})
     status: Literal["FINISHED", "FAILED"] = "FAILED"
     try:
         yield run_id

@@ -1,6 +1,5 @@
 """The end of a run: consolidated model, registered version, comparison with n-grams, the curve."""
 
-import io
 import logging
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import distillation, ngram
-from pipeline.evaluation.figures import loss_curve, quality_against_steps
+from pipeline.evaluation.figures import loss_curve, png, quality_against_steps
 from pipeline.evaluation.pictures import sample_grid
 from pipeline.models import folder
 from pipeline.models.vq import ImageTokenizer
@@ -99,9 +98,7 @@ def finish(config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifes
     pictures = None
     if grid is not None:
         pictures = storage.join(run, "samples.png")
-        stream = io.BytesIO()
-        grid.savefig(stream, format="png")
-        storage.publish_bytes(pictures, stream.getvalue())
+        storage.publish_bytes(pictures, png(grid))
     told = distillation.table(quality) if quality else None
     return Outcome(run, model, version, metric, value, references, state.samples, pictures, uri, told)
 

@@ -46,17 +46,20 @@ def sweep(plan: Sweep) -> SweepOutcome:
     trials = [planned(plan, v, seed) for v in plan.variants() for seed in plan.config.seeds]
     for one in trials:
         check_same(one)
+    # What a model-based search will ask for is not known, but what its trials need is.
+    examples = [one.config for one in trials] or [
+        planned(plan, plan.draws(1)[0], plan.config.seeds[0]).config
+    ]
     with cluster(base):
         uri = tracking.tracking_uri(base)
         check_visible(folder, uri)
-        configs = [one.config for one in trials] or [base]  # what a search draws leaves the data alone
-        for config in {prepared.data_path(config): config for config in configs}.values():
+        for config in {prepared.data_path(config): config for config in examples}.values():
             prepared.ensure(config)
         run_id = _open_parent(plan, folder, uri, len(trials))
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             began = time.monotonic()
-            tried, whole = _run_trials(plan, folder, trials, run_id)
+            tried, whole = _run_trials(plan, folder, trials, examples, run_id)
             if not whole:
                 status = "KILLED"
                 raise TrainingError("stopped as asked; the same command goes on")
@@ -108,30 +111,31 @@ def check_same(trial: Planned) -> None:
 
 def _open_parent(plan: Sweep, folder: str, uri: str, trials: int) -> str:
     """The sweep's own MLflow run, the same at every start."""
-    record, base, own = storage.join(folder, "run.json"), plan.base(), plan.config
-    old = json.loads(storage.read_text(record))["run_id"] if storage.exists(record) else None
+    base, own = plan.base(), plan.config
     written = own.model_dump(mode="json")
-    run_id = tracking.open_run(
+    run_id = tracking.open_recorded_run(
+        folder,
         uri,
         base.tracking.experiment,
         own.name,
         params={**{f"sweep.{key}": value for key, value in written.items()}, **flatten(base.model_dump())},
-        tags={"folder": folder, "trials": str(trials or own.num_samples)},
-        resume_id=old,
+        tags={"trials": str(trials or own.num_samples)},
     )
-    storage.publish_text(record, json.dumps({"run_id": run_id, "tracking_uri": uri}))
     storage.publish_text(storage.join(folder, "sweep.json"), json.dumps(written, indent=2) + "\n")
     return run_id
 
 
 def _run_trials(
-    plan: Sweep, folder: str, trials: Sequence[Planned], parent: str
+    plan: Sweep, folder: str, trials: Sequence[Planned], examples: Sequence[RunConfig], parent: str
 ) -> tuple[list[Planned], bool]:
-    """All trials that were tried, and whether each has come to an end."""
+    """All trials that were tried, and whether each has come to an end.
+
+    Args:
+        trials: those that are known beforehand; none of a model-based search.
+        examples: configs that need what the trials will need.
+    """
     own = plan.config
     by_name = {one.config.name: one for one in trials}
-    # What a model-based search will ask for is not known, but what its trials need is.
-    examples = [one.config for one in trials] or [planned(plan, plan.draws(1)[0], own.seeds[0]).config]
 
     def find(choice: dict[str, Any]) -> Planned:
         if "trial" in choice:

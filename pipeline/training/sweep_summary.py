@@ -1,6 +1,5 @@
 """The end of a sweep: its table, pictures and best configuration, in its folder and its MLflow run."""
 
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError
 from pipeline.evaluation import sweep_figures, sweep_report
 from pipeline.evaluation.actors import Resources, in_order, started
+from pipeline.evaluation.figures import png
 from pipeline.evaluation.stopwatch import Stopwatch
 from pipeline.evaluation.sweep_report import Row, Trial
 from pipeline.training import checkpoint
@@ -88,9 +88,7 @@ def summarise(plan: Sweep, folder: str, uri: str, run_id: str, trials: Sequence[
     for name, text in texts.items():
         storage.publish_text(storage.join(folder, name), text)
     for name, figure in pictures.items():
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png")
-        storage.publish_bytes(storage.join(folder, name), stream.getvalue())
+        storage.publish_bytes(storage.join(folder, name), png(figure))
     counts = {
         f"trials/{status}": float(sum(one.status == status for row in table for one in row.trials))
         for status in ("finished", "stopped", "failed")
@@ -113,8 +111,8 @@ def summarise(plan: Sweep, folder: str, uri: str, run_id: str, trials: Sequence[
 def _facts(trial: Planned, metric: str, uri: str, speeds: dict[str, tuple[int, float]]) -> Trial:
     """What a trial left in its folder and in its MLflow run."""
     config, run = trial.config, checkpoint.run_folder(trial.config)
-    ended, record = read_ended(config), storage.join(run, "run.json")
-    run_id = json.loads(storage.read_text(record))["run_id"] if storage.exists(record) else None
+    ended, recorded = read_ended(config), tracking.recorded_run(run)
+    run_id = recorded and recorded[0]
     label = trial.variant.label
     parameters, sample_rate = speeds.get(label, (None, None))
     return Trial(

@@ -22,7 +22,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline import storage
 from pipeline.config.schema import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.training import checkpoint, launch
+from pipeline.training import checkpoint, group, launch
 from pipeline.training.loop import Job, train
 from pipeline.training.session import PlainSession
 
@@ -106,7 +106,7 @@ def _last_step(run: str) -> int:
 def _train(metric: str, config: RunConfig, job: Job, run: str, use_gpu: bool) -> None:
     """The loop: in this process, which Ray Tune uses for one trial after the other, or in a worker group."""
     if not in_one_process(config, use_gpu):
-        launch.run_group(config, job, run, use_gpu, [_GroupReports(run, metric)])
+        group.run_group(config, job, run, use_gpu, [_GroupReports(run, metric)])
         return
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

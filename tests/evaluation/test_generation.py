@@ -9,6 +9,7 @@ from PIL import Image
 from small_models import randomised
 
 from pipeline.config.schema import PGMConfig, SamplingConfig
+from pipeline.evaluation.actors import Resources
 from pipeline.evaluation.generation import generate, labels_of
 from pipeline.models import folder
 from pipeline.models.vq import PatchVQ
@@ -34,7 +35,7 @@ def test_images_with_their_labels(image_model: str, tmp_path: Path, ray_cluster:
         settings = SamplingConfig(
             num_samples=5, steps=4, order="halton", guidance=1.0, labels=(2, 0), batch=batch, seed=3
         )
-        seen.append(generate(image_model, settings, 1, 1, False, str(tmp_path / f"out-{batch}")))
+        seen.append(generate(image_model, settings, Resources(1, 1, False), str(tmp_path / f"out-{batch}")))
     assert np.array_equal(seen[0].tokens, seen[1].tokens)
     assert seen[0].labels == [2, 0, 2, 0, 2]
     out = tmp_path / "out-5"

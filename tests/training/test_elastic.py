@@ -12,8 +12,9 @@ from workers import Workers
 from pipeline import storage
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError
-from pipeline.training import checkpoint, launch
-from pipeline.training.cluster import check_resources, workers_now
+from pipeline.evaluation.actors import Resources
+from pipeline.training import checkpoint, group
+from pipeline.training.cluster import actors_now, check_resources
 from pipeline.training.session import SAVE, STOP, PlainSession, Requests
 
 
@@ -60,8 +61,8 @@ def test_fewest_workers_must_fit_and_the_most_need_not(run_storage: Path, ray_cl
         return config.model_validate(config.model_dump() | {"cluster": {"workers": workers}})
 
     assert check_resources(elastic(2, 4)) is False
-    assert workers_now(elastic(1, 4), use_gpu=False) == 2
-    assert workers_now(elastic(1, 1), use_gpu=False) == 1
+    assert actors_now(elastic(1, 4)) == Resources(2, 1, False)
+    assert actors_now(elastic(1, 1)) == Resources(1, 1, False)
     with pytest.raises(CapabilityError, match="3 workers of 1 CPUs, the cluster has 2"):
         check_resources(elastic(3, 4))
 
@@ -70,17 +71,17 @@ def test_reason_of_a_failed_run_is_one_line() -> None:
     lost = "Connection closed by peer"
     failures = {2: OSError(f"{lost}\nmore"), 0: ValueError("a\nb"), 1: OSError(lost)}
     error = ray.train.WorkerGroupError("many\nlines", failures)
-    assert launch.reason(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
+    assert group.reason(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
     error = ray.train.ControllerError(RuntimeError("no\nplace"))
-    assert launch.reason(error) == "Training failed due to controller error: no place"
+    assert group.reason(error) == "Training failed due to controller error: no place"
 
 
 def test_run_that_waits_for_nodes_can_be_stopped(tmp_path: Path) -> None:
-    between = launch.Between(str(tmp_path))
+    between = group.Between(str(tmp_path))
     waiting = RestartingState(training_failed_error=ray.train.ControllerError(RuntimeError("no place")))
     between.after_controller_state_update(RunningState(), waiting)
     between.after_controller_state_update(waiting, waiting)
     (tmp_path / STOP).touch()
     between.after_controller_state_update(waiting, RunningState())  # workers look for themselves
-    with pytest.raises(launch.Stopped):
+    with pytest.raises(group.Stopped):
         between.after_controller_state_update(waiting, waiting)
