@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import s3fs
 from launched import ROOT
 from mlflow import MlflowClient
@@ -116,10 +117,11 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture(scope="module")
 def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    ray.shutdown()  # that of earlier tests: parts of Ray Train refuse to choose between two on one machine
     folder = tmp_path_factory.mktemp("head")
     short = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short names
     (folder / "token").write_text("0123456789abcdef" * 4)
-    tracking, port, dashboard = free_port(), free_port(), free_port()
+    tracking, port, dashboard, agent = (free_port() for _ in range(4))
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
     environment = kept | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -134,7 +136,8 @@ def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hea
     serve = f"""{BIN}/mlflow server --host 127.0.0.1 --port {tracking} --workers 1
         --backend-store-uri sqlite:///{folder}/mlflow.db --artifacts-destination s3://bucket/mlflow"""
     start = f"""{BIN}/ray start --head --block --num-cpus=2 --port={port} --dashboard-host=127.0.0.1
-        --dashboard-port={dashboard} --temp-dir={short} --disable-usage-stats"""
+        --dashboard-port={dashboard} --dashboard-agent-listen-port={agent} --temp-dir={short}
+        --disable-usage-stats"""
     processes: list[subprocess.Popen[bytes]] = []
 
     def launch(line: str, ready: str, attempts: int = 1) -> None:
@@ -154,6 +157,7 @@ def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hea
     try:
         launch(serve, f"{mlflow}/health")
         launch(start, f"{address}/api/version", attempts=3)  # Ray gives up after 30 s on a busy machine
+        wait_until(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", processes[-1], folder / "1.log")
         yield Head(address, mlflow, environment, folder / "mlflow.db")
     finally:
         for process in processes:
@@ -280,14 +284,13 @@ def test_job_stop_ends_in_a_checkpoint_and_a_run_marked_killed(head: Head) -> No
         "--no-wait", "--submission-id", "to-stop", "--", "python", "-m", "jobs.pretrain", *words
     )
     assert code == 0, text
-    ray = [BIN / "ray", "job"]
     deadline = time.monotonic() + 150
     while "step 10/" not in (told := job_logs(head)):
         assert time.monotonic() < deadline, told[-3000:]
         assert "Traceback" not in told, told[-3000:]
         time.sleep(1)
     subprocess.run(
-        [*ray, "stop", "--address", head.address, "to-stop"],
+        [BIN / "ray", "job", "stop", "--address", head.address, "to-stop"],
         env=head.environment,
         check=True,
         timeout=150,
