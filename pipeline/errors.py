@@ -24,6 +24,10 @@ class TrainingError(PipelineError, RuntimeError):
     """Training cannot go on as configured: the loss or the gradient is not finite."""
 
 
+class StoppedError(TrainingError):
+    """It ended before its time because the user asked; the same command goes on."""
+
+
 class CapabilityError(PipelineError, RuntimeError):
     """The model, or the machine, cannot do what was asked."""
 

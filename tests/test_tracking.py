@@ -9,19 +9,20 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from pipeline.config.load import parse
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, StoppedError
 from pipeline.tracking import (
     Tracker,
     child_of,
     download_model,
     end_run,
+    ending,
     log_dataset,
     metric_history,
     open_run,
@@ -82,6 +83,22 @@ class TestUri:
 
 
 class TestRun:
+    @pytest.mark.parametrize(
+        ("raised", "status"),
+        [
+            (None, "FINISHED"),
+            (StoppedError("asked"), "KILLED"),
+            (KeyboardInterrupt(), "KILLED"),
+            (OSError(), "FAILED"),
+        ],
+    )
+    def test_a_run_ends_as_its_work_did(self, uri: str, raised: BaseException | None, status: str) -> None:
+        run_id = open_run(uri, "tests", "ending", PARAMS, {})
+        with suppress(type(raised)) if raised else nullcontext(), ending(uri, run_id):
+            if raised:
+                raise raised
+        assert connect(uri).get_run(run_id).info.status == status
+
     def test_a_restart_continues_the_same_run(self, uri: str) -> None:
         first = open_run(uri, "tests", "restarted", PARAMS, {"kind": "pgm"})
         end_run(uri, first, "FAILED")

@@ -26,9 +26,9 @@ class TextDataConfig(DataConfig):
     """Which text is read, and how it is tokenised."""
 
     kind: Literal["text"] = "text"
-    source: str = (
-        "pydoc"  # "pydoc" (embedded); a file, folder or glob of .txt, .jsonl[.gz|.zst], .parquet; "hf:NAME"
-    )
+    # "pydoc" (embedded), "markov" (of known entropy); a file, folder or glob of .txt, .jsonl[.gz|.zst], .parquet;
+    # or "hf:NAME"
+    source: str = "pydoc"
     text_field: str = "text"  # the column of .jsonl, .parquet and Hugging Face data that holds the document
     tokenizer: str = "bytes"  # "bytes", "gpt2", or the path of a .tiktoken rank file
     length: Annotated[int, Field(ge=2)] = 1024  # L, tokens of a row

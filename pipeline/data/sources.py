@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig, TextDataConfig
+from pipeline.data import markov
 from pipeline.errors import DataError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Piece:
     """A readable part of a source.
 
     Attributes:
-        path: file or URL, "pydoc", or "hf:NAME".
+        path: file or URL, the name of an embedded source, or "hf:NAME".
         start, stop: bytes of a .jsonl file, row groups of Parquet, shard `start` of `stop` of a dataset;
             stop -1 means to the end.
         version: changes when the content does.
@@ -85,11 +86,11 @@ def open_source(data: TextDataConfig) -> Source:
     Raises:
         DataError: nothing is there, or nothing of a kind that can be read.
     """
-    if data.source == "pydoc":
-        return Source(((Piece("pydoc"),),), None, digest(_pydoc()))
+    if data.source in EMBEDDED:
+        return Source(((Piece(data.source),),), None, digest(EMBEDDED[data.source]()))
     if data.source.startswith(HUB):
         return _open_hub(data)
-    files = find(data.source, SUFFIXES, "pydoc")
+    files = find(data.source, SUFFIXES, *EMBEDDED)
     units: list[list[Piece]] = []
     room = count = 0
     for path, size, version in files:
@@ -106,8 +107,8 @@ def open_source(data: TextDataConfig) -> Source:
 
 def read(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
     """The documents of a piece, in order, and in their places those that cannot be read."""
-    if piece.path == "pydoc":
-        yield from _pydoc()
+    if piece.path in EMBEDDED:
+        yield from EMBEDDED[piece.path]()
         return
     try:
         if piece.path.startswith(HUB):
@@ -133,6 +134,9 @@ def _pydoc() -> list[str]:
     return [topics[key] for key in sorted(topics)]
 
 
+EMBEDDED = {"pydoc": _pydoc, "markov": markov.documents}
+
+
 def root_of(source: str, suffixes: tuple[str, ...]) -> str:
     """The folder that names are given relative to, spelled as `find` spells files."""
     path = storage.resolve(source)
@@ -145,13 +149,13 @@ def root_of(source: str, suffixes: tuple[str, ...]) -> str:
     return root if storage.is_local(root) else fs.unstrip_protocol(inner)
 
 
-def find(source: str, suffixes: tuple[str, ...], embedded: str) -> list[tuple[str, int, str]]:
+def find(source: str, suffixes: tuple[str, ...], *embedded: str) -> list[tuple[str, int, str]]:
     """(path, bytes, version) of every readable file, sorted by path.
 
     Args:
         source: a file, a folder with all that lies in it, or a glob.
         suffixes: of what can be read, in lower case.
-        embedded: a source that is no file, for the message.
+        embedded: sources that are no files, for the message.
 
     Raises:
         DataError: nothing is there, or nothing that can be read.
@@ -166,7 +170,7 @@ def find(source: str, suffixes: tuple[str, ...], embedded: str) -> list[tuple[st
         there |= fs.find(name, detail=True) if info["type"] == "directory" else {name: info}
     if not there:
         beside = storage.listing(source.rstrip("/").rpartition("/")[0] or ".")
-        near = did_you_mean(source.rstrip("/").rpartition("/")[2], [*beside, embedded])
+        near = did_you_mean(source.rstrip("/").rpartition("/")[2], [*beside, *embedded])
         raise DataError(f"data.source: nothing at {source!r}{near}")
     readable = sorted(name for name in there if name.lower().endswith(suffixes))
     if not readable:

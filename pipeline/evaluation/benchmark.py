@@ -39,7 +39,7 @@ def benchmark(config: BenchmarkConfig) -> Benchmarked:
     params = flatten(config.model_dump(mode="json"))
     facts = machine()
     run_id = tracking.open_run(uri, config.tracking.experiment, config.name, params, facts)
-    try:
+    with tracking.ending(uri, run_id):
         preparation = _preparation(config)
         traces = Path(storage.resolve(folder), "traces") if config.trace else None
         measured, peaks = measure(config, traces)
@@ -48,10 +48,6 @@ def benchmark(config: BenchmarkConfig) -> Benchmarked:
             waited = data_wait(first_step(config), config.batch, config.length, config.repetitions)
         report = SpeedReport(config, facts, measured, peaks, preparation, waited)
         _publish(report, folder, uri, run_id)
-    except BaseException:
-        tracking.end_run(uri, run_id, "FAILED")
-        raise
-    tracking.end_run(uri, run_id, "FINISHED")
     return Benchmarked(report, folder, uri, run_id)
 
 

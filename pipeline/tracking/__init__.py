@@ -9,6 +9,7 @@ from pipeline.tracking.registry import download_model, find_version, register_mo
 from pipeline.tracking.store import (
     child_of,
     end_run,
+    ending,
     log_dataset,
     metric_history,
     open_recorded_run,
@@ -23,6 +24,7 @@ __all__ = [
     "child_of",
     "download_model",
     "end_run",
+    "ending",
     "find_version",
     "log_dataset",
     "metric_history",

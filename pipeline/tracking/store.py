@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError, StoppedError, did_you_mean
 from pipeline.logs import shown
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 _RECORD = "run.json"  # in the folder of whatever has an MLflow run
 _SQLITE = "sqlite:///"
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
@@ -137,7 +138,21 @@ def child_of(parent_id: str) -> dict[str, str]:
     return {"mlflow.parentRunId": parent_id}
 
 
-def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+@contextmanager
+def ending(uri: str, run_id: str) -> Iterator[None]:
+    """Mark a run as over behind the block: FINISHED, KILLED if the user stopped it, or else FAILED."""
+    status: Status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, StoppedError):
+        status = "KILLED"
+        raise
+    finally:
+        end_run(uri, run_id, status)
+
+
+def end_run(uri: str, run_id: str, status: Status) -> None:
     """Mark a run as over. An MLflow outage is only a warning: the training itself has ended as it has."""
     try:
         # MLflow would print the run's address as it was given, user and password included.

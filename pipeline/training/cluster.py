@@ -31,6 +31,8 @@ def cluster(config: schema.RunConfig) -> Iterator[None]:
         else:
             cpus = max(os.cpu_count() or 1, config.cluster.least * config.cluster.cpus_per_worker)
             ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
+        if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a word
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -316,12 +316,8 @@ def mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
         return
     params = flatten(config.model_dump(mode="json"))
     run_id = tracking.open_recorded_run(run, uri, config.tracking.experiment, config.name, params, {})
-    status: Literal["FINISHED", "FAILED"] = "FAILED"
-    try:
+    with tracking.ending(uri, run_id):
         yield run_id
-        status = "FINISHED"
-    finally:
-        tracking.end_run(uri, run_id, status)
 
 
 def _training(config: RunConfig, uri: str, run_id: str) -> list[Section]:

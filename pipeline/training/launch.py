@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from pipeline import storage, tracking
 from pipeline.config import schema
 from pipeline.config.load import dump, flatten
 from pipeline.data import prepared
 from pipeline.data.shards import Manifest, check_fits
-from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.errors import CheckpointError, ConfigError, StoppedError
 from pipeline.evaluation import generation
 from pipeline.training import checkpoint, distillation, resume
 from pipeline.training.cluster import actors_now, check_resources, check_visible, cluster, stoppable
@@ -75,20 +74,11 @@ def carry_out(config: schema.RunConfig, tags: dict[str, str], group: Group | Non
         if config.distill is not None:
             distillation.check_teacher(config, run, manifest)
         run_id = _open_run(config, run, uri, manifest, tags)
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-        try:
+        with tracking.ending(uri, run_id):
             (group or run_group)(config, Job(config, uri, run_id), run, use_gpu)
             if stop.is_set():
-                status = "KILLED"
-                raise TrainingError("stopped as asked, after a checkpoint; the same command goes on")
-            outcome = finish(config, run, uri, run_id, manifest, use_gpu)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            tracking.end_run(uri, run_id, status)
-    return outcome
+                raise StoppedError("stopped as asked, after a checkpoint; the same command goes on")
+            return finish(config, run, uri, run_id, manifest, use_gpu)
 
 
 def sample(config: schema.RunConfig) -> generation.Samples:

@@ -1,6 +1,7 @@
 """The end of a run: consolidated model, registered version, comparison with n-grams, the curve."""
 
 import logging
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
+from pipeline.data import markov
 from pipeline.data.prepared import data_path
 from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
@@ -158,7 +160,9 @@ def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:
     train, validation = (ShardReader(path, manifest, split) for split in ("train", "validation"))
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))
     held_out = validation.rows(validation_rows(len(validation), config.evaluation.rows))
+    known = config.data.source == "markov"
     return {
         "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
         "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),
+        **({"source": math.exp(markov.entropy(manifest.length))} if known else {}),
     }

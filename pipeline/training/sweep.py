@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -19,9 +20,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.config.space import Entry, Variant, assemble
 from pipeline.config.sweep import Sweep
 from pipeline.data import prepared
-from pipeline.errors import CapabilityError, TrainingError
+from pipeline.errors import CapabilityError, StoppedError
 from pipeline.training import checkpoint, resume
-from pipeline.training.cluster import check_resources, check_visible, cluster
+from pipeline.training.cluster import check_resources, check_visible, cluster, stoppable
 from pipeline.training.launch import located
 from pipeline.training.session import STOP
 from pipeline.training.sweep_summary import Planned, SweepOutcome, summarise
@@ -38,7 +39,7 @@ def sweep(plan: Sweep) -> SweepOutcome:
 
     Raises:
         ConfigError, DataError, CheckpointError: before any trial starts.
-        TrainingError: it was stopped before the end.
+        StoppedError: it was stopped before the end.
     """
     base = plan.base()
     folder = storage.join(storage.resolve(base.cluster.storage), plan.config.name)
@@ -56,22 +57,13 @@ def sweep(plan: Sweep) -> SweepOutcome:
         for config in {prepared.data_path(config): config for config in examples}.values():
             prepared.ensure(config)
         run_id = _open_parent(plan, folder, uri, len(trials))
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-        try:
+        with tracking.ending(uri, run_id), stoppable(folder):
             began = time.monotonic()
             tried, whole = _run_trials(plan, folder, trials, examples, run_id)
             if not whole:
-                status = "KILLED"
-                raise TrainingError("stopped as asked; the same command goes on")
+                raise StoppedError("stopped as asked, after checkpoints; the same command goes on")
             log.info("all trials ended after %.0f minutes", (time.monotonic() - began) / 60)
-            outcome = summarise(plan, folder, uri, run_id, tried)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            tracking.end_run(uri, run_id, status)
-    return outcome
+            return summarise(plan, folder, uri, run_id, tried)
 
 
 def planned(plan: Sweep, variant: Variant, seed: int) -> Planned:
@@ -126,13 +118,18 @@ def _open_parent(plan: Sweep, folder: str, uri: str, trials: int) -> str:
 
 
 def _run_trials(
-    plan: Sweep, folder: str, trials: Sequence[Planned], examples: Sequence[RunConfig], parent: str
+    plan: Sweep,
+    folder: str,
+    trials: Sequence[Planned],
+    examples: Sequence[RunConfig],
+    parent: str,
 ) -> tuple[list[Planned], bool]:
     """All trials that were tried, and whether each has come to an end.
 
     Args:
         trials: those that are known beforehand; none of a model-based search.
         examples: configs that need what the trials will need.
+        parent: id of the sweep's own MLflow run.
     """
     own = plan.config
     by_name = {one.config.name: one for one in trials}
@@ -158,6 +155,7 @@ def _run_trials(
     # A fresh experiment at every start, since trials remember by themselves.
     storage.remove(storage.join(folder, "tune"))
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end trials without a checkpoint
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials have MLflow; no warning that files lack
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     tuner = tune.Tuner(
@@ -176,7 +174,7 @@ def _run_trials(
             name="tune",
             storage_path=folder,
             verbose=0,
-            callbacks=[_Progress(find, own.metric, count, ended, folder)],
+            callbacks=[_Progress(find, own.metric, count, ended, folder), _Stopping(find, folder)],
             failure_config=tune.FailureConfig(max_failures=examples[0].cluster.max_failures),
         ),
     )
@@ -278,6 +276,23 @@ def _suggest(entries: Sequence[Entry], trial: Any) -> None:
         return trial.suggest_float(entry.name, entry.low, entry.high, log=entry.kind == "loguniform")
 
     assemble(entries, pick)
+
+
+class _Stopping(tune.Callback):
+    """Passes the user's wish on to the trials that run; those that have not begun see it in the sweep's folder."""
+
+    def __init__(self, find: Callable[[dict[str, Any]], Planned], folder: str):
+        self._find, self._file, self._looked = find, storage.join(folder, STOP), 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called by Ray Tune several times a second; told again, since a trial forgets what came before it."""
+        if time.monotonic() - self._looked < 1:
+            return
+        self._looked = time.monotonic()
+        if storage.exists(self._file):
+            for trial in (one for one in trials if one.status == Trial.RUNNING):
+                run = checkpoint.run_folder(self._find(trial.config).config)
+                storage.publish_bytes(storage.join(run, STOP), b"")
 
 
 class _Progress(tune.Callback):

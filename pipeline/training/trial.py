@@ -21,10 +21,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoppedError
 from pipeline.training import checkpoint, group, launch
 from pipeline.training.loop import Job, train
-from pipeline.training.session import PlainSession
+from pipeline.training.session import STOP, PlainSession
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def run_trial(config: RunConfig, metric: str, tags: dict[str, str]) -> None:
     for report in read_reports(run):
         tune.report({**report, "folder": run, "repeated": True})
     ended = read_ended(config)
-    if ended is not None and ended.counts(config):
+    if (ended is not None and ended.counts(config)) or _sweep_stops(config):
         return
     record = storage.join(run, RECORD)
     storage.remove(record)
@@ -90,6 +90,8 @@ def run_trial(config: RunConfig, metric: str, tags: dict[str, str]) -> None:
     try:
         version = launch.carry_out(config, tags, partial(_train, metric)).version
         status = "finished" if _last_step(run) >= config.train.steps else "stopped"
+    except StoppedError:
+        return
     except Exception as failure:  # the sweep goes on; its summary names this trial
         told = isinstance(failure, PipelineError)
         error = str(failure) if told else f"{type(failure).__name__}: {failure}"
@@ -98,16 +100,27 @@ def run_trial(config: RunConfig, metric: str, tags: dict[str, str]) -> None:
     storage.publish_text(record, json.dumps(asdict(ended)))
 
 
+def _sweep_stops(config: RunConfig) -> bool:
+    return storage.exists(storage.join(config.cluster.storage, STOP))
+
+
 def _last_step(run: str) -> int:
     newest = checkpoint.newest(run)
     return checkpoint.read_state(newest).step if newest else 0
 
 
 def _train(metric: str, config: RunConfig, job: Job, run: str, use_gpu: bool) -> None:
-    """The loop: in this process, which Ray Tune uses for one trial after the other, or in a worker group."""
-    if not in_one_process(config, use_gpu):
+    """The loop, in this process or in a worker group; ended early by the user, the trial is to go on another time."""
+    if in_one_process(config, use_gpu):
+        _train_here(metric, config, job, run)
+    else:
         group.run_group(config, job, run, use_gpu, [_GroupReports(run, metric)])
-        return
+    if _sweep_stops(config) and _last_step(run) < config.train.steps:
+        raise StoppedError("stopped with its sweep")
+
+
+def _train_here(metric: str, config: RunConfig, job: Job, run: str) -> None:
+    """Ray Tune uses this process for one trial after the other."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -4,13 +4,14 @@ import gzip
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import DOCUMENTS, lines, write_parquet
 
 from pipeline.config.data import TextDataConfig
-from pipeline.data import sources
+from pipeline.data import markov, sources
 from pipeline.data.sources import Problem, open_source, read
 from pipeline.errors import DataError
 
@@ -29,6 +30,20 @@ def test_pydoc() -> None:
     assert len(documents) > 50
     assert sum(len(str(d)) for d in documents) > 300_000
     assert documents == everything("pydoc")
+
+
+def test_entropy_of_the_known_source_is_that_of_its_documents() -> None:
+    """The plug-in estimate from counts of the other half, and an independent solution for the stationary pairs."""
+    documents = [str(document) for document in everything("markov")]
+    assert documents == everything("markov")
+    rows = np.array([[markov.LETTERS.index(letter) for letter in text] for text in documents[:16]])
+    chances, kinds = markov.transitions(), len(markov.LETTERS)
+    nats = -np.log(chances[rows[:, :-2], rows[:, 1:-1], rows[:, 2:]]).mean()
+    assert nats == pytest.approx(markov.entropy(rows.shape[1]), rel=2e-3)
+    moves = np.einsum("abc,bd->abdc", chances, np.eye(kinds)).reshape(kinds**2, kinds**2)
+    values, vectors = np.linalg.eig(moves.T)
+    stationary = np.real(vectors[:, np.argmax(np.real(values))]).reshape(kinds, kinds)
+    np.testing.assert_allclose(stationary / stationary.sum(), markov.pairs(), atol=1e-10)
 
 
 def test_every_kind_gives_the_same_documents(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sweeps that are killed, that stop trials early, that search by a model (slow: many starts)."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlflow.entities import Run
 from tiny_runs import tiny
 
 from pipeline.config.load import dump
+from pipeline.training import checkpoint
 
 
 def write(folder: Path, steps: int, every: int, workers: int, **own: Any) -> Path:
@@ -31,7 +33,7 @@ def runs(folder: Path) -> dict[str, Run]:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_and_a_stopped_sweep_go_on_where_they_were(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         160,
@@ -50,9 +52,25 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     (cut,) = [name for name in before if name.startswith("norm-layer") and name != done]
 
     with LaunchedJob("sweep", file, tmp_path) as job:
-        text = job.finish()
-    assert "4 trials, 1 of them ended before" in text
+        job.wait_for("4 trials, 1 of them ended before")
+        job.wait_for(r"norm=rms seed 0: step 60/160")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.process.wait(60) == 1
+        text = "\n".join(job.lines)
+    assert text.splitlines()[-1].startswith("error: stopped as asked, after checkpoints")
     assert "norm=layer seed 1: step 20/160" not in text  # it went on from a checkpoint
+    stopped = {name: run.info.status for name, run in runs(tmp_path).items()}
+    (halved,) = [name for name in stopped if name.startswith("norm-rms")]  # the last one has not begun
+    assert stopped == {done: "FINISHED", cut: "FINISHED", halved: "KILLED", "swept": "KILLED"}
+    newest = checkpoint.newest(str(tmp_path / "swept" / halved))
+    assert newest is not None
+    step = checkpoint.read_state(newest).step
+    assert 60 <= step < 160
+
+    with LaunchedJob("sweep", file, tmp_path) as job:
+        job.wait_for("4 trials, 2 of them ended before")
+        text = job.finish()
+    assert "norm=rms seed 0: step 60/160" not in text
     after = runs(tmp_path)
     for name in (done, cut, "swept"):
         assert after[name].info.run_id == before[name].info.run_id
