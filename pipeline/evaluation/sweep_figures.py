@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pipeline.evaluation.figures import GREY, INK, label_right, style
 from pipeline.evaluation.sweep_report import Row
 
-_NAMED = 12  # variants that learning curves name beside their ends
+_NAMED = 12  # variants that are named beside a picture
 _COLORS = "viridis"
 
 
@@ -71,25 +71,20 @@ def parallel_coordinates(table: Sequence[Row], metric: str, mode: Literal["min",
 
 def quality_against_speed(table: Sequence[Row], metric: str) -> Figure:
     """The metric against the tokens that a variant draws a second, with the spread over seeds."""
-    figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8.5, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     style(axes, "Quality and sampling speed", metric)
     axes.set_xlabel("tokens/s when sampling", fontsize=9, color=GREY)
+    ends = []
     for row, color in zip(table, _colors(len(table)), strict=True):
         speed, quality = row.sample_rate, row.metric
         if math.isnan(speed.mean) or math.isnan(quality.mean):
             continue
         spread = None if math.isnan(quality.deviation) else quality.deviation
         axes.errorbar(speed.mean, quality.mean, yerr=spread, fmt="o", color=color, markersize=5, capsize=2)
-        axes.annotate(
-            row.variant,
-            (speed.mean, quality.mean),
-            (5, 4),
-            textcoords="offset points",
-            fontsize=7,
-            color=INK,
-        )
-    axes.margins(x=0.25, y=0.15)
+        ends.append((quality.mean, row.variant, color))
+    axes.margins(x=0.1, y=0.15)
+    label_right(axes, ends[:_NAMED])
     return figure
 
 
