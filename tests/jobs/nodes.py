@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
@@ -47,6 +50,13 @@ class Nodes:
     def add(self) -> None:
         """One more node."""
         self.workers.append(self._cluster.add_node(num_cpus=1))
+
+    def announce(self, index: int, seconds: int) -> None:
+        """Tell Ray that a node will be preempted, as a cloud's autoscaler does."""
+        node = ["--address", self._cluster.address, "--node-id", self.workers[index].node_id]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        line = [Path(sys.executable).parent / "ray", "drain-node", *node, *why]
+        subprocess.run([*line, "--deadline-remaining-seconds", str(seconds)], check=True, timeout=60)
 
     def lose(self, index: int) -> float:
         """SIGKILL to everything on a node; when."""

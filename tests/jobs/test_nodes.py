@@ -136,7 +136,7 @@ def test_nodes_lost_at_random_change_neither_rows_nor_losses(tmp_path: Path):
 
 
 @pytest.mark.alone
-def test_killed_driver_goes_on_and_a_node_that_comes_is_used(tmp_path: Path):
+def test_driver_killed_then_a_node_comes_and_one_goes_with_notice(tmp_path: Path):
     rng, story = random.Random(5), Story(tmp_path, steps=300)
     with Nodes(1) as nodes:
         with story.start(nodes) as job:
@@ -151,5 +151,11 @@ def test_killed_driver_goes_on_and_a_node_that_comes_is_used(tmp_path: Path):
             start = story.back(job, "node came", when, seen, 2)
             saved = job.wait_for(r"step (\d+): the group of workers is about to change", after=seen)
             assert start >= int(saved[1])  # saved for the purpose, not when it was due
+            seen = len(job.lines)
+            nodes.announce(0, seconds=60)
+            saved = job.wait_for(r"step (\d+): the nodes of workers \[\d\] go at", after=seen)
+            job.wait_for(f"step {int(saved[1]) + 3}/300 ", after=seen)  # training goes on until the node goes
+            seen, when = len(job.lines), nodes.lose(0)
+            assert story.back(job, "announced node lost", when, seen, 1) >= int(saved[1])
             story.end(job)
     story.compare()
