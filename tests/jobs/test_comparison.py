@@ -66,6 +66,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return settings(storage, places | {"AR": "models:/causal@teacher"})
 
 
+@pytest.mark.slow
 def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
     found = compare(config)
     asked = [("PGM", 2), ("PGM", 4), ("MDLM", 2), ("MDLM", 4), ("AR", L)]

@@ -109,6 +109,7 @@ def write_model(config: RunConfig, tokenizer: PatchVQ, into: Path) -> None:
     tokenizer.save(into)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) -> None:
     data, path = config.data, data_path(config)
     assert data.kind == "image"

@@ -49,6 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return config
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) -> None:
     uri, run = tracking.tracking_uri(config), Path(config.cluster.storage) / "judged"
     run_id = tracking.open_run(uri, "pgm", "judged", {}, {})
