@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from page_check import check_page
 from small_models import shake
 
 from pipeline import storage
@@ -35,6 +36,7 @@ from pipeline.evaluation.source_images import load_net, source_images
 from pipeline.models import build, folder
 from pipeline.models.vq import PatchVQ, fit_patches, load_image_tokenizer
 from pipeline.tracking import tracking_uri
+from pipeline.training.comparison import compare
 from pipeline.training.evaluate import evaluate
 from pipeline.training.validation import validation_rows
 
@@ -160,6 +162,17 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     names = {Path(a.path).name for a in client.list_artifacts(run["run_id"], "evaluation")}
     assert names == {"evaluation.json", "report.html", "report.md", "samples.png", "held_out.png"}
     assert "guidance 1.0, seed 0, precision float32" in found.report.to_text()
+
+    # A comparison judges alike, whichever model it draws from first.
+    own = str(Path(config.cluster.storage) / "judged" / "model")
+    asked = config.evaluation.model_copy(update={"data": (), "models": {"A": own, "B": own}, "steps": (2, 3)})
+    both = compare(config.model_copy(update={"name": "both", "evaluation": asked}))
+    a, b = ([one for one in both.points if one.model == name] for name in "AB")
+    assert [one.steps for one in a] == [one.steps for one in b] == [2, 3]
+    assert [one.value("fid") for one in a] == [one.value("fid") for one in b]
+    assert a[1].value("fid") == pytest.approx(metrics["evaluation/samples/fid"], rel=1e-3)
+    assert [group.measures[0].value for group in both.likelihoods] == [pytest.approx(bound.nats)] * 2
+    check_page(Path(both.folder, "report.html").read_text())
 
 
 def test_what_is_refused_before_anything_is_drawn(
