@@ -20,10 +20,9 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, started once."""
+    import local_ray
     import ray
 
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning"
-    )
+    local_ray.start()
     yield
     ray.shutdown()

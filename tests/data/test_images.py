@@ -56,6 +56,7 @@ def units_of(config: RunConfig) -> list[Path]:
     return list(Path(data_path(config)).glob("_work-*/unit-*.json"))
 
 
+@pytest.mark.slow
 def test_the_same_bytes_however_often_killed(
     ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

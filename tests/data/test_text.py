@@ -102,6 +102,7 @@ def corpus(folder: Path) -> None:
         (folder / f"{i:05d}.txt").write_text(text)
 
 
+@pytest.mark.slow
 def test_killed_twice_and_finished_gives_the_same_bytes(
     ray_cluster: None, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

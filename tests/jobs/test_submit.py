@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import local_ray
 import psutil
 import pytest
 import ray
@@ -117,7 +118,8 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture(scope="module")
 def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    ray.shutdown()  # that of earlier tests: parts of Ray Train refuse to choose between two on one machine
+    shared = ray.is_initialized()
+    ray.shutdown()  # parts of Ray Train refuse to choose between two on one machine
     folder = tmp_path_factory.mktemp("head")
     short = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short names
     (folder / "token").write_text("0123456789abcdef" * 4)
@@ -163,6 +165,8 @@ def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hea
         for process in processes:
             end(process)
         shutil.rmtree(short, ignore_errors=True)
+        if shared:
+            local_ray.start()
 
 
 def test_folders_inside_a_submitted_job_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

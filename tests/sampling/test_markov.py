@@ -103,6 +103,7 @@ def test_the_source_is_what_it_should_be() -> None:
     assert distance(pairs_of(rows), CHAIN.pairs) < 0.01
 
 
+@pytest.mark.slow
 def test_the_bound_comes_within_three_percent_of_the_entropy(trained: Denoiser) -> None:
     held_out = CHAIN.draw(4096, np.random.default_rng(2))
     bound = measure(trained, held_out, "count", 2, seed=0, batch=512)
@@ -111,6 +112,7 @@ def test_the_bound_comes_within_three_percent_of_the_entropy(trained: Denoiser) 
     assert bound.stderr < 0.006 * CHAIN.nats
 
 
+@pytest.mark.slow
 def test_samples_have_the_pairs_of_the_source(trained: Denoiser) -> None:
     """Total variation over the 64 pairs stays below 0.05.
 

@@ -64,6 +64,7 @@ def run(client: MlflowClient, outcome: Outcome) -> Run:
     return found
 
 
+@pytest.mark.slow
 def test_run_is_linked_to_its_teachers_version(
     run: Run, outcome: Outcome, config: RunConfig, client: MlflowClient
 ) -> None:
@@ -75,6 +76,7 @@ def test_run_is_linked_to_its_teachers_version(
     assert again.train.init_from == distillation.teacher_folder(outcome.run, 0)
 
 
+@pytest.mark.slow
 def test_a_student_is_registered_for_every_round(outcome: Outcome, client: MlflowClient) -> None:
     (first,) = client.search_model_versions("name = 'student-round-1'")
     (last,) = client.search_model_versions("name = 'student'")
@@ -86,6 +88,7 @@ def test_a_student_is_registered_for_every_round(outcome: Outcome, client: Mlflo
     ).aliases  # it is no teacher of the next pretraining's students
 
 
+@pytest.mark.slow
 def test_students_are_models(outcome: Outcome, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of round 1 is what round 2 learnt from; both can be sampled and read."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", outcome.tracking_uri)
@@ -98,6 +101,7 @@ def test_students_are_models(outcome: Outcome, config: RunConfig, monkeypatch: p
         assert len(model.decode(model.sample(2, steps=2))) == 2
 
 
+@pytest.mark.slow
 def test_quality_against_steps(outcome: Outcome, run: Run, client: MlflowClient) -> None:
     assert outcome.quality is not None
     header, _, *rows = outcome.quality.splitlines()

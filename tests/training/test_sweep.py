@@ -62,6 +62,7 @@ def children(client: MlflowClient, outcome: SweepOutcome) -> dict[str, Run]:
     return {run.data.tags["variant"]: run for run in found}
 
 
+@pytest.mark.slow
 def test_two_variants_end_and_two_are_named_with_their_reason(outcome: SweepOutcome) -> None:
     state = {row.variant: row.state for row in outcome.rows}
     assert state["case=plain"] == state["case=pooled"] == "1 finished"
@@ -72,6 +73,7 @@ def test_two_variants_end_and_two_are_named_with_their_reason(outcome: SweepOutc
     assert [row.variant for row in outcome.rows][2:] == ["case=weightless", "case=crowded"]
 
 
+@pytest.mark.slow
 def test_children_log_what_pretraining_logs(client: MlflowClient, outcome: SweepOutcome) -> None:
     runs = children(client, outcome)
     assert runs.keys() == {"case=plain", "case=pooled", "case=weightless"}
@@ -85,6 +87,7 @@ def test_children_log_what_pretraining_logs(client: MlflowClient, outcome: Sweep
     assert runs["case=pooled"].data.params["model.swap.pooling"] == "mean"
 
 
+@pytest.mark.slow
 def test_parent_holds_the_space_the_table_and_the_pictures(
     client: MlflowClient, outcome: SweepOutcome
 ) -> None:
@@ -101,6 +104,7 @@ def test_parent_holds_the_space_the_table_and_the_pictures(
         assert (Path(outcome.folder) / name).stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_table_says_what_the_trials_logged(client: MlflowClient, outcome: SweepOutcome) -> None:
     with (Path(outcome.folder) / "trials.csv").open() as file:
         lines = {line["case"]: line for line in csv.DictReader(file)}
@@ -115,6 +119,7 @@ def test_table_says_what_the_trials_logged(client: MlflowClient, outcome: SweepO
     assert first.train_rate.mean > 0
 
 
+@pytest.mark.slow
 def test_the_best_is_a_config_of_pretraining(outcome: SweepOutcome, plan: Sweep) -> None:
     assert outcome.best is not None
     config = load(outcome.best)
@@ -125,6 +130,7 @@ def test_the_best_is_a_config_of_pretraining(outcome: SweepOutcome, plan: Sweep)
     assert config.cluster.storage == plan.base().cluster.storage
 
 
+@pytest.mark.slow
 def test_the_same_command_again_runs_only_what_failed(
     plan: Sweep, outcome: SweepOutcome, client: MlflowClient
 ) -> None:
@@ -142,6 +148,7 @@ def test_the_same_command_again_runs_only_what_failed(
     }
 
 
+@pytest.mark.slow
 def test_another_base_under_the_same_name_is_refused(plan: Sweep, outcome: SweepOutcome) -> None:
     tree = {**plan.tree, "optim": {**plan.tree["optim"], "lr": 0.5}}
     with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.01 -> 0\.5"):
@@ -169,6 +176,7 @@ def test_halving_asks_the_worse_to_save_and_end(run_storage: Path, tmp_path: Pat
     assert [storage.exists(storage.join(run, STOP)) for run in folders] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_reports_are_kept_beside_the_trial(plan: Sweep, outcome: SweepOutcome) -> None:
     run = checkpoint.run_folder(planned(plan, plan.variants()[0], 0).config)
     told = read_reports(run)
