@@ -1,49 +1,59 @@
-"""A text source of known entropy: no model can be better than that, and a bound that is lower is wrong.
-
-Letters of a stationary Markov chain, whose transitions are drawn once from a Dirichlet distribution.
-"""
+"""Sources of known entropy: no model can be better than that, and a bound that is lower is wrong."""
 
 import functools
 import string
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 LETTERS = string.ascii_lowercase[:16]
 DOCUMENTS, LETTERS_EACH = 64, 32_768
 _CONCENTRATION, _SEED = 0.25, 2026
 
 
-@functools.cache
-def transitions() -> Float64[np.ndarray, "K K"]:
-    """Probabilities of the next letter after every letter."""
-    kinds = len(LETTERS)
-    return np.random.default_rng(_SEED).dirichlet(np.full(kinds, _CONCENTRATION), kinds)
+@dataclass(frozen=True)
+class Chain:
+    """A stationary Markov chain.
+
+    Attributes:
+        first: chances of a token anywhere in a row; one more transition leaves them as they are.
+        transitions: chances of the next token after every token.
+    """
+
+    first: Float64[np.ndarray, "V"]
+    transitions: Float64[np.ndarray, "V V"]
+
+    def entropy(self, length: int) -> float:
+        """Nats per token of `length` tokens in a row."""
+        alone, following = _entropy(self.first), self.first @ _entropy(self.transitions)
+        return float((alone + (length - 1) * following) / length)
+
+    def draw(self, rows: int, length: int, rng: np.random.Generator) -> Int64[np.ndarray, "rows length"]:
+        """Rows, each on its own."""
+        drawn = np.empty((rows, length), np.int64)
+        drawn[:, 0] = rng.choice(len(self.first), rows, p=self.first)
+        below = self.transitions.cumsum(-1)[:, :-1]
+        for place in range(1, length):
+            drawn[:, place] = (rng.random((rows, 1)) > below[drawn[:, place - 1]]).sum(-1)
+        return drawn
 
 
 @functools.cache
-def letters() -> Float64[np.ndarray, "K"]:
-    """Probabilities of a letter anywhere in a document: what one more transition leaves as it is."""
+def embedded() -> Chain:
+    """That of the source "markov": letters, with transitions drawn once from a Dirichlet distribution."""
     kinds = len(LETTERS)
-    balance = np.vstack([transitions().T - np.eye(kinds), np.ones(kinds)])
-    return np.linalg.lstsq(balance, np.append(np.zeros(kinds), 1.0), rcond=None)[0]
+    transitions = np.random.default_rng(_SEED).dirichlet(np.full(kinds, _CONCENTRATION), kinds)
+    balance = np.vstack([transitions.T - np.eye(kinds), np.ones(kinds)])
+    first = np.linalg.lstsq(balance, np.append(np.zeros(kinds), 1.0), rcond=None)[0]
+    return Chain(first, transitions)
 
 
+@functools.cache
 def documents() -> list[str]:
-    """The same ones every time."""
-    random = np.random.default_rng(_SEED + 1)
-    drawn = np.empty((DOCUMENTS, LETTERS_EACH), np.int64)
-    drawn[:, 0] = random.choice(len(LETTERS), DOCUMENTS, p=letters())
-    below = transitions().cumsum(-1)[:, :-1]
-    for place in range(1, LETTERS_EACH):
-        drawn[:, place] = (random.random((DOCUMENTS, 1)) > below[drawn[:, place - 1]]).sum(-1)
+    """Those of the source "markov", the same ones every time; drawn once, since every start compares them."""
+    drawn = embedded().draw(DOCUMENTS, LETTERS_EACH, np.random.default_rng(_SEED + 1))
     return ["".join(LETTERS[letter] for letter in row) for row in drawn]
-
-
-def entropy(length: int) -> float:
-    """Nats per letter of `length` letters in a row, from anywhere in a document."""
-    first, rate = _entropy(letters()), letters() @ _entropy(transitions())
-    return float((first + (length - 1) * rate) / length)
 
 
 def _entropy(chances: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ def _pydoc() -> list[str]:
     return [topics[key] for key in sorted(topics)]
 
 
-EMBEDDED = {"pydoc": _pydoc, "markov": markov.documents}
+EMBEDDED: dict[str, Callable[[], list[str]]] = {"pydoc": _pydoc, "markov": markov.documents}
 
 
 def root_of(source: str, suffixes: tuple[str, ...]) -> str:

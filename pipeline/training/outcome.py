@@ -164,5 +164,5 @@ def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:
     return {
         "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
         "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),
-        **({"source": math.exp(markov.entropy(manifest.length))} if known else {}),
+        **({"source": math.exp(markov.embedded().entropy(manifest.length))} if known else {}),
     }

@@ -36,11 +36,12 @@ def test_entropy_of_the_known_source_is_that_of_its_documents() -> None:
     documents = [str(document) for document in everything("markov")]
     assert documents == everything("markov")
     rows = np.array([[markov.LETTERS.index(letter) for letter in text] for text in documents[:16]])
-    chances = markov.letters()
-    np.testing.assert_allclose(chances @ markov.transitions(), chances, atol=1e-12)
-    nats = -np.log(markov.transitions()[rows[:, :-1], rows[:, 1:]]).mean()
-    assert nats == pytest.approx(markov.entropy(rows.shape[1]), rel=2e-3)
-    assert markov.entropy(1) == pytest.approx(-(chances * np.log(chances)).sum(), rel=1e-12)
+    chain = markov.embedded()
+    chances = chain.first
+    np.testing.assert_allclose(chances @ chain.transitions, chances, atol=1e-12)
+    nats = -np.log(chain.transitions[rows[:, :-1], rows[:, 1:]]).mean()
+    assert nats == pytest.approx(chain.entropy(rows.shape[1]), rel=2e-3)
+    assert chain.entropy(1) == pytest.approx(-(chances * np.log(chances)).sum(), rel=1e-12)
 
 
 def test_every_kind_gives_the_same_documents(tmp_path: Path) -> None:

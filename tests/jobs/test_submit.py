@@ -159,7 +159,8 @@ def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hea
     try:
         launch(serve, f"{mlflow}/health")
         launch(start, f"{address}/api/version", attempts=3)  # Ray gives up after 30 s on a busy machine
-        wait_until(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", processes[-1], folder / "1.log")
+        log = folder / f"{len(processes) - 1}.log"
+        wait_until(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", processes[-1], log)
         yield Head(address, mlflow, environment, folder / "mlflow.db")
     finally:
         for process in processes:

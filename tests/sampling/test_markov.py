@@ -4,7 +4,6 @@ The likelihood bound comes close to the entropy and not below it, and samples ha
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import DiffusionConfig, PGMConfig
+from pipeline.data.markov import Chain
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import normaliser, training_batch
 from pipeline.evaluation.likelihood import measure
@@ -23,43 +23,15 @@ V, L, BATCH, STEPS, RATE = 8, 32, 32, 1000, 3e-3
 MODEL = PGMConfig(hidden=64, heads=4, encoder_blocks=1, decoder_blocks=2, dropout=0)
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A stationary Markov chain: first-token chances [V] and transitions [V, V]."""
-
-    first: np.ndarray
-    transitions: np.ndarray
-
-    @classmethod
-    def random(cls) -> "Chain":
-        weights = np.exp(1.602 * np.random.default_rng(88).standard_normal((V, V)))
-        transitions = weights / weights.sum(1, keepdims=True)
-        return cls(np.linalg.matrix_power(transitions, 1000)[0], transitions)
-
-    @property
-    def pairs(self) -> np.ndarray:
-        """Chances [V, V] of two neighbouring tokens."""
-        return self.first[:, None] * self.transitions
-
-    @property
-    def nats(self) -> float:
-        """Entropy per token of a row: H(x1) once, H(x2 | x1) for every later token."""
-        alone = -(self.first * np.log(self.first)).sum()
-        following = -(self.pairs * np.log(self.transitions)).sum()
-        return (alone + (L - 1) * following) / L
-
-    def draw(self, rows: int, rng: np.random.Generator) -> np.ndarray:
-        """Rows [rows, L]."""
-        cumulative = self.transitions.cumsum(1)
-        tokens = np.empty((rows, L), np.int64)
-        tokens[:, 0] = rng.choice(V, rows, p=self.first)
-        for i in range(1, L):
-            above = rng.random((rows, 1)) > cumulative[tokens[:, i - 1]]
-            tokens[:, i] = np.minimum(above.sum(1), V - 1)
-        return tokens
+def random_chain() -> Chain:
+    weights = np.exp(1.602 * np.random.default_rng(88).standard_normal((V, V)))
+    transitions = weights / weights.sum(1, keepdims=True)
+    return Chain(np.linalg.matrix_power(transitions, 1000)[0], transitions)
 
 
-CHAIN = Chain.random()
+CHAIN = random_chain()
+NATS = CHAIN.entropy(L)
+PAIRS = CHAIN.first[:, None] * CHAIN.transitions  # chances [V, V] of two neighbouring tokens
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +46,7 @@ def trained() -> Denoiser:
     for step in range(STEPS):
         t, groups = partition.draw(0, step, BATCH, L, config.eps, bos=False)
         present, divisor = np.ones(BATCH, bool), normaliser(groups, config, True, False)
-        tokens = CHAIN.draw(BATCH, rng)
+        tokens = CHAIN.draw(BATCH, L, rng)
         batch = training_batch(tokens, t, groups, present, config, True, divisor, False, torch.device("cpu"))
         model(batch).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,19 +69,19 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_the_source_is_what_it_should_be() -> None:
-    assert CHAIN.nats == pytest.approx(1.39, abs=0.02)
+    assert CHAIN.entropy(L) == pytest.approx(1.39, abs=0.02)
     assert np.allclose(CHAIN.first @ CHAIN.transitions, CHAIN.first)
-    rows = CHAIN.draw(20_000, np.random.default_rng(0))
-    assert distance(pairs_of(rows), CHAIN.pairs) < 0.01
+    rows = CHAIN.draw(20_000, L, np.random.default_rng(0))
+    assert distance(pairs_of(rows), PAIRS) < 0.01
 
 
 @pytest.mark.slow
 def test_the_bound_comes_within_three_percent_of_the_entropy(trained: Denoiser) -> None:
-    held_out = CHAIN.draw(4096, np.random.default_rng(2))
+    held_out = CHAIN.draw(4096, L, np.random.default_rng(2))
     bound = measure(trained, held_out, "count", 2, seed=0, batch=512)
-    assert bound.nats < 1.03 * CHAIN.nats
-    assert bound.nats > CHAIN.nats - 4 * bound.stderr, "no model is better than the source itself"
-    assert bound.stderr < 0.006 * CHAIN.nats
+    assert bound.nats < 1.03 * NATS
+    assert bound.nats > NATS - 4 * bound.stderr, "no model is better than the source itself"
+    assert bound.stderr < 0.006 * NATS
 
 
 @pytest.mark.slow
@@ -122,9 +94,9 @@ def test_samples_have_the_pairs_of_the_source(trained: Denoiser) -> None:
     without regard to each other are seven times as far away.
     """
     rows = sample(trained, 500, steps=L, seed=0)
-    noise = distance(pairs_of(CHAIN.draw(500, np.random.default_rng(3))), CHAIN.pairs)
-    unaware = distance(np.outer(CHAIN.first, CHAIN.first), CHAIN.pairs)
+    noise = distance(pairs_of(CHAIN.draw(500, L, np.random.default_rng(3))), PAIRS)
+    unaware = distance(np.outer(CHAIN.first, CHAIN.first), PAIRS)
     assert noise < 0.025
     assert unaware > 0.3
-    assert distance(pairs_of(rows), CHAIN.pairs) < 0.05
+    assert distance(pairs_of(rows), PAIRS) < 0.05
     assert math.isclose(pairs_of(rows).sum(), 1)
