@@ -19,23 +19,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def turn(x: Tensor) -> Tensor:
-    """Rotary positions 0, 1, ... as products of complex numbers."""
-    cos, sin = rotary(torch.arange(len(x)), x.shape[-1])
-    turned = torch.complex(*x.chunk(2, -1)) * torch.complex(cos.to(x.dtype), sin.to(x.dtype))
-    return torch.cat([turned.real, turned.imag], -1)
+    """Rotary positions 0, 1, ..., by the formula for the two entries of every pair."""
+    code = rotary(torch.arange(len(x)), x.shape[-1])
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = even * code.real - odd * code.imag, odd * code.real + even * code.imag
+    return torch.stack(turned, -1).flatten(-2)
 
 
 def self_block(block: SelfBlock, x: Tensor, mask: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation()
-    q, k, v = block.qkv(block.norm1(x, shift1, scale1)).view(len(x), 3, block.heads, -1).unbind(1)
+    q, k, v = block.qkv_proj(block.norm1(x, shift1, scale1)).view(len(x), 3, block.heads, -1).unbind(1)
     x = x + gate1 * block.out(attention(turn(q), turn(k), v, mask))
     return x + gate2 * block.mlp(block.norm2(x, shift2, scale2))
 
 
 def cross_block(block: CrossBlock, x: Tensor, read: Tensor, mask: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation()
-    q = block.q(block.q_norm(x, shift1, scale1)).view(len(x), block.heads, -1)
-    k, v = block.kv(block.kv_norm(read)).view(len(x), 2, block.heads, -1).unbind(1)
+    q = block.q_proj(block.q_norm(x, shift1, scale1)).view(len(x), block.heads, -1)
+    k, v = block.kv_proj(block.kv_norm(read)).view(len(x), 2, block.heads, -1).unbind(1)
     x = x + gate1 * block.out(attention(turn(q), turn(k), v, mask))
     return x + gate2 * block.mlp(block.norm2(x, shift2, scale2))
 
@@ -48,7 +49,7 @@ def swap(module: GroupSwap, read: Tensor, mask: Tensor) -> Tensor:
         pool = torch.mean if module.pooling == "mean" else torch.logsumexp
         raw = raw + torch.stack([pool(read[m], 0) if m.any() else torch.zeros_like(read[0]) for m in mask])
     q = module.query(module.norm(raw)).view(len(read), module.heads, -1)
-    k, v = module.kv(read).view(len(read), 2, module.heads, -1).unbind(1)
+    k, v = module.kv_proj(read).view(len(read), 2, module.heads, -1).unbind(1)
     return module.out(attention(turn(q), turn(k), v, mask))
 
 

@@ -46,15 +46,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "B 1 L L"]) -
 
 def _self_block(block: SelfBlock, x: Tensor, mask: Tensor, code: Rotary) -> Tensor:
     shift, scale, gate, *second = block.modulation()
-    q, k, v = block.qkv(block.norm1(x, shift, scale)).unflatten(-1, (3, block.heads, -1)).unbind(1)
+    q, k, v = block.qkv_proj(block.norm1(x, shift, scale)).unflatten(-1, (3, block.heads, -1)).unbind(1)
     x = x + gate * block.out(_attention(rotate(q, code), rotate(k, code), v, mask))
     return x + second[2] * block.mlp(block.norm2(x, second[0], second[1]))
 
 
 def _cross_block(block: CrossBlock, x: Tensor, read: Tensor, mask: Tensor, code: Rotary) -> Tensor:
     shift, scale, gate, *second = block.modulation()
-    q = block.q(block.q_norm(x, shift, scale)).unflatten(-1, (block.heads, -1))
-    k, v = block.kv(block.kv_norm(read)).unflatten(-1, (2, block.heads, -1)).unbind(1)
+    q = block.q_proj(block.q_norm(x, shift, scale)).unflatten(-1, (block.heads, -1))
+    k, v = block.kv_proj(block.kv_norm(read)).unflatten(-1, (2, block.heads, -1)).unbind(1)
     x = x + gate * block.out(_attention(rotate(q, code), rotate(k, code), v, mask))
     return x + second[2] * block.mlp(block.norm2(x, second[0], second[1]))
 
@@ -64,7 +64,7 @@ def _swap(module: GroupSwap, read: Tensor, places: Tensor, mask: Tensor, code: R
     if module.positional:
         raw = raw + sinusoid(places, raw.shape[-1])
     q = module.query(module.norm(raw)).repeat(len(mask), 1).unflatten(-1, (module.heads, -1))
-    k, v = module.kv(read).unflatten(-1, (2, module.heads, -1)).unbind(1)
+    k, v = module.kv_proj(read).unflatten(-1, (2, module.heads, -1)).unbind(1)
     return module.out(_attention(rotate(q, code), rotate(k, code), v, mask))
 
 

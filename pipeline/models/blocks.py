@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from pipeline.models.attention import Cache, Growth, Segments, attend
@@ -18,7 +18,7 @@ from pipeline.models.layers import (
     wide,
 )
 
-Rotary = tuple[Tensor, Tensor]
+Rotary = Complex[Tensor, "_ 1 half"]  # of as many tokens as it is for
 
 
 class SelfBlock(nn.Module):
@@ -31,7 +31,7 @@ class SelfBlock(nn.Module):
         self.heads, self.dropout, self.causal = heads, dropout, causal
         self.modulation = Modulation(hidden, 6, conditional)
         self.norm1 = LayerNorm(hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.qkv_proj = nn.Linear(hidden, 3 * hidden, bias=False)
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.norm2 = LayerNorm(hidden)
         self.mlp = MLP(hidden)
@@ -47,7 +47,7 @@ class SelfBlock(nn.Module):
     ) -> Float[Tensor, "T H"]:
         """With a cache, x are the new tokens of `growth` and the cache holds those before."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        qkv = self.qkv(self.norm1(x, shift1, scale1)).unflatten(-1, (3 * self.heads, -1))  # [T, 3N, D]
+        qkv = self.qkv_proj(self.norm1(x, shift1, scale1)).unflatten(-1, (3 * self.heads, -1))  # [T, 3N, D]
         qk, v = qkv.split([2 * self.heads, self.heads], 1)
         q, k = rotate(qk, code).chunk(2, 1)  # [T, N, D], turned together: one pass instead of two
         if cache is not None and growth is not None:
@@ -73,8 +73,8 @@ class CrossBlock(nn.Module):
         self.modulation = Modulation(hidden, 6, conditional)
         self.q_norm = LayerNorm(hidden)
         self.kv_norm = LayerNorm(hidden)
-        self.q = nn.Linear(hidden, hidden, bias=False)
-        self.kv = nn.Linear(hidden, 2 * hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.kv_proj = nn.Linear(hidden, 2 * hidden, bias=False)
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.norm2 = LayerNorm(hidden)
         self.mlp = MLP(hidden)
@@ -90,8 +90,8 @@ class CrossBlock(nn.Module):
         condition: Condition | None = None,
     ) -> Float[Tensor, "Tq H"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        q = self.q(self.q_norm(x, shift1, scale1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
-        k, v = self.kv(self.kv_norm(encoded)).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
+        q = self.q_proj(self.q_norm(x, shift1, scale1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
+        k, v = self.kv_proj(self.kv_norm(encoded)).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
         y = attend(rotate(q, q_code), rotate(k, k_code), v, q_segments, k_segments).flatten(1)
         x = torch.addcmul(x, gate1, F.dropout(self.out(y), self.dropout, self.training))
         rest = F.dropout(self.mlp(self.norm2(x, shift2, scale2)), self.dropout, self.training)
@@ -132,7 +132,7 @@ class GroupSwap(nn.Module):
             self.query = nn.Sequential(
                 nn.Linear(hidden, 4 * hidden), nn.SiLU(), nn.Linear(4 * hidden, hidden)
             )
-        self.kv = nn.Linear(hidden, 2 * hidden)
+        self.kv_proj = nn.Linear(hidden, 2 * hidden)
         self.out = nn.Linear(hidden, hidden)
 
     def forward(
@@ -157,7 +157,7 @@ class GroupSwap(nn.Module):
         q = rotate(queries, rotary(places, queries.shape[-1]))
         if shared:
             q = F.embedding(positions, q.flatten(1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
-        k, v = self.kv(encoded).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
+        k, v = self.kv_proj(encoded).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
         return self.out(attend(q, rotate(k, k_code), v, q_segments, k_segments).flatten(1))
 
 

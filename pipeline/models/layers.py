@@ -1,11 +1,11 @@
 """Small layers that every trunk is made of: norm, modulation, rotary and sinusoidal positions, MLP, head."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from pipeline.models.matching import Teaching, matched
@@ -23,46 +23,22 @@ def _frequencies(count: int, device: torch.device) -> Float[Tensor, "count"]:
     return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(PERIOD) / count))
 
 
-def rotary(
-    positions: Int[Tensor, "T"], size: int
-) -> tuple[Float[Tensor, "T 1 half"], Float[Tensor, "T 1 half"]]:
-    """Cosines and sines of rotary position embedding, for heads of `size` entries, in float32."""
+def rotary(positions: Int[Tensor, "T"], size: int) -> Complex[Tensor, "T 1 half"]:
+    """Rotary position embedding for heads of `size` entries: cosine + i sine of every angle, in float32."""
     angles = positions[:, None].float() * _frequencies(size // 2, positions.device)  # [T, D/2]
-    return angles.cos()[:, None], angles.sin()[:, None]
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
-def rotate(x: Float[Tensor, "T N D"], code: tuple[Tensor, Tensor]) -> Float[Tensor, "T N D"]:
-    """Apply a rotary code, half-split (entry i turns with entry i + D/2).
+def rotate(x: Float[Tensor, "T N D"], code: Complex[Tensor, "T 1 half"]) -> Float[Tensor, "T N D"]:
+    """Apply a rotary code: entries 2i and 2i + 1 of a head are one complex number, turned in one pass.
+
+    Released weights turn entry i with entry i + D/2; their rows are reordered when they are read
+    (`pretrained.translate`), which changes no product of queries and keys.
 
     Source: method.md section 2, "Block details".
     """
-    turned: Tensor = _Turn.apply(wide(x), *code)
-    return turned.to(x.dtype)
-
-
-class _Turn(torch.autograd.Function):
-    """The rotation, written straight into its result: a third of the memory traffic of the formula.
-
-    Its gradient is the rotation back, so nothing of x is kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, sin, -1), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (low, high), (low_out, high_out) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(low, cos, out=low_out).addcmul_(high, sin, value=-direction)
-    torch.mul(high, cos, out=high_out).addcmul_(low, sin, value=direction)
-    return out
+    numbers = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(numbers * code).flatten(-2).to(x.dtype)
 
 
 def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:

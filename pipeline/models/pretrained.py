@@ -3,10 +3,12 @@
 import logging
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.config.schema import ImportConfig
@@ -28,18 +30,25 @@ RENAMES = (
     (r"^swap\.base_embedding$", "swap.base"),
     (r"^swap\.pre_query_norm\.", "swap.norm."),
     (r"^swap\.query_processor\.", "swap.query."),
-    (r"^swap\.hidden_to_key_value\.", "swap.kv."),
+    (r"^swap\.hidden_to_key_value\.", "swap.kv_proj."),
     (r"^swap\.output_linear\.", "swap.out."),
     (r"^output_layer\.norm_final\.", "final.norm."),
     (r"^output_layer\.linear\.", "head."),
     (r"^output_layer\.adaLN_modulation\.", "final.adaLN_modulation."),
     (r"^cls_embed\.embedding_table\.", "classes."),
-    (r"\.attn_(qkv|kv|q|out)\.", r".\1."),
+    (r"\.attn_(qkv|kv|q)\.", r".\1_proj."),
+    (r"\.attn_out\.", ".out."),
     (r"\.(q|kv)_norm1\.", r".\1_norm."),
     (r"\.mlp\.0\.", ".mlp.up."),
     (r"\.mlp\.2\.", ".mlp.down."),
 )
-UNUSED = ("rotary_emb.inv_freq",)
+FREQUENCIES = "rotary_emb.inv_freq"  # [D/2]
+# What rotary codes turn, and the share of its rows that they do: queries and keys.
+TURNED = (
+    (re.compile(r"\.qkv_proj\."), Fraction(2, 3)),
+    (re.compile(r"\.kv_proj\."), Fraction(1, 2)),
+    (re.compile(r"\.q_proj\.|^swap\.query\.(2\.)?(weight|bias)$"), Fraction(1)),
+)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Denoiser, ImportConfig, DataFacts]:
@@ -75,17 +84,19 @@ def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
     The released text models feed every adaLN map one constant vector, `SiLU(MLP(time embedding of 0))`, so each
     map is folded into constant modulation vectors. Image models feed it the class vector, and the map stays.
     The mask token's row is kept where a model reads it, in the embedding of masked models, and where BOS
-    lies behind it. Registers become the last rows of the embedding.
+    lies behind it. Registers become the last rows of the embedding. Rows of queries and keys are reordered, so
+    that the entries that a rotary code turns together are adjacent (`layers.rotate`).
 
     Args:
         released: tensors by released name, with or without the `backbone.` prefix.
         masked: whether the model reads a mask token (MDLM, MaskGIT).
 
     Raises:
-        CheckpointError: neither a time embedding to fold nor a class embedding, so this is no released model.
+        CheckpointError: no rotary frequencies, or neither a time embedding to fold nor a class embedding, so this
+            is no released model.
     """
     tensors = {name.removeprefix("backbone."): value for name, value in released.items()}
-    tensors = {name: value for name, value in tensors.items() if name not in UNUSED}
+    frequencies = tensors.pop(FREQUENCIES, None)
     time_map = {name: tensors.pop(name) for name in list(tensors) if name.startswith("sigma_map.")}
     of_classes = "cls_embed.embedding_table.weight" in tensors
     if len(time_map) != 4 and not of_classes:
@@ -93,12 +104,17 @@ def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
             "released weights: no sigma_map (time embedding) tensors; expected 4 of them in a text model, "
             "or cls_embed (class embedding) in an image model"
         )
+    if frequencies is None:
+        raise CheckpointError(
+            f"released weights: no {FREQUENCIES}; expected the rotary frequencies of a head"
+        )
     registers = tensors.pop("reg_tokens.weight", None)
     out: dict[str, Tensor] = {}
     for name, value in tensors.items():
         for pattern, target in RENAMES:
             name = re.sub(pattern, target, name)
-        out[name] = value
+        share = next((share for pattern, share in TURNED if pattern.search(name)), Fraction(0))
+        out[name] = _adjacent(value, int(share * len(value)), len(frequencies))
     # Behind the ids that can be predicted stand the mask and, in image models, BOS.
     beyond = 2 if of_classes else 1
     out["head.weight"], out["head.bias"] = out["head.weight"][:-beyond], out["head.bias"][:-beyond]
@@ -118,6 +134,12 @@ def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
             folded = F.linear(constant, weight, bias).view(-1, out["embedding.weight"].shape[1])
             out[f"{stem}modulation.vectors"] = folded
     return {name: value.contiguous() for name, value in out.items()}
+
+
+def _adjacent(rows: Float[Tensor, "out *rest"], turned: int, half: int) -> Float[Tensor, "out *rest"]:
+    """The first `turned` rows, heads of 2 `half`, with rows i and i + half of every head side by side."""
+    pairs = rows[:turned].unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2)
+    return torch.cat([pairs, rows[turned:]])
 
 
 def _time_vector(time_map: dict[str, Tensor]) -> Tensor:

@@ -117,18 +117,18 @@ def test_norm_and_modulation() -> None:
     assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_rotary_code_is_half_split() -> None:
-    """Entry i turns with entry i + D/2, by position / 10000^(2i/D)."""
+def test_rotary_code_turns_adjacent_entries() -> None:
+    """Entry 2i turns with entry 2i + 1, by position / 10000^(2i/D)."""
     positions = torch.tensor([0, 1, 700])
     x = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(4))
     turned = rotate(x, rotary(positions, 6))
     for token, position in enumerate(positions.tolist()):
         for i in range(3):
             angle = position * 10_000 ** (-2 * i / 6)
-            low, high = x[token, :, i], x[token, :, i + 3]
+            even, odd = x[token, :, 2 * i], x[token, :, 2 * i + 1]
             cos, sin = math.cos(angle), math.sin(angle)
-            torch.testing.assert_close(turned[token, :, i], low * cos - high * sin, atol=1e-4, rtol=0)
-            torch.testing.assert_close(turned[token, :, i + 3], high * cos + low * sin, atol=1e-4, rtol=0)
+            torch.testing.assert_close(turned[token, :, 2 * i], even * cos - odd * sin, atol=1e-4, rtol=0)
+            torch.testing.assert_close(turned[token, :, 2 * i + 1], odd * cos + even * sin, atol=1e-4, rtol=0)
 
 
 def test_rotated_products_depend_on_distance_alone() -> None:
