@@ -10,7 +10,7 @@ from small_models import PGM, randomised
 from torch import Tensor
 
 from pipeline.models import build
-from pipeline.models.layers import LOGITS_AT_ONCE, Head, LayerNorm, rotary, rotate, sinusoid
+from pipeline.models.layers import LOGITS_AT_ONCE, GeluLinear, Head, LayerNorm, rotary, rotate, sinusoid
 
 H = 16
 SIZES = [
@@ -115,6 +115,22 @@ def test_norm_and_modulation() -> None:
         modulated = plain * (1 + for_each[1]) + for_each[0]
         torch.testing.assert_close(norm(x, *for_each), modulated, atol=1e-5, rtol=0)
     assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_one_kernel_for_product_and_gelu(rows: int) -> None:
+    """Without gradients it is another kernel, of contiguous rows and of others."""
+    torch.manual_seed(6)
+    layer = GeluLinear(H, 4 * H)
+    x = torch.randn(rows, 2 * H)[:, ::2]
+    expected = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate="tanh")
+    with torch.inference_mode():
+        without = layer(x)
+    torch.testing.assert_close(without.double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(without, layer(x.contiguous()).detach())
+    assert layer(x).requires_grad
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_rotary_code_turns_adjacent_entries() -> None:
