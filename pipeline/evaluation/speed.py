@@ -1,5 +1,6 @@
 """How fast models train and sample: cases timed in turn, beside the rooflines of the same run."""
 
+import logging
 import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from pipeline.models.pgm import PGM
 from pipeline.models.work import Work, flops, sampling_work, training_work
 from pipeline.sampling.orders import step_counts
 from pipeline.sampling.sampler import sample
+
+log = logging.getLogger(__name__)
 
 SEED = 0
 _CPU = torch.device("cpu")
@@ -108,16 +111,20 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[M
         runners = [_runner(config, case, models[case.model], stopwatches[case.model]) for case in cases]
         for runner in runners:
             runner.warm()
-        for _ in range(turns if cases else 0):
+        for turn in range(turns if cases else 0):
             peaks.append(matmul_peak(now))
             for runner in runners:
                 _turn(runner, peaks[-1], now)
+                log.info(
+                    "turn %d of %d: %s %.3g s", turn + 1, turns, runner.into.label, runner.into.seconds[-1]
+                )
         found += [runner.into for runner in runners]
         if traces is not None:
             _trace(runners, traces)
     if config.memory:
         for case, one in zip(config.cases, found, strict=True):
             one.peak_mib = peak_memory(config, case)
+            log.info("%s: peak %.0f MiB", case.label, one.peak_mib)
             if isinstance(case, TrainingCase):
                 large = config.model_copy(update={"vocabulary": config.memory_vocabulary})
                 one.peak_mib_large = peak_memory(large, case)
