@@ -209,7 +209,7 @@ class SpeedReport:
             axis.set_title(f"{title}, seconds a batch (black line: roofline)", loc="left", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8.5)
-            axis.legend(fontsize=8, frameon=False, loc="lower right")
+            axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return figure
 
 

@@ -257,14 +257,35 @@ class Cache:
         self, q: Float[Tensor, "T N D"], k: Float[Tensor, "T N D"], v: Float[Tensor, "T N D"], growth: Growth
     ) -> Float[Tensor, "T N D"]:
         """Store the new tokens' keys and values, and let them attend to what `growth` says."""
+        self.put(k, v, growth)
+        return self._attend(q, growth.segments, growth.longest, growth.mask)
+
+    def put(self, k: Float[Tensor, "T N D"], v: Float[Tensor, "T N D"], growth: Growth) -> None:
+        """Store the new tokens' keys and values."""
         growth.put(self.keys, k)
         growth.put(self.values, v)
-        new = growth.segments
-        rows = q.unflatten(0, (len(new), -1)) if new.equal else _pad(q, new)  # [B, longest new, N, D]
+
+    def read(self, q: Float[Tensor, "T N D"], asked: Segments, filled: Segments) -> Float[Tensor, "T N D"]:
+        """What `attend` gives for the first `filled.lengths[b]` keys and values of every row b."""
+        if not filled.total:
+            return q * 0
+        mask = None
+        if not filled.equal:
+            counts = torch.tensor(filled.lengths, device=q.device)[:, None, None, None]
+            # A row without keys would be 0/0: let it see one, and set its output to 0 afterwards.
+            mask = torch.arange(filled.longest, device=q.device) < counts.clamp(min=1)
+        out = self._attend(q, asked, filled.longest, mask)
+        return out if min(filled.lengths) else torch.where(_has_keys(asked, filled), out, 0)
+
+    def _attend(
+        self, q: Float[Tensor, "T N D"], asked: Segments, longest: int, mask: Tensor | None
+    ) -> Float[Tensor, "T N D"]:
+        """Packed queries to the first `longest` keys of their rows."""
+        rows = q.unflatten(0, (len(asked), -1)) if asked.equal else _pad(q, asked)  # [B, longest asked, N, D]
         out = F.scaled_dot_product_attention(
             rows.transpose(1, 2),
-            self.keys[:, : growth.longest].transpose(1, 2),
-            self.values[:, : growth.longest].transpose(1, 2),
-            attn_mask=growth.mask,
+            self.keys[:, :longest].transpose(1, 2),
+            self.values[:, :longest].transpose(1, 2),
+            attn_mask=mask,
         ).transpose(1, 2)
-        return out.flatten(0, 1) if new.equal else out[new.ids, new.offsets]
+        return out.flatten(0, 1) if asked.equal else out[asked.ids, asked.offsets]

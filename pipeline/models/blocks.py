@@ -88,14 +88,25 @@ class CrossBlock(nn.Module):
         q_code: Rotary,
         k_code: Rotary,
         condition: Condition | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "Tq H"]:
+        """With a cache, it holds the keys and values of the encoder outputs."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
         q = self.q_proj(self.q_norm(x, shift1, scale1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
-        k, v = self.kv_proj(self.kv_norm(encoded)).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
-        y = attend(rotate(q, q_code), rotate(k, k_code), v, q_segments, k_segments).flatten(1)
-        x = torch.addcmul(x, gate1, F.dropout(self.out(y), self.dropout, self.training))
+        q = rotate(q, q_code)
+        if cache is not None:
+            y = cache.read(q, q_segments, k_segments)
+        else:
+            y = attend(q, *self.keys_values(encoded, k_code), q_segments, k_segments)
+        x = torch.addcmul(x, gate1, F.dropout(self.out(y.flatten(1)), self.dropout, self.training))
         rest = F.dropout(self.mlp(self.norm2(x, shift2, scale2)), self.dropout, self.training)
         return torch.addcmul(x, gate2, rest)
+
+    def keys_values(
+        self, encoded: Float[Tensor, "T H"], code: Rotary
+    ) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
+        """What queries read of encoder outputs."""
+        return _keys_values(self.kv_proj(self.kv_norm(encoded)), self.heads, code)
 
 
 class GroupSwap(nn.Module):
@@ -143,8 +154,9 @@ class GroupSwap(nn.Module):
         q_segments: Segments,
         k_segments: Segments,
         k_code: Rotary,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "Tq H"]:
-        """Read the partner segments at `positions`, all of them below `extent`."""
+        """Read the partner segments at `positions`, all of them below `extent`; caches are those of blocks."""
         # Without pooling, queries depend on the position alone and rows share them: make each once.
         shared = self.pooling == "none" and len(positions) > extent
         places = torch.arange(extent, device=positions.device) if shared else positions
@@ -157,8 +169,23 @@ class GroupSwap(nn.Module):
         q = rotate(queries, rotary(places, queries.shape[-1]))
         if shared:
             q = F.embedding(positions, q.flatten(1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
-        k, v = self.kv_proj(encoded).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [Tk, N, D]
-        return self.out(attend(q, rotate(k, k_code), v, q_segments, k_segments).flatten(1))
+        if cache is not None:
+            return self.out(cache.read(q, q_segments, k_segments).flatten(1))
+        return self.out(attend(q, *self.keys_values(encoded, k_code), q_segments, k_segments).flatten(1))
+
+    def keys_values(
+        self, encoded: Float[Tensor, "T H"], code: Rotary
+    ) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
+        """What queries read of encoder outputs."""
+        return _keys_values(self.kv_proj(encoded), self.heads, code)
+
+
+def _keys_values(
+    product: Float[Tensor, "T two_H"], heads: int, code: Rotary
+) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
+    """A product that holds both, as heads, keys turned."""
+    k, v = product.unflatten(-1, (2, heads, -1)).unbind(1)
+    return rotate(k, code), v
 
 
 def pool(x: Float[Tensor, "T H"], segments: Segments, how: str) -> Float[Tensor, "S H"]:

@@ -1,9 +1,9 @@
 """Partition Generative Model: two groups that cannot see each other, each predicted from the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
+from itertools import chain, repeat
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,11 +17,16 @@ from pipeline.models.layers import Condition, rotary
 
 
 class Encoded(NamedTuple):
-    """Encoder outputs of packed clean tokens, ready to be read by the decoder."""
+    """Encoder outputs of packed clean tokens, ready to be read by the decoder.
+
+    Attributes:
+        caches: of every swap and decoder block, with the keys and values of these tokens; None: still to be made.
+    """
 
     vectors: Float[Tensor, "Tk H"]
     segments: Segments
     code: Rotary
+    caches: Sequence[Cache] | None = None
 
 
 @dataclass
@@ -30,12 +35,14 @@ class Reused:
 
     Attributes:
         caches: keys and values of every encoder block, in preallocated rows.
+        read: those of every swap and decoder block, in the order in which they read.
         vectors: [B, R/2 + capacity, H] encoder outputs.
         done: slots of every row that are in them, registers first.
         age: predictions since all were encoded together.
     """
 
     caches: list[Cache]
+    read: list[Cache]
     vectors: Float[Tensor, "B slots H"]
     done: list[int]
     age: int = 0
@@ -143,15 +150,27 @@ class PGM(Denoiser):
             for block, cache in zip(self.encoder, memory.caches, strict=True):
                 x = block(x, growth.segments, code, condition, cache, growth)
             growth.put(memory.vectors, x)
+            for reader, cache in zip(self._readers(), memory.read, strict=True):
+                cache.put(*reader.keys_values(x, code), growth)
             memory.done = filled
         outputs, known = packed(filled, memory.vectors, places)
-        return Encoded(outputs, Segments(filled, device), rotary(known, self.head_size))
+        return Encoded(outputs, Segments(filled, device), rotary(known, self.head_size), memory.read)
+
+    def _readers(self) -> list[GroupSwap | CrossBlock]:
+        """All that read encoder outputs, in the order in which they do."""
+        found: list[Any] = [self.swap]
+        for index, block in enumerate(self.decoder):
+            found += [*self.later_swaps[index - 1 : index], block] if index else [block]
+        return found
 
     def _remember_nothing(self, rows: int, slots: int) -> Reused:
         weight, hidden = self.head.weight, self.embedding.embedding_dim
         shape = (rows, slots, hidden // self.head_size, self.head_size)
-        caches = [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.encoder]
-        return Reused(caches, weight.new_zeros(rows, slots, hidden), [0] * rows)
+        caches, read = (
+            [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in blocks]
+            for blocks in (self.encoder, self._readers())
+        )
+        return Reused(caches, read, weight.new_zeros(rows, slots, hidden), [0] * rows)
 
     def _both_sides(self, batch: Batch) -> Float[Tensor, "Q H"]:
         """Vectors at all targets of a batch: two key segments a row, read crosswise by two query segments."""
@@ -210,12 +229,14 @@ class PGM(Denoiser):
     ) -> Float[Tensor, "Q H"]:
         """Vectors for the head at `positions` below `extent`, which count tokens only."""
         positions, extent = positions + self.registers, extent + self.registers
-        read, read_segments, read_code = encoded
-        x = self.swap(read, positions, extent, segments, read_segments, read_code)
+        read, read_segments, read_code, stored = encoded
+        caches: Iterator[Cache | None] = iter(stored or repeat(None))
+        where = positions, extent, segments, read_segments, read_code
+        x = self.swap(read, *where, next(caches))
         code = rotary(positions, self.head_size)
         for index, block in enumerate(self.decoder):
             if index and self.later_swaps:
-                swap = self.later_swaps[index - 1]
-                x = x + self.run_block(swap, read, positions, extent, segments, read_segments, read_code)
-            x = self.run_block(block, x, read, segments, read_segments, code, read_code, condition)
+                x = x + self.run_block(self.later_swaps[index - 1], read, *where, next(caches))
+            cache = next(caches)
+            x = self.run_block(block, x, read, segments, read_segments, code, read_code, condition, cache)
         return self.final(x, condition)

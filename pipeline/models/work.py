@@ -110,8 +110,8 @@ def _pgm(
     asked: Sequence[int],
     extent: int,
 ) -> Work:
-    """Segments of `known` tokens, `new` of them to encode, read by segments of `asked` positions."""
-    hidden, tokens, queries = config.hidden, sum(known), sum(asked)
+    """Segments of `known` tokens, `new` of them to encode and to make keys of, read at `asked` positions."""
+    hidden, tokens, queries = config.hidden, sum(new), sum(asked)
     work: Work = Counter()
     for op, count in _self_block(config, new, known).items():
         work[op] += count * config.encoder_blocks

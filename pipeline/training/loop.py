@@ -4,6 +4,9 @@ import logging
 import math
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,7 @@ def train(job: Job, session: Session) -> dict[str, float]:
 
 def _attempt(job: Job, session: Session) -> dict[str, float]:
     config, rank, device = job.config, session.rank, session.device
+    spent = _Spent()
     run = checkpoint.run_folder(config)
 
     # Data: which rows each step reads, and which of them are ours.
@@ -129,6 +133,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 job.tracking_uri, job.run_id, tracking_spill(config), config.tracking.system_metrics
             )
     metrics: dict[str, float] = {}
+    spent.until_now("set-up")
     interval = _Interval()
     stream = batches(reader, order, start, rank, session.workers, config.train.micro_batch)
     try:
@@ -168,6 +173,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 raise _GoBack
             ema.update(masters)
             interval.add(loss, time.perf_counter() - began)
+            spent.seconds["training"] += time.perf_counter() - began
             hang.end()
 
             if done % config.train.log_every == 0 or done == config.train.steps:
@@ -192,7 +198,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
             last = stopping or done == config.train.steps
             judged: Validation | None = None
             if done % config.train.validate_every == 0 or done == config.train.steps:
-                judged = validate(config, manifest, engine, ema, session, tracker, done)
+                with spent.on("validation"):
+                    judged = validate(config, manifest, engine, ema, session, tracker, done)
                 metrics[f"validation/{judged.metric}"] = judged.value
 
             if done % config.train.checkpoint_every == 0 or last or notice:
@@ -209,12 +216,16 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     samples=judged.texts if judged else (),
                     task=task.facts(),
                 )
-                checkpoint.save(local, engine, ema, state, rank)
-                session.publish(local, checkpoint.name_of(done), metrics)
+                with spent.on("checkpoints"):
+                    checkpoint.save(local, engine, ema, state, rank)
+                    session.publish(local, checkpoint.name_of(done), metrics)
             if stopping:
                 log.info("stopped at step %d, as asked", done)
                 break
-        session.settle()
+        with spent.on("checkpoints"):  # uploads that still run
+            session.settle()
+        if rank == 0:
+            log.info("the loop took %s", spent)
     finally:
         stream.close()
         engine.close()
@@ -266,6 +277,28 @@ def _report_nonfinite(
         raise TrainingError(f"{what} (train.on_nonfinite: stop); started again, the run goes on without them")
     if session.rank == 0:
         log.warning("%s; going back to the last checkpoint and skipping them", what)
+
+
+class _Spent:
+    """Seconds of one attempt by what they went to."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{seconds:.1f} s {part}" for part, seconds in self.seconds.items())
+
+    def until_now(self, part: str) -> None:
+        """All since the start was this part's."""
+        self.seconds[part] += time.perf_counter() - self._began
+
+    @contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        """What happens inside is this part's."""
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
 
 
 class _Interval:

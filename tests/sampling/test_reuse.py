@@ -41,6 +41,22 @@ def test_all_at_once_is_exact(model: Denoiser):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lengths", [[3, 0, 1], [2, 2, 2], [0, 0, 0]])
+@pytest.mark.parametrize("swap", [{}, {"pooling": "mean", "every_block": True}], ids=["default", "pooled"])
+def test_rows_of_any_length_read_their_own_tokens(swap: dict[str, object], lengths: list[int]):
+    config = PGMConfig(**{**PGM.model_dump(), "decoder_blocks": 2, "swap": swap})
+    model = randomised(config, V, L, scale=0.5, seed=0).double().eval()
+    places = torch.tensor([place for length in lengths for place in range(length)], dtype=torch.int64)
+    asked, counts = torch.tensor([7, 8, 9, 10, 11, 12]), [2, 1, 3]
+    found = []
+    for refresh_every in (1, 4):
+        state = model.open(3, refresh_every=refresh_every)
+        model.extend(state, (3 * places + 1) % V, places, lengths)
+        found.append(model.hidden(state, asked, counts))
+    torch.testing.assert_close(found[1], found[0], atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
 def test_old_tokens_do_not_see_new_ones_until_the_refresh(model: Denoiser):
     parts = [slice(0, 1), slice(1, 2), slice(2, 3)]
     exact = predict(model, 1, parts)
