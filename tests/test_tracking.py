@@ -313,6 +313,7 @@ def server(folder: Path, port: int) -> Iterator[str]:
         process.wait(20)
 
 
+@pytest.mark.slow
 def test_an_outage_leaves_no_hole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with socket.socket() as probe:

@@ -64,6 +64,7 @@ def repeats() -> Denoiser:
     return trained_on_repeats()
 
 
+@pytest.mark.slow
 def test_accuracy_through_the_command_line(
     repeats: Denoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

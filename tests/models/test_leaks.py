@@ -8,7 +8,7 @@ from small_models import PGM, random_rows, randomised, shake
 from torch import Tensor
 
 from pipeline.models import attention
-from pipeline.models.attention import Segments
+from pipeline.models.attention import Cache, Segments
 from pipeline.models.blocks import GroupSwap, Rotary
 from pipeline.models.denoiser import Batch
 from pipeline.models.pgm import PGM as PartitionModel
@@ -112,8 +112,9 @@ class OwnMean(GroupSwap):
         q_segments: Segments,
         k_segments: Segments,
         k_code: Rotary,
+        cache: Cache | None = None,
     ) -> Tensor:
-        out = super().forward(encoded, positions, extent, q_segments, k_segments, k_code)
+        out = super().forward(encoded, positions, extent, q_segments, k_segments, k_code, cache)
         own = q_segments.ids ^ 1  # keys lie group 0, group 1; queries group 1, group 0
         sums = encoded.new_zeros(len(k_segments), encoded.shape[1]).index_add(0, k_segments.ids, encoded)
         means = sums / torch.tensor(k_segments.lengths).clamp(min=1)[:, None]

@@ -181,6 +181,7 @@ def step(form: str) -> list[float]:
     return [peak / 1024, *rest]
 
 
+@pytest.mark.slow
 def test_peak_memory_at_a_large_vocabulary() -> None:
     peak, *found = step("chunked")
     direct, *expected = step("direct")

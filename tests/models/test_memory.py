@@ -50,6 +50,7 @@ def step(form: str) -> tuple[float, float, float]:
     return peak / 1024, loss, norm
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_training_step() -> None:
     chunked, loss, norm = step("chunked")
     materialised, expected_loss, expected_norm = step("logits")
