@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-# Below this mean segment length one masked batch beats a call per segment on CPUs (README, "Speed").
+# Below this mean segment length one masked batch beats a call per segment on CPUs.
 SHORT = 64
 
 
