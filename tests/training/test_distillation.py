@@ -198,6 +198,7 @@ def again(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", AGAIN, ids=str)
 def test_a_resumed_run_is_the_straight_one(
     again: dict[Again, tuple[RunConfig, Seen, Seen]],
@@ -221,6 +222,7 @@ def test_a_resumed_run_is_the_straight_one(
         assert apart(student_of(config, done), start) < NEAR * apart(expected.weights, expected.starts[-1])
 
 
+@pytest.mark.slow
 def test_checkpoints_tell_the_round_and_its_teacher(
     again: dict[Again, tuple[RunConfig, Seen, Seen]],
 ) -> None:

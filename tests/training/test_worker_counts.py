@@ -128,6 +128,7 @@ def three(run_storage: Path) -> list[list[Seen]]:
     return run_workers(observed.train, 3, configs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(3))
 def test_workers_that_do_not_divide_the_streams(
     three: list[list[Seen]], reference: plain.Plain, index: int
@@ -137,6 +138,7 @@ def test_workers_that_do_not_divide_the_streams(
         assert three[rank][index].losses == pytest.approx(expected, abs=1e-5, rel=0)
 
 
+@pytest.mark.slow
 def test_worker_counts_are_logged(three: list[list[Seen]]) -> None:
     assert (
         "starting from step 0: 3 workers x 2 micro-batches of up to 2 rows, 4 streams, ZeRO stage 0, fp32"
