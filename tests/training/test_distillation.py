@@ -68,7 +68,7 @@ def distil(run_storage: Path) -> Callable[..., RunConfig]:
             config = config.model_copy(update={"data": data, "diffusion": DiffusionConfig(schedule="arccos")})
         teacher = run_storage / f"teacher-{kind}"
         if not teacher.exists():
-            torch.manual_seed(1)
+            torch.manual_seed(4)
             manifest = Manifest.read(data_path(config))
             special = manifest.special
             model = shake(build(MODELS[kind], manifest.vocabulary, manifest.length, special.bos))
@@ -146,7 +146,7 @@ def test_neither_workers_nor_stages_change_a_run(runs: dict[Key, tuple[RunConfig
 def test_those_numbers_mean_something(references: dict[str, plain_distillation.Plain], form: str) -> None:
     """The student learns in every round, and its average is another model."""
     expected = references[form]
-    assert min(expected.losses.values()) > 0.001  # they are compared to 5e-5
+    assert min(expected.losses.values()) > 0.01
     way = apart(expected.weights, expected.starts[-1])
     assert all(apart(a, b) > way / 4 for a, b in zip(expected.starts, expected.starts[1:], strict=False))
     assert apart(expected.weights, expected.average) > way / 4
