@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.config.schema import ImportConfig
 from pipeline.errors import CheckpointError
 from pipeline.models import build
-from pipeline.models.architecture import infer
+from pipeline.models.architecture import BUFFER, infer
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.folder import DataFacts, load_weights
 from pipeline.models.released import read
@@ -42,7 +42,6 @@ RENAMES = (
     (r"\.mlp\.0\.", ".mlp.up."),
     (r"\.mlp\.2\.", ".mlp.down."),
 )
-FREQUENCIES = "rotary_emb.inv_freq"  # [D/2]
 # What rotary codes turn, and the share of its rows that they do: queries and keys.
 TURNED = (
     (re.compile(r"\.qkv_proj\."), Fraction(2, 3)),
@@ -96,7 +95,7 @@ def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
             is no released model.
     """
     tensors = {name.removeprefix("backbone."): value for name, value in released.items()}
-    frequencies = tensors.pop(FREQUENCIES, None)
+    frequencies = tensors.pop(BUFFER, None)  # [D/2]
     time_map = {name: tensors.pop(name) for name in list(tensors) if name.startswith("sigma_map.")}
     of_classes = "cls_embed.embedding_table.weight" in tensors
     if len(time_map) != 4 and not of_classes:
@@ -105,16 +104,16 @@ def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
             "or cls_embed (class embedding) in an image model"
         )
     if frequencies is None:
-        raise CheckpointError(
-            f"released weights: no {FREQUENCIES}; expected the rotary frequencies of a head"
-        )
+        raise CheckpointError(f"released weights: no {BUFFER}; expected the rotary frequencies of a head")
     registers = tensors.pop("reg_tokens.weight", None)
     out: dict[str, Tensor] = {}
     for name, value in tensors.items():
         for pattern, target in RENAMES:
             name = re.sub(pattern, target, name)
-        share = next((share for pattern, share in TURNED if pattern.search(name)), Fraction(0))
-        out[name] = _adjacent(value, int(share * len(value)), len(frequencies))
+        share = next((share for pattern, share in TURNED if pattern.search(name)), None)
+        if share is not None:
+            value = _adjacent(value, int(share * len(value)), len(frequencies))
+        out[name] = value
     # Behind the ids that can be predicted stand the mask and, in image models, BOS.
     beyond = 2 if of_classes else 1
     out["head.weight"], out["head.bias"] = out["head.weight"][:-beyond], out["head.bias"][:-beyond]

@@ -172,8 +172,9 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 _report_nonfinite(config, session, order, step, bad, skipped[0])
                 raise _GoBack
             ema.update(masters)
-            interval.add(loss, time.perf_counter() - began)
-            spent.seconds["training"] += time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            interval.add(loss, seconds)
+            spent.seconds["training"] += seconds
             hang.end()
 
             if done % config.train.log_every == 0 or done == config.train.steps:
