@@ -1,6 +1,6 @@
 """Partition Generative Model: two groups that cannot see each other, each predicted from the other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any, NamedTuple
@@ -230,13 +230,15 @@ class PGM(Denoiser):
         """Vectors for the head at `positions` below `extent`, which count tokens only."""
         positions, extent = positions + self.registers, extent + self.registers
         read, read_segments, read_code, stored = encoded
-        caches: Iterator[Cache | None] = iter(stored or repeat(None))
+        caches: Iterable[Cache | None] = stored or repeat(None)
+        (swap, first), *readers = zip(self._readers(), caches, strict=False)
         where = positions, extent, segments, read_segments, read_code
-        x = self.swap(read, *where, next(caches))
+        x = swap(read, *where, first)
         code = rotary(positions, self.head_size)
-        for index, block in enumerate(self.decoder):
-            if index and self.later_swaps:
-                x = x + self.run_block(self.later_swaps[index - 1], read, *where, next(caches))
-            cache = next(caches)
-            x = self.run_block(block, x, read, segments, read_segments, code, read_code, condition, cache)
+        both = segments, read_segments, code, read_code
+        for reader, cache in readers:
+            if isinstance(reader, GroupSwap):
+                x = x + self.run_block(reader, read, *where, cache)
+            else:
+                x = self.run_block(reader, x, read, *both, condition, cache)
         return self.final(x, condition)
