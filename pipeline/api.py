@@ -13,13 +13,13 @@ from torch import Tensor
 
 from pipeline import storage, tracking
 from pipeline.config.load import parse_section
-from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, RunConfig
+from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, Precision, RunConfig
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, did_you_mean
 from pipeline.evaluation.continuations import Continuation, score_continuations
 from pipeline.models import folder, pretrained
 from pipeline.models.card import card
-from pipeline.models.denoiser import Denoiser, flat_index
+from pipeline.models.denoiser import DTYPES, Denoiser, flat_index
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
@@ -286,7 +286,12 @@ class _Source:
     background: folder.Background
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu", overrides: Sequence[str] = ()) -> Model:
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    overrides: Sequence[str] = (),
+    precision: Precision = "fp32",
+) -> Model:
     """Load a model folder, a file of released weights, or a registered model.
 
     Registered models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) are looked up in MLFLOW_TRACKING_URI, else
@@ -295,14 +300,18 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", overrides: 
 
     Args:
         overrides: for files, `key=value` words over what the file says: model.*, length, bos, eot, tokenizer.
+        precision: of weights and blocks: "bf16" is what fast attention on GPUs needs. Logits are float32.
 
     Raises:
         CheckpointError: no such folder, file, model or version, or its content does not fit together.
         CapabilityError: weights of a model that this project does not have.
-        ConfigError: an override is wrong, or is given for what is no file.
+        ConfigError: an override is wrong, or is given for what is no file; no such precision.
     """
+    if precision not in DTYPES:
+        raise ConfigError(f"precision: {precision!r}; expected fp32 or bf16{did_you_mean(precision, DTYPES)}")
     source = _open(str(path), overrides)
-    return Model(source.denoiser, source.facts.bos, source.tokenizer).to(device)
+    denoiser = source.denoiser.to(device, DTYPES[precision])
+    return Model(denoiser, source.facts.bos, source.tokenizer)
 
 
 def export_model(source: str | Path, destination: str, words: Sequence[str] = ()) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 
@@ -12,7 +12,11 @@ BOTH_KINDS = [PGM, MDLM]
 
 
 def randomised(
-    config: PGMConfig | MDLMConfig, vocab_size: int = 11, length: int = 16, scale: float = 0.3, seed: int = 0
+    config: PGMConfig | MDLMConfig | ARConfig,
+    vocab_size: int = 11,
+    length: int = 16,
+    scale: float = 0.3,
+    seed: int = 0,
 ) -> Denoiser:
     """A model in eval mode in which no path is switched off, the same at every call."""
     torch.manual_seed(seed)

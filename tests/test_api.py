@@ -9,7 +9,7 @@ from small_models import BOTH_KINDS, random_rows, randomised
 
 import pipeline
 from pipeline.api import Model, load_model
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError
 from pipeline.models import folder
@@ -19,7 +19,7 @@ V, L = 257, 16
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 
 
-def written(path: Path, config: PGMConfig | MDLMConfig, bos: int | None = 256) -> Denoiser:
+def written(path: Path, config: PGMConfig | MDLMConfig | ARConfig, bos: int | None = 256) -> Denoiser:
     """Write a consolidated folder and return the model that is in it."""
     model = randomised(config, V, L)
     folder.write(path, config, folder.DataFacts(V, L, bos, 256), model.state_dict(), folder.Background())
@@ -92,6 +92,32 @@ def test_default_arguments(model: Model) -> None:
     assert torch.equal(model.sample(), model.sample(num_samples=4, steps=15, order="uniform", seed=0))
     longer = Model(randomised(BOTH_KINDS[0], 7, 80))
     assert torch.equal(longer.sample(), longer.sample(num_samples=4, steps=64, order="uniform", seed=0))
+
+
+@pytest.mark.parametrize(
+    "config", [*BOTH_KINDS, ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)]
+)
+def test_bf16(config: PGMConfig | MDLMConfig | ARConfig, tmp_path: Path) -> None:
+    """Weights and blocks in bfloat16, predictions near the exact ones, logits in float32."""
+    written(tmp_path / "model", config)
+    exact, model = (load_model(tmp_path / "model", precision=precision) for precision in ("fp32", "bf16"))
+    assert {value.dtype for value in model.denoiser.parameters()} == {torch.bfloat16}
+    known, queries = torch.tensor([[256, 5, 9], [256, 0, 0]]), torch.tensor([[3], [1]])
+    there = known, torch.tensor([[0, 1, 2], [0, 0, 0]]), torch.tensor([3, 1]), queries
+    logits = model.predict(*there)
+    assert logits.dtype == torch.float32
+    difference = (logits.softmax(-1) - exact.predict(*there).softmax(-1)).abs().sum(-1) / 2
+    assert 0 < difference.max() < 0.05
+    rows = model.sample(3, L - 1)
+    assert torch.equal(rows, model.sample(3, L - 1))
+    assert ((rows >= 0) & (rows < V)).all()
+    if config.kind == "pgm":
+        assert model.sample(3, 5, refresh_every=2).shape == (3, L)
+
+
+def test_a_precision_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match="precision: 'fp16'; expected fp32 or bf16; did you mean 'bf16'"):
+        load_model("nowhere", precision="fp16")  # type: ignore[arg-type]
 
 
 def test_what_the_model_cannot_do_is_refused(model: Model) -> None:

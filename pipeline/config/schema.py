@@ -7,6 +7,8 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 from pipeline.config.data import AnyDataConfig, TextDataConfig
 from pipeline.config.section import NonNegativeInt, Rate, Section
 
+Precision = Literal["fp32", "bf16"]  # of weights and of what blocks compute
+
 
 class SwapConfig(Section):
     """GroupSwap, the cross-attention through which the two groups exchange places (method.md section 2)."""
@@ -102,7 +104,7 @@ class TrainConfig(Section):
     steps: PositiveInt = 1_000_000
     batch: PositiveInt = 512  # rows of a global batch, whatever the number of workers
     micro_batch: PositiveInt = 32  # rows of one forward pass on one worker
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     persistent_parameters: NonNegativeInt = 100_000  # stage 3 keeps parameters of fewer values whole
     offload_optimizer: bool = False  # keep optimiser state in host memory (stages 1 to 3)
@@ -133,6 +135,9 @@ class SamplingConfig(Section):
     labels: tuple[NonNegativeInt, ...] | None = None  # classes drawn, in turn; None: all in turn
     guidance: Annotated[float, Field(ge=0)] = 0.0  # w at the last step: (1 + w) log p(x|c) - w log p(x)
     refresh_every: PositiveInt = 1  # PGM: steps between full encodings of the known tokens; 1 is exact
+    precision: Precision = (
+        "fp32"  # bf16: for GPUs, whose fast attention has it only; tokens are drawn in float64
+    )
     batch: PositiveInt = 16  # rows sampled together by one actor
     seed: int = 0
 

@@ -13,7 +13,7 @@ from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.errors import ConfigError
 from pipeline.models.autoregressive import AR
 from pipeline.models.denoiser import Batch, Denoiser
-from pipeline.models.layers import LOGITS_AT_ONCE
+from pipeline.models.layers import LOGITS_AT_ONCE, rows_at_once
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its continuation
 
@@ -103,9 +103,8 @@ def greedy_matches(
             model.extend(state, *_packed(known, [range(len(k)) for k in known], device), [*map(len, known)])
             places = [range(len(k), len(k) + len(w)) for k, w in zip(known, wanted, strict=True)]
             hidden = model.hidden(state, _packed(places, [], device)[0], [*map(len, wanted)])
-        likeliest = torch.cat(
-            [model.head(some).argmax(-1) for some in hidden.split(max(1, LOGITS_AT_ONCE // model.vocab_size))]
-        )
+        at_once = rows_at_once(LOGITS_AT_ONCE, model.vocab_size, hidden.device)
+        likeliest = torch.cat([model.head(some).argmax(-1) for some in hidden.split(at_once)])
         hits = likeliest.cpu() == torch.tensor([token for ids in wanted for token in ids])
         found += [bool(row.all()) for row in hits.split([*map(len, wanted)])]
     return found

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from pipeline.config.schema import SamplingConfig
+from pipeline.config.schema import Precision, SamplingConfig
 from pipeline.evaluation.actors import Resources, in_order, started
 from pipeline.evaluation.generation import Sampler
 from pipeline.evaluation.report import Measure, short
@@ -84,8 +84,8 @@ class Point:
 class _Gallery:
     """One actor: all models on one device."""
 
-    def __init__(self, models: Mapping[str, str], threads: int):
-        self._models = {name: Sampler(folder, threads) for name, folder in models.items()}
+    def __init__(self, models: Mapping[str, str], threads: int, precision: Precision):
+        self._models = {name: Sampler(folder, threads, precision) for name, folder in models.items()}
 
     def draw(
         self, name: str, settings: SamplingConfig, first: int, count: int
@@ -109,7 +109,7 @@ def draw_all(contenders: Sequence[Contender], predicted: int, resources: Resourc
     rates: list[list[float]] = [[] for _ in asked]
     models = {one.name: one.folder for one in contenders}
     left = [(which, first) for first in range(0, count, batch) for which in range(len(asked))]
-    with started(_Gallery, (models, resources.cpus), resources, len(left)) as actors:
+    with started(_Gallery, (models, resources.cpus, asked[0][1].precision), resources, len(left)) as actors:
         timed = [(which, batch * (turn % full)) for turn in range(TIMED + 1) for which in range(len(asked))]
 
         def tasks(places: Sequence[tuple[int, int]]) -> list[tuple[Any, ...]]:

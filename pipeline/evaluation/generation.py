@@ -16,11 +16,12 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from pipeline import storage
-from pipeline.config.schema import SamplingConfig
+from pipeline.config.schema import Precision, SamplingConfig
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
 from pipeline.evaluation.actors import Resources, in_order, started
 from pipeline.evaluation.pictures import sample_grid
 from pipeline.models import folder, vq
+from pipeline.models.denoiser import DTYPES
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import sample
@@ -45,11 +46,12 @@ class Samples:
 class Sampler:
     """One actor: the model, and the tokenizer of its images, on its device."""
 
-    def __init__(self, model: str, threads: int):
+    def __init__(self, model: str, threads: int, precision: Precision):
         torch.set_num_threads(threads)
         local, device = storage.fetch(model), "cuda" if torch.cuda.is_available() else "cpu"
         self._denoiser, _, self._facts = folder.read(local)
-        self._denoiser.to(device)
+        self._denoiser.to(device, DTYPES[precision])
+        torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"  # which has all bits of bf16: see Engine
         self._images: vq.ImageTokenizer | None = None
         if (local / vq.INFO_FILE).is_file():
             self._images = vq.load_image_tokenizer(str(local), None, IMAGES_AT_ONCE, device)
@@ -97,7 +99,7 @@ def generate(model: str, settings: SamplingConfig, resources: Resources, into: s
     """
     starts = range(0, settings.num_samples, settings.batch)
     parts = [(settings, first, min(settings.batch, settings.num_samples - first)) for first in starts]
-    with started(Sampler, (model, resources.cpus), resources, len(parts)) as samplers:
+    with started(Sampler, (model, resources.cpus, settings.precision), resources, len(parts)) as samplers:
         # Waits until the models are there, so that the rate below is of sampling alone.
         classes, *_ = in_order(samplers, "classes", [()] * len(samplers))
         began, done, drawn = time.perf_counter(), 0, []
@@ -134,7 +136,7 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
         "labels": settings.labels,
     }
     told |= {key: value for key, value in optional.items() if value is not None}
-    return told | {"seed": settings.seed, "precision": "float32"}
+    return told | {"seed": settings.seed, "precision": str(DTYPES[settings.precision]).removeprefix("torch.")}
 
 
 def _write(

@@ -18,7 +18,7 @@ class Stopwatch:
 
     def measure(self, model: str, settings: SamplingConfig) -> tuple[int, float]:
         """Parameters of a consolidated model, and the tokens/s at which it draws its second batch."""
-        sampler = Sampler(model, self._threads)
+        sampler = Sampler(model, self._threads, settings.precision)
         for _ in range(2):
             began = time.perf_counter()
             drawn = sampler.draw(settings, 0, settings.batch)

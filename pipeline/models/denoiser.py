@@ -11,10 +11,12 @@ import torch.utils.checkpoint
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pipeline.config.schema import TrunkConfig
+from pipeline.config.schema import Precision, TrunkConfig
 from pipeline.errors import CapabilityError
 from pipeline.models.layers import Condition, FinalNorm, Head
 from pipeline.models.matching import Teaching
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Small layers that every trunk is made of: norm, modulation, rotary and sinusoidal positions, MLP, head."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 from pipeline.models.matching import Teaching, matched
 
 PERIOD = 10_000.0  # longest period of rotary and sinusoidal codes
-LOGITS_AT_ONCE = 1 << 22  # entries of rows x V above which the loss works in chunks of rows
+# Entries of rows x V, by kind of device, above which logits are made in chunks of rows. A CPU's fit its caches; a
+# GPU's are so large that the head's gradient, read and written once a chunk, costs little beside the products.
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
+
+
+def rows_at_once(entries: Mapping[str, int], width: int, device: torch.device) -> int:
+    """Rows of `width` entries that are made together on a device, at least one."""
+    return max(1, entries.get(device.type, entries["cpu"]) // width)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -184,7 +192,7 @@ class Head(nn.Module):
         """
         # float32 from here on: cross-entropies from bf16 logits are off by up to 0.25 nats.
         x, weight, bias = wide(hidden), wide(self.weight), wide(self.bias)
-        chunk = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        chunk = rows_at_once(LOGITS_AT_ONCE, self.vocab_size, hidden.device)
         if teaching is not None:
             return matched(x, weight, bias, teaching, chunk)
         if targets is None:

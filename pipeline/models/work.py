@@ -164,7 +164,7 @@ def _mlp(rows: int, hidden: int) -> Work:
 
 def _final(config: TrunkConfig, vocab_size: int, rows: int) -> Work:
     """Final norm and head, whose logits are made for some rows at a time."""
-    at_once = max(1, LOGITS_AT_ONCE // vocab_size)
+    at_once = max(1, LOGITS_AT_ONCE["cpu"] // vocab_size)
     work = _norms(rows, config.hidden) + _modulation(config, 2, rows)
     work += _products(at_once, config.hidden, vocab_size, rows // at_once)
     return work + _products(rows % at_once, config.hidden, vocab_size)

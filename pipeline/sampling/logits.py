@@ -11,9 +11,12 @@ from torch import Tensor
 
 from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
-from pipeline.models.layers import LOGITS_AT_ONCE, Head
+from pipeline.models.layers import LOGITS_AT_ONCE, Head, rows_at_once
 
-_DOUBLES_AT_ONCE = 1 << 19  # entries of rows x V that are turned into draws together: 4 MiB
+_DOUBLES_AT_ONCE = {
+    "cpu": 1 << 19,
+    "cuda": 1 << 25,
+}  # entries of rows x V turned into draws together: 4, 256 MiB
 _LEAST = math.log(torch.finfo(torch.float64).tiny)
 
 
@@ -110,9 +113,12 @@ def _chunks(
 ) -> Iterator[tuple[Float[Tensor, "q V"], Float[Tensor, "q"]]]:
     """Filtered logits in float64 and their noise, for some rows at a time.
 
-    The head takes as many rows as its product likes, and what comes after it fewer, which stay in the cache.
+    The head takes as many rows as its product likes, and what comes after it fewer, which stay in a CPU's cache.
     """
-    rows, fewer = (max(1, count // head.vocab_size) for count in (LOGITS_AT_ONCE, _DOUBLES_AT_ONCE))
+    rows, fewer = (
+        rows_at_once(entries, head.vocab_size, hidden.device)
+        for entries in (LOGITS_AT_ONCE, _DOUBLES_AT_ONCE)
+    )
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         other = None if unconditional is None else unconditional[part]

@@ -63,6 +63,9 @@ class Engine:
         self._optim, self._steps, self._parts = optim, train.steps, parts
         self.stage, self.device = train.zero_stage, device
         self._bf16 = train.precision == "bf16"
+        if self._bf16:
+            # On GPUs the head's products, float32 of what was bf16, run on tensor cores: TF32 has all bits of bf16.
+            torch.backends.cuda.matmul.allow_tf32 = True
         model.to(device)
         model.recompute = train.activation_checkpointing
         # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed first takes a step with zero gradients.

@@ -164,7 +164,7 @@ def activations(config: RunConfig, facts: DataFacts) -> float:
 
     For every token that a block or a swap runs, it keeps about 92 H bytes in float32 and 52 H in bf16, where norms
     and rotations still work in float32; with recomputing one vector a block, and all of one block. The loss holds
-    up to three chunks of 2^22 float32 logits.
+    up to three chunks of 2^27 float32 logits.
     """
     model, train = config.model, config.train
     rows = min(train.micro_batch, train.batch)
@@ -181,7 +181,7 @@ def activations(config: RunConfig, facts: DataFacts) -> float:
     kept = sum(runs) * each
     if train.activation_checkpointing:
         kept = sum(runs) * model.hidden * (4 if train.precision == "fp32" else 2) + max(runs) * each
-    return rows * kept + 3 * 4 * min(rows * asked * facts.vocab_size, LOGITS_AT_ONCE)
+    return rows * kept + 3 * 4 * min(rows * asked * facts.vocab_size, LOGITS_AT_ONCE["cuda"])
 
 
 def report(

@@ -162,7 +162,7 @@ def predict(
     moved = 2 * parameters * (gpus - 1) / gpus
     communication = collectives * (moved / link + math.log2(gpus) * HOP)
     held = states(parameters, TrainConfig(precision="bf16", zero_stage=stage), gpus)
-    logits = 2 * 4 * LOGITS_AT_ONCE
+    logits = 2 * 4 * LOGITS_AT_ONCE["cuda"]
     memory = held.total + logits + min(rows, micro_batch) * kept_of_a_row
     return Prediction(
         gpus=gpus,

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_models import randomised
 
+from pipeline.api import load_model
 from pipeline.config.schema import PGMConfig, SamplingConfig
 from pipeline.evaluation.actors import Resources
-from pipeline.evaluation.generation import generate, labels_of
+from pipeline.evaluation.generation import Sampler, describe, generate, labels_of
 from pipeline.models import folder
 from pipeline.models.vq import PatchVQ
 
@@ -46,6 +48,17 @@ def test_images_with_their_labels(image_model: str, tmp_path: Path, ray_cluster:
         image = np.asarray(Image.open(out / "images" / f"{index:06d}.png"))
         assert np.array_equal(image, PatchVQ(PATCHES).decode(row[None, 1:])[0])
     assert min(Image.open(out / "samples.png").size) > 100
+
+
+def test_in_bf16(image_model: str) -> None:
+    settings = SamplingConfig(num_samples=5, steps=4, labels=(2, 0), precision="bf16")
+    drawn = Sampler(image_model, 1, settings.precision).draw(settings, 0, 5)
+    assert torch.backends.cuda.matmul.allow_tf32  # which rounds no bf16
+    model = load_model(image_model, precision="bf16")
+    assert np.array_equal(drawn, model.sample(5, 4, condition=torch.tensor([2, 0, 2, 0, 2])).numpy())
+    assert describe(settings, 5)["precision"] == "bfloat16"
+    Sampler(image_model, 1, "fp32")
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_classes_come_in_turn() -> None:

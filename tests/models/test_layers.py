@@ -15,7 +15,7 @@ from pipeline.models.layers import LOGITS_AT_ONCE, GeluLinear, Head, LayerNorm, 
 H = 16
 SIZES = [
     pytest.param(37, 50, id="one chunk"),
-    pytest.param(LOGITS_AT_ONCE // 500, 1201, id="three chunks"),  # 500 rows, 500 rows, 201 rows
+    pytest.param(LOGITS_AT_ONCE["cpu"] // 500, 1201, id="three chunks"),  # 500 rows, 500 rows, 201 rows
 ]
 
 

@@ -30,8 +30,8 @@ def test_the_same_tokens(filters: Filters, guidance: float | None, monkeypatch: 
         draw_ids(head, hidden, noise, filters, without, guidance or 0.0).tolist() == expected.tokens.tolist()
     )
     # Neither how many rows the head takes, nor how many are drawn together, is to be seen in the result.
-    monkeypatch.setattr(drawing, "LOGITS_AT_ONCE", 7 * V)
-    monkeypatch.setattr(drawing, "_DOUBLES_AT_ONCE", 3 * V)
+    monkeypatch.setattr(drawing, "LOGITS_AT_ONCE", {"cpu": 7 * V})
+    monkeypatch.setattr(drawing, "_DOUBLES_AT_ONCE", {"cpu": 3 * V})
     assert (
         draw_ids(head, hidden, noise, filters, without, guidance or 0.0).tolist() == expected.tokens.tolist()
     )

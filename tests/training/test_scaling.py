@@ -15,6 +15,7 @@ from pipeline.training.scaling import (
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+LOGITS = 2 * 4 * 2**27  # two chunks of float32
 FACTS = (10**9, 1e12, 1e9)  # parameters, FLOP a row, bytes kept of a row
 
 
@@ -23,7 +24,7 @@ def test_one_gpu_only_computes() -> None:
     assert found.communication == 0
     assert found.compute == pytest.approx(64e12 / 156e12)
     # Weights and gradients, 16 bytes of float32 state, activations of one micro-batch of 32, chunks of logits.
-    assert found.memory == pytest.approx(4e9 + 16e9 + 32e9, rel=0.001)
+    assert found.memory == pytest.approx(4e9 + 16e9 + 32e9 + LOGITS)
     assert found.optimiser == pytest.approx(32e9 / 2039e9)
     assert found.largest == "compute"
 
@@ -44,7 +45,7 @@ def test_zero_stages(stage: int, whole: int, collectives: int) -> None:
     """`whole`: bytes a parameter that every GPU holds, however many there are."""
     found = predict(*FACTS, rows=32, gpus=512, gpu=A100, share=0.5, stage=stage)  # type: ignore[arg-type]
     parts = (20 - whole) * 1e9 / 512
-    assert found.memory == pytest.approx(whole * 1e9 + parts + 32e9, rel=0.002)
+    assert found.memory == pytest.approx(whole * 1e9 + parts + 32e9 + LOGITS)
     each = 2e9 * 511 / 512 / 200e9 + 9 * HOP
     assert found.communication == pytest.approx(collectives * each)
     twice = predict(*FACTS, rows=64, gpus=512, gpu=A100, share=0.5, stage=stage)  # type: ignore[arg-type]
