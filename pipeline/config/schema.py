@@ -210,7 +210,7 @@ class ClusterConfig(Section):
         | Annotated[Workers, Tag(WORKER_FORMS[1])],
         Discriminator(_number_or_range),
     ] = 1
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs if the cluster has any
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs if there is one for every worker
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without bound
     # Seconds that one training step may take before its worker counts as hung; null: any. The default is far

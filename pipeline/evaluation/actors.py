@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray.util import ActorPool
 
-from pipeline.errors import PipelineError
+from pipeline.errors import CapabilityError, PipelineError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,22 @@ class Resources:
     actors: int
     cpus: int
     use_gpu: bool
+
+
+def own_device() -> torch.device:
+    """The GPU that this actor or task was given, else the CPU: Ray hides GPUs from nobody.
+
+    Raises:
+        CapabilityError: it was given a GPU that torch cannot use.
+    """
+    if not ray.is_initialized() or not ray.get_gpu_ids():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise CapabilityError(
+            f"a GPU is there, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it; "
+            "expected a build of torch for GPUs, and an NVIDIA driver new enough for its CUDA"
+        )
+    return torch.device("cuda")
 
 
 class _Actor:

@@ -19,7 +19,7 @@ from pipeline.data.shards import Manifest, ShardReader
 from pipeline.data.stages import Progress
 from pipeline.errors import DataError
 from pipeline.evaluation import likelihood
-from pipeline.evaluation.actors import Resources, in_order, started
+from pipeline.evaluation.actors import Resources, in_order, own_device, started
 from pipeline.evaluation.likelihood import Estimator, Likelihood
 from pipeline.evaluation.report import Group, Measure
 from pipeline.models import folder
@@ -130,7 +130,7 @@ class _Judge:
 
     def __init__(self, threads: int):
         torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = own_device()
         self._model = ""
 
     def sums(

@@ -10,6 +10,7 @@ from jaxtyping import Integer
 
 from pipeline import storage
 from pipeline.config.schema import SamplingConfig
+from pipeline.evaluation.actors import own_device
 from pipeline.evaluation.generation import labels_of
 from pipeline.evaluation.texts import unigram_entropy
 from pipeline.models import folder
@@ -99,7 +100,7 @@ def compare(
 def _draw_from(path: str, settings: SamplingConfig, steps: int, threads: int) -> Rows:
     torch.set_num_threads(threads)
     model, _, facts = folder.read(storage.fetch(path))
-    return draw(model.to("cuda" if torch.cuda.is_available() else "cpu"), facts.bos, settings, steps)
+    return draw(model.to(own_device()), facts.bos, settings, steps)
 
 
 def points(found: Sequence[Quality]) -> dict[str, list[tuple[int, float, float]]]:

@@ -16,7 +16,7 @@ from pipeline.config.data import ImageDataConfig
 from pipeline.data.encoding import read_pixels
 from pipeline.data.image_archives import Ref
 from pipeline.data.stages import Progress
-from pipeline.evaluation.actors import Resources, in_order, started
+from pipeline.evaluation.actors import Resources, in_order, own_device, started
 from pipeline.evaluation.features import FeatureNet, Outputs, accuracy
 from pipeline.evaluation.images import (
     Difference,
@@ -52,7 +52,7 @@ class Looker:
 
     def __init__(self, net: FeatureNet, tokenizer: str, data: ImageDataConfig, threads: int):
         torch.set_num_threads(threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = own_device()
         self._net, self._data = net.to(device), data
         self._tokenizer = load_image_tokenizer(tokenizer, data.factor, data.encode_batch, device)
 

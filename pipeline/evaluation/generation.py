@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.config.schema import Precision, SamplingConfig
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
-from pipeline.evaluation.actors import Resources, in_order, started
+from pipeline.evaluation.actors import Resources, in_order, own_device, started
 from pipeline.evaluation.pictures import sample_grid
 from pipeline.models import folder, vq
 from pipeline.models.denoiser import DTYPES
@@ -48,7 +48,7 @@ class Sampler:
 
     def __init__(self, model: str, threads: int, precision: Precision):
         torch.set_num_threads(threads)
-        local, device = storage.fetch(model), "cuda" if torch.cuda.is_available() else "cpu"
+        local, device = storage.fetch(model), own_device()
         self._denoiser, _, self._facts = folder.read(local)
         self._denoiser.to(device, DTYPES[precision])
         torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"  # which has all bits of bf16: see Engine

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from pipeline import storage
 from pipeline.errors import DataError
+from pipeline.evaluation.actors import own_device
 from pipeline.evaluation.features import FeatureNet, Outputs
 
 log = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ class _Actor:
     def __init__(self, net: Any, threads: int):
         torch.set_num_threads(threads)
         self._net: FeatureNet = ray.get(net)
-        self._net.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._net.to(own_device())
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         out = self._net(rows["image"])

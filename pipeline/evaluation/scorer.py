@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pipeline import storage
 from pipeline.data.tokenizers import END_OF_TEXT
 from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mean
-from pipeline.evaluation.actors import Resources, in_order, started
+from pipeline.evaluation.actors import Resources, in_order, own_device, started
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +114,7 @@ class Scorer:
         noise.disable_progress_bar()
         torch.set_num_threads(threads)
         self._tokenizer = load_scorer_tokenizer(spec)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = own_device()
         self._model = _pretrained(AutoModelForCausalLM, spec, dtype=torch.float32).to(self._device).eval()
         self._batch = batch
 

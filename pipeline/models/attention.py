@@ -90,13 +90,25 @@ def attend(
     assert not causal or q_segments.lengths == k_segments.lengths, "causal attention is self-attention"
     if not any(map(min, zip(q_segments.lengths, k_segments.lengths, strict=True))):  # no query sees any key
         return q * 0 + (k.sum() + v.sum()) * 0  # stays in the graph: every parameter gets a (zero) gradient
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if _flash(q):
         return _varlen(q, k, v, q_segments, k_segments, causal)
     if q_segments.equal and k_segments.equal:
         return _equal(q, k, v, len(q_segments), causal)
     if max(q_segments.total, k_segments.total) < SHORT * len(q_segments):
         return _masked(q, k, v, q_segments, k_segments, causal)
     return _each(q, k, v, q_segments, k_segments, causal)
+
+
+def _flash(q: Float[Tensor, "Tq N D"]) -> bool:
+    """Whether the flash kernels take these: half precision, heads of 8, 16, ... 256 entries, Ampere or newer."""
+    if (
+        not q.is_cuda
+        or q.dtype not in (torch.float16, torch.bfloat16)
+        or q.shape[-1] % 8
+        or q.shape[-1] > 256
+    ):
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _varlen(

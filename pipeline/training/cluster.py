@@ -5,8 +5,9 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -46,10 +47,11 @@ def check_resources(config: schema.RunConfig) -> bool:
     Raises:
         CapabilityError: the cluster is too small for the fewest workers; without this, Ray would wait for ever.
     """
-    there = ray.cluster_resources()
+    there, asked = ray.cluster_resources(), config.cluster
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
-    asked = config.cluster
-    use_gpu = gpus > 0 if asked.accelerator == "auto" else asked.accelerator == "gpu"
+    use_gpu = gpus >= asked.least if asked.accelerator == "auto" else asked.accelerator == "gpu"
+    if gpus and not use_gpu and asked.accelerator == "auto":
+        log.warning("%d GPUs for %d workers: CPUs are used (cluster.accelerator: auto)", gpus, asked.least)
     if use_gpu and gpus < asked.least:
         raise CapabilityError(
             f"cluster.workers: {asked.least} workers of one GPU, the cluster has {gpus} GPUs"
@@ -58,7 +60,24 @@ def check_resources(config: schema.RunConfig) -> bool:
         raise CapabilityError(
             f"cluster.workers: {asked.least} workers of {asked.cpus_per_worker} CPUs, the cluster has {cpus}"
         )
+    room = places(ray.nodes(), asked.cpus_per_worker, use_gpu)
+    if room < asked.least:
+        each = f"{asked.cpus_per_worker} CPUs{' and a GPU' if use_gpu else ''}"
+        raise CapabilityError(
+            f"cluster.workers: {asked.least} workers of {each}, the cluster's nodes have room for {room}"
+        )
     return use_gpu
+
+
+def places(nodes: Sequence[Mapping[str, Any]], cpus: int, use_gpu: bool) -> int:
+    """Workers of so many CPUs, and perhaps a GPU, that fit: each is on one node.
+
+    Args:
+        nodes: what `ray.nodes()` says.
+    """
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    fit = [(int(one.get("CPU", 0)) // cpus, int(one.get("GPU", 0))) for one in there]
+    return sum(min(both) if use_gpu else both[0] for both in fit)
 
 
 def actors_now(config: schema.RunConfig) -> Resources:
@@ -68,8 +87,8 @@ def actors_now(config: schema.RunConfig) -> Resources:
         CapabilityError: the cluster is too small.
     """
     use_gpu = check_resources(config)
-    there, asked = ray.cluster_resources(), config.cluster
-    fit = int(there.get("GPU", 0)) if use_gpu else int(there.get("CPU", 0)) // asked.cpus_per_worker
+    asked = config.cluster
+    fit = places(ray.nodes(), asked.cpus_per_worker, use_gpu)
     return Resources(max(asked.least, min(asked.most, fit)), asked.cpus_per_worker, use_gpu)
 
 

@@ -57,8 +57,10 @@ class Engine:
         import deepspeed  # seconds to import, and only workers need it
         import deepspeed.ops
 
-        # The shared-memory collective would be compiled for minutes at its first use on a CPU.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if (
+            device.type == "cpu"
+        ):  # where the shared-memory collective would be compiled for minutes at first use
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._optim, self._steps, self._parts = optim, train.steps, parts
         self.stage, self.device = train.zero_stage, device
@@ -151,14 +153,14 @@ class Engine:
         """
         named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
         if self.stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param
-
             rank, slices = dist.get_rank(), {}
             for name, parameter in named:
                 share = parameter.ds_tensor.numel()
                 mine = min(share, max(0, parameter.ds_numel - rank * share))  # the last share is padded
                 if mine:
-                    slices[name, rank * share] = safe_get_local_fp32_param(parameter).detach()[:mine]
+                    # What `safe_get_local_fp32_param` gives is a copy where the optimiser is not on the device.
+                    values, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False)
+                    slices[name, rank * share] = values.detach()[:mine]
             return slices
         if self.stage > 0:
             mapped = [(name, getattr(p, "_hp_mapping", None)) for name, p in named]

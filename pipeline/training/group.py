@@ -182,8 +182,12 @@ def _worker(settings: dict[str, Job]) -> None:
     logs.show()
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train repeats every report, from every worker
     job = settings["job"]
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to guess
+    device = ray.train.torch.get_device()
+    # DeepSpeed must not guess: a worker without a GPU may see some, and Ray's order of them is not always its own.
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        os.environ["LOCAL_RANK"] = str(device.index)
     torch.set_num_threads(job.config.cluster.cpus_per_worker)  # Ray's default is one, whatever was asked
     fatal = storage.join(checkpoint.run_folder(job.config), FATAL)
     session = RaySession()

@@ -1,5 +1,6 @@
 """One worker's training, from top to bottom."""
 
+import gc
 import logging
 import math
 import tempfile
@@ -66,7 +67,10 @@ def train(job: Job, session: Session) -> dict[str, float]:
         try:
             return _attempt(job, session)
         except _GoBack:
-            session.settle()
+            pass  # its traceback holds the model that failed
+        session.settle()
+        gc.collect()  # DeepSpeed's engine holds itself, and two may not fit
+        torch.cuda.empty_cache()
 
 
 def _attempt(job: Job, session: Session) -> dict[str, float]:

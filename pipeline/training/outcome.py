@@ -150,7 +150,8 @@ def _grid(config: RunConfig, manifest: Manifest, model: str) -> Figure:
     """Pictures that the finished model draws."""
     denoiser, _, _ = folder.read(storage.fetch(model))
     tokens, classes, _ = draw(config, manifest, denoiser)
-    return sample_grid(image_tokenizer(config).decode(tokens[:, 1:].numpy()), classes)
+    pictures = image_tokenizer(config, batch=len(tokens)).decode(tokens[:, 1:].numpy())
+    return sample_grid(pictures, classes)
 
 
 def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:

@@ -271,7 +271,7 @@ def _against(config: RunConfig, workers: int, there: Mapping[str, float]) -> lis
     lines = []
     for name, count in asked.items():
         have = there.get(name, 0)
-        optional = name == "GPU" and config.cluster.accelerator == "auto" and not have
+        optional = name == "GPU" and config.cluster.accelerator == "auto" and have < count
         verdict = (
             "the run takes CPUs" if optional else "enough" if have >= count else f"{count - have:g} TOO FEW"
         )

@@ -39,12 +39,18 @@ class Validation:
     texts: tuple[str, ...] = ()
 
 
-def image_tokenizer(config: RunConfig) -> ImageTokenizer:
-    """What made the codes of the config's images; it lies beside the shards."""
+def image_tokenizer(
+    config: RunConfig, device: torch.device | str = "cpu", batch: int | None = None
+) -> ImageTokenizer:
+    """What made the codes of the config's images; it lies beside the shards.
+
+    Args:
+        batch: images that it takes at once; None: as many as when the codes were made.
+    """
     data = config.data
     assert data.kind == "image"
     folder = storage.join(data_path(config), "tokenizer")
-    return load_image_tokenizer(folder, data.factor, data.encode_batch, "cpu")
+    return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
 
 
 def validation_rows(there: int, most: int) -> np.ndarray:
@@ -100,7 +106,7 @@ def validate(
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
     elif tracker:
-        pictures = image_tokenizer(config).decode(tokens[:, 1:].numpy())
+        pictures = image_tokenizer(config, session.device, len(tokens)).decode(tokens[:, 1:].numpy())
         tracker.log_figure(sample_grid(pictures, classes), f"samples/step_{step:08d}.png")
         one_a_class = slice(None, None, PICTURES_A_CLASS)
         figure = unmasking_order(pictures[one_a_class], revealed[one_a_class, 1:].numpy())

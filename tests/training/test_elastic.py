@@ -1,6 +1,9 @@
 """What a run does when it is told that its group will change: it saves, and goes on."""
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import observed
 import pytest
@@ -14,7 +17,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError
 from pipeline.evaluation.actors import Resources
 from pipeline.training import checkpoint, group
-from pipeline.training.cluster import actors_now, check_resources
+from pipeline.training.cluster import actors_now, check_resources, places
 from pipeline.training.session import SAVE, STOP, PlainSession, Requests
 
 
@@ -65,6 +68,53 @@ def test_fewest_workers_must_fit_and_the_most_need_not(run_storage: Path, ray_cl
     assert actors_now(elastic(1, 1)) == Resources(1, 1, False)
     with pytest.raises(CapabilityError, match="3 workers of 1 CPUs, the cluster has 2"):
         check_resources(elastic(3, 4))
+
+
+def test_a_worker_has_its_cpus_and_its_gpu_on_one_node() -> None:
+    def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
+        return {"Alive": alive, "Resources": {"CPU": cpus, "memory": 1e9} | ({"GPU": gpus} if gpus else {})}
+
+    nodes = [node(4), node(16, 4), node(16, 4), node(64, 8, alive=False)]
+    assert places(nodes, 6, use_gpu=True) == 4
+    assert places(nodes, 4, use_gpu=True) == 8
+    assert places(nodes, 2, use_gpu=True) == 8
+    assert places(nodes, 3, use_gpu=False) == 1 + 5 + 5
+
+
+def test_a_machine_with_one_gpu(run_storage: Path) -> None:
+    """Ray takes our word that there is one; torch does not."""
+    found = subprocess.run(
+        [sys.executable, "-c", ONE_GPU, quick(run_storage, "one-gpu").model_dump_json()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = found.stdout.splitlines()
+    assert lines[:3] == ["True 1", "False 2", "cpu"], found.stdout + found.stderr[-3000:]
+    assert lines[3].startswith("a GPU is there, but torch")
+    assert "1 GPUs for 2 workers: CPUs are used (cluster.accelerator: auto)" in found.stderr
+
+
+ONE_GPU = """
+import sys, ray
+from pipeline import logs
+from pipeline.config.schema import RunConfig
+from pipeline.errors import CapabilityError
+from pipeline.evaluation.actors import own_device
+from pipeline.training.cluster import actors_now, check_resources
+logs.show()
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error")
+config = RunConfig.model_validate_json(sys.argv[1])
+for workers in (1, 2):
+    one = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": workers})})
+    print(check_resources(one), actors_now(one).actors)
+print(ray.get(ray.remote(own_device).remote()))
+try:
+    ray.get(ray.remote(num_gpus=1)(own_device).remote())
+except ray.exceptions.RayTaskError as error:
+    assert isinstance(error.cause, CapabilityError)
+    print(error.cause)
+"""
 
 
 def test_reason_of_a_failed_run_is_one_line() -> None:
