@@ -14,7 +14,7 @@ from pipeline.evaluation.actors import own_device
 from pipeline.evaluation.generation import labels_of
 from pipeline.evaluation.texts import unigram_entropy
 from pipeline.models import folder
-from pipeline.models.denoiser import Denoiser
+from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import sample
@@ -100,7 +100,7 @@ def compare(
 def _draw_from(path: str, settings: SamplingConfig, steps: int, threads: int) -> Rows:
     torch.set_num_threads(threads)
     model, _, facts = folder.read(storage.fetch(path))
-    return draw(model.to(own_device()), facts.bos, settings, steps)
+    return draw(model.to(own_device(), DTYPES[settings.precision]), facts.bos, settings, steps)
 
 
 def points(found: Sequence[Quality]) -> dict[str, list[tuple[int, float, float]]]:
