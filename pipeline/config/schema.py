@@ -135,9 +135,7 @@ class SamplingConfig(Section):
     labels: tuple[NonNegativeInt, ...] | None = None  # classes drawn, in turn; None: all in turn
     guidance: Annotated[float, Field(ge=0)] = 0.0  # w at the last step: (1 + w) log p(x|c) - w log p(x)
     refresh_every: PositiveInt = 1  # PGM: steps between full encodings of the known tokens; 1 is exact
-    precision: Precision = (
-        "fp32"  # bf16: for GPUs, whose fast attention has it only; tokens are drawn in float64
-    )
+    precision: Precision = "fp32"  # bf16 is what fast attention on GPUs needs; draws are float64 in both
     batch: PositiveInt = 16  # rows sampled together by one actor
     seed: int = 0
 
@@ -210,7 +208,7 @@ class ClusterConfig(Section):
         | Annotated[Workers, Tag(WORKER_FORMS[1])],
         Discriminator(_number_or_range),
     ] = 1
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs if there is one for every worker
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs if there are any; on one machine, enough
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without bound
     # Seconds that one training step may take before its worker counts as hung; null: any. The default is far

@@ -13,10 +13,8 @@ from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
 from pipeline.models.layers import LOGITS_AT_ONCE, Head, rows_at_once
 
-_DOUBLES_AT_ONCE = {
-    "cpu": 1 << 19,
-    "cuda": 1 << 25,
-}  # entries of rows x V turned into draws together: 4, 256 MiB
+# Entries of rows x V that are turned into draws together, by kind of device: 4 and 256 MiB.
+_DOUBLES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 25}
 _LEAST = math.log(torch.finfo(torch.float64).tiny)
 
 

@@ -49,8 +49,10 @@ def check_resources(config: schema.RunConfig) -> bool:
     """
     there, asked = ray.cluster_resources(), config.cluster
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
-    use_gpu = gpus >= asked.least if asked.accelerator == "auto" else asked.accelerator == "gpu"
-    if gpus and not use_gpu and asked.accelerator == "auto":
+    auto, alone = asked.accelerator == "auto", sum(node["Alive"] for node in ray.nodes()) == 1
+    use_gpu = gpus > 0 if auto else asked.accelerator == "gpu"
+    if auto and alone and 0 < gpus < asked.least:  # a cluster is refused: it may have lost a node
+        use_gpu = False
         log.warning("%d GPUs for %d workers: CPUs are used (cluster.accelerator: auto)", gpus, asked.least)
     if use_gpu and gpus < asked.least:
         raise CapabilityError(

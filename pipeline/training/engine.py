@@ -57,9 +57,8 @@ class Engine:
         import deepspeed  # seconds to import, and only workers need it
         import deepspeed.ops
 
-        if (
-            device.type == "cpu"
-        ):  # where the shared-memory collective would be compiled for minutes at first use
+        if device.type == "cpu":
+            # The shared-memory collective would be compiled for minutes at its first use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._optim, self._steps, self._parts = optim, train.steps, parts

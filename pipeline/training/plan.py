@@ -271,9 +271,8 @@ def _against(config: RunConfig, workers: int, there: Mapping[str, float]) -> lis
     lines = []
     for name, count in asked.items():
         have = there.get(name, 0)
-        optional = name == "GPU" and config.cluster.accelerator == "auto" and have < count
-        verdict = (
-            "the run takes CPUs" if optional else "enough" if have >= count else f"{count - have:g} TOO FEW"
-        )
+        verdict = "enough" if have >= count else f"{count - have:g} TOO FEW"
+        if name == "GPU" and config.cluster.accelerator == "auto" and have < count:
+            verdict = "one machine takes CPUs, a cluster refuses the run" if have else "the run takes CPUs"
         lines.append(f"{name}s         {count} asked for, {have:g} there: {verdict}")
     return lines
