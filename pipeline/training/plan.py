@@ -131,7 +131,9 @@ def states(count: int, train: TrainConfig, workers: int, kept_whole: int = 0) ->
         weights=count * low if stage < 3 else kept_whole * low + (count - kept_whole) * low / workers,
         gradients=count * low / (workers if stage >= 2 else 1),
         optimiser=0 if train.offload_optimizer else count * (8 + masters) / shared,
-        ema=count * 4 / shared,  # of its own, also where the optimiser is on the host
+        ema=0
+        if train.offload_optimizer
+        else count * 4 / shared,  # kept where the weights are that it follows
         activations=0,
     )
 

@@ -137,6 +137,7 @@ def predict(
     parameters: int,
     flops_of_a_row: float,
     kept_of_a_row: float,
+    logits_of_a_row: float,
     rows: float,
     gpus: int,
     gpu: Gpu,
@@ -152,6 +153,7 @@ def predict(
 
     Args:
         kept_of_a_row: bytes of activations that a row keeps for the backward pass.
+        logits_of_a_row: entries, of which there are no more than a chunk at a time.
         share: of the GPU's peak.
         stage: of ZeRO.
         micro_batch: rows of a GPU in one forward pass.
@@ -162,8 +164,9 @@ def predict(
     moved = 2 * parameters * (gpus - 1) / gpus
     communication = collectives * (moved / link + math.log2(gpus) * HOP)
     held = states(parameters, TrainConfig(precision="bf16", zero_stage=stage), gpus)
-    logits = 2 * 4 * LOGITS_AT_ONCE["cuda"]
-    memory = held.total + logits + min(rows, micro_batch) * kept_of_a_row
+    together = min(rows, micro_batch)
+    logits = 2 * 4 * min(LOGITS_AT_ONCE["cuda"], together * logits_of_a_row)
+    memory = held.total + logits + together * kept_of_a_row
     return Prediction(
         gpus=gpus,
         rows=rows,
@@ -176,7 +179,7 @@ def predict(
 
 def break_even(recipe: Recipe, gpu: Gpu, share: float, gpus: int) -> float:
     """Rows a GPU below which communication takes longer than computing."""
-    found = predict(recipe.parameters, recipe.flops_of_a_row, 0.0, 1.0, gpus, gpu, share)
+    found = predict(recipe.parameters, recipe.flops_of_a_row, 0.0, 0.0, 1.0, gpus, gpu, share)
     return found.communication / found.compute
 
 
@@ -198,7 +201,7 @@ def table(
         "| GB a GPU | largest term |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    facts = recipe.parameters, recipe.flops_of_a_row, kept_of_a_row(recipe)
+    facts = recipe.parameters, recipe.flops_of_a_row, kept_of_a_row(recipe), recipe.vocabulary * recipe.length
     for gpus in _COUNTS:
         each = batch / gpus if batch is not None else float(rows or 1)
         if each < 1:

@@ -22,7 +22,7 @@ from pipeline.config.sweep import Sweep
 from pipeline.data import prepared
 from pipeline.errors import CapabilityError, StoppedError
 from pipeline.training import checkpoint, resume
-from pipeline.training.cluster import check_resources, check_visible, cluster, stoppable
+from pipeline.training.cluster import check_resources, check_visible, cluster, places, stoppable
 from pipeline.training.launch import located
 from pipeline.training.session import STOP
 from pipeline.training.sweep_summary import Planned, SweepOutcome, summarise
@@ -211,13 +211,11 @@ def _fits(config: RunConfig) -> bool:
 
 def _fitting(configs: Sequence[RunConfig]) -> int:
     """How many of the largest trials fit the cluster at the same time, so that none waits for another's part."""
-    there, most = ray.cluster_resources(), []
+    most = []
     for config in filter(_fits, configs):
         asked = config.cluster
-        most.append(there.get("CPU", 0) // (asked.most * asked.cpus_per_worker))
-        if check_resources(config):
-            most.append(there.get("GPU", 0) // asked.most)
-    return int(min(most, default=1))
+        most.append(places(ray.nodes(), asked.cpus_per_worker, check_resources(config)) // asked.most)
+    return max(1, min(most, default=1))
 
 
 def _resources(config: RunConfig) -> tune.PlacementGroupFactory:

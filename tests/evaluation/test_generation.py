@@ -52,7 +52,9 @@ def test_images_with_their_labels(image_model: str, tmp_path: Path, ray_cluster:
 
 def test_in_bf16(image_model: str) -> None:
     settings = SamplingConfig(num_samples=5, steps=4, labels=(2, 0), precision="bf16")
-    drawn = Sampler(image_model, 1, settings.precision).draw(settings, 0, 5)
+    sampler = Sampler(image_model, 1, settings.precision)
+    assert sampler._denoiser.head.weight.dtype == torch.bfloat16
+    drawn = sampler.draw(settings, 0, 5)
     assert torch.backends.cuda.matmul.allow_tf32  # which rounds no bf16
     model = load_model(image_model, precision="bf16")
     assert np.array_equal(drawn, model.sample(5, 4, condition=torch.tensor([2, 0, 2, 0, 2])).numpy())

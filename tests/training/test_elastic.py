@@ -8,6 +8,7 @@ from typing import Any
 import observed
 import pytest
 import ray.train
+import torch
 from observed import Seen, quick
 from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
 from workers import Workers
@@ -81,6 +82,7 @@ def test_a_worker_has_its_cpus_and_its_gpu_on_one_node() -> None:
     assert places(nodes, 3, use_gpu=False) == 1 + 5 + 5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU that there is")
 def test_a_machine_with_one_gpu(run_storage: Path) -> None:
     """Ray takes our word that there is one; torch does not."""
     found = subprocess.run(

@@ -16,7 +16,7 @@ from pipeline.training.scaling import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 LOGITS = 2 * 4 * 2**27  # two chunks of float32
-FACTS = (10**9, 1e12, 1e9)  # parameters, FLOP a row, bytes kept of a row
+FACTS = (10**9, 1e12, 1e9, 1e8)  # parameters, FLOP a row, bytes kept of a row, logits of a row
 
 
 def test_one_gpu_only_computes() -> None:
@@ -54,7 +54,7 @@ def test_zero_stages(stage: int, whole: int, collectives: int) -> None:
 
 def test_break_even_is_where_the_terms_meet() -> None:
     rows = break_even(PGM_8_8, A100_ETHERNET, PGM_8_8.share, 64)
-    facts = (PGM_8_8.parameters, PGM_8_8.flops_of_a_row, 0.0)
+    facts = (PGM_8_8.parameters, PGM_8_8.flops_of_a_row, 0.0, 0.0)
     found = predict(*facts, rows, 64, A100_ETHERNET, PGM_8_8.share)
     assert found.compute == pytest.approx(found.communication)
 
