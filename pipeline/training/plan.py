@@ -118,7 +118,8 @@ def states(count: int, train: TrainConfig, workers: int, kept_whole: int = 0) ->
 
     Per parameter, in float32: weights 4, gradients 4, Adam's moments 8, average 4, and from stage 1 on a float32
     copy of the weights, 4. In bf16: weights 2, gradients 2, float32 weights 4, moments 8, average 4. Stage 1
-    divides optimiser and average by the workers, stage 2 gradients too, stage 3 weights too.
+    divides optimiser and average by the workers, stage 2 gradients too, stage 3 weights too. Offloaded, optimiser
+    and average are on the host.
 
     Args:
         count: parameters.
@@ -131,9 +132,7 @@ def states(count: int, train: TrainConfig, workers: int, kept_whole: int = 0) ->
         weights=count * low if stage < 3 else kept_whole * low + (count - kept_whole) * low / workers,
         gradients=count * low / (workers if stage >= 2 else 1),
         optimiser=0 if train.offload_optimizer else count * (8 + masters) / shared,
-        ema=0
-        if train.offload_optimizer
-        else count * 4 / shared,  # kept where the weights are that it follows
+        ema=0 if train.offload_optimizer else count * 4 / shared,
         activations=0,
     )
 
