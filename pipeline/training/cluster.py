@@ -51,14 +51,14 @@ def check_resources(config: schema.RunConfig) -> bool:
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
     auto = asked.accelerator == "auto"
     use_gpu = gpus > 0 if auto else asked.accelerator == "gpu"
-    mine = len(ray.nodes()) == 1 and "RAY_ADDRESS" not in os.environ
+    mine = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
     if auto and mine and 0 < gpus < asked.least:  # a cluster is refused: nodes may have gone, or not come yet
         use_gpu = False
         log.warning("%d GPUs for %d workers: CPUs are used (cluster.accelerator: auto)", gpus, asked.least)
     if use_gpu and gpus < asked.least:
         raise CapabilityError(
             f"cluster.workers: {asked.least} workers of one GPU, the cluster has {gpus} GPUs; "
-            f"expected at most {gpus}, or cluster.accelerator=cpu"
+            f"expected {f'at most {gpus}, or ' if gpus else ''}cluster.accelerator=cpu"
         )
     if cpus < asked.least * asked.cpus_per_worker:
         raise CapabilityError(

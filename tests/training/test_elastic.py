@@ -119,6 +119,13 @@ except ray.exceptions.RayTaskError as error:
 """
 
 
+def test_gpus_where_there_are_none(run_storage: Path, ray_cluster: None) -> None:
+    config = quick(run_storage, "no-gpus")
+    asked = config.cluster.model_copy(update={"workers": 1, "accelerator": "gpu"})
+    with pytest.raises(CapabilityError, match=r"the cluster has 0 GPUs; expected cluster\.accelerator=cpu$"):
+        check_resources(config.model_copy(update={"cluster": asked}))
+
+
 def test_reason_of_a_failed_run_is_one_line() -> None:
     lost = "Connection closed by peer"
     failures = {2: OSError(f"{lost}\nmore"), 0: ValueError("a\nb"), 1: OSError(lost)}
