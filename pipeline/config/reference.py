@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config.load import kinds_of, sections_in
 from pipeline.config.section import Section
 
-_NAMES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "object": "mapping"}
+_NAMES = {"integer": "int", "number": "float", "string": "string", "boolean": "bool", "object": "mapping"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 

@@ -194,7 +194,7 @@ class TrainConfig(Section):
 
 
 class SamplingConfig(Section):
-    """What `jobs.sample`, and training at its end, draw.
+    """Sampling by `jobs.sample` and at the end of training.
 
     Attributes:
         model: Model folder or `models:/NAME@ALIAS`; null is the run's own model.
@@ -242,7 +242,7 @@ class EvaluationConfig(Section):
         rows: Largest number of validation rows that are used.
         batch: Rows of one forward pass.
         data: Folders of other prepared data to evaluate on, beside the run's own.
-        models: Models to compare, as name: model folder or `models:/NAME@ALIAS`; none evaluates the run's model.
+        models: Models to compare, as name: model folder or `models:/NAME@ALIAS`; empty evaluates the run's model.
         steps: Numbers of sampling steps at which models are compared.
         scorer: Causal language model for generative perplexity (text): hub name, folder or .gguf file; null uses
             bigrams of the training rows alone.

@@ -33,8 +33,7 @@ class SweepConfig(Section):
         name: Name of the sweep and of its folder in `cluster.storage`; never inherited from `base`.
         base: Config file of the run that all variants start from, or of a sweep to build on.
         overrides: Dotted keys of the run with their values, for all trials.
-        space: Dotted key: `{grid: [values]}` or `{choice: [values]}`, `{uniform: [low, high]}` or `{loguniform: [low,
-            high]}`; or a label of your own: `{grid: {label: {dotted key: value, or again such an entry}}}`.
+        space: Dotted keys of the run with the values to try (docs/configuration.md, "The space of a sweep").
         seeds: Seeds with which every variant is trained.
         metric: Metric by which trials are compared.
         mode: Whether the smallest or the largest value of the metric is the best.
