@@ -1,6 +1,6 @@
 """Time training, sampling and text preparation on this machine, beside plainer forms and a roofline."""
 
-from jobs import command
+from jobs.cli import command
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import parse_section, read_tree
 from pipeline.evaluation.benchmark import benchmark
@@ -15,4 +15,4 @@ def run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(run, "CONFIG.yaml [key=value ...]", least=1)
+    command(run, "CONFIG.yaml [key=value ...]", least=1, config=BenchmarkConfig)

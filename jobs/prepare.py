@@ -1,6 +1,6 @@
 """Prepare the shards that a config's data section describes."""
 
-from jobs import main
+from jobs.cli import main
 from pipeline.data.prepared import prepare
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_killed_twice_and_finished_gives_the_same_bytes(
 
     one_worker = (
         "import ray; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
-        "from jobs import main; from pipeline.data.prepared import prepare; main(prepare)"
+        "from jobs.cli import main; from pipeline.data.prepared import prepare; main(prepare)"
     )
     straight = tmp_path / "straight"
     command = [sys.executable, "-c", one_worker, str(file), f"cluster.storage={straight}"]
