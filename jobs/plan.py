@@ -19,7 +19,7 @@ def plan(config: RunConfig, gpu: str) -> None:
     """Print the plan; starts nothing and writes nothing."""
     gpus = chosen(gpu)
     config = with_model(config)
-    path = data_path(config)
+    path = data_path(config.data, storage.resolve(config.cluster.storage))
     manifest = Manifest.read(path) if storage.exists(storage.join(path, MANIFEST)) else None
     if manifest is not None:
         check_fits(manifest, config)

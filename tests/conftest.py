@@ -38,7 +38,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def run_storage(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     """A folder with prepared text, for runs."""
-    from pipeline.data.prepare.prepare import ensure
+    from tests.support.data_helpers import ensure
     from tests.support.tiny_runs import tiny
 
     storage = tmp_path_factory.mktemp("storage")

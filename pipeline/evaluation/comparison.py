@@ -72,8 +72,9 @@ def compare(config: RunConfig) -> Comparison:
     storage.check_writable(into, "cluster.storage")
     with mlflow_run(config, run, uri) as run_id, cluster(config):
         resources = actors_now(config)
-        manifest = prepare.ensure(config)
-        own = Corpus("validation", prepare.data_path(config), manifest)
+        data_path = prepare.data_path(config.data, storage.resolve(config.cluster.storage))
+        manifest = prepare.ensure(config.data, data_path)
+        own = Corpus("validation", data_path, manifest)
         for name, subject in subjects.items():
             try:
                 corpora.check_fits(own, subject.facts, tokenizer_hash(subject, manifest))

@@ -89,8 +89,9 @@ def evaluate(config: RunConfig) -> Evaluation:
     storage.check_writable(into, "cluster.storage")
     with mlflow_run(config, run, uri) as run_id, cluster(config):
         resources = actors_now(config)
-        manifest = prepare.ensure(config)
-        own = Corpus("validation", prepare.data_path(config), manifest)
+        data_path = prepare.data_path(config.data, storage.resolve(config.cluster.storage))
+        manifest = prepare.ensure(config.data, data_path)
+        own = Corpus("validation", data_path, manifest)
         for corpus in (own, *others):
             corpora.check_fits(corpus, subject.facts, tokenizer_hash(subject, manifest))
         judge = _judge_text if config.data.kind == "text" else _judge_images

@@ -54,8 +54,10 @@ def sweep(plan: Sweep) -> SweepResult:
     with cluster(base):
         uri = tracking.tracking_uri(base)
         check_visible(folder, uri)
-        for config in {prepare.data_path(config): config for config in examples}.values():
-            prepare.ensure(config)
+        root = storage.resolve(base.cluster.storage)
+        data_sections = {prepare.data_path(config.data, root): config.data for config in examples}
+        for path, data in data_sections.items():
+            prepare.ensure(data, path)
         run_id = _open_parent(plan, folder, uri, len(trials))
         with tracking.ending(uri, run_id), stoppable(folder):
             began = time.monotonic()
@@ -69,7 +71,7 @@ def sweep(plan: Sweep) -> SweepResult:
 def planned(plan: Sweep, variant: Variant, seed: int) -> Planned:
     """The run of a variant and a seed, in the sweep's folder, on data and in a store that all trials share."""
     config = located(plan.trial(variant, seed))
-    data = config.data.model_copy(update={"path": prepare.data_path(config)})
+    data = config.data.model_copy(update={"path": prepare.data_path(config.data, config.cluster.storage)})
     shared = {
         "uri": tracking.tracking_uri(config),
         "register_as": config.tracking.register_as or plan.config.name,

@@ -142,7 +142,7 @@ def _quality(
     models[f"round {asked.rounds}"] = model
     counts = step_quality.step_counts(asked.teacher_steps, asked.rounds, manifest.length - bos)
     log.info("sampling from the teacher and %d students in %s steps", asked.rounds, counts)
-    train = ShardReader(data_path(config), manifest, "train")
+    train = ShardReader(data_path(config.data, storage.resolve(config.cluster.storage)), manifest, "train")
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, bos:]
     judge = ngram.bigram_model([seen], manifest.vocabulary)
     cpus = config.cluster.cpus_per_worker
@@ -159,7 +159,7 @@ def _grid(config: RunConfig, manifest: Manifest, model: str) -> Figure:
 
 def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:
     """Perplexities of n-gram models of the same training rows on the same validation rows."""
-    path = data_path(config)
+    path = data_path(config.data, storage.resolve(config.cluster.storage))
 
     train, validation = (ShardReader(path, manifest, split) for split in ("train", "validation"))
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))

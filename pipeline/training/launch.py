@@ -69,7 +69,8 @@ def carry_out(config: schema.RunConfig, tags: dict[str, str], group: Group | Non
         uri = tracking.tracking_uri(config)
         use_gpu = check_resources(config)
         check_visible(run, uri)
-        manifest = prepare.ensure(config)
+        data_path = prepare.data_path(config.data, storage.resolve(config.cluster.storage))
+        manifest = prepare.ensure(config.data, data_path)
         check_fits(manifest, config)
         if config.distill is not None:
             distillation.check_teacher(config, run, manifest)
@@ -113,12 +114,13 @@ def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest, 
     params = flatten(config.model_dump(mode="json"))
     run_id = tracking.open_recorded_run(run, uri, config.tracking.experiment, config.name, params, tags)
     storage.publish_text(storage.join(run, "config.yaml"), dump(config))
+    data_path = prepare.data_path(config.data, storage.resolve(config.cluster.storage))
     tracking.log_dataset(
         uri,
         run_id,
-        name=Path(prepare.data_path(config)).name,
+        name=Path(data_path).name,
         digest=manifest.content_key,
-        source=prepare.data_path(config),
+        source=data_path,
         profile={
             "rows": manifest.rows("train"),
             "length": manifest.length,

@@ -81,7 +81,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     run = checkpoint.run_folder(config)
 
     # Data: which rows each step reads, and which of them are ours.
-    path = data_path(config)
+    path = data_path(config.data, storage.resolve(config.cluster.storage))
     manifest = Manifest.read(path)
     reader = ShardReader(path, manifest, "train")
     order = ReadingOrder(

@@ -50,7 +50,7 @@ def image_tokenizer(
     """
     data = config.data
     assert data.kind == "image"
-    folder = storage.join(data_path(config), "tokenizer")
+    folder = storage.join(data_path(config.data, storage.resolve(config.cluster.storage)), "tokenizer")
     return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
 
 
@@ -70,7 +70,9 @@ def validate(
 ) -> Validation:
     """Judge the EMA weights and show samples of theirs; all ranks call it together."""
     bos = manifest.special.bos
-    reader = ShardReader(data_path(config), manifest, "validation")
+    reader = ShardReader(
+        data_path(config.data, storage.resolve(config.cluster.storage)), manifest, "validation"
+    )
     rows = validation_rows(len(reader), config.evaluation.rows)
     labels = reader.labels(rows) if config.model.classes is not None else None
     estimator, draws = likelihood.estimator_for(

@@ -12,7 +12,6 @@ from pipeline import tracking
 from pipeline.config.load import parse
 from pipeline.config.schema import ARConfig, MDLMConfig, ModelConfig, PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.comparison import compare
@@ -21,6 +20,7 @@ from pipeline.metrics.ngram import bigram_perplexity
 from pipeline.metrics.text import unigram_entropy
 from pipeline.models import model_folder
 from pipeline.sampling.sampler import sample
+from tests.support.data_helpers import data_path
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model, write_rows
 

@@ -23,7 +23,6 @@ from pipeline.data.manifest import (
 from pipeline.data.prepare.encoding import held_out, read_pixels
 from pipeline.data.prepare.image_sources import list_images, open_images
 from pipeline.data.prepare.images import TOKENIZER, content
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader, encode_shard
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.comparison import compare
@@ -36,6 +35,7 @@ from pipeline.models import build, model_folder
 from pipeline.models.vq import PatchVQ, fit_patches, load_image_tokenizer
 from pipeline.tracking import tracking_uri
 from pipeline.training.validation import validation_rows
+from tests.support.data_helpers import data_path
 from tests.support.page_check import check_page
 from tests.support.small_models import shake
 

@@ -12,7 +12,6 @@ from pipeline import tracking
 from pipeline.config.load import parse
 from pipeline.config.schema import PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import ConfigError
@@ -23,6 +22,7 @@ from pipeline.metrics.ngram import bigram_perplexity
 from pipeline.metrics.text import distinct, unigram_entropy
 from pipeline.models import model_folder
 from tests.support.causal_lm import save_scorer
+from tests.support.data_helpers import data_path
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model, write_rows
 

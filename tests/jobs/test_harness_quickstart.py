@@ -12,9 +12,9 @@ import pytest
 
 from pipeline.config.load import load
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import ByteTokenizer
+from tests.support.data_helpers import data_path
 from tests.support.harness_task import write_task
 from tests.support.launched import ROOT, LaunchedJob
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.reading_order import ReadingOrder
 from pipeline.data.shards import ShardReader
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import normaliser, training_batch
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
+from tests.support.data_helpers import data_path
 
 
 @dataclass

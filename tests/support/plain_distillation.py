@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.diffusion import partition
 from pipeline.diffusion.schedule import complement
@@ -16,6 +15,7 @@ from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.distill_loss import divergence
 from tests.support import plain
+from tests.support.data_helpers import data_path
 from tests.support.known_source import naive_roll_out
 
 Weights = dict[str, Tensor]

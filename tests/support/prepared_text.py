@@ -17,11 +17,11 @@ from pipeline.data.manifest import (
     TokenizerInfo,
 )
 from pipeline.data.prepare import text
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.prepare.text_sources import open_source
 from pipeline.data.shards import encode_shard
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.models import build, model_folder
+from tests.support.data_helpers import data_path
 from tests.support.small_models import shake
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.errors import CheckpointError
 from pipeline.training import checkpoint, resume
 from tests.support import observed
+from tests.support.data_helpers import data_path
 from tests.support.observed import quick
 from tests.support.workers import Workers
 

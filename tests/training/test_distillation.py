@@ -15,11 +15,11 @@ import torch
 from pipeline.config.data import ImageDataConfig
 from pipeline.config.schema import DiffusionConfig, DistillConfig, MDLMConfig, PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.models import build, model_folder
 from pipeline.models.denoiser import Denoiser
 from pipeline.training import checkpoint, distillation
 from tests.support import labelled_rows, observed, plain_distillation
+from tests.support.data_helpers import data_path
 from tests.support.observed import Seen, quick
 from tests.support.small_models import shake
 from tests.support.workers import Workers, run_workers

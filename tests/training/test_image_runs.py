@@ -9,12 +9,12 @@ import torch
 
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path, ensure
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.shards import ShardReader
 from pipeline.models import build
 from pipeline.training.pretraining import Pretraining
 from tests.support import observed
+from tests.support.data_helpers import data_path, ensure
 from tests.support.workers import Workers
 
 SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0, "classes": 10}

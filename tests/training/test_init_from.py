@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import model_folder
 from pipeline.training import checkpoint, resume
 from tests.support import observed, plain
+from tests.support.data_helpers import data_path
 from tests.support.observed import Seen, Weights, quick
 from tests.support.workers import Workers
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.models.denoiser import Denoiser
 from pipeline.training import checkpoint
 from tests.support import observed, plain
+from tests.support.data_helpers import data_path
 from tests.support.observed import Seen, quick
 from tests.support.workers import Workers
 

@@ -7,9 +7,9 @@ import torch
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.training import checkpoint
 from tests.support import observed, plain
+from tests.support.data_helpers import data_path
 from tests.support.workers import Workers
 
 STAGES = (0, 1, 2, 3)

@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.training import checkpoint, resume
 from pipeline.training.ema import join_slices, read_slices
 from tests.support import observed, plain
+from tests.support.data_helpers import data_path
 from tests.support.observed import Seen, quick
 from tests.support.workers import Workers, run_workers
 
