@@ -346,7 +346,7 @@ def _track(run: Run, step: int, report: Report, into: str, files: Sequence[str])
     """Figures, tables and samples into the MLflow run."""
     with run.tracker() as tracker:
         tracker.log_metrics(report.metrics(), step)
-        shown = "" if config.data.kind == "image" else "samples/samples.txt"
+        shown = "" if run.config.data.kind == "image" else "samples/samples.txt"
         for name in [*files, *([shown] if shown else [])]:
             tracker.log_artifact(storage.fetch(storage.join(into, name)), "evaluation")
         tracker.flush()

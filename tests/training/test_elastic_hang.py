@@ -60,7 +60,7 @@ def test_worker_that_waits_for_a_frozen_one_ends_and_tells_where(run_storage: Pa
 
 STUCK = """
 import ctypes, sys
-from pipeline.training.session import HangWatch
+from pipeline.runtime.session import HangWatch
 HangWatch.LAST = 0.5
 watch = HangWatch(sys.argv[1], 0, 0.5)
 watch.begin(6)
