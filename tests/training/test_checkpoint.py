@@ -171,7 +171,6 @@ def test_what_a_resumed_run_may_not_change(config: RunConfig, section: str, keys
 
 
 def test_what_a_resumed_run_may_change(config: RunConfig) -> None:
-    run = Run(config).folder
     other = changed(
         config,
         "train",
