@@ -28,7 +28,7 @@ from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.run import Run
-from pipeline.training.ema import EMA, join_slices, read_slices
+from pipeline.training.ema import EMA, read_averages
 from pipeline.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     """
     if found := problems(path):
         raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
-    averages = join_slices(read_slices(sorted(storage.fetch(path).glob("ema_*.safetensors"))))
+    averages = read_averages(sorted(storage.fetch(path).glob("ema_*.safetensors")))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
     tensors = {}

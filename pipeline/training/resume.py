@@ -22,7 +22,7 @@ from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainState
-from pipeline.training.ema import EMA, join_slices, read_slices
+from pipeline.training.ema import EMA, read_averages
 from pipeline.training.engine import TAG, Engine
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def initial_weights(run: Run, model: Denoiser) -> Initial | None:
     if (local / TAG).is_dir():
         if found := checkpoint.problems(str(local)):
             raise CheckpointError(f"{origin} is not usable: " + "; ".join(found))
-        average = join_slices(read_slices(sorted(local.glob("ema_*.safetensors"))))
+        average = read_averages(sorted(local.glob("ema_*.safetensors")))
         weights = _raw_weights(local)
     else:
         average = model_folder.read_weights(local)
