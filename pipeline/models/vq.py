@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from pipeline.models.folder import check_shapes
-from pipeline.models.released import PICKLES, SAFETENSORS, read
+from pipeline.models.model_folder import check_shapes
+from pipeline.models.released.layouts import PICKLES, SAFETENSORS, read
 
 INFO_FILE, WEIGHTS_FILE = "image_tokenizer.json", "image_tokenizer.safetensors"
 FIT_PATCHES = 50_000  # distinct patches that a codebook is fitted on; more of them cost time, and help little

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.data.shards import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
-from pipeline.models import build, folder
+from pipeline.models import build, model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.training.ema import EMA, join_slices, read_slices
 from pipeline.training.engine import Engine
@@ -197,7 +197,9 @@ def consolidate(
     path: str, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer | ImageTokenizer, into: str
 ) -> None:
     """A checkpoint's EMA weights as a model folder, complete or absent."""
-    facts = folder.DataFacts(manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot)
+    facts = model_folder.DataFacts(
+        manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot
+    )
     state, figures = read_state(path), {}
     if state.validation is not None:
         estimator = "arccos" if config.validation_metric == "loss" else config.evaluation.estimator
@@ -207,10 +209,10 @@ def consolidate(
             "estimator": how,
             "step": state.step,
         }
-    background = folder.Background(figures, config.model_dump(mode="json"))
+    background = model_folder.Background(figures, config.model_dump(mode="json"))
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"
-        folder.write(local, config.model, facts, ema_weights(path, config, manifest), background)
+        model_folder.write(local, config.model, facts, ema_weights(path, config, manifest), background)
         tokenizer.save(local)
         storage.publish_folder(local, into)
 

@@ -15,21 +15,22 @@ from torch import Tensor
 from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import DistillConfig, ModelConfig, RunConfig
-from pipeline.data.shards import Manifest
-from pipeline.data.stream import MicroBatch
+from pipeline.data.manifest import Manifest
+from pipeline.data.reading_order import MicroBatch
 from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import as_batch
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
-from pipeline.models import folder, pretrained
+from pipeline.models import model_folder
 from pipeline.models.denoiser import Batch, Denoiser
-from pipeline.models.matching import Teaching
+from pipeline.models.distill_loss import DistillTargets
+from pipeline.models.released import conversion
+from pipeline.runtime.session import Session
 from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
-from pipeline.training.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class Distillation:
         here = [(hidden[index], time[index]) for hidden, time in self._sides]
         with self._engine.assembled(self._teacher):
             vectors = teach(self._teacher, tokens, here, self._noise[index], self._dt, labels)
-        teaching = Teaching(vectors, self._teacher.head, self._distill.divergence)
+        teaching = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         weights *= present[:, None]
         return as_batch(tokens, self._groups[index], targets, weights, labels, device, teaching)
 
@@ -181,7 +182,7 @@ class Distillation:
             raise CheckpointError(
                 f"{where}: the teacher of round {done + 1} is gone; expected a model folder"
             )
-        teacher, _, _ = folder.read(storage.fetch(where))
+        teacher, _, _ = model_folder.read(storage.fetch(where))
         self._teacher = self._engine.frozen(teacher)
         self._engine.fresh = done * self._every if self._distill.optimizer == "reset" else 0
         self._round = done
@@ -197,11 +198,11 @@ class Distillation:
 
     def _publish(self, where: str, weights: dict[str, Tensor]) -> None:
         special = self._manifest.special
-        facts = folder.DataFacts(self._manifest.vocabulary, self._length, special.bos, special.eot)
-        background = folder.Background({}, self._config.model_dump(mode="json"))
+        facts = model_folder.DataFacts(self._manifest.vocabulary, self._length, special.bos, special.eot)
+        background = model_folder.Background({}, self._config.model_dump(mode="json"))
         with tempfile.TemporaryDirectory() as temporary:
             local = Path(temporary) / "model"
-            folder.write(local, self._config.model, facts, weights, background)
+            model_folder.write(local, self._config.model, facts, weights, background)
             storage.publish_folder(local, where)
 
 
@@ -228,7 +229,7 @@ def with_teacher(config: RunConfig) -> RunConfig:
     if checkpoint.newest(run) is None or not storage.folder_complete(where):
         model = _place(config, origin, where)
     else:
-        model, _ = folder.read_config(storage.fetch(where))
+        model, _ = model_folder.read_config(storage.fetch(where))
         _check_model(config, model, origin)
     train = config.train.model_copy(update={"init_from": where})
     config = config.model_copy(update={"model": model, "train": train})
@@ -254,15 +255,15 @@ def _place(config: RunConfig, origin: str, where: str) -> ModelConfig:
             f"{origin}: no such folder or file; expected a model folder, models:/... or a file"
         )
     if local.is_dir():
-        denoiser, model, facts = folder.read(local)
+        denoiser, model, facts = model_folder.read(local)
         tokenizer = saved_tokenizer(local)
     else:
-        denoiser, released, facts = pretrained.load(local)
+        denoiser, released, facts = conversion.load(local)
         model = released.model
     _check_model(config, model, origin)
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "model"
-        folder.write(copy, model, facts, denoiser.state_dict(), folder.Background())
+        model_folder.write(copy, model, facts, denoiser.state_dict(), model_folder.Background())
         told = {"teacher": name, "tokenizer": tokenizer and tokenizer.hash}
         (copy / ORIGIN).write_text(json.dumps(told) + "\n", encoding="utf-8")
         storage.publish_folder(copy, where)
@@ -318,7 +319,7 @@ def check_teacher(config: RunConfig, run: str, manifest: Manifest) -> None:
         DataError: every difference.
     """
     assert config.distill is not None
-    _, facts = folder.read_config(storage.fetch(teacher_folder(run, 0)))
+    _, facts = model_folder.read_config(storage.fetch(teacher_folder(run, 0)))
     pairs: dict[str, tuple[object, object]] = {
         "vocabulary": (facts.vocab_size, manifest.vocabulary),
         "length": (facts.length, manifest.length),

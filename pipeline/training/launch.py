@@ -6,15 +6,15 @@ from pathlib import Path
 from pipeline import storage, tracking
 from pipeline.config import schema
 from pipeline.config.load import dump, flatten
-from pipeline.data import prepared
-from pipeline.data.shards import Manifest, check_fits
+from pipeline.data.manifest import Manifest, check_fits
+from pipeline.data.prepare import prepare
 from pipeline.errors import CheckpointError, ConfigError, StoppedError
-from pipeline.evaluation import generation
+from pipeline.metrics import draw
+from pipeline.runtime.ray_cluster import actors_now, check_resources, check_visible, cluster, stoppable
 from pipeline.training import checkpoint, distillation, resume
-from pipeline.training.cluster import actors_now, check_resources, check_visible, cluster, stoppable
-from pipeline.training.group import run_group
+from pipeline.training.finish import RunResult, finish
 from pipeline.training.loop import Job
-from pipeline.training.outcome import Outcome, finish
+from pipeline.training.worker_group import run_group
 
 Group = Callable[[schema.RunConfig, Job, str, bool], None]
 
@@ -29,7 +29,7 @@ def located(config: schema.RunConfig) -> schema.RunConfig:
     return config.model_copy(update={"data": data, "cluster": cluster, "distill": distill})
 
 
-def pretrain(config: schema.RunConfig) -> Outcome:
+def pretrain(config: schema.RunConfig) -> RunResult:
     """Prepare the data if need be, train (or go on training), and leave a registered model.
 
     Raises:
@@ -41,7 +41,7 @@ def pretrain(config: schema.RunConfig) -> Outcome:
     return carry_out(located(config), {})
 
 
-def distill(config: schema.RunConfig) -> Outcome:
+def distill(config: schema.RunConfig) -> RunResult:
     """Distil a teacher into students that need half the steps after every round, and register each of them.
 
     Raises:
@@ -54,7 +54,7 @@ def distill(config: schema.RunConfig) -> Outcome:
     return carry_out(config, {"teacher": distillation.teacher_name(run)})
 
 
-def carry_out(config: schema.RunConfig, tags: dict[str, str], group: Group | None = None) -> Outcome:
+def carry_out(config: schema.RunConfig, tags: dict[str, str], group: Group | None = None) -> RunResult:
     """Train to the end on the cluster, in one MLflow run.
 
     Args:
@@ -69,7 +69,7 @@ def carry_out(config: schema.RunConfig, tags: dict[str, str], group: Group | Non
         uri = tracking.tracking_uri(config)
         use_gpu = check_resources(config)
         check_visible(run, uri)
-        manifest = prepared.ensure(config)
+        manifest = prepare.ensure(config)
         check_fits(manifest, config)
         if config.distill is not None:
             distillation.check_teacher(config, run, manifest)
@@ -81,20 +81,20 @@ def carry_out(config: schema.RunConfig, tags: dict[str, str], group: Group | Non
             return finish(config, run, uri, run_id, manifest, use_gpu)
 
 
-def sample(config: schema.RunConfig) -> generation.Samples:
+def sample(config: schema.RunConfig) -> draw.Samples:
     """Draw `sampling.num_samples` rows of a finished run's model into its folder.
 
     Raises:
         CheckpointError: there is no such model.
     """
     run, settings = checkpoint.run_folder(config), config.sampling
-    model = model_folder(config)
+    model = run_model_folder(config)
     into = storage.join(run, "samples", f"{settings.order}-{settings.steps}-steps-seed-{settings.seed}")
     with cluster(config):
-        return generation.generate(model, settings, actors_now(config), into)
+        return draw.generate(model, settings, actors_now(config), into)
 
 
-def model_folder(config: schema.RunConfig) -> str:
+def run_model_folder(config: schema.RunConfig) -> str:
     """Absolute folder of `sampling.model`, or of the run's own model.
 
     Raises:
@@ -116,9 +116,9 @@ def _open_run(config: schema.RunConfig, run: str, uri: str, manifest: Manifest, 
     tracking.log_dataset(
         uri,
         run_id,
-        name=Path(prepared.data_path(config)).name,
+        name=Path(prepare.data_path(config)).name,
         digest=manifest.content_key,
-        source=prepared.data_path(config),
+        source=prepare.data_path(config),
         profile={
             "rows": manifest.rows("train"),
             "length": manifest.length,

@@ -19,19 +19,21 @@ import torch.distributed as dist
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest, ShardReader
-from pipeline.data.stream import ReadingOrder, batches
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
+from pipeline.data.reading_order import ReadingOrder, batches
+from pipeline.data.shards import ShardReader
 from pipeline.errors import TrainingError
 from pipeline.models import build
+from pipeline.runtime.control_files import Requests
+from pipeline.runtime.session import HangWatch, Session
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
-from pipeline.training.session import HangWatch, Requests, Session
-from pipeline.training.task import Pretraining, Task
+from pipeline.training.pretraining import Pretraining, Task
 from pipeline.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError
-from pipeline.models import folder
+from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainState
@@ -213,9 +213,9 @@ def initial_weights(config: RunConfig, model: Denoiser) -> Initial | None:
         average = join_slices(read_slices(sorted(local.glob("ema_*.safetensors"))))
         weights = _raw_weights(local)
     else:
-        average = folder.read_weights(local)
+        average = model_folder.read_weights(local)
         weights = average
-    folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
+    model_folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
     log.info("starting from the weights of %s", source)
     return Initial(weights, average)
 

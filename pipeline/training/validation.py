@@ -10,20 +10,21 @@ from jaxtyping import Int
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest, ShardReader
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
+from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.evaluation import likelihood
-from pipeline.evaluation.pictures import sample_grid, unmasking_order
+from pipeline.metrics import likelihood
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
+from pipeline.reports.pictures import sample_grid, unmasking_order
+from pipeline.runtime.session import Session
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import sample
 from pipeline.tracking import Tracker
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
-from pipeline.training.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness_task import write_task
-from launched import ROOT, LaunchedJob
 
 from pipeline.config.load import load
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest, ShardReader
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
+from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import ByteTokenizer
+from tests.support.harness_task import write_task
+from tests.support.launched import ROOT, LaunchedJob
 
 QUESTIONS, CHOICES = 400, 4
 

@@ -6,16 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
-import witness
-from launched import LaunchedJob
 from mlflow import MlflowClient
-from nodes import Nodes
-from tiny_runs import tiny
-from workers import run_workers
 
 from pipeline.config.schema import RunConfig
 from pipeline.tracking import tracking_uri
 from pipeline.training import checkpoint
+from tests.support import witness
+from tests.support.launched import LaunchedJob
+from tests.support.nodes import Nodes
+from tests.support.tiny_runs import tiny
+from tests.support.workers import run_workers
 
 EVERY, NODES = 10, 3
 
@@ -33,8 +33,8 @@ def elastic(storage: Path, name: str, steps: int) -> RunConfig:
 
 def undisturbed(rank: int, workers: int, config: RunConfig, folder: Path) -> dict[int, float]:
     """The same run in plain processes, without Ray; losses by step."""
+    from pipeline.runtime.session import PlainSession
     from pipeline.training.loop import Job, train
-    from pipeline.training.session import PlainSession
 
     witness.install(folder)
     session = PlainSession(rank, workers, checkpoint.run_folder(config))
@@ -65,7 +65,7 @@ class Story:
 
     def start(self, nodes: Nodes) -> LaunchedJob:
         """Start the job, again too."""
-        watched = {"RAY_TRAIN_CALLBACKS": "witness.Witness", witness.FOLDER: str(self.rows)}
+        watched = {"RAY_TRAIN_CALLBACKS": "tests.support.witness.Witness", witness.FOLDER: str(self.rows)}
         environment = {**nodes.environment, **watched, "RAY_DEDUP_LOGS": "0"}
         return LaunchedJob("pretrain", self.config, self.storage, environment=environment)
 

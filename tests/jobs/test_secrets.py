@@ -4,14 +4,14 @@ import logging
 from pathlib import Path
 
 import pytest
-from small_manifest import small_manifest
-from tiny_runs import tiny
 
 from jobs import check_open
 from pipeline import logs, tracking
 from pipeline.config.load import dump
 from pipeline.errors import ConfigError
 from pipeline.training import checkpoint, launch
+from tests.support.small_manifest import small_manifest
+from tests.support.tiny_runs import tiny
 
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "planted-aws-secret",

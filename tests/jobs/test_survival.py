@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import LaunchedJob
 from mlflow import MlflowClient
-from tiny_runs import tiny
-from workers import run_workers
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.shards import Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.tracking import tracking_uri
 from pipeline.training import checkpoint
+from tests.support.launched import LaunchedJob
+from tests.support.tiny_runs import tiny
+from tests.support.workers import run_workers
 
 STEPS, EVERY = 600, 50
 
@@ -26,8 +26,8 @@ def survivor(storage: Path, name: str) -> RunConfig:
 
 def undisturbed(rank: int, workers: int, config: RunConfig) -> list[tuple[int, float]]:
     """The same run in plain processes, without Ray; (step, loss)."""
+    from pipeline.runtime.session import PlainSession
     from pipeline.training.loop import Job, train
-    from pipeline.training.session import PlainSession
 
     session = PlainSession(rank, workers, checkpoint.run_folder(config))
     train(Job(config), session)

@@ -6,16 +6,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import observed
 import pytest
-from observed import quick
-from workers import Workers
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
 from pipeline.errors import CheckpointError
 from pipeline.training import checkpoint, resume
+from tests.support import observed
+from tests.support.observed import quick
+from tests.support.workers import Workers
 
 
 @pytest.fixture(scope="module")

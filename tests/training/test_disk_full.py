@@ -3,13 +3,13 @@
 import resource
 from pathlib import Path
 
-import observed
 import pytest
-from observed import Seen, quick
-from workers import Workers
 
 from pipeline.config.schema import RunConfig
 from pipeline.training import checkpoint
+from tests.support import observed
+from tests.support.observed import Seen, quick
+from tests.support.workers import Workers
 
 MOST = 32 * 1024  # bytes of a file; a checkpoint's are larger
 

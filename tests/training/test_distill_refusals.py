@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import shake
-from tiny_runs import tiny
 
 from pipeline.config.load import load, parse
 from pipeline.config.schema import ARConfig, DistillConfig, MDLMConfig, ModelConfig, PGMConfig, RunConfig
 from pipeline.data.tokenizers import BPETokenizer, load_tokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError, PipelineError
-from pipeline.models import build, folder
+from pipeline.models import build, model_folder
 from pipeline.training import checkpoint, distillation, launch
+from tests.support.small_models import shake
+from tests.support.tiny_runs import tiny
 
 SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0}
 PGM = PGMConfig(encoder_blocks=1, decoder_blocks=1, **SIZE)
@@ -32,8 +32,8 @@ def save(into: Path, model: ModelConfig, vocab_size: int = 257, length: int = 16
     """A model folder with random weights."""
     torch.manual_seed(0)
     weights = shake(build(model, vocab_size, length)).state_dict()
-    facts = folder.DataFacts(vocab_size, length, None, vocab_size - 1)
-    folder.write(into, model, facts, weights, folder.Background())
+    facts = model_folder.DataFacts(vocab_size, length, None, vocab_size - 1)
+    model_folder.write(into, model, facts, weights, model_folder.Background())
     return str(into)
 
 
@@ -103,7 +103,7 @@ def test_a_corrected_teacher_replaces_the_one_that_was_refused(distil: Distil, t
     run = checkpoint.run_folder(config)
     assert distillation.teacher_name(run) == right
     assert config.train.init_from == distillation.teacher_folder(run, 0)
-    assert folder.read_config(Path(config.train.init_from))[0] == other
+    assert model_folder.read_config(Path(config.train.init_from))[0] == other
 
 
 def test_an_autoregressive_teacher(distil: Distil, tmp_path: Path) -> None:

@@ -9,22 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import labelled_rows
-import observed
-import plain_distillation
 import pytest
 import torch
-from observed import Seen, quick
-from small_models import shake
-from workers import Workers, run_workers
 
 from pipeline.config.data import ImageDataConfig
 from pipeline.config.schema import DiffusionConfig, DistillConfig, MDLMConfig, PGMConfig, RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest
-from pipeline.models import build, folder
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
+from pipeline.models import build, model_folder
 from pipeline.models.denoiser import Denoiser
 from pipeline.training import checkpoint, distillation
+from tests.support import labelled_rows, observed, plain_distillation
+from tests.support.observed import Seen, quick
+from tests.support.small_models import shake
+from tests.support.workers import Workers, run_workers
 
 ROUNDS, STEPS, EVERY = 3, 9, 3
 NEAR = 0.05
@@ -72,8 +70,8 @@ def distil(run_storage: Path) -> Callable[..., RunConfig]:
             manifest = Manifest.read(data_path(config))
             special = manifest.special
             model = shake(build(MODELS[kind], manifest.vocabulary, manifest.length, special.bos))
-            facts = folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
-            folder.write(teacher, MODELS[kind], facts, model.state_dict(), folder.Background())
+            facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
+            model_folder.write(teacher, MODELS[kind], facts, model.state_dict(), model_folder.Background())
         settings = DistillConfig(teacher=str(teacher), rounds=rounds, teacher_steps=16, **section)  # type: ignore[arg-type]
         return distillation.with_teacher(
             config.model_copy(update={"model": MODELS[kind], "distill": settings})
@@ -88,7 +86,7 @@ def references(distil: Callable[..., RunConfig]) -> dict[str, plain_distillation
     for form in FORMS:
         config = distil(form, f"plain-{form}")
         assert config.distill is not None
-        found[form] = plain_distillation.train(config, folder.read(Path(config.distill.teacher))[0])
+        found[form] = plain_distillation.train(config, model_folder.read(Path(config.distill.teacher))[0])
     return found
 
 
@@ -112,7 +110,7 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def student_of(config: RunConfig, done: int) -> dict[str, torch.Tensor]:
     """Weights in the folder of the teacher that follows `done` rounds."""
-    return folder.read_weights(Path(distillation.teacher_folder(checkpoint.run_folder(config), done)))
+    return model_folder.read_weights(Path(distillation.teacher_folder(checkpoint.run_folder(config), done)))
 
 
 @pytest.mark.parametrize("key", RUNS, ids=str)

@@ -5,21 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import observed
 import pytest
 import ray.train
 import torch
-from observed import Seen, quick
 from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
-from workers import Workers
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError
-from pipeline.evaluation.actors import Resources
-from pipeline.training import checkpoint, group
-from pipeline.training.cluster import actors_now, check_resources, places
-from pipeline.training.session import SAVE, STOP, PlainSession, Requests
+from pipeline.runtime.actors import Resources
+from pipeline.runtime.control_files import SAVE, STOP, Requests
+from pipeline.runtime.ray_cluster import actors_now, check_resources, places
+from pipeline.runtime.session import PlainSession
+from pipeline.training import checkpoint, worker_group
+from tests.support import observed
+from tests.support.observed import Seen, quick
+from tests.support.workers import Workers
 
 
 def told(rank: int, workers: int, config: RunConfig, file: bool) -> Seen:
@@ -130,17 +131,17 @@ def test_reason_of_a_failed_run_is_one_line() -> None:
     lost = "Connection closed by peer"
     failures = {2: OSError(f"{lost}\nmore"), 0: ValueError("a\nb"), 1: OSError(lost)}
     error = ray.train.WorkerGroupError("many\nlines", failures)
-    assert group.reason(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
+    assert worker_group.reason(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
     error = ray.train.ControllerError(RuntimeError("no\nplace"))
-    assert group.reason(error) == "Training failed due to controller error: no place"
+    assert worker_group.reason(error) == "Training failed due to controller error: no place"
 
 
 def test_run_that_waits_for_nodes_can_be_stopped(tmp_path: Path) -> None:
-    between = group.Between(str(tmp_path))
+    between = worker_group.Between(str(tmp_path))
     waiting = RestartingState(training_failed_error=ray.train.ControllerError(RuntimeError("no place")))
     between.after_controller_state_update(RunningState(), waiting)
     between.after_controller_state_update(waiting, waiting)
     (tmp_path / STOP).touch()
     between.after_controller_state_update(waiting, RunningState())  # workers look for themselves
-    with pytest.raises(group.Stopped):
+    with pytest.raises(worker_group.Stopped):
         between.after_controller_state_update(waiting, waiting)

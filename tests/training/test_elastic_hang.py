@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from observed import quick
-from workers import Workers
 
 from pipeline.config.schema import RunConfig
+from pipeline.runtime.session import HANGS, PlainSession
 from pipeline.training import checkpoint
 from pipeline.training.loop import Job, train
-from pipeline.training.session import HANGS, PlainSession
+from tests.support.observed import quick
+from tests.support.workers import Workers
 
 LIMIT = 2.0
 

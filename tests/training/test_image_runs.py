@@ -4,17 +4,18 @@ import math
 from pathlib import Path
 
 import numpy as np
-import observed
 import pytest
 import torch
-from workers import Workers
 
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig
-from pipeline.data.prepared import data_path, ensure
-from pipeline.data.shards import Manifest, ShardReader
-from pipeline.data.stream import MicroBatch
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path, ensure
+from pipeline.data.reading_order import MicroBatch
+from pipeline.data.shards import ShardReader
 from pipeline.models import build
-from pipeline.training.task import Pretraining
+from pipeline.training.pretraining import Pretraining
+from tests.support import observed
+from tests.support.workers import Workers
 
 SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0, "classes": 10}
 MODELS = {

@@ -3,21 +3,20 @@
 import shutil
 from pathlib import Path
 
-import observed
-import plain
 import pytest
 import torch
-from observed import Seen, Weights, quick
 from torch import Tensor
-from workers import Workers
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError
-from pipeline.models import folder
+from pipeline.models import model_folder
 from pipeline.training import checkpoint, resume
+from tests.support import observed, plain
+from tests.support.observed import Seen, Weights, quick
+from tests.support.workers import Workers
 
 SOURCES = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (3, "bf16")]
 # (source, stage, precision) of the run that starts from it
@@ -144,7 +143,7 @@ def test_a_damaged_source_is_refused(sources: dict[str, Source], run_storage: Pa
 
 def test_weights_of_a_consolidated_folder_are_the_average(sources: dict[str, Source]) -> None:
     path, _, average = sources["consolidated"]
-    model, config, facts = folder.read(Path(path))
+    model, config, facts = model_folder.read(Path(path))
     assert config.kind == "pgm"
     assert (facts.vocab_size, facts.length) == (257, 16)
     tensors: dict[str, Tensor] = dict(model.named_parameters())

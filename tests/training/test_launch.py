@@ -8,14 +8,14 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from tiny_runs import tiny
 
 from pipeline import load_model
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError
 from pipeline.tracking import tracking_uri
 from pipeline.training import checkpoint, launch
-from pipeline.training.outcome import Outcome
+from pipeline.training.finish import RunResult
+from tests.support.tiny_runs import tiny
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def config(run_storage: Path) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def outcome(config: RunConfig) -> Outcome:
+def outcome(config: RunConfig) -> RunResult:
     return launch.pretrain(config)
 
 
@@ -36,7 +36,7 @@ def client(config: RunConfig) -> MlflowClient:
 
 
 @pytest.fixture(scope="module")
-def run(client: MlflowClient, outcome: Outcome) -> Run:
+def run(client: MlflowClient, outcome: RunResult) -> Run:
     experiments = [e.experiment_id for e in client.search_experiments()]
     (found,) = client.search_runs(experiments, "attributes.run_name = 'launched'")
     return found
@@ -76,7 +76,7 @@ def test_artifacts(run: Run, client: MlflowClient):
 
 
 def test_registered_model_is_the_consolidated_folder(
-    outcome: Outcome, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    outcome: RunResult, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", outcome.tracking_uri)
     registered, local = load_model(str(outcome.version)), load_model(outcome.model)
@@ -88,7 +88,7 @@ def test_registered_model_is_the_consolidated_folder(
     mlflow.set_tracking_uri(None)
 
 
-def test_folder_tells_what_ran(outcome: Outcome, config: RunConfig):
+def test_folder_tells_what_ran(outcome: RunResult, config: RunConfig):
     folder = Path(outcome.run)
     assert yaml.safe_load((folder / "config.yaml").read_text()) == launch.located(config).model_dump(
         mode="json"
@@ -99,7 +99,7 @@ def test_folder_tells_what_ran(outcome: Outcome, config: RunConfig):
     assert len(outcome.samples) == 2
 
 
-def test_sampling_job_with_actors(outcome: Outcome, config: RunConfig):
+def test_sampling_job_with_actors(outcome: RunResult, config: RunConfig):
     wanted = config.model_copy(
         update={"sampling": config.sampling.model_copy(update={"num_samples": 5, "batch": 2, "steps": 3})}
     )
@@ -113,7 +113,7 @@ def test_sampling_job_with_actors(outcome: Outcome, config: RunConfig):
     assert load_model(outcome.model).sample(5, steps=3, seed=0).numpy().tolist() == samples.tokens.tolist()
 
 
-def test_another_config_is_refused_before_any_worker_starts(outcome: Outcome, config: RunConfig):
+def test_another_config_is_refused_before_any_worker_starts(outcome: RunResult, config: RunConfig):
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
     with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.01 -> 0\.5"):
         launch.pretrain(other)

@@ -5,19 +5,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import observed
-import plain
 import pytest
 import torch
-from observed import Seen, quick
 from torch import Tensor
-from workers import Workers
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest, ShardReader
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
+from pipeline.data.shards import ShardReader
 from pipeline.models.denoiser import Denoiser
 from pipeline.training import checkpoint
+from tests.support import observed, plain
+from tests.support.observed import Seen, quick
+from tests.support.workers import Workers
 
 KINDS = [(stage, precision) for precision in ("fp32", "bf16") for stage in range(4)]
 

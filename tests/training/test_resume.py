@@ -4,15 +4,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import observed
 import pytest
 import torch
-from observed import Seen, quick
-from workers import Workers, run_workers
 
 from pipeline.config.schema import RunConfig
+from pipeline.runtime.control_files import STOP
 from pipeline.training import checkpoint
-from pipeline.training.session import STOP
+from tests.support import observed
+from tests.support.observed import Seen, quick
+from tests.support.workers import Workers, run_workers
 
 KINDS = [(stage, precision) for precision in ("fp32", "bf16") for stage in range(4)]
 

@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-import observed
-import plain
 import pytest
 import torch
-from workers import Workers
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
 from pipeline.training import checkpoint
+from tests.support import observed, plain
+from tests.support.workers import Workers
 
 STAGES = (0, 1, 2, 3)
 STEPS = 20

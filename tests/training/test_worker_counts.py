@@ -3,17 +3,16 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import observed
-import plain
 import pytest
-from observed import Seen, quick
-from workers import Workers, run_workers
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.prepare import data_path
 from pipeline.training import checkpoint, resume
 from pipeline.training.ema import join_slices, read_slices
+from tests.support import observed, plain
+from tests.support.observed import Seen, quick
+from tests.support.workers import Workers, run_workers
 
 STEPS, CHANGE = 8, 4
 
