@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import check_open
+from jobs.cli import refuse_credentials
 from pipeline import logs, tracking
 from pipeline.config.load import dump
 from pipeline.errors import ConfigError
-from pipeline.training import checkpoint, launch
+from pipeline.run import Run
+from pipeline.training import launch
 from tests.support.small_manifest import small_manifest
 from tests.support.tiny_runs import tiny
 
@@ -42,9 +43,9 @@ def test_nothing_of_the_environment_is_written(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = tiny(tmp_path, "careful")
-    run = checkpoint.run_folder(config)
-    Path(run).mkdir(parents=True)
-    launch._open_run(config, run, tracking.tracking_uri(config), small_manifest(), {})
+    run = Run(config, given_manifest=small_manifest())
+    Path(run.folder).mkdir(parents=True)
+    launch._open_mlflow_run(run, {})
     written = everything(tmp_path)
     assert b"train.steps" in written  # the store is among what was read
     for name, value in SECRETS.items():
@@ -68,7 +69,7 @@ def test_a_password_in_the_address_stays_in_it(
 
 
 def test_a_config_with_a_password_is_refused(tmp_path: Path) -> None:
-    check_open(tiny(tmp_path, "fine"))
+    refuse_credentials(tiny(tmp_path, "fine"))
     config = tiny(tmp_path, "told")
     told = config.model_copy(
         update={"tracking": config.tracking.model_copy(update={"uri": "https://me:planted@host:5000"})}
@@ -76,5 +77,5 @@ def test_a_config_with_a_password_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"tracking.uri: 'https://host:5000' with a user or password"
     ) as caught:
-        check_open(told)
+        refuse_credentials(told)
     assert "planted" not in str(caught.value)
