@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, did_you_mean
-from pipeline.models.unpickle import Inert, plain, read_pickle
+from pipeline.models.unpickle import InertObject, read_pickle, to_plain
 
 PICKLES, SAFETENSORS = (".ckpt", ".pth", ".pt", ".bin"), ".safetensors"
 PREFIXES = ("weights.", "module.", "backbone.")
@@ -82,7 +82,7 @@ def _from_pickle(path: Path) -> Released:
         )
     averages = next((content[key] for key in AVERAGES if content.get(key)), None)
     try:
-        settings = plain(content.get("hyper_parameters", {}))
+        settings = to_plain(content.get("hyper_parameters", {}))
     except RecursionError:
         raise CheckpointError(f"{path}: hyper_parameters contain themselves") from None
     settings = settings if isinstance(settings, dict) else {}
@@ -131,7 +131,7 @@ def _averages(
     Source: `ExponentialMovingAverage` of kuleshov-group/mdlm: one entry for each trainable parameter of the
     trunk, then of the noise schedule, in the order in which the state dict lists them too.
     """
-    ema = ema.state if isinstance(ema, Inert) else ema
+    ema = ema.state if isinstance(ema, InertObject) else ema
     shadow = ema.get("shadow_params", ema) if isinstance(ema, Mapping) else ema
     if isinstance(shadow, Mapping):
         named = _strip(_tensors(shadow))
