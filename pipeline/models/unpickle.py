@@ -222,12 +222,15 @@ def _read_legacy(file: io.BufferedReader) -> Any:
 
 
 def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
-    """Do what torch._utils._rebuild_tensor, _v2 and _v3 do, without gradient flag and hooks."""
-    # Version 3, whose storage is untyped, names the type.
-    dtype = next((value for value in more if isinstance(value, torch.dtype)), storage.dtype)
-    return storage.view(dtype).as_strided(size, stride, offset)
+    """Do what `torch._utils._rebuild_tensor_v2` does, without gradient flag and hooks."""
+    return storage.as_strided(size, stride, offset)
+
+
+def _rebuild_untyped(storage: Tensor, *place: Any) -> Tensor:
+    """Do what `torch._utils._rebuild_tensor_v3` does: the storage is untyped, the seventh argument is its type."""
+    return _rebuild_tensor(storage.view(place[5]), *place)
 
 
 def _scalar(dtype: InertObject, value: bytes) -> int | float | bool:
@@ -247,7 +250,7 @@ def _encode(text: str, encoding: str) -> bytes:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_untyped,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch.Size": tuple,
