@@ -286,7 +286,7 @@ def test_tensors_that_sizes_are_read_from_are_named_too(tmp_path: Path, lost: st
     ("ema", "says"),
     [
         (lambda shadow: shadow[:-1], r"shadow_params has \d+ entries for \d+ parameters"),
-        (lambda shadow: [*shadow[:-1], torch.zeros(7)], "does not have the shape of"),
+        (lambda shadow: [*shadow[:-1], torch.zeros(7)], "ema does not fit the model"),
         (lambda shadow: {"x": shadow[0]}, r"some that the model lacks: \['x'\]"),
         (lambda shadow: 3, "shadow_params has int entries"),
     ],
