@@ -1,9 +1,9 @@
 """Time training, sampling and text preparation, compared with simpler implementations and a roofline."""
 
 from jobs.cli import command
+from pipeline.benchmarks.benchmark import benchmark
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import parse_section, read_tree
-from pipeline.evaluation.benchmark import benchmark
 from pipeline.logs import shown
 
 
@@ -15,4 +15,4 @@ def run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(run, "CONFIG.yaml [key=value ...]", least=1, config=BenchmarkConfig)
+    command(run, "CONFIG.yaml [key=value ...]", least=1)

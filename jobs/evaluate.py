@@ -1,17 +1,17 @@
 """Evaluate a model: likelihood, samples, and how far these are from real data.
 
-The model is the run's own, or `sampling.model`. With `evaluation.models` several are compared: likelihood,
-quality against sampling speed, convergence.
+The model is the run's own, or `sampling.model`. With `evaluation.models` several are compared: likelihood, quality
+against sampling speed, convergence.
 """
 
 from jobs.cli import main
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation import convergence, frontier
-from pipeline.evaluation.page import HTML, aligned
-from pipeline.evaluation.report import Report
+from pipeline.evaluation.comparison import compare
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.logs import shown
-from pipeline.training.comparison import compare
-from pipeline.training.evaluate import evaluate
+from pipeline.reports.measures import Report
+from pipeline.reports.page import HTML, aligned
 
 
 def run(config: RunConfig) -> None:

@@ -8,18 +8,18 @@ import torch
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import MANIFEST, Manifest, check_fits
+from pipeline.data.manifest import MANIFEST, Manifest, check_fits
 from pipeline.errors import ConfigError
-from pipeline.models import folder
-from pipeline.training.plan import chosen, report
+from pipeline.models import model_folder
+from pipeline.planning.plan import chosen, report
+from pipeline.run import Run
 
 
 def plan(config: RunConfig, gpu: str) -> None:
     """Print the plan; starts nothing and writes nothing."""
     gpus = chosen(gpu)
     config = with_model(config)
-    path = data_path(config)
+    path = Run(config).data_path
     manifest = Manifest.read(path) if storage.exists(storage.join(path, MANIFEST)) else None
     if manifest is not None:
         check_fits(manifest, config)
@@ -40,7 +40,7 @@ def with_model(config: RunConfig) -> RunConfig:
             f"distill.teacher: {teacher!r} is no model folder, and a plan fetches none; "
             "expected such a folder, or a model section"
         )
-    model, _ = folder.read_config(storage.fetch(teacher))
+    model, _ = model_folder.read_config(storage.fetch(teacher))
     return config.model_copy(update={"model": model})
 
 

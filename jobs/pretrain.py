@@ -6,8 +6,8 @@ from jobs.cli import main
 from jobs.plan import plan
 from pipeline.config.schema import RunConfig
 from pipeline.logs import shown
+from pipeline.training.finish import RunResult
 from pipeline.training.launch import pretrain
-from pipeline.training.outcome import Outcome
 
 
 def run(config: RunConfig) -> None:
@@ -15,7 +15,7 @@ def run(config: RunConfig) -> None:
     report(pretrain(config))
 
 
-def report(outcome: Outcome) -> None:
+def report(outcome: RunResult) -> None:
     """Figures, a sample, and where everything is."""
     print(f"\nvalidation {outcome.metric:<11} {outcome.value:8.2f}")
     for name, value in outcome.references.items():

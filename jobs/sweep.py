@@ -5,7 +5,7 @@ import sys
 from jobs.cli import check_locations, command
 from pipeline.config.sweep import SweepConfig, load_sweep
 from pipeline.logs import shown
-from pipeline.training.sweep import sweep
+from pipeline.sweeps.sweep import sweep
 
 
 def run(words: list[str]) -> None:

@@ -16,10 +16,11 @@ from pipeline.config.load import parse_section
 from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, Precision, RunConfig
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, did_you_mean
-from pipeline.evaluation.continuations import Continuation, score_continuations
-from pipeline.models import folder, pretrained
-from pipeline.models.card import card
+from pipeline.metrics.continuations import Continuation, score_continuations
+from pipeline.models import model_folder
 from pipeline.models.denoiser import DTYPES, Denoiser, flat_index
+from pipeline.models.model_card import card
+from pipeline.models.released import conversion
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
@@ -281,9 +282,9 @@ class _Source:
 
     denoiser: Denoiser
     config: ModelConfig
-    facts: folder.DataFacts
+    facts: model_folder.DataFacts
     tokenizer: Tokenizer | ImageTokenizer | None
-    background: folder.Background
+    background: model_folder.Background
 
 
 def load_model(
@@ -326,7 +327,7 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
         ConfigError: a word is wrong, or the destination holds something that is no model.
     """
     there = storage.listing(destination)
-    if there and not {folder.WEIGHTS, folder.CONFIG} <= set(there):
+    if there and not {model_folder.WEIGHTS, model_folder.CONFIG} <= set(there):
         raise ConfigError(
             f"destination {destination!r} holds {', '.join(there[:5])}; expected a new folder or a model's"
         )
@@ -344,8 +345,8 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
         local = Path(temporary) / "model"
         # Where a run kept its files and logs is nobody's affair on a hub.
         run = {k: v for k, v in opened.background.run.items() if k not in ("cluster", "tracking")}
-        background = folder.Background(figures, run)
-        folder.write(local, opened.config, opened.facts, tensors, background)
+        background = model_folder.Background(figures, run)
+        model_folder.write(local, opened.config, opened.facts, tensors, background)
         text = card(
             Path(destination).name,
             opened.config,
@@ -369,17 +370,20 @@ def _open(path: str, overrides: Sequence[str]) -> _Source:
         raise CheckpointError(f"model {path!r}: no such folder or file")
     else:
         local = storage.fetch(path)
-    if local.name == folder.WEIGHTS and (local.parent / folder.CONFIG).is_file():
+    if local.name == model_folder.WEIGHTS and (local.parent / model_folder.CONFIG).is_file():
         local = local.parent  # the weights file of a model folder
     if local.is_file():
-        denoiser, config, facts = pretrained.load(local, overrides)
+        denoiser, config, facts = conversion.load(local, overrides)
         chosen = any(word.startswith("tokenizer=") for word in overrides)
         tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
-        return _Source(denoiser, config.model, facts, tokenizer, folder.Background())
+        return _Source(denoiser, config.model, facts, tokenizer, model_folder.Background())
     if overrides:
-        raise ConfigError(f"override {overrides[0]!r}: {path} is a model folder, which says all of itself")
-    denoiser, model, facts = folder.read(local)
-    return _Source(denoiser, model, facts, saved_tokenizer(local), folder.read_background(local))
+        raise ConfigError(
+            f"override {overrides[0]!r}: {path}: overrides apply only to released weight files; the config.yaml "
+            "of a model folder fixes the architecture"
+        )
+    denoiser, model, facts = model_folder.read(local)
+    return _Source(denoiser, model, facts, saved_tokenizer(local), model_folder.read_background(local))
 
 
 def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | None:

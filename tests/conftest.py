@@ -1,9 +1,15 @@
-"""What several test modules share."""
+"""Fixtures that several test modules share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
+    from tests.support.workers import Workers
 
 # Shapes in signatures are checked by beartype in every test; before anything imports these packages.
 install_import_hook(["pipeline.models", "pipeline.diffusion", "pipeline.sampling"], "beartype.beartype")
@@ -20,9 +26,45 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, started once."""
-    import local_ray
     import ray
+
+    from tests.support import local_ray
 
     local_ray.start()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def run_storage(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """A folder with prepared text, for runs."""
+    from pipeline.run import Run
+    from tests.support.tiny_runs import tiny
+
+    storage = tmp_path_factory.mktemp("storage")
+    Run(tiny(storage, "prepare")).with_data()
+    return storage
+
+
+@pytest.fixture
+def configure(run_storage: Path) -> "Callable[..., RunConfig]":
+    """`configure(name, section={key: value})` -> config of a tiny run on the prepared text."""
+    from tests.support.tiny_runs import tiny
+
+    def make(name: str, **changes: dict[str, object]) -> "RunConfig":
+        return tiny(run_storage, name, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def groups() -> "Iterator[dict[int, Workers]]":
+    """Groups of one and of two worker processes that stay up for all tests of training."""
+    from tests.support.workers import Workers
+
+    both = {count: Workers(count) for count in (1, 2)}
+    for group in both.values():
+        group.start()
+    yield both
+    for group in both.values():
+        group.close()

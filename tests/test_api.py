@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import BOTH_KINDS, random_rows, randomised
 
 import pipeline
 from pipeline.api import Model, load_model
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError
-from pipeline.models import folder
+from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
+from tests.support.small_models import BOTH_KINDS, random_rows, randomised
 
 V, L = 257, 16
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
@@ -22,7 +22,9 @@ KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.
 def written(path: Path, config: PGMConfig | MDLMConfig | ARConfig, bos: int | None = 256) -> Denoiser:
     """Write a consolidated folder and return the model that is in it."""
     model = randomised(config, V, L)
-    folder.write(path, config, folder.DataFacts(V, L, bos, 256), model.state_dict(), folder.Background())
+    model_folder.write(
+        path, config, model_folder.DataFacts(V, L, bos, 256), model.state_dict(), model_folder.Background()
+    )
     ByteTokenizer().save(path)
     return model
 
@@ -48,9 +50,9 @@ def test_a_folder_comes_back_whole(
     tokens, groups = random_rows(3, L, V)
     with torch.inference_mode():
         assert torch.equal(model.logits(tokens, groups), original.logits(tokens, groups))
-    _, config_read, facts = folder.read(tmp_path / "run" / "model")
+    _, config_read, facts = model_folder.read(tmp_path / "run" / "model")
     assert config_read == config
-    assert facts == folder.DataFacts(V, L, 256, 256)
+    assert facts == model_folder.DataFacts(V, L, 256, 256)
 
 
 def test_logits(model: Model) -> None:
@@ -139,14 +141,14 @@ def test_what_the_model_cannot_do_is_refused(model: Model) -> None:
 @KINDS
 def test_tensors_that_do_not_fit_are_all_named(config: PGMConfig | MDLMConfig, tmp_path: Path) -> None:
     written(tmp_path, config)
-    tensors = load_file(tmp_path / folder.WEIGHTS)
+    tensors = load_file(tmp_path / model_folder.WEIGHTS)
     tensors["head.biass"] = tensors.pop("head.bias")
     tensors["embedding.weight"] = tensors["embedding.weight"][:-1].clone()
-    save_file(tensors, tmp_path / folder.WEIGHTS)
+    save_file(tensors, tmp_path / model_folder.WEIGHTS)
     with pytest.raises(CheckpointError) as refused:
         load_model(tmp_path)
     message = str(refused.value)
-    assert str(tmp_path / folder.WEIGHTS) in message
+    assert str(tmp_path / model_folder.WEIGHTS) in message
     assert f"missing head.bias [{V}]" in message
     assert "extra head.biass; did you mean 'head.bias'?" in message
     rows = V + (config.kind == "mdlm")
@@ -161,12 +163,12 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model.safetensors.*found notes.txt"):
         load_model(tmp_path)
     written(tmp_path, BOTH_KINDS[0])
-    (tmp_path / folder.CONFIG).unlink()
+    (tmp_path / model_folder.CONFIG).unlink()
     with pytest.raises(CheckpointError, match=r"no config.yaml"):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", [folder.WEIGHTS, folder.CONFIG])
+@pytest.mark.parametrize("name", [model_folder.WEIGHTS, model_folder.CONFIG])
 def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
     written(tmp_path, BOTH_KINDS[0])
     whole = (tmp_path / name).read_bytes()
@@ -178,8 +180,8 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     model = randomised(BOTH_KINDS[0], 7, L)
-    facts = folder.DataFacts(7, L, None, None)
-    folder.write(tmp_path, BOTH_KINDS[0], facts, model.state_dict(), folder.Background())
+    facts = model_folder.DataFacts(7, L, None, None)
+    model_folder.write(tmp_path, BOTH_KINDS[0], facts, model.state_dict(), model_folder.Background())
     loaded = load_model(tmp_path)
     assert loaded.tokenizer is None
     assert loaded.bos is None

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.schedule import complement, weight
 from pipeline.models.denoiser import Batch
-from pipeline.models.matching import Teaching
+from pipeline.models.distill_loss import DistillTargets
 
 
 def loss_weights(
@@ -86,7 +86,7 @@ def as_batch(
     weights: Float[np.ndarray, "B L"],
     labels: Int[np.ndarray, "B"] | None,
     device: torch.device,
-    teaching: Teaching | None = None,
+    teaching: DistillTargets | None = None,
 ) -> Batch:
     """A batch from arrays; see `Batch`."""
     return Batch(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from pipeline.evaluation.figures import finite
-from pipeline.evaluation.report import short
+from pipeline.reports.figures import finite
+from pipeline.reports.measures import short
 
 SPEED = "train/tokens_per_second"
 _MULTIPLES = (2.0, 1.5, 1.0)  # of the best value that all runs reach

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Int
 
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.encoding import read_pixels
-from pipeline.data.image_archives import Ref
-from pipeline.data.stages import Progress
-from pipeline.evaluation.actors import Resources, in_order, own_device, started
-from pipeline.evaluation.features import FeatureNet, Outputs, accuracy
-from pipeline.evaluation.images import (
+from pipeline.data.prepare.encoding import read_pixels
+from pipeline.data.prepare.image_archives import Ref
+from pipeline.data.prepare.workflow import Progress
+from pipeline.evaluation.source_images import UNIT, SourceImages, dataset_of
+from pipeline.metrics.image_features import FeatureNet, Outputs, accuracy
+from pipeline.metrics.images import (
     Difference,
     Gaussian,
     dataset_outputs,
@@ -29,16 +29,16 @@ from pipeline.evaluation.images import (
     reference_statistics,
     summarise,
 )
-from pipeline.evaluation.likelihood import NORMAL_95
-from pipeline.evaluation.report import Group, Measure
-from pipeline.evaluation.source_images import UNIT, SourceImages, dataset_of
+from pipeline.metrics.likelihood import NORMAL_95
 from pipeline.models.vq import load_image_tokenizer
+from pipeline.reports.measures import Group, Measure
+from pipeline.runtime.actors import Resources, in_order, own_device, started
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Looked:
+class ImageMeasurement:
     """What a net sees in real images, and in what encoding and decoding makes of them."""
 
     real: Outputs
@@ -47,7 +47,7 @@ class Looked:
     difference: Difference
 
 
-class Looker:
+class ImageMeasurer:
     """One actor: the feature net and the image tokenizer on its device."""
 
     def __init__(self, net: FeatureNet, tokenizer: str, data: ImageDataConfig, threads: int):
@@ -60,13 +60,13 @@ class Looker:
         """What the net sees in the images of codes."""
         return self._net(self._tokenizer.decode(codes))
 
-    def held_out(self, refs: Sequence[Ref]) -> Looked | None:
+    def held_out(self, refs: Sequence[Ref]) -> ImageMeasurement | None:
         """What it sees in real images; None if none of them can be read."""
         pixels = read_pixels(refs, self._data)
         if not len(pixels.images):
             return None
         rebuilt = self._tokenizer.decode(self._tokenizer.encode(pixels.images))
-        return Looked(
+        return ImageMeasurement(
             self._net(pixels.images), self._net(rebuilt), pixels.labels, difference(pixels.images, rebuilt)
         )
 
@@ -122,9 +122,9 @@ def image_groups(
     real_tasks = [(list(held_out[i : i + UNIT]),) for i in range(0, len(held_out), UNIT)]
     tasks = len(drawn_tasks) + len(real_tasks)
     arguments = (ray.put(net), tokenizer, data, resources.cpus)
-    with started(Looker, arguments, resources, tasks) as lookers:
+    with started(ImageMeasurer, arguments, resources, tasks) as lookers:
         seen: list[Outputs] = list(in_order(lookers, "drawn", drawn_tasks))
-        every: list[Looked | None] = list(in_order(lookers, "held_out", real_tasks))
+        every: list[ImageMeasurement | None] = list(in_order(lookers, "held_out", real_tasks))
     looked = [part for part in every if part is not None]
     classes = np.concatenate([np.empty(0, np.int64), *(part.labels for part in looked)])
     intended = None if labels is None else np.array(labels)
@@ -183,7 +183,9 @@ def distances(
     starts = [(codes, i) for codes in groups for i in range(0, len(codes), UNIT)]
     tasks = [(codes[i : i + UNIT],) for codes, i in starts]
     by = f"{net.name}, against {reference.count:,} training images"
-    with started(Looker, (ray.put(net), tokenizer, data, resources.cpus), resources, len(tasks)) as lookers:
+    with started(
+        ImageMeasurer, (ray.put(net), tokenizer, data, resources.cpus), resources, len(tasks)
+    ) as lookers:
         seen = in_order(lookers, "drawn", tasks)
         found = [summarise(islice(seen, -(-len(codes) // UNIT)))[0] for codes in groups]
     return [Measure("fid", "FID", frechet_distance(one, reference), by=by) for one in found]

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Int
 
 from pipeline.config.schema import Precision, SamplingConfig
-from pipeline.evaluation.actors import Resources, in_order, started
-from pipeline.evaluation.generation import Sampler
-from pipeline.evaluation.report import Measure, short
+from pipeline.metrics.draw import Sampler
+from pipeline.reports.measures import Measure, short
+from pipeline.runtime.actors import Resources, in_order, started
 
 log = logging.getLogger(__name__)
 

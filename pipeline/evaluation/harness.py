@@ -14,13 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.evaluation.continuations import (
-    Pair,
-    greedy_matches,
-    score_continuations,
-    seed_of,
-    windows,
-)
+from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, seed_of, windows
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order

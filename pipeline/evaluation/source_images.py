@@ -11,12 +11,12 @@ import numpy as np
 import ray.data
 
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.encoding import held_out, read_pixels
-from pipeline.data.image_archives import Ref
-from pipeline.data.image_sources import list_images, open_images
-from pipeline.data.shards import Manifest
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.encoding import held_out, read_pixels
+from pipeline.data.prepare.image_archives import Ref
+from pipeline.data.prepare.image_sources import list_images, open_images
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.features import (
+from pipeline.metrics.image_features import (
     CLASSIFIER_IMAGES,
     CLASSIFIER_SIDE,
     FeatureNet,

@@ -194,7 +194,7 @@ def _has_keys(q_segments: Segments, k_segments: Segments) -> Bool[Tensor, "Tq 1 
     return (lengths > 0)[q_segments.ids][:, None, None]
 
 
-class Growth:
+class CacheAppend:
     """How rows of a key/value cache grow by one call: `new[b]` tokens behind the `old[b]` there are.
 
     Args:
@@ -266,13 +266,17 @@ class Cache:
     values: Float[Tensor, "B capacity N D"]
 
     def attend(
-        self, q: Float[Tensor, "T N D"], k: Float[Tensor, "T N D"], v: Float[Tensor, "T N D"], growth: Growth
+        self,
+        q: Float[Tensor, "T N D"],
+        k: Float[Tensor, "T N D"],
+        v: Float[Tensor, "T N D"],
+        growth: CacheAppend,
     ) -> Float[Tensor, "T N D"]:
         """Store the new tokens' keys and values, and let them attend to what `growth` says."""
         self.put(k, v, growth)
         return self._attend(q, growth.segments, growth.longest, growth.mask)
 
-    def put(self, k: Float[Tensor, "T N D"], v: Float[Tensor, "T N D"], growth: Growth) -> None:
+    def put(self, k: Float[Tensor, "T N D"], v: Float[Tensor, "T N D"], growth: CacheAppend) -> None:
         """Store the new tokens' keys and values."""
         growth.put(self.keys, k)
         growth.put(self.values, v)

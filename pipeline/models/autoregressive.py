@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import ARConfig
 from pipeline.errors import CapabilityError
-from pipeline.models.attention import Cache, Growth, Segments
+from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.blocks import SelfBlock
 from pipeline.models.denoiser import Batch, Denoiser, State, conditioned
 from pipeline.models.layers import rotary
@@ -157,7 +157,7 @@ class AR(Denoiser):
         if not any(new):
             return
         ids = self._ids(state.tokens)  # [B, P + capacity]
-        growth = Growth(memory.done, new, ids.shape[1], ids.device)
+        growth = CacheAppend(memory.done, new, ids.shape[1], ids.device)
         x = self.embedding(growth.take(ids))  # [T, H]
         code, condition = rotary(growth.slots, self.head_size), conditioned(vectors, growth.segments.ids)
         for block, cache in zip(self.blocks, memory.caches, strict=True):

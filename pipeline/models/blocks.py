@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from pipeline.models.attention import Cache, Growth, Segments, attend
+from pipeline.models.attention import Cache, CacheAppend, Segments, attend
 from pipeline.models.layers import (
     MLP,
     Condition,
@@ -43,7 +43,7 @@ class SelfBlock(nn.Module):
         code: Rotary,
         condition: Condition | None = None,
         cache: Cache | None = None,
-        growth: Growth | None = None,
+        growth: CacheAppend | None = None,
     ) -> Float[Tensor, "T H"]:
         """With a cache, x are the new tokens of `growth` and the cache holds those before."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)

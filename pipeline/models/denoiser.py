@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Precision, TrunkConfig
 from pipeline.errors import CapabilityError
+from pipeline.models.distill_loss import DistillTargets
 from pipeline.models.layers import Condition, FinalNorm, Head
-from pipeline.models.matching import Teaching
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,7 +41,7 @@ class Batch:
     weights: Float[Tensor, "B L"]
     condition: Int[Tensor, "B"] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    teaching: Teaching | None = None
+    teaching: DistillTargets | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

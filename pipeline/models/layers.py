@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from pipeline.models.matching import Teaching, matched
+from pipeline.models.distill_loss import DistillTargets, matched
 
 PERIOD = 10_000.0  # longest period of rotary and sinusoidal codes
 # Entries of rows x V, by kind of device, above which logits are made in chunks of rows. A CPU's fit its caches; a
@@ -181,7 +181,7 @@ class Head(nn.Module):
         self,
         hidden: Float[Tensor, "T H"],
         targets: Int[Tensor, "T"] | None = None,
-        teaching: Teaching | None = None,
+        teaching: DistillTargets | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, "T"]:
         """Logits; or the loss of every row, never holding all logits.
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pipeline.config.schema import PGMConfig
-from pipeline.models.attention import Cache, Growth, Segments
+from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.blocks import CrossBlock, GroupSwap, Rotary, SelfBlock
 from pipeline.models.denoiser import Batch, Denoiser, State, conditioned, packed
 from pipeline.models.layers import Condition, rotary
@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass
-class Reused:
+class EncoderCache:
     """Encoder state that outlives a prediction: an approximation, since old tokens never see newer ones.
 
     Attributes:
@@ -135,7 +135,7 @@ class PGM(Denoiser):
     ) -> Encoded:
         """Encode what is new, or everything where a refresh is due; the same path for both."""
         rows, device = len(ids), ids.device
-        memory: Reused | None = state.memory
+        memory: EncoderCache | None = state.memory
         if memory is None:
             memory = state.memory = self._remember_nothing(rows, ids.shape[1])
         elif memory.age >= state.refresh_every:
@@ -143,7 +143,7 @@ class PGM(Denoiser):
         memory.age += 1
         new = [a - b for a, b in zip(filled, memory.done, strict=True)]
         if any(new):
-            growth = Growth(memory.done, new, ids.shape[1], device, causal=False)
+            growth = CacheAppend(memory.done, new, ids.shape[1], device, causal=False)
             x = self.embedding(growth.take(ids))  # [T, H]
             code = rotary(growth.take(places), self.head_size)
             condition = conditioned(vectors, growth.segments.ids)
@@ -163,14 +163,14 @@ class PGM(Denoiser):
             found += [*self.later_swaps[index - 1 : index], block] if index else [block]
         return found
 
-    def _remember_nothing(self, rows: int, slots: int) -> Reused:
+    def _remember_nothing(self, rows: int, slots: int) -> EncoderCache:
         weight, hidden = self.head.weight, self.embedding.embedding_dim
         shape = (rows, slots, hidden // self.head_size, self.head_size)
         caches, read = (
             [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in blocks]
             for blocks in (self.encoder, self._readers())
         )
-        return Reused(caches, read, weight.new_zeros(rows, slots, hidden), [0] * rows)
+        return EncoderCache(caches, read, weight.new_zeros(rows, slots, hidden), [0] * rows)
 
     def _both_sides(self, batch: Batch) -> Float[Tensor, "Q H"]:
         """Vectors at all targets of a batch: two key segments a row, read crosswise by two query segments."""

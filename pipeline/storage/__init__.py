@@ -25,7 +25,7 @@ from pipeline.storage.files import (
     size,
     sweep,
 )
-from pipeline.storage.patience import retry, transient
+from pipeline.storage.retries import retry, transient
 
 __all__ = [
     "COMPLETE",

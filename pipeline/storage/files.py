@@ -15,7 +15,7 @@ import fsspec
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage.patience import retry
+from pipeline.storage.retries import retry
 
 COMPLETE = "_COMPLETE"  # last file of a folder on a store that cannot rename folders
 _TEMPORARY = ".part-"  # how names of unfinished files begin

@@ -5,8 +5,9 @@ Only this package imports mlflow. The driver opens and ends a run (`store`) and 
 never fails it.
 """
 
+from pipeline.tracking.journal import Tracker
 from pipeline.tracking.registry import download_model, find_version, register_model, set_alias
-from pipeline.tracking.store import (
+from pipeline.tracking.runs import (
     child_of,
     end_run,
     ending,
@@ -17,7 +18,6 @@ from pipeline.tracking.store import (
     recorded_run,
     tracking_uri,
 )
-from pipeline.tracking.tracker import Tracker
 
 __all__ = [
     "Tracker",

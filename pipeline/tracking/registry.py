@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import CheckpointError, did_you_mean
-from pipeline.tracking.store import answering, connect, ensure, first_line
+from pipeline.tracking.runs import answering, connect, ensure, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

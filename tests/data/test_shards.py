@@ -6,24 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import SIZES, L, make_shards, write_ranks
 
 from pipeline import storage
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
-from pipeline.data.shards import (
-    MANIFEST,
-    Manifest,
-    ShardFile,
-    ShardReader,
-    SpecialIds,
-    Split,
-    check_fits,
-    encode_shard,
-    token_dtype,
-)
+from pipeline.data.manifest import MANIFEST, Manifest, ShardFile, SpecialIds, Split, check_fits, token_dtype
+from pipeline.data.shards import ShardReader, encode_shard
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError
+from tests.support.data_helpers import SIZES, L, make_shards, write_ranks
 
 
 def fitting(manifest: Manifest) -> Manifest:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import MERGES, write_ranks
 
 from pipeline.data.tokenizers import PATTERN, load_tokenizer
 from pipeline.errors import ConfigError, DataError
+from tests.support.data_helpers import MERGES, write_ranks
 
 TEXTS = ["The thing, then: the end.", "zwölf ☃ 語", "", " \n\n  x", "<|endoftext|>"]
 

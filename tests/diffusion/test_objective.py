@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from small_models import BOTH_KINDS, randomised
 
 from pipeline.config.schema import DiffusionConfig, MDLMConfig, PGMConfig
 from pipeline.diffusion.objective import loss_weights, normaliser, training_batch
 from pipeline.diffusion.partition import draw
 from pipeline.diffusion.schedule import alpha, complement, weight
 from pipeline.models.denoiser import Batch
+from tests.support.small_models import BOTH_KINDS, randomised
 
 EPS = 1e-3
 CPU = torch.device("cpu")

@@ -78,7 +78,9 @@ def check_job(job: str, words: list[str]) -> None:
     if job == "convert":
         keys = {word: word.partition("=")[0].partition(".")[0] for word in words[2:]}
         assert set(keys.values()) <= {*CardConfig.model_fields, *ImportConfig.model_fields}
-        parse_section(CardConfig, {}, "card", [word for word in keys if keys[word] in CardConfig.model_fields])
+        parse_section(
+            CardConfig, {}, "card", [word for word in keys if keys[word] in CardConfig.model_fields]
+        )
         return
     path, overrides = ROOT / words[0], words[1:]
     if job == "sweep":

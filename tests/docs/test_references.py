@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CODE = sorted(file for folder in ("pipeline", "jobs", "tests", "cluster") for file in (ROOT / folder).rglob("*.py"))
+CODE = sorted(
+    file for folder in ("pipeline", "jobs", "tests", "cluster") for file in (ROOT / folder).rglob("*.py")
+)
 YAML = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "cluster").rglob("*.yaml")])
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAME = re.compile(r"[\w./-]*\w\.md\b")
@@ -53,7 +55,9 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 
 def test_a_planted_reference_is_found(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text('"""See docs/nowhere.md."""\nx = "not/a/note.md"  # and gone.md, README.md\n')
+    (tmp_path / "a.py").write_text(
+        '"""See docs/nowhere.md."""\nx = "not/a/note.md"  # and gone.md, README.md\n'
+    )
     (tmp_path / "a.yaml").write_text("# see docs/nowhere.md\nkey: value # and docs/configuration.md\n")
     assert missing(tmp_path / "a.py") == ["docs/nowhere.md", "gone.md"]
     assert missing(tmp_path / "a.yaml") == ["docs/nowhere.md"]

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.evaluation import convergence
 from pipeline.evaluation.convergence import Curve, curve, reach, targets
-from pipeline.evaluation.figures import convergence as draw
-from pipeline.evaluation.figures import frontier
+from pipeline.reports.figures import convergence as draw
+from pipeline.reports.figures import frontier
 
 METRIC = "validation/perplexity"
 HISTORY = {

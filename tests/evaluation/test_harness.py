@@ -8,17 +8,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from harness_task import write_task
-from small_models import randomised
 
 import jobs.harness
 from pipeline.config.schema import ARConfig, DiffusionConfig, MDLMConfig, ModelConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import normaliser, training_batch
-from pipeline.evaluation.continuations import score_continuations
-from pipeline.models import build, folder
+from pipeline.metrics.continuations import score_continuations
+from pipeline.models import build, model_folder
 from pipeline.models.denoiser import Denoiser
+from tests.support.harness_task import write_task
+from tests.support.small_models import randomised
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -54,8 +54,8 @@ def trained_on_repeats(steps: int = 150) -> Denoiser:
 
 
 def save(model: Denoiser, config: ModelConfig, into: Path) -> None:
-    facts = folder.DataFacts(257, L, None, 256)
-    folder.write(into, config, facts, model.state_dict(), folder.Background())
+    facts = model_folder.DataFacts(257, L, None, 256)
+    model_folder.write(into, config, facts, model.state_dict(), model_folder.Background())
     ByteTokenizer().save(into)
 
 

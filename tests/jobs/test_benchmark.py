@@ -7,10 +7,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from pipeline.benchmarks.benchmark import BenchmarkResult, benchmark
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import parse_section, read_tree
 from pipeline.errors import ConfigError
-from pipeline.evaluation.benchmark import Benchmarked, benchmark
 from pipeline.models import build
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "benchmark"
@@ -22,12 +22,12 @@ def load(path: Path, *overrides: str) -> BenchmarkConfig:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Benchmarked:
+def found(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
     storage = tmp_path_factory.mktemp("benchmark")
     return benchmark(load(TINY, f"storage={storage}", "trace=true", "tracking.uri=null"))
 
 
-def test_figures_add_up(found: Benchmarked) -> None:
+def test_figures_add_up(found: BenchmarkResult) -> None:
     config = found.report.config
     for one in found.report.measured:
         assert len(one.seconds) == 2
@@ -49,7 +49,7 @@ def test_figures_add_up(found: Benchmarked) -> None:
     assert 0 <= (found.report.waited or 0) < 1
 
 
-def test_the_files_hold_the_figures(found: Benchmarked) -> None:
+def test_the_files_hold_the_figures(found: BenchmarkResult) -> None:
     folder = Path(found.folder)
     with (folder / "benchmark.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -67,7 +67,7 @@ def test_the_files_hold_the_figures(found: Benchmarked) -> None:
     assert len(list((folder / "traces").glob("*.json.gz"))) == len(rows)
 
 
-def test_mlflow_has_the_run(found: Benchmarked) -> None:
+def test_mlflow_has_the_run(found: BenchmarkResult) -> None:
     client = MlflowClient(found.tracking_uri)
     run = client.get_run(found.run_id)
     assert run.info.status == "FINISHED"

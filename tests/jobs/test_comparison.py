@@ -7,21 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from page_check import check_page
-from prepared_text import write_model, write_rows
 
 from pipeline import tracking
 from pipeline.config.load import parse
 from pipeline.config.schema import ARConfig, MDLMConfig, ModelConfig, PGMConfig, RunConfig
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import Manifest, ShardReader
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import ShardReader
 from pipeline.errors import CheckpointError, ConfigError, DataError
-from pipeline.evaluation import likelihood
-from pipeline.evaluation.ngram import bigram_perplexity
-from pipeline.evaluation.texts import unigram_entropy
-from pipeline.models import folder
+from pipeline.evaluation.comparison import compare
+from pipeline.metrics import likelihood
+from pipeline.metrics.ngram import bigram_perplexity
+from pipeline.metrics.text import unigram_entropy
+from pipeline.models import model_folder
+from pipeline.run import Run
 from pipeline.sampling.sampler import sample
-from pipeline.training.comparison import compare
+from tests.support.page_check import check_page
+from tests.support.prepared_text import write_model, write_rows
 
 MODELS: dict[str, ModelConfig] = {
     "PGM": PGMConfig(hidden=16, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0),
@@ -73,11 +74,11 @@ def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
     assert [(one.model, one.steps) for one in found.points] == asked
 
     # Figures are those of one process.
-    manifest = Manifest.read(data_path(config))
-    train, held_out = (ShardReader(data_path(config), manifest, s) for s in ("train", "validation"))
+    manifest = Manifest.read(Run(config).data_path)
+    train, held_out = (ShardReader(Run(config).data_path, manifest, s) for s in ("train", "validation"))
     seen = train.rows(np.arange(len(train)))
     for one in found.points:
-        model = folder.read(Path(config.cluster.storage) / one.model / "model")[0]
+        model = model_folder.read(Path(config.cluster.storage) / one.model / "model")[0]
         order = "left_to_right" if one.model == "AR" else "uniform"
         rows = sample(model, 20, one.steps, 0, order).numpy()
         assert one.value("bigram_perplexity") == pytest.approx(bigram_perplexity([seen], [rows], 257))
@@ -85,7 +86,7 @@ def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
         assert len(one.rates) == 5
         assert min(one.rates) <= one.speed <= max(one.rates)
     for name, group in zip(MODELS, found.likelihoods, strict=True):
-        model = folder.read(Path(config.cluster.storage) / name / "model")[0]
+        model = model_folder.read(Path(config.cluster.storage) / name / "model")[0]
         estimator, draws = likelihood.estimator_for(model, "count", 2)
         rows = held_out.rows(np.unique(np.linspace(0, len(held_out) - 1, 40).astype(int)))
         bound = likelihood.measure(model, rows, estimator, draws, 0, batch=32)

@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_models import MDLM, PGM, random_rows, randomised
 
 from pipeline.api import export_model, load_model
 from pipeline.config.data import TextDataConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models import folder
+from pipeline.models import model_folder
+from tests.support.small_models import MDLM, PGM, random_rows, randomised
 
 ROOT = Path(__file__).parents[2]
 RELEASED = ROOT / "tests" / "data" / "pgm_learn_freqs.safetensors"
@@ -28,9 +28,9 @@ def trained(tmp_path: Path) -> Path:
     model = randomised(PGM, vocab_size=257)
     config = RunConfig(name="mine", model=PGM, data=TextDataConfig(source="pydoc"))
     figures = {"validation_perplexity": 23.456, "estimator": "count, 1 draw(s), EMA weights", "step": 100}
-    background = folder.Background(figures, config.model_dump(mode="json"))
-    facts = folder.DataFacts(257, 16, bos=None, eot=256)
-    folder.write(tmp_path / "mine", PGM, facts, model.state_dict(), background)
+    background = model_folder.Background(figures, config.model_dump(mode="json"))
+    facts = model_folder.DataFacts(257, 16, bos=None, eot=256)
+    model_folder.write(tmp_path / "mine", PGM, facts, model.state_dict(), background)
     ByteTokenizer().save(tmp_path / "mine")
     return tmp_path / "mine"
 
@@ -103,8 +103,8 @@ def test_folders_of_earlier_versions_still_load(trained: Path) -> None:
 
 
 def test_a_masked_model(tmp_path: Path) -> None:
-    facts = folder.DataFacts(11, 16, None, None)
-    folder.write(tmp_path / "a", MDLM, facts, randomised(MDLM).state_dict(), folder.Background())
+    facts = model_folder.DataFacts(11, 16, None, None)
+    model_folder.write(tmp_path / "a", MDLM, facts, randomised(MDLM).state_dict(), model_folder.Background())
     export_model(tmp_path / "a", str(tmp_path / "b"))
     same(tmp_path / "a", tmp_path / "b")
     assert "none given" in (tmp_path / "b" / "README.md").read_text()
@@ -123,7 +123,7 @@ def test_what_is_not_a_model_is_not_replaced(trained: Path, tmp_path: Path) -> N
 
 def test_wrong_words_and_damaged_folders(trained: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"length=8.*is a model folder, which says all of itself"):
+    with pytest.raises(ConfigError, match=r"length=8.*overrides apply only to released weight files"):
         export_model(trained, out, ["length=8"])
     with pytest.raises(ConfigError, match="'licence=mit': no such key; did you mean 'license'"):
         export_model(RELEASED, out, ["licence=mit"])

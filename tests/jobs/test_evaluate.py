@@ -6,39 +6,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from page_check import check_page
-from small_models import shake
 
 from pipeline import storage
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
-from pipeline.data.encoding import held_out, read_pixels
-from pipeline.data.image_sources import list_images, open_images
-from pipeline.data.images import TOKENIZER, content
-from pipeline.data.prepared import data_path
-from pipeline.data.shards import (
+from pipeline.data.manifest import (
     MANIFEST,
     Manifest,
     ShardFile,
-    ShardReader,
     Skipped,
     SourceInfo,
     SpecialIds,
     Split,
     TokenizerInfo,
-    encode_shard,
 )
+from pipeline.data.prepare.encoding import held_out, read_pixels
+from pipeline.data.prepare.image_sources import list_images, open_images
+from pipeline.data.prepare.images import TOKENIZER, content
+from pipeline.data.shards import ShardReader, encode_shard
 from pipeline.errors import CheckpointError, ConfigError, DataError
-from pipeline.evaluation import likelihood
-from pipeline.evaluation.drawn_images import Looker
-from pipeline.evaluation.images import frechet_distance, summarise
+from pipeline.evaluation.comparison import compare
+from pipeline.evaluation.drawn_images import ImageMeasurer
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.source_images import load_net, source_images
-from pipeline.models import build, folder
+from pipeline.metrics import likelihood
+from pipeline.metrics.images import frechet_distance, summarise
+from pipeline.models import build, model_folder
 from pipeline.models.vq import PatchVQ, fit_patches, load_image_tokenizer
+from pipeline.run import Run
 from pipeline.tracking import tracking_uri
-from pipeline.training.comparison import compare
-from pipeline.training.evaluate import evaluate
 from pipeline.training.validation import validation_rows
+from tests.support.page_check import check_page
+from tests.support.small_models import shake
 
 CODES = 16
 
@@ -65,7 +64,7 @@ def digits(storage: Path, **changes: dict[str, object]) -> RunConfig:
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run with prepared data and a random model, as preparation and training would leave them."""
     config = digits(tmp_path_factory.mktemp("runs"))
-    data, path = config.data, data_path(config)
+    data, path = config.data, Run(config).data_path
     assert data.kind == "image"
     source = open_images(data)
     refs = list_images(source, data).refs
@@ -106,14 +105,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def write_model(config: RunConfig, tokenizer: PatchVQ, into: Path) -> None:
     model = shake(build(config.model, CODES, 5, CODES + 1))
-    facts = folder.DataFacts(CODES, 5, CODES + 1, None)
-    folder.write(into, config.model, facts, model.state_dict(), folder.Background({"step": 8}))
+    facts = model_folder.DataFacts(CODES, 5, CODES + 1, None)
+    model_folder.write(into, config.model, facts, model.state_dict(), model_folder.Background({"step": 8}))
     tokenizer.save(into)
 
 
 @pytest.mark.slow
 def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) -> None:
-    data, path = config.data, data_path(config)
+    data, path = config.data, Run(config).data_path
     assert data.kind == "image"
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"data": (path,)})})
     found = evaluate(config)
@@ -122,7 +121,7 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     manifest = Manifest.read(path)
     reader = ShardReader(path, manifest, "validation")
     rows = validation_rows(len(reader), 300)
-    model = folder.read(Path(config.cluster.storage) / "judged" / "model")[0]
+    model = model_folder.read(Path(config.cluster.storage) / "judged" / "model")[0]
     bound = likelihood.measure(
         model, reader.rows(rows), "arccos", 2, 0, bos=True, batch=64, labels=reader.labels(rows)
     )
@@ -135,7 +134,7 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     source = source_images(data, manifest)
     assert (len(source.train), len(source.validation)) == (400, 1397)
     net = load_net(None, None, data, source.train, 64)
-    looker = Looker(net, f"{path}/{TOKENIZER}", data, 1)
+    looker = ImageMeasurer(net, f"{path}/{TOKENIZER}", data, 1)
     reference = summarise([net(read_pixels(source.train, data).images)])[0]
     tokens = np.load(f"{found.folder}/samples/tokens.npy")
     seen = looker.drawn(tokens[:, 1:])
@@ -183,13 +182,13 @@ def test_what_is_refused_before_anything_is_drawn(
             update={key: getattr(config, key).model_copy(update=keys) for key, keys in sections.items()}
         )
 
-    tokenizer = load_image_tokenizer(f"{data_path(config)}/{TOKENIZER}", 4, 8, "cpu")
+    tokenizer = load_image_tokenizer(f"{Run(config).data_path}/{TOKENIZER}", 4, 8, "cpu")
     assert isinstance(tokenizer, PatchVQ)
     patches = tokenizer.decode(np.arange(CODES)[:, None])
     patches[0] += 1
     write_model(config, PatchVQ(patches), tmp_path / "other")
     write_model(config, tokenizer, tmp_path / "cut")
-    weights = tmp_path / "cut" / folder.WEIGHTS
+    weights = tmp_path / "cut" / model_folder.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-8])
     for wanted, kind, says in [
         (changed(sampling={"model": str(tmp_path / "cut")}), CheckpointError, "model.safetensors is damaged"),

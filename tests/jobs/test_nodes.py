@@ -6,16 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
-import witness
-from launched import LaunchedJob
 from mlflow import MlflowClient
-from nodes import Nodes
-from tiny_runs import tiny
-from workers import run_workers
 
 from pipeline.config.schema import RunConfig
+from pipeline.run import Run
 from pipeline.tracking import tracking_uri
-from pipeline.training import checkpoint
+from tests.support import witness
+from tests.support.launched import LaunchedJob
+from tests.support.nodes import Nodes
+from tests.support.tiny_runs import tiny
+from tests.support.workers import run_workers
 
 EVERY, NODES = 10, 3
 
@@ -33,12 +33,12 @@ def elastic(storage: Path, name: str, steps: int) -> RunConfig:
 
 def undisturbed(rank: int, workers: int, config: RunConfig, folder: Path) -> dict[int, float]:
     """The same run in plain processes, without Ray; losses by step."""
-    from pipeline.training.loop import Job, train
-    from pipeline.training.session import PlainSession
+    from pipeline.runtime.session import PlainSession
+    from pipeline.training.loop import train
 
     witness.install(folder)
-    session = PlainSession(rank, workers, checkpoint.run_folder(config))
-    train(Job(config), session)
+    session = PlainSession(rank, workers, Run(config).folder)
+    train(Run(config), session)
     return {step: metrics["train/loss"] for step, metrics in session.history}
 
 
@@ -65,7 +65,7 @@ class Story:
 
     def start(self, nodes: Nodes) -> LaunchedJob:
         """Start the job, again too."""
-        watched = {"RAY_TRAIN_CALLBACKS": "witness.Witness", witness.FOLDER: str(self.rows)}
+        watched = {"RAY_TRAIN_CALLBACKS": "tests.support.witness.Witness", witness.FOLDER: str(self.rows)}
         environment = {**nodes.environment, **watched, "RAY_DEDUP_LOGS": "0"}
         return LaunchedJob("pretrain", self.config, self.storage, environment=environment)
 
@@ -153,7 +153,7 @@ def test_driver_killed_then_a_node_comes_and_one_goes_with_notice(tmp_path: Path
             assert start >= int(saved[1])  # saved for the purpose, not when it was due
             seen = len(job.lines)
             nodes.announce(0, seconds=60)
-            saved = job.wait_for(r"step (\d+): the nodes of workers \[\d\] go at", after=seen)
+            saved = job.wait_for(r"step (\d+): the nodes of workers \[\d\] will be taken away at", after=seen)
             job.wait_for(f"step {int(saved[1]) + 3}/300 ", after=seen)  # training goes on until the node goes
             seen, when = len(job.lines), nodes.lose(0)
             assert story.back(job, "announced node lost", when, seen, 1) >= int(saved[1])

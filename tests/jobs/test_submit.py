@@ -15,20 +15,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import local_ray
 import psutil
 import pytest
 import ray
 import s3fs
-from launched import ROOT
 from mlflow import MlflowClient
-from object_store import Store, object_store
 
 from jobs.cli import JOB_VARIABLE, check_locations, command
 from pipeline import storage
 from pipeline.config.load import load
 from pipeline.errors import ConfigError, DataError
 from pipeline.training import checkpoint
+from tests.support import local_ray
+from tests.support.launched import ROOT
+from tests.support.object_store import Store, object_store
 
 BIN = Path(sys.executable).parent
 CONFIG = "configs/text/quickstart.yaml"

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from launched import LaunchedJob
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from tiny_runs import tiny
 
 from pipeline.config.load import dump
 from pipeline.training import checkpoint
+from tests.support.launched import LaunchedJob
+from tests.support.tiny_runs import tiny
 
 
 def write(folder: Path, steps: int, every: int, workers: int, **own: Any) -> Path:

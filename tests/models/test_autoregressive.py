@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import random_rows, randomised
 from torch import Tensor
 
 from pipeline.api import Model
@@ -17,6 +16,7 @@ from pipeline.models.attention import Segments, attend
 from pipeline.models.autoregressive import AR
 from pipeline.models.denoiser import Batch, flat_index
 from pipeline.sampling.sampler import ragged_known, sample, sample_long
+from tests.support.small_models import random_rows, randomised
 
 V, L = 11, 16
 PLAIN = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import MDLM, random_rows, randomised
 
 from pipeline.config.schema import MDLMConfig
 from pipeline.models import build
 from pipeline.models.denoiser import Batch
+from tests.support.small_models import MDLM, random_rows, randomised
 
 V, L = 11, 16
 BOTH = MDLM.model_copy(update={"complementary": True})

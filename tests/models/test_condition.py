@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from small_models import MDLM, PGM, random_rows, randomised, shake
-from test_leaks import CHECKS, partitioned
-from test_predict import ragged
 
 from pipeline.api import Model
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
@@ -12,6 +9,9 @@ from pipeline.errors import CapabilityError
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.sampling.sampler import sample
+from tests.models.test_leaks import CHECKS, partitioned
+from tests.models.test_predict import ragged
+from tests.support.small_models import MDLM, PGM, random_rows, randomised, shake
 
 V, L, C = 12, 16, 3
 BOS = V + 1  # as in image data: V is the mask

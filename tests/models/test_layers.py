@@ -6,11 +6,11 @@ import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import PGM, randomised
 from torch import Tensor
 
 from pipeline.models import build
 from pipeline.models.layers import LOGITS_AT_ONCE, GeluLinear, Head, LayerNorm, rotary, rotate, sinusoid
+from tests.support.small_models import PGM, randomised
 
 H = 16
 SIZES = [

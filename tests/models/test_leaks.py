@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import PGM, random_rows, randomised, shake
 from torch import Tensor
 
 from pipeline.models import attention
@@ -13,6 +12,7 @@ from pipeline.models.blocks import GroupSwap, Rotary
 from pipeline.models.denoiser import Batch
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.models.pgm import Encoded
+from tests.support.small_models import PGM, random_rows, randomised, shake
 
 V = 12  # group 0 uses ids below V / 2, group 1 those from V / 2: the embedding's gradient tells them apart
 

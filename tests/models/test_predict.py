@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_models import BOTH_KINDS, MDLM, PGM, random_rows, randomised
 from torch import Tensor
 
 from pipeline.api import Model
 from pipeline.config.schema import MDLMConfig, PGMConfig
 from pipeline.models.denoiser import Batch
+from tests.support.small_models import BOTH_KINDS, MDLM, PGM, random_rows, randomised
 
 V, L = 11, 16
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)

@@ -6,17 +6,17 @@ from functools import cache
 
 import pytest
 import torch
-from dense import ar_logits, mdlm_logits, pgm_logits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_models import randomised
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.api import Model
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, SwapConfig
-from pipeline.models.attention import Cache, Growth
+from pipeline.models.attention import Cache, CacheAppend
 from pipeline.models.denoiser import Batch, Denoiser
+from tests.support.dense import ar_logits, mdlm_logits, pgm_logits
+from tests.support.small_models import randomised
 
 V, L = 7, 12
 SIZES = {"hidden": 16, "heads": 2, "dropout": 0.0}
@@ -178,7 +178,7 @@ def test_a_growing_cache(causal: bool, steps: list[list[int]]) -> None:
     for new in steps:
         if not any(new):
             continue
-        growth = Growth(old, new, capacity, torch.device("cpu"), causal)
+        growth = CacheAppend(old, new, capacity, torch.device("cpu"), causal)
         out = cache.attend(growth.take(q), growth.take(k), growth.take(v), growth)
         ends = [a + b for a, b in zip(old, new, strict=True)]
         expected = []

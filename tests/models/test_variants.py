@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import PGM, random_rows, randomised, shake
-from test_leaks import CHECKS, V, partitioned
 from torch import Tensor
 
 from pipeline.api import Model
@@ -14,6 +12,8 @@ from pipeline.models import attention, blocks, build
 from pipeline.models.attention import Segments
 from pipeline.models.blocks import pool
 from pipeline.models.denoiser import Batch, Denoiser
+from tests.models.test_leaks import CHECKS, V, partitioned
+from tests.support.small_models import PGM, random_rows, randomised, shake
 
 
 def with_swap(**changes: object) -> PGMConfig:

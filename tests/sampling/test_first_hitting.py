@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from small_models import randomised
 from torch import Tensor
 
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
 from pipeline.models.denoiser import Denoiser, State
 from pipeline.sampling.sampler import sample
+from tests.support.small_models import randomised
 
 V, L = 11, 16
 SIZES = {"hidden": 16, "heads": 2, "dropout": 0.0}

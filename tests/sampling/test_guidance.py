@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from small_models import randomised
 
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.errors import ConfigError
@@ -12,6 +11,7 @@ from pipeline.models.layers import Head
 from pipeline.sampling.logits import Filters, draw_tokens
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import sample
+from tests.support.small_models import randomised
 
 SIZES = {"hidden": 16, "heads": 2, "dropout": 0.0, "classes": 3}
 KINDS = [

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import DiffusionConfig, PGMConfig
-from pipeline.data.markov import Chain
+from pipeline.data.prepare.markov import Chain
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import normaliser, training_batch
-from pipeline.evaluation.likelihood import measure
+from pipeline.metrics.likelihood import measure
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.sampler import sample

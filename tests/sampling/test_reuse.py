@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_models import PGM, randomised
 from torch import Tensor
 
 from pipeline.config.schema import MDLMConfig, PGMConfig
@@ -10,6 +9,7 @@ from pipeline.errors import CapabilityError
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.sampler import sample
+from tests.support.small_models import PGM, randomised
 
 V, L = 11, 16
 TOKENS, PLACES = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[0, 5, 2], [3, 1, 9]])

@@ -6,15 +6,15 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from known_source import Known, markov, naive_roll_out
-from small_models import BOTH_KINDS, random_rows, randomised
 from torch import Tensor
 
 from pipeline.config.schema import MDLMConfig, PGMConfig
 from pipeline.diffusion.schedule import complement
-from pipeline.models.matching import Divergence, Teaching, matched
+from pipeline.models.distill_loss import DistillTargets, Divergence, matched
 from pipeline.sampling.rollout import roll_out
 from pipeline.training.distillation import hidden_sides, teach
+from tests.support.known_source import Known, markov, naive_roll_out
+from tests.support.small_models import BOTH_KINDS, random_rows, randomised
 
 V, L, EPS = 3, 5, 1e-3
 ROW = np.array([2, 0, 1, 1, 0])
@@ -242,7 +242,7 @@ def test_a_student_of_one_context_learns_the_mean_of_its_targets(source: Known, 
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
         sides = hidden_sides(groups, t, DT, "compatible", EPS, False)
         told = teach(source, tokens, sides, rng.random((rows, 2, 2, L)), DT)
-        loss = matched(place, table, bias, Teaching(told, source.head, kind), 4096).mean()
+        loss = matched(place, table, bias, DistillTargets(told, source.head, kind), 4096).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()

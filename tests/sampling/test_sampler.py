@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from small_models import BOTH_KINDS, PGM, random_rows, randomised
 from torch import Tensor
 
 from pipeline.config.schema import MDLMConfig, PGMConfig
@@ -19,6 +18,7 @@ from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.sampling import orders
 from pipeline.sampling.logits import draw_tokens
 from pipeline.sampling.sampler import sample
+from tests.support.small_models import BOTH_KINDS, PGM, random_rows, randomised
 
 V, L = 11, 16
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)

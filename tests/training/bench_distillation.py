@@ -19,7 +19,7 @@ from pipeline.diffusion import partition
 from pipeline.diffusion.objective import as_batch
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
-from pipeline.models.matching import Teaching, divergence
+from pipeline.models.distill_loss import DistillTargets, divergence
 from pipeline.sampling.logits import draw_tokens
 from pipeline.training.distillation import Form, hidden_sides, teach
 
@@ -60,14 +60,14 @@ class Rows:
         self.sides = hidden_sides(self.groups, self.t, DT, form, EPS, False)
         self.noise = np.random.default_rng([seed, 2]).random((ROWS, 2, 2, L))
 
-    def batch(self, targets: np.ndarray, teaching: Teaching | None = None) -> Batch:
+    def batch(self, targets: np.ndarray, teaching: DistillTargets | None = None) -> Batch:
         weights = np.full(targets.shape, 1 / targets.sum())
         return as_batch(self.tokens, self.groups, targets, weights, None, CPU, teaching)
 
 
-def lesson(rows: Rows) -> Teaching:
+def lesson(rows: Rows) -> DistillTargets:
     """The teacher's vectors, as training takes them."""
-    return Teaching(teach(TEACHER, rows.tokens, rows.sides, rows.noise, DT), TEACHER.head, "reverse_kl")
+    return DistillTargets(teach(TEACHER, rows.tokens, rows.sides, rows.noise, DT), TEACHER.head, "reverse_kl")
 
 
 def teacher_part(rows: Rows) -> None:

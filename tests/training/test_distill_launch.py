@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Run
-from small_models import shake
-from tiny_runs import tiny
+from mlflow.entities import Run as MlflowRun
 
 from pipeline import load_model, tracking
 from pipeline.config.schema import DistillConfig, RunConfig
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.models import build, folder
+from pipeline.models import build, model_folder
+from pipeline.run import Run
 from pipeline.training import distillation, launch
-from pipeline.training.outcome import Outcome
+from pipeline.training.finish import RunResult
+from tests.support.small_models import shake
+from tests.support.tiny_runs import tiny
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,12 @@ def config(run_storage: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
         teacher = storage / f"teacher-{version}"
         torch.manual_seed(int(version))
         weights = shake(build(config.model, 257, 16)).state_dict()
-        folder.write(
-            teacher, config.model, folder.DataFacts(257, 16, None, 256), weights, folder.Background()
+        model_folder.write(
+            teacher,
+            config.model,
+            model_folder.DataFacts(257, 16, None, 256),
+            weights,
+            model_folder.Background(),
         )
         load_tokenizer("bytes").save(teacher)
         run_id = tracking.open_run(uri, "test", f"teacher-{version}", params={}, tags={})
@@ -47,7 +52,7 @@ def config(run_storage: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
 
 
 @pytest.fixture(scope="module")
-def outcome(config: RunConfig) -> Outcome:
+def outcome(config: RunConfig) -> RunResult:
     return launch.distill(config)
 
 
@@ -57,7 +62,7 @@ def client(config: RunConfig) -> MlflowClient:
 
 
 @pytest.fixture(scope="module")
-def run(client: MlflowClient, outcome: Outcome) -> Run:
+def run(client: MlflowClient, outcome: RunResult) -> MlflowRun:
     (found,) = client.search_runs(
         [e.experiment_id for e in client.search_experiments()], "attributes.run_name = 'student'"
     )
@@ -66,18 +71,18 @@ def run(client: MlflowClient, outcome: Outcome) -> Run:
 
 @pytest.mark.slow
 def test_run_is_linked_to_its_teachers_version(
-    run: Run, outcome: Outcome, config: RunConfig, client: MlflowClient
+    run: MlflowRun, outcome: RunResult, config: RunConfig, client: MlflowClient
 ) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.tags["teacher"] == "models:/teacher/1"
     tracking.set_alias(tracking.tracking_uri(config), "teacher", "teacher", "2")
-    again = distillation.with_teacher(launch.located(config))
+    again = distillation.with_teacher(Run.of(config))
     assert distillation.teacher_name(outcome.run) == "models:/teacher/1"
-    assert again.train.init_from == distillation.teacher_folder(outcome.run, 0)
+    assert again.config.train.init_from == distillation.teacher_folder(outcome.run, 0)
 
 
 @pytest.mark.slow
-def test_a_student_is_registered_for_every_round(outcome: Outcome, client: MlflowClient) -> None:
+def test_a_student_is_registered_for_every_round(outcome: RunResult, client: MlflowClient) -> None:
     (first,) = client.search_model_versions("name = 'student-round-1'")
     (last,) = client.search_model_versions("name = 'student'")
     assert (first.tags["round"], first.tags["sampling_steps"]) == ("1", "4")
@@ -89,11 +94,11 @@ def test_a_student_is_registered_for_every_round(outcome: Outcome, client: Mlflo
 
 
 @pytest.mark.slow
-def test_students_are_models(outcome: Outcome, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_students_are_models(outcome: RunResult, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of round 1 is what round 2 learnt from; both can be sampled and read."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", outcome.tracking_uri)
     first = load_model("models:/student-round-1/1")
-    expected = folder.read_weights(Path(distillation.teacher_folder(outcome.run, 1)))
+    expected = model_folder.read_weights(Path(distillation.teacher_folder(outcome.run, 1)))
     assert all(value.equal(expected[name]) for name, value in first.denoiser.named_parameters())
     last = load_model(outcome.model)
     assert any(not value.equal(expected[name]) for name, value in last.denoiser.named_parameters())
@@ -102,7 +107,7 @@ def test_students_are_models(outcome: Outcome, config: RunConfig, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_quality_against_steps(outcome: Outcome, run: Run, client: MlflowClient) -> None:
+def test_quality_against_steps(outcome: RunResult, run: MlflowRun, client: MlflowClient) -> None:
     assert outcome.quality is not None
     header, _, *rows = outcome.quality.splitlines()
     assert header == "| bigram perplexity (entropy) | 2 steps | 4 steps | 8 steps |"

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import observed
 import pytest
-from workers import Workers
 
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig, SwapConfig
+from tests.support import observed
+from tests.support.workers import Workers
 
 SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0}
 SWAP = SwapConfig(pooling="logsumexp", query="mlp4", norm="rms", every_block=True)

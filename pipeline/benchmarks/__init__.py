@@ -1,0 +1,1 @@
+"""Speed measurements of training, sampling and text preparation."""

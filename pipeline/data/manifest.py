@@ -1,0 +1,220 @@
+"""The manifest of prepared data: what a folder of shards holds, and whether it fits a config."""
+
+import hashlib
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import storage
+from pipeline.config.data import ImageDataConfig, TextDataConfig
+from pipeline.config.schema import RunConfig
+from pipeline.data.tokenizers import load_tokenizer
+from pipeline.errors import ConfigError, DataError, did_you_mean
+
+MANIFEST = "manifest.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpecialIds(_Frozen):
+    """Ids with a meaning of their own; `bos` is None where rows have no BOS."""
+
+    eot: int | None
+    bos: int | None
+
+
+class TokenizerInfo(_Frozen):
+    """Which tokenizer made the ids; `hash` decides, `name` is for people."""
+
+    name: str
+    hash: str
+
+
+class SourceInfo(_Frozen):
+    """Where the documents came from; `fingerprint` is over the names and sizes of what was read."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+class ShardFile(_Frozen):
+    """One Parquet file."""
+
+    name: str
+    rows: int
+    sha256: str
+
+
+class Split(_Frozen):
+    """One split; `tokens` count documents' ends too, `tokens_dropped` of them did not fill a last row."""
+
+    files: tuple[ShardFile, ...]
+    documents: int
+    tokens: int
+    tokens_dropped: int
+
+
+class Skipped(_Frozen):
+    """Documents or rests of files that could not be read (`data.on_error: skip`); names of the first ones."""
+
+    count: int
+    names: tuple[str, ...]
+
+
+class Manifest(_Frozen):
+    """What a folder of shards holds. Written last: a folder that has one is complete.
+
+    Attributes:
+        length: L.
+        vocabulary: V, without any mask.
+        content: every key of the config that determined the contents.
+        content_key: SHA-256 of `content`.
+        documents: those with any text in them; of images, the images.
+        tokens: of images, the ids of all rows, BOS included.
+        classes: C of labelled images, whose rows have a label in 0..C-1.
+        class_names: by label, where the source has them.
+        grid: side of the grid of codes behind the BOS; None for text.
+    """
+
+    length: int
+    vocabulary: int
+    special: SpecialIds
+    wrap: str
+    tokenizer: TokenizerInfo
+    source: SourceInfo
+    content: dict[str, Any]
+    content_key: str
+    splits: dict[str, Split]
+    documents: int
+    documents_empty: int
+    tokens: int
+    skipped: Skipped
+    classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    grid: int | None = None
+
+    @classmethod
+    def read(cls, path: str) -> "Manifest":
+        """The manifest of the folder `path`.
+
+        Raises:
+            DataError: there is none, or it is damaged.
+        """
+        file = storage.join(path, MANIFEST)
+        if not storage.exists(file):
+            raise DataError(
+                f"{path}: no {MANIFEST}, so no complete data; `python -m jobs.prepare CONFIG` makes it"
+            )
+        try:
+            return cls.model_validate_json(storage.read_bytes(file))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(
+                f"{file}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+                "remove the folder and prepare it again"
+            ) from None
+
+    @property
+    def ids(self) -> int:
+        """Rows hold ids in 0..ids-1: the vocabulary, and the BOS of images, which lies behind the mask."""
+        return max(self.vocabulary, 1 + (self.special.bos or 0))
+
+    def split(self, name: str) -> Split:
+        """A split by name.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if name not in self.splits:
+            known = ", ".join(self.splits)
+            raise DataError(f"no split {name!r} in the data; known: {known}{did_you_mean(name, self.splits)}")
+        return self.splits[name]
+
+    def rows(self, split: str) -> int:
+        """Rows of a split."""
+        return sum(file.rows for file in self.split(split).files)
+
+    def rows_per_shard(self, split: str) -> list[int]:
+        """Rows of every file of a split, in order."""
+        return [file.rows for file in self.split(split).files]
+
+
+def token_dtype(ids: int) -> np.dtype:
+    """Smallest unsigned little-endian dtype that holds 0..ids-1."""
+    return np.min_scalar_type(ids - 1).newbyteorder("<")
+
+
+@lru_cache(maxsize=4)
+def weights_hash(spec: str) -> str:
+    """SHA-256 of an image tokenizer's file, or over all files of its folder; once a process.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    folder, _, name = spec.rstrip("/").rpartition("/")
+    if not storage.exists(spec):
+        near = did_you_mean(name, [*storage.listing(folder or "."), "patch"])
+        raise ConfigError(
+            f"data.tokenizer: {spec!r} does not exist; expected 'patch', a file or a folder{near}"
+        )
+    names = storage.listing(spec)
+    if names in ([], [name]):  # how a store lists a file
+        return storage.sha256(spec)
+    lines = (f"{name} {storage.sha256(storage.join(spec, name))}\n" for name in names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_fits(manifest: Manifest, config: RunConfig) -> None:
+    """Refuse data that training with this config could not use.
+
+    Raises:
+        DataError: every field that differs, with the data's value and the config's.
+    """
+    data = config.data
+    pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
+    found = [
+        f"{key}: the data has {has!r}, the config {wants!r}"
+        for key, (has, wants) in {"data.length": (manifest.length, data.length), **pairs}.items()
+        if has != wants
+    ]
+    if (rows := manifest.rows("train")) < config.train.batch:
+        found.append(
+            f"train.batch: {config.train.batch} rows, but the data has {rows}; expected at most {rows}"
+        )
+    if found:
+        raise DataError("the data does not fit the config:\n" + "\n".join(f"  {line}" for line in found))
+
+
+def _text_pairs(manifest: Manifest, data: TextDataConfig) -> dict[str, tuple[object, object]]:
+    """What the data has and the config wants, by key."""
+    tokenizer = load_tokenizer(data.tokenizer)
+    pairs: dict[str, tuple[object, object]] = {
+        "data.wrap": (manifest.wrap, data.wrap),
+        "data.tokenizer (vocabulary)": (manifest.vocabulary, tokenizer.vocab_size),
+        "data.tokenizer (end of text)": (manifest.special.eot, tokenizer.eot),
+    }
+    if manifest.tokenizer.hash != tokenizer.hash:  # the same ids under another name are welcome
+        pairs["data.tokenizer (hash)"] = (
+            f"{manifest.tokenizer.name} {manifest.tokenizer.hash[:12]}",
+            f"{tokenizer.name} {tokenizer.hash[:12]}",
+        )
+    return pairs
+
+
+def _image_pairs(manifest: Manifest, data: ImageDataConfig) -> dict[str, tuple[object, object]]:
+    """What the data has and the config wants, by key. A codebook of patches was fitted on the data itself."""
+    patch = data.tokenizer == "patch"
+    return {
+        "data.classes": (manifest.classes, data.classes),
+        "data.size / data.factor": (manifest.grid, data.size // data.factor),
+        "data.tokenizer": (
+            manifest.content.get("tokenizer"),
+            "patch" if patch else weights_hash(data.tokenizer),
+        ),
+        **({"data.codes": (manifest.vocabulary, data.codes)} if patch else {}),
+    }

@@ -1,0 +1,1 @@
+"""Preparation of token shards from text and images with Ray Data."""

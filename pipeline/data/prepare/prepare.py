@@ -1,0 +1,204 @@
+"""The folder of prepared data: its name, whether it is complete and this config's, and making it.
+
+A preparation works in a folder beside the shards that is named by its plan, so that an interrupted one is taken
+up where it stopped and one of another input is not; the manifest comes last and makes the folder complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.config.data import AnyDataConfig
+from pipeline.data.manifest import MANIFEST, Manifest, Skipped, SourceInfo
+from pipeline.data.prepare import images, text
+from pipeline.data.prepare.image_sources import ImageSource, open_images
+from pipeline.data.prepare.text_sources import HUB, Source, open_source
+from pipeline.data.prepare.workflow import PreparationResult, start_ray
+from pipeline.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_WORK = "_work-"
+_SHARD = re.compile(r"(train|validation)-\d{5}\.parquet")
+_NAMED = 1000  # names of what was skipped that the manifest keeps
+
+
+def data_path(data: AnyDataConfig, root: str) -> str:
+    """Return the folder of the prepared data: `data.path`, or one named by what determines its contents.
+
+    Args:
+        data: the data section of the config.
+        root: the folder that `cluster.storage` names, as `storage.resolve` returns it.
+    """
+    if data.path is not None:
+        return storage.resolve(data.path)
+    return storage.join(root, "data", _folder_name(data))
+
+
+def ensure(data: AnyDataConfig, path: str) -> Manifest:
+    """Return the manifest of the data in a folder, which is prepared first if it is not there.
+
+    A local source that has changed since the preparation causes only a warning: a run that is continued keeps
+    the data that it started with.
+
+    Args:
+        data: the data section of the config.
+        path: folder of the prepared data, as `data_path` returns it.
+
+    Raises:
+        DataError: the folder holds other data, or the preparation failed.
+        ConfigError: the folder cannot be written, or the tokenizer does not exist.
+    """
+    manifest = _prepared(data, path)
+    if manifest is None:
+        return prepare(data, path)
+    if storage.is_local(data.source) and not data.source.startswith(HUB):
+        with contextlib.suppress(DataError):  # the source may be gone: its shards are enough
+            if _open(data).fingerprint != manifest.source.fingerprint:
+                log.warning("%s has changed since %s was prepared from it", data.source, path)
+    return manifest
+
+
+def prepare(data: AnyDataConfig, path: str) -> Manifest:
+    """Make the shards of the data, or finish them where an interrupted preparation stopped.
+
+    Args:
+        data: the data section of the config.
+        path: folder of the prepared data, as `data_path` returns it.
+
+    Returns:
+        The manifest of the complete folder.
+
+    Raises:
+        DataError: the source is empty, unreadable or changed, or the folder holds other data.
+        ConfigError: the folder cannot be written, or the tokenizer does not exist.
+    """
+    manifest = _prepared(data, path)
+    source = _open(data)
+    if manifest is not None:
+        if manifest.source.fingerprint != source.fingerprint:
+            raise DataError(
+                f"data.source: {data.source!r} is not what it was when {path} was prepared from it; "
+                "remove that folder to prepare it again, or set data.path to another one"
+            )
+        log.info("%s is already prepared", path)
+        _clean(path, manifest)
+        return manifest
+    # A sweep fills in data.path with the derived folder: the name tells which key the path came from.
+    derived = data.path is None or path.endswith(f"/data/{_folder_name(data)}")
+    storage.check_writable(path, "cluster.storage" if derived else "data.path")
+    content = _content(data)
+    work = storage.join(path, f"{_WORK}{_key({'content': content, 'plan': source.plan})[:16]}")
+    start_ray()
+    log.info("preparing %s in %s", data.source, path)
+    built = _build(data, source, path, work)
+    manifest = Manifest(
+        length=data.length,
+        vocabulary=built.vocabulary,
+        special=built.special,
+        wrap=built.wrap,
+        tokenizer=built.tokenizer,
+        source=SourceInfo(name=data.source, revision=source.revision, fingerprint=source.fingerprint),
+        content=content,
+        content_key=_key(content),
+        splits=built.splits,
+        documents=built.documents,
+        documents_empty=built.empty,
+        tokens=built.tokens,
+        skipped=Skipped(count=len(built.problems), names=built.problems[:_NAMED]),
+        classes=built.classes,
+        class_names=built.class_names,
+        grid=built.grid,
+    )
+    storage.publish_text(storage.join(path, MANIFEST), manifest.model_dump_json(indent=2) + "\n")
+    _clean(path, manifest)
+    _report(path, manifest)
+    return manifest
+
+
+def _folder_name(data: AnyDataConfig) -> str:
+    """Name of the folder where `data.path` gives none, derived from what determines its contents."""
+    extent = data.length if data.kind == "text" else data.size
+    names = (data.source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
+    slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names)
+    return f"{slug}-{_key(_content(data))[:10]}"
+
+
+def _content(data: AnyDataConfig) -> dict[str, Any]:
+    """Every setting that determines what the shards hold."""
+    return text.content(data) if data.kind == "text" else images.content(data)
+
+
+def _open(data: AnyDataConfig) -> Source | ImageSource:
+    """What `data.source` names, without reading it."""
+    return open_source(data) if data.kind == "text" else open_images(data)
+
+
+def _build(data: AnyDataConfig, source: Source | ImageSource, path: str, work: str) -> PreparationResult:
+    """The shards."""
+    if data.kind == "text":
+        assert isinstance(source, Source)
+        return text.build(data, source, path, work)
+    assert isinstance(source, ImageSource)
+    return images.build(data, source, path, work)
+
+
+def _prepared(data: AnyDataConfig, path: str) -> Manifest | None:
+    """The manifest in `path` if it is this config's, None if there is none yet."""
+    names = storage.listing(path)
+    if MANIFEST not in names:
+        if names and not any(name.startswith(_WORK) for name in names):
+            raise DataError(
+                f"data.path: {path!r} holds other files, such as {names[0]!r}; expected a new or empty folder"
+            )
+        return None
+    manifest = Manifest.read(path)
+    wanted = _content(data)
+    found = [
+        f"{key}: the data has {manifest.content.get(key)!r}, the config {wanted.get(key)!r}"
+        for key in {**wanted, **manifest.content}
+        if manifest.content.get(key) != wanted.get(key)
+    ]
+    if found:
+        raise DataError(
+            f"data.path: {path!r} holds data of another config; set another path, or remove the folder:\n"
+            + "\n".join(f"  data.{line}" for line in found)
+        )
+    return manifest
+
+
+def _clean(path: str, manifest: Manifest) -> None:
+    """Remove intermediate files, unfinished ones, and shards of an interrupted run on another input."""
+    known = {file.name for split in manifest.splits.values() for file in split.files}
+    for name in storage.listing(path):
+        if name.startswith(_WORK) or (_SHARD.fullmatch(name) and name not in known):
+            storage.remove(storage.join(path, name))
+    storage.sweep(path)
+
+
+def _report(path: str, manifest: Manifest) -> None:
+    what = "documents" if manifest.grid is None else "images"
+    log.info(
+        "prepared %s: %d %s, %d tokens, %d training and %d validation rows of %d, %d tokens dropped, "
+        "%d %s skipped, %d empty ones left out",
+        path,
+        manifest.documents,
+        what,
+        manifest.tokens,
+        manifest.rows("train"),
+        manifest.rows("validation"),
+        manifest.length,
+        sum(split.tokens_dropped for split in manifest.splits.values()),
+        manifest.skipped.count,
+        what,
+        manifest.documents_empty,
+    )
+
+
+def _key(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

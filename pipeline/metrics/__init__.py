@@ -1,0 +1,1 @@
+"""What training and evaluation both measure: likelihood, drawn samples, language-model and image figures."""

@@ -1,0 +1,1 @@
+"""Predictions made before a run starts: parameters, memory, arithmetic, time and scaling."""

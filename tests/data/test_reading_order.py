@@ -1,0 +1,167 @@
+"""The reading order: the same rows for any number of workers, every row once an epoch, from any step."""
+
+import threading
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.reading_order import MISSING, ReadingOrder, batches
+from pipeline.data.shards import ShardReader
+from pipeline.errors import ConfigError, DataError
+from tests.support.data_helpers import SIZES, L, make_shards
+
+PROMISED = [49, 52, 48, 71, 73, 68, 136, 137]
+
+
+def make_order(seed: int = 0, window: int = 6) -> ReadingOrder:
+    return ReadingOrder(SIZES, batch=24, streams=8, window=window, seed=seed)
+
+
+def make_reader(path: Path) -> ShardReader:
+    return ShardReader(str(path), make_shards(path, SIZES), "train")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    share=st.integers(1, 5),
+    streams=st.integers(1, 8),
+    window=st.integers(1, 70),
+    epoch=st.integers(0, 3),
+)
+def test_every_row_once_an_epoch(sizes: list[int], share: int, streams: int, window: int, epoch: int) -> None:
+    batch = share * streams
+    if sum(sizes) < batch:
+        return
+    order = ReadingOrder(sizes, batch, streams, window, seed=3)
+    first = epoch * order.steps_per_epoch
+    steps = range(first, first + order.steps_per_epoch)
+    assert {order.epoch_of(step) for step in steps} == {epoch}
+    read = np.concatenate([order.rows_of_step(step) for step in steps])
+    assert len(order.leftover(epoch)) == sum(sizes) % batch
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([read, order.leftover(epoch)])), np.arange(sum(sizes))
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])
+def test_workers_share_the_same_global_batches(workers: int) -> None:
+    order = make_order()
+    slots = [order.slots(rank, workers) for rank in range(workers)]
+    assert len({len(s) for s in slots}) == 1
+    served = np.concatenate(slots)
+    np.testing.assert_array_equal(np.sort(served[served != MISSING]), np.arange(24))
+    assert (served == MISSING).any() == (8 % workers != 0)
+    share = 24 // 8
+    for s in slots:
+        streams = np.unique(s[s != MISSING] // share)
+        assert len(streams) in (8 // workers, -(-8 // workers))
+        assert np.ptp(streams) == len(streams) - 1
+    with pytest.raises(ConfigError, match="9 workers"):
+        order.slots(0, 9)
+
+
+def test_a_stream_is_a_contiguous_cut_shuffled_in_windows() -> None:
+    """What a stream reads does not leave its window, and its windows follow one another."""
+    order = make_order(window=6)
+    cut = order._layout(0)[0]
+    reads = np.stack([order.rows_of_step(step).reshape(8, 3) for step in range(7)], axis=1).reshape(8, 21)
+    for stream in range(8):
+        for start in range(0, 21, 6):
+            window = slice(start, start + 6)
+            np.testing.assert_array_equal(np.sort(reads[stream, window]), np.sort(cut[stream, window]))
+    assert (reads != cut).mean() > 0.5
+
+
+def test_random_access_equals_iteration() -> None:
+    order = make_order()
+    straight = [order.rows_of_step(step) for step in range(21)]
+    jumpy = make_order()
+    for step in [20, 3, 0, 13, 6, 7, 20]:
+        np.testing.assert_array_equal(jumpy.rows_of_step(step), straight[step])
+        np.testing.assert_array_equal(make_order().rows_of_step(step), straight[step])
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = make_order()
+    firsts = [order.rows_of_step(epoch * 7) for epoch in range(4)] + [make_order(seed=1).rows_of_step(0)]
+    for i, one in enumerate(firsts):
+        for two in firsts[i + 1 :]:
+            assert (one != two).mean() > 0.5
+    skipped = [tuple(order.leftover(epoch)) for epoch in range(4)]
+    assert len(set(skipped)) == 4
+
+
+def test_the_order_never_changes() -> None:
+    """Runs resume under other versions of this code and of numpy: these rows are a promise."""
+    rows = make_order().rows_of_step(100)
+    assert rows[:8].tolist() == PROMISED
+
+
+def test_a_large_epoch_is_cheap() -> None:
+    order = ReadingOrder([8192] * 250, batch=512, streams=64, window=4096, seed=0)
+    assert len(np.unique(order.rows_of_step(12_345))) == 512
+    assert order._epoch is not None
+    assert sum(part.nbytes for part in order._epoch[1:]) == order.rows * 8
+
+
+def test_refusals() -> None:
+    with pytest.raises(DataError, match=r"train.batch: 24 rows, but the data has 23"):
+        ReadingOrder([23], 24, 8, 4, 0)
+    with pytest.raises(ConfigError, match="does not divide"):
+        ReadingOrder(SIZES, 25, 8, 4, 0)
+
+
+@pytest.mark.parametrize(("workers", "micro"), [(1, 7), (2, 4), (3, 4), (8, 2)])
+def test_batches(workers: int, micro: int, tmp_path: Path) -> None:
+    reader, order = make_reader(tmp_path), make_order()
+    streams = [batches(reader, order, 5, rank, workers, micro) for rank in range(workers)]
+    for step in range(5, 9):
+        parts = [next(stream) for stream in streams]
+        assert len({len(part) for part in parts}) == 1
+        shapes = {mb.tokens.shape for part in parts for mb in part}
+        assert len(shapes) == 1
+        assert next(iter(shapes))[0] <= micro
+        tokens = np.concatenate([mb.tokens for part in parts for mb in part])
+        index = np.concatenate([mb.index for part in parts for mb in part])
+        there = index != MISSING
+        np.testing.assert_array_equal(np.sort(index[there]), np.arange(24))
+        rows = order.rows_of_step(step)
+        np.testing.assert_array_equal(tokens[there], rows[index[there]][:, None] + np.arange(L))
+        assert set(tokens[~there][:, 0]) <= set(rows)
+        assert tokens.dtype == index.dtype == np.int64
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
+
+
+def test_labels_go_with_their_rows(tmp_path: Path) -> None:
+    """Also in missing rows, which repeat one that exists."""
+    reader = ShardReader(str(tmp_path), make_shards(tmp_path, SIZES, classes=7), "train")
+    stream = batches(reader, make_order(), 0, 2, 3, 4)  # 8 streams for 3 workers: the last one has fewer
+    parts = next(stream)
+    stream.close()
+    assert any((part.index == MISSING).any() for part in parts)
+    for part in parts:
+        assert part.labels is not None
+        np.testing.assert_array_equal(part.labels, part.tokens[:, 0] % 7)
+        assert part.labels.dtype == np.int64
+    unlabelled = batches(make_reader(tmp_path / "x"), make_order(), 0, 0, 1, 24)
+    assert next(unlabelled)[0].labels is None
+    unlabelled.close()
+
+
+def test_an_error_while_reading_ahead_reaches_the_consumer(tmp_path: Path) -> None:
+    manifest, order = make_shards(tmp_path, SIZES), make_order()
+    reader = ShardReader(str(tmp_path), manifest, "train")
+    good = len(list(islice(batches(reader, order, 0, 0, 8, 3), 2)))
+    assert good == 2
+    (tmp_path / "train-00002.parquet").unlink()
+    fresh = ShardReader(str(tmp_path), manifest, "train")
+    with pytest.raises(DataError, match=r"train-00002.parquet: shard is missing"):
+        list(islice(batches(fresh, order, 0, 0, 1, 24), 7))
+    assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]

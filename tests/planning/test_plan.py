@@ -1,0 +1,205 @@
+"""The plan of a run against counted parameters, the engine's real tensors, and counted operations."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from jobs.plan import plan as print_plan
+from pipeline.config.load import load, parse
+from pipeline.config.schema import RunConfig
+from pipeline.diffusion import partition
+from pipeline.diffusion.objective import next_token_batch, normaliser, training_batch
+from pipeline.errors import ConfigError
+from pipeline.models import build
+from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.model_folder import DataFacts
+from pipeline.planning import plan
+from tests.support.tiny_runs import tiny
+from tests.support.workers import Workers
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ROWS, LENGTH = 16, 256
+MODELS: dict[str, dict[str, Any]] = {
+    "pgm": {"kind": "pgm", "encoder_blocks": 2, "decoder_blocks": 2},
+    "pgm, pooled": {
+        "kind": "pgm",
+        "encoder_blocks": 1,
+        "decoder_blocks": 2,
+        "registers": 4,
+        "swap": {"pooling": "mean", "query": "mlp4", "every_block": True},
+    },
+    "mdlm": {"kind": "mdlm", "blocks": 2},
+    "complementary": {"kind": "mdlm", "blocks": 2, "complementary": True},
+    "ar": {"kind": "ar", "blocks": 2},
+}
+
+
+def configured(model: dict[str, Any], precision: str = "fp32") -> RunConfig:
+    ar = model["kind"] == "ar"
+    return parse(
+        {
+            "name": "p",
+            "data": {"length": LENGTH, "streams": 4},
+            "model": {"hidden": 64, "heads": 4, "dropout": 0.1, **model},
+            "train": {"batch": ROWS, "micro_batch": ROWS, "precision": precision},
+            "sampling": {"steps": LENGTH if ar else 4, "order": "left_to_right" if ar else "uniform"},
+        },
+        "test",
+    )
+
+
+def first_batch(config: RunConfig, model: Denoiser) -> Batch:
+    """The batch of the run's first step, on random tokens."""
+    diffusion, cpu = config.diffusion, torch.device("cpu")
+    tokens = np.random.default_rng(0).integers(0, 256, (ROWS, LENGTH))
+    present = np.ones(ROWS, dtype=bool)
+    if model.left_to_right:
+        return next_token_batch(tokens, present, ROWS, False, cpu, None)
+    t, groups = partition.draw(config.seed, 0, ROWS, LENGTH, diffusion.eps, False, diffusion.schedule)
+    divisor = normaliser(groups, diffusion, model.both_groups, False)
+    return training_batch(tokens, t, groups, present, diffusion, model.both_groups, divisor, False, cpu, None)
+
+
+def real(config: RunConfig) -> Denoiser:
+    facts = plan.data_facts(config)
+    assert facts is not None
+    torch.manual_seed(0)
+    return build(config.model, facts.vocab_size, facts.length, facts.bos).train()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_operations_are_the_models(name: str) -> None:
+    config = configured(MODELS[name])
+    facts, model = plan.data_facts(config), real(config)
+    assert facts is not None
+    assert sum(plan.parameters(config, facts).values()) == sum(p.numel() for p in model.parameters())
+    # The plain kernel of attention: the counter knows no other on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(first_batch(config, model)).sum().backward()
+    counted = counter.get_total_flops()
+    if config.model.kind == "ar":  # that kernel multiplies the half that causal attention does not need
+        counted -= 3 * 4 * config.model.blocks * ROWS * config.model.hidden * (LENGTH * (LENGTH - 1) // 2)
+    assert plan.step_flops(config, facts) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_near_what_backward_keeps(name: str, precision: str) -> None:
+    config = configured(MODELS[name], precision)
+    model = real(config)
+    if precision == "bf16":
+        model = model.bfloat16()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in own:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        losses = model(first_batch(config, model))
+    assert losses.requires_grad
+    facts = plan.data_facts(config)
+    assert facts is not None
+    assert 1.0 <= plan.activations(config, facts) / sum(kept.values()) <= 1.45
+
+
+def held(rank: int, workers: int, config: RunConfig, vocabulary: int) -> dict[str, int]:
+    """Bytes that one worker's engine holds after a step."""
+    from pipeline.training.ema import EMA
+    from pipeline.training.engine import Engine
+
+    torch.manual_seed(0)
+    model = build(config.model, vocabulary, config.data.length)
+    engine = Engine(model, config.optim, config.train, 1, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (2, config.data.length))
+    t, groups = partition.draw(0, 0, 2, config.data.length, 1e-3, False)
+    divisor = normaliser(groups, config.diffusion, True, False)
+    cpu = torch.device("cpu")
+    present = np.ones(2, dtype=bool)
+    batch = training_batch(tokens, t, groups, present, config.diffusion, True, divisor, False, cpu, None)
+    engine.backward(batch)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    engine.step(0)
+    optimiser = engine._engine.optimizer
+    inner = getattr(optimiser, "optimizer", optimiser)
+    moments = sum(v.nbytes for state in inner.state.values() for k, v in state.items() if k.startswith("exp"))
+    weights = {p.data.data_ptr() for p in model.parameters()}
+    masters = engine.masters()
+    own = sum(v.nbytes for v in masters.values() if v.data_ptr() not in weights)
+    if config.train.zero_stage < 3:
+        low = sum(p.data.nbytes for p in model.parameters())
+    else:
+        low = sum(p.ds_tensor.nbytes for p in model.parameters())
+    average = sum(v.nbytes for v in EMA(masters, 0.9).slices.values())
+    engine.close()
+    return {"weights": low, "optimiser": moments + own, "ema": average, "gradients": gradients}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_states_are_the_engines(groups: dict[int, Workers], tmp_path: Path, precision: str) -> None:
+    for stage in (0, 1, 2, 3):
+        train = {"zero_stage": stage, "precision": precision, "persistent_parameters": 0}
+        config = tiny(tmp_path, "held", train=train, model={"hidden": 32})
+        facts = plan.data_facts(config)
+        assert facts is not None
+        count = sum(plan.parameters(config, facts).values())
+        expected = plan.states(count, config.train, 2)
+        found = groups[2](held, config, facts.vocab_size)
+        for part in ("weights", "optimiser", "ema"):
+            mean = sum(one[part] for one in found) / 2
+            assert mean == pytest.approx(getattr(expected, part), rel=0.03), (stage, part)
+        if stage == 0:
+            assert found[0]["gradients"] == expected.gradients
+
+
+def test_the_papers_model_has_the_size_that_its_weights_have() -> None:
+    config = load(CONFIGS / "text" / "pgm_8_8.yaml", ["data.tokenizer=bytes"])
+    counts = plan.parameters(config, DataFacts(50_257, 1024, None, 50_256))
+    assert f"{sum(counts.values()) / 1e6:.1f}" == "193.0"
+
+
+def test_stages_divide_and_recomputing_saves() -> None:
+    config = load(CONFIGS / "text" / "pgm_8_8.yaml", ["cluster.workers=8", "data.tokenizer=bytes"])
+    facts = plan.data_facts(config)
+    assert facts is not None
+    by_stage = [plan.memory(config, facts, stage).total for stage in (0, 1, 2, 3)]
+    assert by_stage == sorted(by_stage, reverse=True)
+    again = config.model_copy(
+        update={"train": config.train.model_copy(update={"activation_checkpointing": True})}
+    )
+    assert plan.activations(again, facts) < plan.activations(config, facts) / 4
+    assert plan.step_flops(again, facts) == pytest.approx(plan.step_flops(config, facts) * 4 / 3)
+
+
+def test_a_plan_tells_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"cluster.storage={tmp_path}/runs", "cluster.accelerator=gpu", "cluster.workers=8"]
+    config = load(CONFIGS / "text" / "quickstart.yaml", words)
+    print_plan(config, "H100")
+    told = capsys.readouterr().out
+    for part in (
+        f"tokens       {500 * 32 * 64:,} in 500 steps of 32 rows of 64",
+        "epochs       unknown until the data is prepared",
+        "8, each 1 micro-batches of up to 16 rows",
+        "     1*  ",
+        "  h100 ",
+        "GiB: fits",
+        f"GPUs         8 asked for, {torch.cuda.device_count()} there",
+    ):
+        assert part in told, told
+    assert "a100" not in told
+    print_plan(config, "true")
+    told = capsys.readouterr().out
+    assert all(f"  {name} " in told for name in plan.GPUS)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ConfigError, match=r"plan: 'h10' is no GPU in the table; did you mean 'h100'\?"):
+        print_plan(config, "h10")

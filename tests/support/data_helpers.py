@@ -1,0 +1,108 @@
+"""Small corpora, rank files and shards that several test modules make, and jobs that are killed."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.config.schema import RunConfig
+from pipeline.data.manifest import Manifest, ShardFile, Skipped, SourceInfo, SpecialIds, Split, TokenizerInfo
+from pipeline.data.prepare import prepare as preparation
+from pipeline.data.shards import encode_shard
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [f"Document {i}:\nzwölf ☃ {'x' * (i * 7 % 90)}\r\n" for i in range(40)]
+MERGES = [b" t", b"he", b" the", b"nd", b"in", b"ing"]
+SIZES = [40, 40, 40, 40, 17]  # 177 rows: 7 batches of 24, 9 left over
+L = 5
+
+
+def make_shards(path: Path, sizes: list[int], classes: int | None = None) -> Manifest:
+    """Shards in which row r holds r, r + 1, ... and, with classes, has the label r modulo their number."""
+    files, first = [], 0
+    for number, rows in enumerate(sizes):
+        tokens = np.arange(first, first + rows)[:, None] + np.arange(L)
+        labels = None if classes is None else tokens[:, 0] % classes
+        data, digest = encode_shard(tokens.astype("<u2"), labels)
+        files.append(ShardFile(name=f"train-{number:05d}.parquet", rows=rows, sha256=digest))
+        storage.publish_bytes(str(path / files[-1].name), data)
+        first += rows
+    split = Split(files=tuple(files), documents=1, tokens=first * L, tokens_dropped=0)
+    return Manifest(
+        length=L,
+        vocabulary=1000,
+        special=SpecialIds(eot=999, bos=None),
+        wrap="none",
+        tokenizer=TokenizerInfo(name="x", hash="x"),
+        source=SourceInfo(name="x", revision=None, fingerprint="x"),
+        content={},
+        content_key="x",
+        splits={"train": split},
+        documents=1,
+        documents_empty=0,
+        tokens=first * L,
+        skipped=Skipped(count=0, names=()),
+        classes=classes,
+    )
+
+
+def data_path(config: RunConfig) -> str:
+    """Return the folder of the config's prepared data."""
+    return preparation.data_path(config.data, storage.resolve(config.cluster.storage))
+
+
+def ensure(config: RunConfig) -> Manifest:
+    """Return the manifest of the config's data, prepared first if it is not there."""
+    return preparation.ensure(config.data, data_path(config))
+
+
+def prepare(config: RunConfig) -> Manifest:
+    """Prepare the config's data."""
+    return preparation.prepare(config.data, data_path(config))
+
+
+def write_ranks(path: Path, merges: list[bytes] = MERGES) -> str:
+    tokens = [bytes([b]) for b in range(256)] + merges
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return str(path)
+
+
+def lines(documents: list[str] = DOCUMENTS, field: str = "text") -> bytes:
+    return "".join(json.dumps({"id": i, field: d}) + "\n" for i, d in enumerate(documents)).encode()
+
+
+def write_parquet(path: Path, documents: list[str], rows: int = 7) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": documents}), path, row_group_size=rows)
+
+
+def shard_bytes(folder: str) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix == ".parquet"}
+
+
+def run_until(config: Path, address: str, done: Callable[[], bool]) -> None:
+    """Start jobs.prepare on the Ray at `address`, and kill all of it as soon as `done()`."""
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    command = [sys.executable, "-m", "jobs.prepare", str(config)]
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 180
+    try:
+        while not done():
+            assert job.poll() is None, job.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()

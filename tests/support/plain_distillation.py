@@ -1,0 +1,112 @@
+"""Distillation in the plainest form: one process, whole batches, full passes, all log-probabilities at once."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import ShardReader
+from pipeline.diffusion import partition
+from pipeline.diffusion.schedule import complement
+from pipeline.models import build
+from pipeline.models.denoiser import Denoiser
+from pipeline.models.distill_loss import divergence
+from pipeline.run import Run
+from tests.support import plain
+from tests.support.known_source import naive_roll_out
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Plain:
+    """What a run is: losses by number of updates done, the weights that every round starts from, the last average."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    starts: list[Weights] = field(default_factory=list)
+    weights: Weights = field(default_factory=dict)
+    average: Weights = field(default_factory=dict)
+
+
+def loss_of(config: RunConfig, step: int, student: Denoiser, teacher: Denoiser, dt: float) -> Tensor:
+    """The mean over the sides of the mean divergence over what each hides."""
+    assert config.distill is not None
+    manifest, size = Manifest.read(Run(config).data_path), config.train.batch
+    rows, ids = plain.rows_of(config, step)
+    bos, eps = manifest.special.bos is not None, config.diffusion.eps
+    tokens, labels = torch.from_numpy(ids), None
+    if config.model.classes is not None:
+        found = ShardReader(Run(config).data_path, manifest, "train").labels(rows)
+        dropped = partition.draw_dropped(config.seed, step, size, config.train.class_drop)
+        labels = torch.from_numpy(np.where(dropped, config.model.classes, found))
+    t, groups = partition.draw(config.seed, step, size, manifest.length, eps, bos, least=2 * dt)
+    noise = torch.from_numpy(
+        np.random.default_rng([config.seed, step, 2]).random((size, 2, 2, manifest.length))
+    )
+    hidden = torch.from_numpy(groups)
+    logits = student.logits(tokens, hidden, labels)
+    sides = [(hidden, t)]
+    if config.distill.form == "complementary":
+        others = ~hidden
+        others[:, 0] &= not bos
+        sides.append((others, complement(t, eps, "matched").clip(2 * dt, 1)))
+    losses = []
+    for side, (asked, time) in enumerate(sides):
+        with torch.no_grad():
+            told = naive_roll_out(
+                lambda known, unknown: teacher.logits(known, unknown, labels),
+                tokens,
+                asked,
+                torch.from_numpy(time),
+                dt,
+                noise[:, side, 0],
+                noise[:, side, 1],
+            )
+        losses.append(divergence(logits[asked], told, config.distill.divergence).sum() / max(1, len(told)))
+    return torch.stack(losses).mean()
+
+
+def copies(model: Denoiser) -> Weights:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def train(config: RunConfig, teacher: Denoiser) -> Plain:
+    """Every round of a run at dropout 0; the rate is constant after the warm-up of a fresh optimiser."""
+    distill, optim, decay = config.distill, config.optim, config.train.ema
+    assert distill is not None
+    assert config.model.dropout == 0
+    manifest = Manifest.read(Run(config).data_path)
+    every, run = config.train.steps // distill.rounds, Plain()
+    student, guide = (
+        build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos) for _ in range(2)
+    )
+    weights = copies(teacher)
+    for step in range(config.train.steps):
+        done, inside = divmod(step, every)
+        if inside == 0:
+            if done:
+                weights = copies(student) if distill.next_teacher == "raw" else average
+            run.starts.append(weights)
+            for model in (student, guide):
+                model.load_state_dict(weights)
+            average = copies(student)
+            if done == 0 or distill.optimizer == "reset":
+                fresh = step
+                adam = torch.optim.AdamW(
+                    student.parameters(), betas=optim.betas, weight_decay=optim.weight_decay
+                )
+        loss = loss_of(config, step, student, guide, 2**done / distill.teacher_steps)
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), optim.clip)
+        for group in adam.param_groups:
+            group["lr"] = optim.lr * min(1, (step - fresh + 1) / optim.warmup_steps)
+        adam.step()
+        run.losses[step + 1] = loss.item()
+        for name, value in copies(student).items():
+            average[name] = decay * average[name] + (1 - decay) * value
+    run.weights, run.average = copies(student), average
+    return run
