@@ -13,7 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
-from pipeline.config import schema
+from pipeline.config.schema import ClusterConfig
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.runtime.actors import Resources
 from pipeline.runtime.control_files import STOP
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def cluster(config: schema.RunConfig) -> Iterator[None]:
+def joined_cluster(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster that this job runs in (RAY_ADDRESS), else start a local Ray for the job."""
     mine = not ray.is_initialized()
     if mine:
@@ -30,7 +30,7 @@ def cluster(config: schema.RunConfig) -> Iterator[None]:
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
-            cpus = max(os.cpu_count() or 1, config.cluster.least * config.cluster.cpus_per_worker)
+            cpus = max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
             ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
         if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a word
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -41,13 +41,13 @@ def cluster(config: schema.RunConfig) -> Iterator[None]:
             ray.shutdown()
 
 
-def check_resources(config: schema.RunConfig) -> bool:
+def check_resources(config: ClusterConfig) -> bool:
     """Whether the workers get a GPU each.
 
     Raises:
         CapabilityError: the cluster is too small for the fewest workers; without this, Ray would wait for ever.
     """
-    there, asked = ray.cluster_resources(), config.cluster
+    there, asked = ray.cluster_resources(), config
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
     auto = asked.accelerator == "auto"
     use_gpu = gpus > 0 if auto else asked.accelerator == "gpu"
@@ -84,16 +84,15 @@ def places(nodes: Sequence[Mapping[str, Any]], cpus: int, use_gpu: bool) -> int:
     return sum(min(both) if use_gpu else both[0] for both in fit)
 
 
-def actors_now(config: schema.RunConfig) -> Resources:
+def available_resources(config: ClusterConfig) -> Resources:
     """What a job without an elastic group, such as sampling, starts with: as many actors as fit now, in bounds.
 
     Raises:
         CapabilityError: the cluster is too small.
     """
     use_gpu = check_resources(config)
-    asked = config.cluster
-    fit = places(ray.nodes(), asked.cpus_per_worker, use_gpu)
-    return Resources(max(asked.least, min(asked.most, fit)), asked.cpus_per_worker, use_gpu)
+    fit = places(ray.nodes(), config.cpus_per_worker, use_gpu)
+    return Resources(max(config.least, min(config.most, fit)), config.cpus_per_worker, use_gpu)
 
 
 def check_visible(run: str, uri: str) -> None:

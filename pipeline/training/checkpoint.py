@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
 from pipeline.models.vq import ImageTokenizer
+from pipeline.run import Run
 from pipeline.training.ema import EMA, join_slices, read_slices
 from pipeline.training.engine import Engine
 
@@ -47,11 +48,6 @@ class TrainState:
     validation: float | None = None  # at this step, if it was validated; the lower the better
     samples: tuple[str, ...] = ()  # texts drawn at that validation
     task: dict[str, Any] = field(default_factory=dict)  # of distillation: the round and its teacher
-
-
-def run_folder(config: RunConfig) -> str:
-    """Where a run lives: `cluster.storage`/name."""
-    return storage.join(storage.resolve(config.cluster.storage), config.name)
 
 
 def name_of(step: int) -> str:
@@ -172,7 +168,7 @@ def _remove(path: str) -> None:
     storage.remove(path)
 
 
-def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, Tensor]:
+def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str, Tensor]:
     """Full float32 EMA weights of a checkpoint that any number of workers wrote.
 
     Raises:
@@ -182,7 +178,7 @@ def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, T
         raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
     averages = join_slices(read_slices(sorted(storage.fetch(path).glob("ema_*.safetensors"))))
     with torch.device("meta"):
-        model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
+        model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
     tensors = {}
     for name, parameter in model.named_parameters():
         if name not in averages or averages[name].numel() != parameter.numel():
@@ -193,10 +189,9 @@ def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, T
     return tensors
 
 
-def consolidate(
-    path: str, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer | ImageTokenizer, into: str
-) -> None:
-    """A checkpoint's EMA weights as a model folder, complete or absent."""
+def consolidate(path: str, run: Run, tokenizer: Tokenizer | ImageTokenizer) -> None:
+    """Write a checkpoint's EMA weights as the run's model folder, complete or absent."""
+    config, manifest = run.config, run.manifest
     facts = model_folder.DataFacts(
         manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot
     )
@@ -212,9 +207,9 @@ def consolidate(
     background = model_folder.Background(figures, config.model_dump(mode="json"))
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"
-        model_folder.write(local, config.model, facts, ema_weights(path, config, manifest), background)
+        model_folder.write(local, config.model, facts, ema_weights(path, config.model, manifest), background)
         tokenizer.save(local)
-        storage.publish_folder(local, into)
+        storage.publish_folder(local, run.model_folder)
 
 
 def _list(rank: int) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import DistillConfig, ModelConfig, RunConfig
-from pipeline.data.manifest import Manifest
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
@@ -26,6 +25,7 @@ from pipeline.models import model_folder
 from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.models.distill_loss import DistillTargets
 from pipeline.models.released import conversion
+from pipeline.run import Run
 from pipeline.runtime.session import Session
 from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
@@ -51,9 +51,9 @@ def sampling_steps(config: DistillConfig, done: int) -> int:
     return config.teacher_steps // 2**done
 
 
-def teacher_folder(run: str, done: int) -> str:
+def teacher_folder(folder: str, done: int) -> str:
     """Model folder of the teacher of the round after `done` finished ones: 0 is the one that was given."""
-    return storage.join(run, "rounds", f"{done}")
+    return storage.join(folder, "rounds", f"{done}")
 
 
 def hidden_sides(
@@ -117,20 +117,19 @@ class Distillation:
     point.
     """
 
-    def __init__(
-        self, config: RunConfig, manifest: Manifest, engine: Engine, ema: EMA, session: Session
-    ) -> None:
+    def __init__(self, run: Run, engine: Engine, ema: EMA, session: Session) -> None:
+        config, manifest = run.config, run.manifest
         assert config.distill is not None
         self._config, self._distill, self._session = config, config.distill, session
         self._manifest, self._engine, self._ema = manifest, engine, ema
         self._length, self._bos = manifest.length, manifest.special.bos is not None
-        self._run = checkpoint.run_folder(config)
+        self._folder = run.folder
         self._every = config.train.steps // self._distill.rounds
         self._round: int | None = None
 
     def facts(self) -> dict[str, Any]:
         assert self._round is not None
-        return {"round": self._round + 1, "teacher": teacher_folder(self._run, self._round)}
+        return {"round": self._round + 1, "teacher": teacher_folder(self._folder, self._round)}
 
     def start(self, step: int) -> None:
         config = self._config
@@ -169,7 +168,7 @@ class Distillation:
 
     def _begin(self, done: int, at_its_start: bool) -> None:
         """Load the round's teacher, which at the round's first step is the student as it is now."""
-        where = teacher_folder(self._run, done)
+        where = teacher_folder(self._folder, done)
         if at_its_start and done > 0:
             source = self._ema.slices if self._distill.next_teacher == "ema" else self._engine.masters()
             weights = self._engine.whole(source)
@@ -206,8 +205,8 @@ class Distillation:
             storage.publish_folder(local, where)
 
 
-def with_teacher(config: RunConfig) -> RunConfig:
-    """The run's own config: with its teacher's model section, starting from that teacher's weights.
+def with_teacher(run: Run) -> Run:
+    """The run with its own config: with its teacher's model section, starting from that teacher's weights.
 
     The teacher is copied into the run's folder. From the first checkpoint on that copy is the teacher, whatever
     the config's name for it means by then.
@@ -217,37 +216,37 @@ def with_teacher(config: RunConfig) -> RunConfig:
         CapabilityError: an autoregressive teacher, or a form that its kind does not have.
         ConfigError: no distill section, another start, or keys that do not go with the teacher's model.
     """
-    distill, run = config.distill, checkpoint.run_folder(config)
+    config, distill = run.config, run.config.distill
     if distill is None:
         raise ConfigError("distill: missing; expected a section with the teacher")
-    where = teacher_folder(run, 0)
+    where = teacher_folder(run.folder, 0)
     if config.train.init_from not in (None, where):
         raise ConfigError(
             f"train.init_from: {config.train.init_from!r}; expected null, a student starts as its teacher"
         )
     origin = f"distill.teacher: {distill.teacher!r}"
-    if checkpoint.newest(run) is None or not storage.folder_complete(where):
-        model = _place(config, origin, where)
+    if checkpoint.newest(run.folder) is None or not storage.folder_complete(where):
+        model = _place(run, origin, where)
     else:
         model, _ = model_folder.read_config(storage.fetch(where))
         _check_model(config, model, origin)
     train = config.train.model_copy(update={"init_from": where})
-    config = config.model_copy(update={"model": model, "train": train})
-    if found := config.conflicts():
+    run = run.configured(model=model, train=train)
+    if found := run.config.conflicts():
         raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in found))
-    return config
+    return run
 
 
-def _place(config: RunConfig, origin: str, where: str) -> ModelConfig:
+def _place(run: Run, origin: str, where: str) -> ModelConfig:
     """Put the teacher that the config names into the run's folder."""
+    config = run.config
     assert config.distill is not None
     name = config.distill.teacher
     tokenizer = None
     if name.startswith("models:/"):
-        uri = tracking.tracking_uri(config)
-        version = tracking.find_version(uri, name)
+        version = tracking.find_version(run.tracking_uri, name)
         name = f"models:/{version.name}/{version.version}"
-        local = tracking.download_model(uri, name)
+        local = tracking.download_model(run.tracking_uri, name)
     elif storage.exists(name):
         local = storage.fetch(name)
     else:
@@ -302,33 +301,32 @@ def _check_model(config: RunConfig, model: ModelConfig, origin: str) -> None:
         )
 
 
-def teacher_name(run: str) -> str:
+def teacher_name(folder: str) -> str:
     """The teacher that a run was given: a folder, a file, or a model version, whatever alias it went by."""
-    return str(_told(run)["teacher"])
+    return str(_told(folder)["teacher"])
 
 
-def _told(run: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(storage.read_text(storage.join(teacher_folder(run, 0), ORIGIN)))
+def _told(folder: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(storage.read_text(storage.join(teacher_folder(folder, 0), ORIGIN)))
     return told
 
 
-def check_teacher(config: RunConfig, run: str, manifest: Manifest) -> None:
+def check_teacher(run: Run) -> None:
     """Refuse a teacher of another vocabulary, tokenizer or length than the data.
 
     Raises:
         DataError: every difference.
     """
-    assert config.distill is not None
-    _, facts = model_folder.read_config(storage.fetch(teacher_folder(run, 0)))
+    distill, manifest = run.config.distill, run.manifest
+    assert distill is not None
+    _, facts = model_folder.read_config(storage.fetch(teacher_folder(run.folder, 0)))
     pairs: dict[str, tuple[object, object]] = {
         "vocabulary": (facts.vocab_size, manifest.vocabulary),
         "length": (facts.length, manifest.length),
         "BOS": (facts.bos, manifest.special.bos),
     }
-    if tokenizer := _told(run)["tokenizer"]:  # released files come without
+    if tokenizer := _told(run.folder)["tokenizer"]:  # released files come without
         pairs["tokenizer (hash)"] = (tokenizer, manifest.tokenizer.hash)
     found = [f"{key} {has}, the data's is {wants}" for key, (has, wants) in pairs.items() if has != wants]
     if found:
-        raise DataError(
-            f"distill.teacher: {config.distill.teacher!r} does not fit the data: " + "; ".join(found)
-        )
+        raise DataError(f"distill.teacher: {distill.teacher!r} does not fit the data: " + "; ".join(found))

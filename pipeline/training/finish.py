@@ -12,9 +12,7 @@ from matplotlib.figure import Figure
 
 from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import markov
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
@@ -23,9 +21,9 @@ from pipeline.models import model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.reports.figures import loss_curve, png, quality_against_steps
 from pipeline.reports.pictures import sample_grid
+from pipeline.run import Run
 from pipeline.training import checkpoint
 from pipeline.training.distillation import sampling_steps, teacher_folder
-from pipeline.training.loop import tracking_spill
 from pipeline.training.validation import draw, image_tokenizer, validation_rows
 
 log = logging.getLogger(__name__)
@@ -49,27 +47,27 @@ class RunResult:
     quality: str | None = None  # Markdown table of a distillation: samples of every model by steps
 
 
-def finish(
-    config: RunConfig, run: str, uri: str, run_id: str, manifest: Manifest, use_gpu: bool
-) -> RunResult:
+def finish(run: Run) -> RunResult:
     """Consolidate, register, draw the curve, compare with n-grams; of a distillation, every student too."""
-    last = checkpoint.latest(run)
+    config, folder, uri, run_id = run.config, run.folder, run.tracking_uri, run.run_id
+    assert run_id is not None
+    last = checkpoint.latest(folder)
     if last is None:
-        raise CheckpointError(f"{run}: training ended without a usable checkpoint")
-    checkpoint.prune(run, config.train.keep)
+        raise CheckpointError(f"{folder}: training ended without a usable checkpoint")
+    checkpoint.prune(folder, config.train.keep)
     state = checkpoint.read_state(last)
-    model = storage.join(run, "model")
+    model = run.model_folder
     text = config.data.kind == "text"
-    tokenizer = load_tokenizer(config.data.tokenizer) if text else image_tokenizer(config)
-    checkpoint.consolidate(last, config, manifest, tokenizer, model)
+    tokenizer = load_tokenizer(config.data.tokenizer) if text else image_tokenizer(run)
+    checkpoint.consolidate(last, run, tokenizer)
     metric, value = (
         config.validation_metric,
         float("nan") if state.validation is None else state.validation,
     )
     name = config.tracking.register_as or config.name
-    references = _references(config, manifest) if text else {}
-    grid = None if text else _grid(config, manifest, model)
-    quality = [] if config.distill is None else _quality(config, run, manifest, model, use_gpu)
+    references = _references(run) if text else {}
+    grid = None if text else _grid(run)
+    quality = [] if config.distill is None else _quality(run)
     version = None
     try:
         number = tracking.register_model(
@@ -83,8 +81,8 @@ def finish(
         if config.distill is None:
             tracking.set_alias(uri, name, "teacher", number)
         else:
-            _register_rounds(config, run, uri, run_id, name, tokenizer)
-        with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
+            _register_rounds(run, name, tokenizer)
+        with run.tracker() as tracker:
             tracker.log_metrics({f"reference/{k}": v for k, v in references.items()}, state.step)
             tracker.flush()
             history = tracking.metric_history(uri, run_id, ["train/loss", f"validation/{metric}"])
@@ -96,16 +94,16 @@ def finish(
                 compared = quality_against_steps(step_quality.points(quality), references.get("bigram"))
                 tracker.log_figure(compared, "figures/quality_against_steps.png")
                 tracker.log_text(step_quality.table(quality) + "\n", "quality_against_steps.md")
-        if storage.is_local(run):
-            figure.savefig(Path(run) / "loss_curve.png")
+        if storage.is_local(folder):
+            figure.savefig(Path(folder) / "loss_curve.png")
     except ConfigError as error:  # the training is done; an outage now must not make it a failure
         log.warning("the model is not registered, the next start does it: %s", error)
     pictures = None
     if grid is not None:
-        pictures = storage.join(run, "samples.png")
+        pictures = storage.join(folder, "samples.png")
         storage.publish_bytes(pictures, png(grid))
     told = step_quality.table(quality) if quality else None
-    return RunResult(run, model, version, metric, value, references, state.samples, pictures, uri, told)
+    return RunResult(folder, model, version, metric, value, references, state.samples, pictures, uri, told)
 
 
 def _round_tags(config: RunConfig) -> dict[str, str]:
@@ -115,53 +113,52 @@ def _round_tags(config: RunConfig) -> dict[str, str]:
     return {"round": str(rounds), "sampling_steps": str(sampling_steps(config.distill, rounds))}
 
 
-def _register_rounds(
-    config: RunConfig, run: str, uri: str, run_id: str, name: str, tokenizer: Tokenizer | ImageTokenizer
-) -> None:
+def _register_rounds(run: Run, name: str, tokenizer: Tokenizer | ImageTokenizer) -> None:
     """The students of all rounds but the last, which is the run's model."""
-    assert config.distill is not None
-    for done in range(1, config.distill.rounds):
-        steps = str(sampling_steps(config.distill, done))
+    distill = run.config.distill
+    assert distill is not None
+    assert run.run_id is not None
+    for done in range(1, distill.rounds):
+        steps = str(sampling_steps(distill, done))
         tags = {"round": str(done), "sampling_steps": steps}
         with tempfile.TemporaryDirectory() as temporary:
             student = Path(temporary) / "model"
-            shutil.copytree(storage.fetch(teacher_folder(run, done)), student)
+            shutil.copytree(storage.fetch(teacher_folder(run.folder, done)), student)
             tokenizer.save(student)
-            tracking.register_model(uri, run_id, student, f"{name}-round-{done}", tags)
+            tracking.register_model(run.tracking_uri, run.run_id, student, f"{name}-round-{done}", tags)
 
 
-def _quality(
-    config: RunConfig, run: str, manifest: Manifest, model: str, use_gpu: bool
-) -> list[step_quality.Quality]:
+def _quality(run: Run) -> list[step_quality.Quality]:
     """Samples of the teacher and of every round's student, under the training rows' bigram model."""
+    config, manifest = run.config, run.manifest
     asked, bos = config.distill, int(manifest.special.bos is not None)
     assert asked is not None
     models = {
-        "teacher" if done == 0 else f"round {done}": teacher_folder(run, done) for done in range(asked.rounds)
+        "teacher" if done == 0 else f"round {done}": teacher_folder(run.folder, done)
+        for done in range(asked.rounds)
     }
-    models[f"round {asked.rounds}"] = model
+    models[f"round {asked.rounds}"] = run.model_folder
     counts = step_quality.step_counts(asked.teacher_steps, asked.rounds, manifest.length - bos)
     log.info("sampling from the teacher and %d students in %s steps", asked.rounds, counts)
-    train = ShardReader(data_path(config), manifest, "train")
+    train = ShardReader(run.data_path, manifest, "train")
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, bos:]
     judge = ngram.bigram_model([seen], manifest.vocabulary)
     cpus = config.cluster.cpus_per_worker
-    return step_quality.compare(models, counts, config.sampling, judge, cpus, use_gpu)
+    return step_quality.compare(models, counts, config.sampling, judge, cpus, run.resources.use_gpu)
 
 
-def _grid(config: RunConfig, manifest: Manifest, model: str) -> Figure:
+def _grid(run: Run) -> Figure:
     """Pictures that the finished model draws."""
-    denoiser, _, _ = model_folder.read(storage.fetch(model))
-    tokens, classes, _ = draw(config, manifest, denoiser)
-    pictures = image_tokenizer(config, batch=len(tokens)).decode(tokens[:, 1:].numpy())
+    denoiser, _, _ = model_folder.read(storage.fetch(run.model_folder))
+    tokens, classes, _ = draw(run, denoiser)
+    pictures = image_tokenizer(run, batch=len(tokens)).decode(tokens[:, 1:].numpy())
     return sample_grid(pictures, classes)
 
 
-def _references(config: RunConfig, manifest: Manifest) -> dict[str, float]:
+def _references(run: Run) -> dict[str, float]:
     """Perplexities of n-gram models of the same training rows on the same validation rows."""
-    path = data_path(config)
-
-    train, validation = (ShardReader(path, manifest, split) for split in ("train", "validation"))
+    config, manifest = run.config, run.manifest
+    train, validation = (ShardReader(run.data_path, manifest, split) for split in ("train", "validation"))
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))
     held_out = validation.rows(validation_rows(len(validation), config.evaluation.rows))
     known = config.data.source == "markov"

@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,14 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline import storage
-from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.reading_order import ReadingOrder, batches
 from pipeline.data.shards import ShardReader
 from pipeline.errors import TrainingError
 from pipeline.models import build
+from pipeline.run import Run
 from pipeline.runtime.control_files import Requests
 from pipeline.runtime.session import HangWatch, Session
-from pipeline.tracking import Tracker
 from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
@@ -39,20 +35,11 @@ from pipeline.training.validation import Validation, validate
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker."""
-
-    config: RunConfig
-    tracking_uri: str | None = None  # None: no tracking
-    run_id: str | None = None
-
-
 class _GoBack(Exception):
     """A step was not finite: start again from the last checkpoint, without the rows in `skipped.json`."""
 
 
-def train(job: Job, session: Session) -> dict[str, float]:
+def train(run: Run, session: Session) -> dict[str, float]:
     """Train to `train.steps`, from the newest usable checkpoint of the run if there is one.
 
     Everything random is a function of (seed, step, index in the global batch), and the data's position of the
@@ -67,7 +54,7 @@ def train(job: Job, session: Session) -> dict[str, float]:
     """
     while True:
         try:
-            return _attempt(job, session)
+            return _attempt(run, session)
         except _GoBack:
             pass  # its traceback holds the model that failed
         session.settle()
@@ -75,15 +62,14 @@ def train(job: Job, session: Session) -> dict[str, float]:
         torch.cuda.empty_cache()
 
 
-def _attempt(job: Job, session: Session) -> dict[str, float]:
-    config, rank, device = job.config, session.rank, session.device
+def _attempt(run: Run, session: Session) -> dict[str, float]:
+    config, rank, device = run.config, session.rank, session.device
     spent = _Spent()
-    run = checkpoint.run_folder(config)
 
     # Data: which rows each step reads, and which of them are ours.
-    path = data_path(config)
-    manifest = Manifest.read(path)
-    reader = ShardReader(path, manifest, "train")
+    run = run.replace(given_manifest=Manifest.read(run.data_path))
+    manifest = run.manifest
+    reader = ShardReader(run.data_path, manifest, "train")
     order = ReadingOrder(
         manifest.rows_per_shard("train"),
         config.train.batch,
@@ -94,8 +80,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     parts = -(-len(order.slots(rank, session.workers)) // config.train.micro_batch)
 
     # Where to start: rank 0 decides, so that no two ranks see different folders.
-    plan: list[Any] = [resuming.plan_resume(run, config, session.workers) if rank == 0 else None]
-    skipped: list[Any] = [resuming.read_skipped(run) if rank == 0 else None]
+    plan: list[Any] = [resuming.plan_resume(run, session.workers) if rank == 0 else None]
+    skipped: list[Any] = [resuming.read_skipped(run.folder) if rank == 0 else None]
     dist.broadcast_object_list(plan)
     dist.broadcast_object_list(skipped)
     resume: resuming.Resume | None = plan[0]
@@ -103,7 +89,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
     model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
-    initial = None if resume else resuming.initial_weights(config, model)
+    initial = None if resume else resuming.initial_weights(run, model)
     engine = Engine(
         model, config.optim, config.train, parts, device, universal=bool(resume and resume.universal)
     )
@@ -114,9 +100,9 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
         initial.load(engine, ema)
     start = resume.state.step if resume else 0
     masters = engine.masters()
-    task: Task = Pretraining(config, manifest, model, device)
+    task: Task = Pretraining(run, model, device)
     if config.distill:
-        task = Distillation(config, manifest, engine, ema, session)
+        task = Distillation(run, engine, ema, session)
     if rank == 0:
         log.info(
             "%s from step %d: %d workers x %d micro-batches of up to %d rows, %d streams, ZeRO stage %d, %s",
@@ -130,14 +116,12 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
             config.train.precision,
         )
 
-    hang = HangWatch(run, rank, config.cluster.hang_timeout_s)
+    hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
     tracker = requests = None
     if rank == 0:
-        requests = Requests(run)
-        if job.tracking_uri and job.run_id:
-            tracker = Tracker(
-                job.tracking_uri, job.run_id, tracking_spill(config), config.tracking.system_metrics
-            )
+        requests = Requests(run.folder)
+        if run.run_id:
+            tracker = run.tracker(config.tracking.system_metrics)
     metrics: dict[str, float] = {}
     spent.until_now("set-up")
     interval = _Interval()
@@ -175,7 +159,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 finite = math.isfinite(norm)
             if not finite:
                 bad = places[(~torch.isfinite(row_losses)).cpu().numpy() & (places >= 0)]
-                _report_nonfinite(config, session, order, step, bad, skipped[0])
+                _report_nonfinite(run, session, order, step, bad, skipped[0])
                 raise _GoBack
             ema.update(masters)
             seconds = time.perf_counter() - began
@@ -206,19 +190,19 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
             judged: Validation | None = None
             if done % config.train.validate_every == 0 or done == config.train.steps:
                 with spent.on("validation"):
-                    judged = validate(config, manifest, engine, ema, session, tracker, done)
+                    judged = validate(run, engine, ema, session, tracker, done)
                 metrics[f"validation/{judged.metric}"] = judged.value
 
             if done % config.train.checkpoint_every == 0 or last or notice:
                 if rank == 0:
-                    checkpoint.prune(run, config.train.keep)
+                    checkpoint.prune(run.folder, config.train.keep)
                 local = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name_of(done)}-"))
                 state = checkpoint.TrainState(
                     step=done,
                     epoch=order.epoch_of(step),
                     workers=session.workers,
                     config=config.model_dump(mode="json"),
-                    run_id=job.run_id,
+                    run_id=run.run_id,
                     validation=judged.value if judged else None,
                     samples=judged.texts if judged else (),
                     task=task.facts(),
@@ -244,16 +228,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     return metrics
 
 
-def tracking_spill(config: RunConfig) -> Path:
-    """Where metrics wait that MLflow did not take: the run's folder if it is local, else this node's."""
-    run = checkpoint.run_folder(config)
-    base = Path(run) if storage.is_local(run) else Path(tempfile.gettempdir()) / config.name
-    base.mkdir(parents=True, exist_ok=True)
-    return base / "untracked.jsonl"
-
-
 def _report_nonfinite(
-    config: RunConfig,
+    run: Run,
     session: Session,
     order: ReadingOrder,
     step: int,
@@ -269,18 +245,18 @@ def _report_nonfinite(
     dist.all_gather_object(gathered, bad.tolist())
     # Finite losses with a gradient that is not: no row can be singled out, so the step goes without all.
     blamed = sorted(place for one in gathered for place in one)
-    places = blamed or list(range(config.train.batch))
+    places = blamed or list(range(run.config.train.batch))
     rows = order.rows_of_step(step)[places].tolist()
     what = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}"
     what += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
-    if len(blamed) == config.train.batch:
+    if len(blamed) == run.config.train.batch:
         raise TrainingError(f"{what}: every row of the batch, so the weights are; lower optim.lr?")
     if step in skipped:
         raise TrainingError(f"{what}, although rows were skipped in this step already; lower optim.lr?")
     if session.rank == 0:
-        resuming.add_skipped(checkpoint.run_folder(config), step, places, rows)
+        resuming.add_skipped(run.folder, step, places, rows)
     dist.barrier()
-    if config.train.on_nonfinite == "stop":
+    if run.config.train.on_nonfinite == "stop":
         raise TrainingError(f"{what} (train.on_nonfinite: stop); started again, the run goes on without them")
     if session.rank == 0:
         log.warning("%s; going back to the last checkpoint and skipping them", what)

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import Manifest
 from pipeline.data.reading_order import MicroBatch
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import next_token_batch, normaliser, training_batch
 from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.run import Run
 
 
 class Task(Protocol):
@@ -30,9 +29,9 @@ class Task(Protocol):
 class Pretraining:
     """The models' own objectives on rows of data."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, model: Denoiser, device: torch.device):
-        self._config, self._model, self._device = config, model, device
-        self._length, self._bos = manifest.length, manifest.special.bos is not None
+    def __init__(self, run: Run, model: Denoiser, device: torch.device):
+        self._config, self._model, self._device = run.config, model, device
+        self._length, self._bos = run.manifest.length, run.manifest.special.bos is not None
 
     def facts(self) -> dict[str, Any]:
         return {}

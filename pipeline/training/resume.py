@@ -19,6 +19,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
+from pipeline.run import Run
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.ema import EMA, join_slices, read_slices
@@ -67,14 +68,14 @@ class Resume:
         ema.load(sorted(local.glob("ema_*.safetensors")))
 
 
-def plan_resume(run: str, config: RunConfig, workers: int) -> Resume | None:
+def plan_resume(run: Run, workers: int) -> Resume | None:
     """The run's newest usable checkpoint, made readable for this number of workers; rank 0 calls it.
 
     Raises:
         CheckpointError: the config differs from the checkpoint's in more than bookkeeping, or the ZeRO stage
             changed in a way that DeepSpeed cannot convert.
     """
-    path = checkpoint.latest(run)
+    path, config = checkpoint.latest(run.folder), run.config
     if path is None:
         return None
     state = checkpoint.read_state(path)
@@ -89,17 +90,17 @@ def plan_resume(run: str, config: RunConfig, workers: int) -> Resume | None:
     return Resume(path, state, universal)
 
 
-def precheck(run: str, config: RunConfig) -> None:
+def precheck(run: Run) -> None:
     """What the driver can refuse before any worker starts.
 
     Raises:
         CheckpointError: as `plan_resume`.
     """
-    path = checkpoint.newest(run)
+    path = checkpoint.newest(run.folder)
     if path is not None:
         state = checkpoint.read_state(path)
-        check_same(state.config, config, path)
-        check_stage(state.config, config, path)
+        check_same(state.config, run.config, path)
+        check_stage(state.config, run.config, path)
 
 
 def check_stage(old: dict[str, Any], config: RunConfig, path: str) -> None:
@@ -186,7 +187,7 @@ class Initial:
                 values.copy_(source[name].flatten()[offset : offset + values.numel()])
 
 
-def initial_weights(config: RunConfig, model: Denoiser) -> Initial | None:
+def initial_weights(run: Run, model: Denoiser) -> Initial | None:
     """Put the weights of `train.init_from` into a fresh model.
 
     A consolidated folder holds EMA weights only: they start both weights and average. A checkpoint gives each
@@ -195,12 +196,12 @@ def initial_weights(config: RunConfig, model: Denoiser) -> Initial | None:
     Raises:
         CheckpointError: no such folder or version, or it does not fit the model.
     """
-    source = config.train.init_from
+    source = run.config.train.init_from
     if source is None:
         return None
     origin = f"train.init_from {source!r}"
     if source.startswith("models:/"):
-        local = tracking.download_model(tracking.tracking_uri(config), source)
+        local = tracking.download_model(run.tracking_uri, source)
     elif storage.exists(source):
         local = storage.fetch(source)
     else:

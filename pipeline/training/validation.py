@@ -9,15 +9,13 @@ import torch.distributed as dist
 from jaxtyping import Int
 
 from pipeline import storage
-from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.metrics import likelihood
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
 from pipeline.reports.pictures import sample_grid, unmasking_order
+from pipeline.run import Run
 from pipeline.runtime.session import Session
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
@@ -40,17 +38,15 @@ class Validation:
     texts: tuple[str, ...] = ()
 
 
-def image_tokenizer(
-    config: RunConfig, device: torch.device | str = "cpu", batch: int | None = None
-) -> ImageTokenizer:
+def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | None = None) -> ImageTokenizer:
     """What made the codes of the config's images; it lies beside the shards.
 
     Args:
         batch: images that it takes at once; None: as many as when the codes were made.
     """
-    data = config.data
+    data = run.config.data
     assert data.kind == "image"
-    folder = storage.join(data_path(config), "tokenizer")
+    folder = storage.join(run.data_path, "tokenizer")
     return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
 
 
@@ -60,17 +56,11 @@ def validation_rows(there: int, most: int) -> np.ndarray:
 
 
 def validate(
-    config: RunConfig,
-    manifest: Manifest,
-    engine: Engine,
-    ema: EMA,
-    session: Session,
-    tracker: Tracker | None,
-    step: int,
+    run: Run, engine: Engine, ema: EMA, session: Session, tracker: Tracker | None, step: int
 ) -> Validation:
     """Judge the EMA weights and show samples of theirs; all ranks call it together."""
-    bos = manifest.special.bos
-    reader = ShardReader(data_path(config), manifest, "validation")
+    config, bos = run.config, run.manifest.special.bos
+    reader = ShardReader(run.data_path, run.manifest, "validation")
     rows = validation_rows(len(reader), config.evaluation.rows)
     labels = reader.labels(rows) if config.model.classes is not None else None
     estimator, draws = likelihood.estimator_for(
@@ -96,7 +86,7 @@ def validate(
         ).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
-        tokens, classes, revealed = draw(config, manifest, model)
+        tokens, classes, revealed = draw(run, model)
     bound = likelihood.summarise(sums.cpu(), estimator, draws, config.seed)
     if session.rank == 0:
         log.info("step %d: validation %s", step, bound)
@@ -107,7 +97,7 @@ def validate(
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
     elif tracker:
-        pictures = image_tokenizer(config, session.device, len(tokens)).decode(tokens[:, 1:].numpy())
+        pictures = image_tokenizer(run, session.device, len(tokens)).decode(tokens[:, 1:].numpy())
         tracker.log_figure(sample_grid(pictures, classes), f"samples/step_{step:08d}.png")
         one_a_class = slice(None, None, PICTURES_A_CLASS)
         figure = unmasking_order(pictures[one_a_class], revealed[one_a_class, 1:].numpy())
@@ -120,9 +110,10 @@ def validate(
 
 
 def draw(
-    config: RunConfig, manifest: Manifest, model: Denoiser
+    run: Run, model: Denoiser
 ) -> tuple[Int[torch.Tensor, "B L"], list[int] | None, Int[torch.Tensor, "B L"]]:
     """A few samples as the config's sampling section draws them: tokens, classes, steps of revelation."""
+    config, manifest = run.config, run.manifest
     settings, bos = config.sampling, manifest.special.bos
     if config.data.kind == "text":
         order = Order("left_to_right" if model.left_to_right else "uniform")

@@ -36,11 +36,11 @@ from ray.train.v2.api.config import ScalingConfig  # what ray.train gives, by th
 from ray.util.metrics import Gauge
 
 from pipeline import errors, logs, storage
-from pipeline.config import schema
 from pipeline.errors import PipelineError, TrainingError
+from pipeline.run import Run
 from pipeline.runtime.control_files import FATAL, SAVE, STOP
 from pipeline.training import checkpoint
-from pipeline.training.loop import Job, train
+from pipeline.training.loop import train
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +51,23 @@ PLACES_S = 10
 GROWTH_S = 30.0  # seconds between looks for nodes that have come
 
 
-def run_group(
-    config: schema.RunConfig, job: Job, run: str, use_gpu: bool, callbacks: Sequence[UserCallback] = ()
-) -> None:
+def run_group(run: Run, callbacks: Sequence[UserCallback] = ()) -> None:
     """Run the worker group to the end; Ray restarts it after a failure, and the loop resumes by itself."""
     # The loop finds its own checkpoints, and prunes them; Ray's record of an earlier start would miss those.
-    storage.remove(storage.join(run, "checkpoint_manager_snapshot.json"))
-    _release(run)
-    asked = config.cluster
-    folder, name = run.rsplit("/", 1)
+    storage.remove(storage.join(run.folder, "checkpoint_manager_snapshot.json"))
+    _release(run.folder)
+    asked, use_gpu = run.config.cluster, run.resources.use_gpu
+    folder, name = run.folder.rsplit("/", 1)
     filesystem, folder = storage.arrow(folder)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
     elastic = asked.least < asked.most
     if elastic:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACES_S))
-    fatal = storage.join(run, FATAL)
+    fatal = storage.join(run.folder, FATAL)
     storage.remove(fatal)
     trainer = _Trainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"run": run},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(asked.least, asked.most) if elastic else asked.most,
@@ -83,7 +81,7 @@ def run_group(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=asked.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[Between(run), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
+            callbacks=[Between(run.folder), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
         ),
     )
     try:
@@ -93,7 +91,9 @@ def run_group(
             log.warning("stopped while no worker ran; what was done after the newest checkpoint is not kept")
             return
         log.error("%s", error)  # with the workers' tracebacks
-        raise TrainingError(f"the workers failed, and may not be restarted again: {reason(error)}") from error
+        raise TrainingError(
+            f"training failed and used up cluster.max_failures restarts; last failure: {reason(error)}"
+        ) from error
     finally:
         if storage.exists(fatal):  # a user's mistake, found by a worker: say that, not what it led to
             told = json.loads(storage.read_text(fatal))
@@ -176,24 +176,24 @@ class Between(ControllerCallback):
             log.warning("no checkpoint before the change of the worker group: %s", error)
 
 
-def _worker(settings: dict[str, Job]) -> None:
+def _worker(settings: dict[str, Run]) -> None:
     """What Ray Train runs in every worker."""
     logs.show()
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train repeats every report, from every worker
-    job = settings["job"]
+    run = settings["run"]
     device = ray.train.torch.get_device()
     # DeepSpeed must not guess: a worker without a GPU may see some, and Ray's order of them is not always its own.
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
         os.environ["LOCAL_RANK"] = str(device.index)
-    torch.set_num_threads(job.config.cluster.cpus_per_worker)  # Ray's default is one, whatever was asked
-    fatal = storage.join(checkpoint.run_folder(job.config), FATAL)
+    torch.set_num_threads(run.config.cluster.cpus_per_worker)  # Ray's default is one, whatever was asked
+    fatal = storage.join(run.folder, FATAL)
     session = RaySession()
     if storage.exists(fatal):  # trying again cannot help: end quietly, the driver tells why
         return
     try:
-        metrics = train(job, session)
+        metrics = train(run, session)
     except PipelineError as error:
         storage.publish_text(fatal, json.dumps({"kind": type(error).__name__, "message": str(error)}))
         raise

@@ -11,11 +11,12 @@ import torch
 from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
 
 from pipeline import storage
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.errors import CapabilityError
+from pipeline.run import Run
 from pipeline.runtime.actors import Resources
 from pipeline.runtime.control_files import SAVE, STOP, Requests
-from pipeline.runtime.ray_cluster import actors_now, check_resources, places
+from pipeline.runtime.ray_cluster import available_resources, check_resources, places
 from pipeline.runtime.session import PlainSession
 from pipeline.training import checkpoint, worker_group
 from tests.support import observed
@@ -40,7 +41,7 @@ def test_one_checkpoint_more_and_the_same_run(
     run_storage: Path, groups: dict[int, Workers], file: bool
 ) -> None:
     config = quick(run_storage, f"told-{file}", 0.1, steps=12, checkpoint_every=100, keep=5)
-    run = checkpoint.run_folder(config)
+    run = Run(config).folder
     request = storage.join(run, SAVE)
     if file:
         storage.publish_bytes(request, b"")
@@ -60,14 +61,14 @@ def test_one_checkpoint_more_and_the_same_run(
 
 
 def test_fewest_workers_must_fit_and_the_most_need_not(run_storage: Path, ray_cluster: None) -> None:
-    def elastic(least: int, most: int) -> RunConfig:
+    def elastic(least: int, most: int) -> ClusterConfig:
         config = quick(run_storage, "bounds")
         workers = {"min": least, "max": most}
-        return config.model_validate(config.model_dump() | {"cluster": {"workers": workers}})
+        return config.model_validate(config.model_dump() | {"cluster": {"workers": workers}}).cluster
 
     assert check_resources(elastic(2, 4)) is False
-    assert actors_now(elastic(1, 4)) == Resources(2, 1, False)
-    assert actors_now(elastic(1, 1)) == Resources(1, 1, False)
+    assert available_resources(elastic(1, 4)) == Resources(2, 1, False)
+    assert available_resources(elastic(1, 1)) == Resources(1, 1, False)
     with pytest.raises(CapabilityError, match="3 workers of 1 CPUs, the cluster has 2"):
         check_resources(elastic(3, 4))
 
@@ -103,14 +104,14 @@ import sys, ray
 from pipeline import logs
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError
-from pipeline.evaluation.actors import own_device
-from pipeline.training.cluster import actors_now, check_resources
+from pipeline.runtime.actors import own_device
+from pipeline.runtime.ray_cluster import available_resources, check_resources
 logs.show()
 ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error")
 config = RunConfig.model_validate_json(sys.argv[1])
 for workers in (1, 2):
-    one = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": workers})})
-    print(check_resources(one), actors_now(one).actors)
+    one = config.cluster.model_copy(update={"workers": workers})
+    print(check_resources(one), available_resources(one).actors)
 print(ray.get(ray.remote(own_device).remote()))
 try:
     ray.get(ray.remote(num_gpus=1)(own_device).remote())
@@ -124,7 +125,7 @@ def test_gpus_where_there_are_none(run_storage: Path, ray_cluster: None) -> None
     config = quick(run_storage, "no-gpus")
     asked = config.cluster.model_copy(update={"workers": 1, "accelerator": "gpu"})
     with pytest.raises(CapabilityError, match=r"the cluster has 0 GPUs; expected cluster\.accelerator=cpu$"):
-        check_resources(config.model_copy(update={"cluster": asked}))
+        check_resources(asked)
 
 
 def test_reason_of_a_failed_run_is_one_line() -> None:
