@@ -12,7 +12,7 @@ tokenizer=gpt2.
     hf upload OWNER/pgm_8_8 models/pgm_8_8
 """
 
-from jobs import command
+from jobs.cli import command
 from pipeline.api import export_model
 
 

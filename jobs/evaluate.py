@@ -3,7 +3,7 @@
 With `evaluation.models` several are compared: likelihood, quality against sampling speed, convergence.
 """
 
-from jobs import main
+from jobs.cli import main
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.comparison import compare

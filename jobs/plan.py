@@ -9,17 +9,17 @@ import torch
 from pipeline import storage
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import MANIFEST, Manifest, check_fits
-from pipeline.data.prepare.prepare import data_path
 from pipeline.errors import ConfigError
 from pipeline.models import model_folder
 from pipeline.planning.plan import chosen, report
+from pipeline.run import Run
 
 
 def plan(config: RunConfig, gpu: str) -> None:
     """Print the plan; starts nothing and writes nothing."""
     gpus = chosen(gpu)
     config = with_model(config)
-    path = data_path(config)
+    path = Run(config).data_path
     manifest = Manifest.read(path) if storage.exists(storage.join(path, MANIFEST)) else None
     if manifest is not None:
         check_fits(manifest, config)

@@ -2,7 +2,7 @@
 
 import sys
 
-from jobs import main
+from jobs.cli import main
 from jobs.plan import plan
 from pipeline.config.schema import RunConfig
 from pipeline.logs import shown

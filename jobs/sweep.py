@@ -2,8 +2,8 @@
 
 import sys
 
-from jobs import check_kept, check_open, command
-from pipeline.config.sweep import load_sweep
+from jobs.cli import command, refuse_credentials, refuse_job_folders
+from pipeline.config.sweep import SweepConfig, load_sweep
 from pipeline.logs import shown
 from pipeline.sweeps.sweep import sweep
 
@@ -11,8 +11,8 @@ from pipeline.sweeps.sweep import sweep
 def run(words: list[str]) -> None:
     """Sweep, show the table and say where everything is."""
     plan = load_sweep(words[0], words[1:])
-    check_open(plan.base())
-    check_kept(plan.base())
+    refuse_credentials(plan.base())
+    refuse_job_folders(plan.base())
     outcome = sweep(plan)
     print(f"\n{outcome.table}")
     print(f"folder     {outcome.folder}")
@@ -22,4 +22,4 @@ def run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(run, "CONFIG.yaml [key=value ...]", least=1)
+    command(run, "CONFIG.yaml [key=value ...]", least=1, config=SweepConfig)

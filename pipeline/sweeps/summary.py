@@ -49,7 +49,7 @@ class SweepResult:
     rows: Sequence[Row]
     table: str
     best: str | None
-    run_id: str
+    run_id: str | None
     tracking_uri: str
 
 

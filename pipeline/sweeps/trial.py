@@ -136,12 +136,12 @@ class _TrialSession(PlainSession):
 
     def __init__(self, run: str, metric: str):
         super().__init__(0, 1, run)
-        self._folder, self._metric = run, metric
+        self._metric = metric
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
         """Save, then report, so that what the scheduler has seen can be gone back to."""
         super().publish(folder, name, metrics)
-        report = _report(self._folder, name, self._metric, metrics)
+        report = _report(str(self._folder), name, self._metric, metrics)
         if report is not None:
             tune.report(report)
 

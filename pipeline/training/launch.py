@@ -55,13 +55,13 @@ def distill(config: RunConfig) -> RunResult:
     return train_to_end(run, {"teacher": distillation.teacher_name(run.folder)})
 
 
-def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] = run_group) -> RunResult:
+def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | None = None) -> RunResult:
     """Train on the cluster until the last step, in one MLflow run.
 
     Args:
         run: as `Run.of` gives it.
         tags: of the MLflow run.
-        train: runs the workers until the last step.
+        train: runs the workers until the last step; None: `run_group`.
 
     Returns:
         Where the registered model and its figures are.
@@ -82,7 +82,7 @@ def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] = 
         run_id = _open_mlflow_run(run, tags)
         with tracking.ending(uri, run_id):
             run = run.replace(run_id=run_id)
-            train(run)
+            (train or run_group)(run)
             if stop.is_set():
                 raise StoppedError("stopped as asked, after a checkpoint; the same command goes on")
             return finish(run)

@@ -1,4 +1,4 @@
-"""One worker's training, from top to bottom."""
+"""The training loop of one worker."""
 
 import gc
 import logging
@@ -35,38 +35,43 @@ from pipeline.training.validation import Validation, validate
 log = logging.getLogger(__name__)
 
 
-class _GoBack(Exception):
-    """A step was not finite: start again from the last checkpoint, without the rows in `skipped.json`."""
+class _NonfiniteStep(Exception):
+    """A step was not finite: resume from the last checkpoint, without the rows in `skipped.json`."""
 
 
 def train(run: Run, session: Session) -> dict[str, float]:
-    """Train to `train.steps`, from the newest usable checkpoint of the run if there is one.
+    """Train until `train.steps`, from the newest usable checkpoint of the run if there is one.
 
-    Everything random is a function of (seed, step, index in the global batch), and the data's position of the
-    step, so a resumed run repeats exactly what an undisturbed one does.
+    All randomness is a function of (seed, step, index in the global batch), and the position in the data is one
+    of the step. So a resumed run repeats exactly what an undisturbed run does.
+
+    Args:
+        run: with data; its manifest is read here.
+        session: this worker's place in its group.
 
     Returns:
-        the last logged metrics.
+        The last logged metrics.
 
     Raises:
         CheckpointError: the run's checkpoints do not fit this config or number of workers.
-        TrainingError: a loss or gradient is not finite, and the config says stop, or skipping cannot help.
+        TrainingError: a loss or gradient is not finite, and `train.on_nonfinite` is stop, or skipping rows
+            cannot help.
     """
     while True:
         try:
             return _attempt(run, session)
-        except _GoBack:
-            pass  # its traceback holds the model that failed
+        except _NonfiniteStep:
+            pass  # leaving the block frees the traceback, which holds the model
         session.settle()
-        gc.collect()  # DeepSpeed's engine holds itself, and two may not fit
+        gc.collect()  # DeepSpeed's engine is a reference cycle, and two may not fit into memory
         torch.cuda.empty_cache()
 
 
 def _attempt(run: Run, session: Session) -> dict[str, float]:
     config, rank, device = run.config, session.rank, session.device
-    spent = _Spent()
+    times = _TimeByPart()
 
-    # Data: which rows each step reads, and which of them are ours.
+    # Data: the rows of each step, and those of this worker.
     run = run.replace(given_manifest=Manifest.read(run.data_path))
     manifest = run.manifest
     reader = ShardReader(run.data_path, manifest, "train")
@@ -79,7 +84,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     )
     parts = -(-len(order.slots(rank, session.workers)) // config.train.micro_batch)
 
-    # Where to start: rank 0 decides, so that no two ranks see different folders.
+    # Where to start: rank 0 decides, since ranks may see different states of the storage.
     plan: list[Any] = [resuming.plan_resume(run, session.workers) if rank == 0 else None]
     skipped: list[Any] = [resuming.read_skipped(run.folder) if rank == 0 else None]
     dist.broadcast_object_list(plan)
@@ -123,7 +128,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
         if run.run_id:
             tracker = run.tracker(config.tracking.system_metrics)
     metrics: dict[str, float] = {}
-    spent.until_now("set-up")
+    times.until_now("set-up")
     interval = _Interval()
     stream = batches(reader, order, start, rank, session.workers, config.train.micro_batch)
     try:
@@ -145,10 +150,10 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
                 losses.append(engine.backward(task.batch(micro, present)))
             row_losses = torch.cat(losses)  # [slots], of `places`
-            asked = requests.take() if requests else (False, False, False)
-            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(asked)])
+            flags = requests.take() if requests else (False, False, False)
+            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])
             dist.all_reduce(shared)
-            loss, stopping, saving, looking = shared.tolist()
+            loss, stopping, saving, check_notice = shared.tolist()
             done = step + 1
 
             # The update, unless something is not finite.
@@ -160,11 +165,11 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             if not finite:
                 bad = places[(~torch.isfinite(row_losses)).cpu().numpy() & (places >= 0)]
                 _report_nonfinite(run, session, order, step, bad, skipped[0])
-                raise _GoBack
+                raise _NonfiniteStep
             ema.update(masters)
             seconds = time.perf_counter() - began
             interval.add(loss, seconds)
-            spent.seconds["training"] += seconds
+            times.seconds["training"] += seconds
             hang.end()
 
             if done % config.train.log_every == 0 or done == config.train.steps:
@@ -181,17 +186,17 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                     tracker.log_metrics(metrics, done)
                 interval = _Interval()
 
-            notice = session.notice() if looking else None
+            notice = session.notice() if check_notice else None
             if saving and not notice:
                 notice = "the group of workers is about to change"
             if notice and rank == 0:
                 log.warning("step %d: %s; saving before that", done, notice)
             last = stopping or done == config.train.steps
-            judged: Validation | None = None
+            validation: Validation | None = None
             if done % config.train.validate_every == 0 or done == config.train.steps:
-                with spent.on("validation"):
-                    judged = validate(run, engine, ema, session, tracker, done)
-                metrics[f"validation/{judged.metric}"] = judged.value
+                with times.on("validation"):
+                    validation = validate(run, engine, ema, session, tracker, done)
+                metrics[f"validation/{validation.metric}"] = validation.value
 
             if done % config.train.checkpoint_every == 0 or last or notice:
                 if rank == 0:
@@ -203,20 +208,20 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                     workers=session.workers,
                     config=config.model_dump(mode="json"),
                     run_id=run.run_id,
-                    validation=judged.value if judged else None,
-                    samples=judged.texts if judged else (),
+                    validation=validation.value if validation else None,
+                    samples=validation.texts if validation else (),
                     task=task.facts(),
                 )
-                with spent.on("checkpoints"):
+                with times.on("checkpoints"):
                     checkpoint.save(local, engine, ema, state, rank)
                     session.publish(local, checkpoint.name_of(done), metrics)
             if stopping:
                 log.info("stopped at step %d, as asked", done)
                 break
-        with spent.on("checkpoints"):  # uploads that still run
+        with times.on("checkpoints"):  # wait for uploads
             session.settle()
         if rank == 0:
-            log.info("the loop took %s", spent)
+            log.info("the loop took %s", times)
     finally:
         stream.close()
         engine.close()
@@ -236,34 +241,38 @@ def _report_nonfinite(
     bad: np.ndarray,
     skipped: resuming.Skipped,
 ) -> None:
-    """Log and save which rows made a step not finite, so that the next attempt leaves them out.
+    """Log and record the rows that made a step not finite, so that the next attempt skips them.
 
     Raises:
-        TrainingError: the config says stop, or the rows are not to blame.
+        TrainingError: `train.on_nonfinite` is stop, or the rows are not the cause.
     """
     gathered: list[Any] = [None] * session.workers
     dist.all_gather_object(gathered, bad.tolist())
-    # Finite losses with a gradient that is not: no row can be singled out, so the step goes without all.
-    blamed = sorted(place for one in gathered for place in one)
+    # If all losses are finite and the gradient is not, no row can be singled out, and all rows are skipped.
+    blamed = sorted(place for of_rank in gathered for place in of_rank)
     places = blamed or list(range(run.config.train.batch))
     rows = order.rows_of_step(step)[places].tolist()
-    what = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}"
-    what += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+    message = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}"
+    message += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
     if len(blamed) == run.config.train.batch:
-        raise TrainingError(f"{what}: every row of the batch, so the weights are; lower optim.lr?")
+        raise TrainingError(
+            f"{message}: every row of the batch, so the weights are not finite; lower optim.lr"
+        )
     if step in skipped:
-        raise TrainingError(f"{what}, although rows were skipped in this step already; lower optim.lr?")
+        raise TrainingError(f"{message}, although rows were skipped in this step already; lower optim.lr")
     if session.rank == 0:
         resuming.add_skipped(run.folder, step, places, rows)
     dist.barrier()
     if run.config.train.on_nonfinite == "stop":
-        raise TrainingError(f"{what} (train.on_nonfinite: stop); started again, the run goes on without them")
+        raise TrainingError(
+            f"{message} (train.on_nonfinite: stop); the same command continues the run without them"
+        )
     if session.rank == 0:
-        log.warning("%s; going back to the last checkpoint and skipping them", what)
+        log.warning("%s; going back to the last checkpoint and skipping them", message)
 
 
-class _Spent:
-    """Seconds of one attempt by what they went to."""
+class _TimeByPart:
+    """Seconds of one attempt, by part of the work."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -273,19 +282,19 @@ class _Spent:
         return ", ".join(f"{seconds:.1f} s {part}" for part, seconds in self.seconds.items())
 
     def until_now(self, part: str) -> None:
-        """All since the start was this part's."""
+        """Add the time since the start to a part."""
         self.seconds[part] += time.perf_counter() - self._began
 
     @contextmanager
     def on(self, part: str) -> Iterator[None]:
-        """What happens inside is this part's."""
+        """Add the time of the block to a part."""
         began = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - began
 
 
 class _Interval:
-    """What is gathered between two log lines."""
+    """Losses and times between two log lines."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -300,7 +309,7 @@ class _Interval:
         return self.seconds / len(self.losses)
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """Mean loss, throughput for steps of `tokens` tokens, share of the time spent waiting for data."""
+        """Compute mean loss, tokens/s for steps of `tokens` tokens, and the share of time spent on data."""
         return {
             "train/loss": float(np.mean(self.losses)),
             "train/tokens_per_second": tokens / self.seconds_a_step(),
@@ -309,12 +318,12 @@ class _Interval:
 
 
 def _mix(*numbers: int) -> int:
-    """One generator seed from several numbers."""
+    """Mix several numbers into a seed of a generator."""
     return int(np.random.SeedSequence([n + 1 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _memory(device: torch.device) -> float:
-    """GiB: peak of the device's allocator, or the process's resident size."""
+    """Return the peak of the device's allocator, or the resident size of the process, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30

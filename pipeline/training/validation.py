@@ -1,4 +1,4 @@
-"""Validation in the middle of training: how well the EMA weights predict, and what they draw."""
+"""Validation during training: the likelihood of held-out rows under the EMA weights, and samples."""
 
 import logging
 from dataclasses import dataclass
@@ -31,7 +31,13 @@ TEXTS, PICTURES_A_CLASS, CLASSES_SHOWN = 2, 4, 10
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured: the bound's perplexity for text, nats per masked token for images; lower is better."""
+    """Result of a validation.
+
+    Attributes:
+        metric: "perplexity" of the bound (text), or "loss" in nats per masked token (images).
+        value: of the metric; lower is better.
+        texts: samples of a text model.
+    """
 
     metric: str
     value: float
@@ -39,10 +45,12 @@ class Validation:
 
 
 def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | None = None) -> ImageTokenizer:
-    """What made the codes of the config's images; it lies beside the shards.
+    """Load the tokenizer that made the codes of a run's images; it lies beside the shards.
 
     Args:
-        batch: images that it takes at once; None: as many as when the codes were made.
+        run: on images.
+        device: of the tokenizer.
+        batch: number of images per call; None: as many as when the codes were made.
     """
     data = run.config.data
     assert data.kind == "image"
@@ -50,15 +58,24 @@ def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | N
     return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
 
 
-def validation_rows(there: int, most: int) -> np.ndarray:
-    """Which of the held-out rows are judged: at most so many, evenly spread."""
-    return np.unique(np.linspace(0, there - 1, min(most, there)).astype(np.int64))
+def validation_rows(available: int, most: int) -> Int[np.ndarray, "n"]:
+    """Choose at most `most` of the `available` held-out rows, evenly spread."""
+    return np.unique(np.linspace(0, available - 1, min(most, available)).astype(np.int64))
 
 
 def validate(
     run: Run, engine: Engine, ema: EMA, session: Session, tracker: Tracker | None, step: int
 ) -> Validation:
-    """Judge the EMA weights and show samples of theirs; all ranks call it together."""
+    """Validate the EMA weights, and log the figures and a few samples; all ranks call it together.
+
+    Args:
+        run: with its manifest.
+        engine: whose model computes.
+        ema: weights to validate.
+        session: this worker's place in its group.
+        tracker: of rank 0; None: nothing is logged to MLflow.
+        step: number of updates done.
+    """
     config, bos = run.config, run.manifest.special.bos
     reader = ShardReader(run.data_path, run.manifest, "validation")
     rows = validation_rows(len(reader), config.evaluation.rows)
@@ -99,8 +116,8 @@ def validate(
     elif tracker:
         pictures = image_tokenizer(run, session.device, len(tokens)).decode(tokens[:, 1:].numpy())
         tracker.log_figure(sample_grid(pictures, classes), f"samples/step_{step:08d}.png")
-        one_a_class = slice(None, None, PICTURES_A_CLASS)
-        figure = unmasking_order(pictures[one_a_class], revealed[one_a_class, 1:].numpy())
+        first_of_class = slice(None, None, PICTURES_A_CLASS)
+        figure = unmasking_order(pictures[first_of_class], revealed[first_of_class, 1:].numpy())
         tracker.log_figure(figure, f"samples/order_{step:08d}.png")
     metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
@@ -112,7 +129,18 @@ def validate(
 def draw(
     run: Run, model: Denoiser
 ) -> tuple[Int[torch.Tensor, "B L"], list[int] | None, Int[torch.Tensor, "B L"]]:
-    """A few samples as the config's sampling section draws them: tokens, classes, steps of revelation."""
+    """Draw a few samples as the `sampling` section says.
+
+    Args:
+        run: with its manifest.
+        model: to draw from.
+
+    Shape:
+        B samples of L tokens.
+
+    Returns:
+        Tokens, class of every sample (None for an unconditional model), and the step that revealed each token.
+    """
     config, manifest = run.config, run.manifest
     settings, bos = config.sampling, manifest.special.bos
     if config.data.kind == "text":

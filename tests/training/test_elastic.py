@@ -28,9 +28,9 @@ def told(rank: int, workers: int, config: RunConfig, file: bool) -> Seen:
     """Train with a request to save in the run's folder, or with a notice of Ray's from the start."""
     with pytest.MonkeyPatch.context() as patch:
         if file:
-            patch.setattr(Requests, "EVERY_S", 0.01)
+            patch.setattr(Requests, "INTERVAL_S", 0.01)
         else:
-            patch.setattr(Requests, "LOOK_S", 0.0)
+            patch.setattr(Requests, "NOTICE_INTERVAL_S", 0.0)
             notices = ["the nodes of workers [1] go"]
             patch.setattr(PlainSession, "notice", lambda self: notices.pop() if notices else None)
         return observed.train_one(rank, workers, config)
@@ -132,13 +132,13 @@ def test_reason_of_a_failed_run_is_one_line() -> None:
     lost = "Connection closed by peer"
     failures = {2: OSError(f"{lost}\nmore"), 0: ValueError("a\nb"), 1: OSError(lost)}
     error = ray.train.WorkerGroupError("many\nlines", failures)
-    assert worker_group.reason(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
+    assert worker_group.describe_failure(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
     error = ray.train.ControllerError(RuntimeError("no\nplace"))
-    assert worker_group.reason(error) == "Training failed due to controller error: no place"
+    assert worker_group.describe_failure(error) == "Training failed due to controller error: no place"
 
 
 def test_run_that_waits_for_nodes_can_be_stopped(tmp_path: Path) -> None:
-    between = worker_group.Between(str(tmp_path))
+    between = worker_group.BetweenGroups(str(tmp_path))
     waiting = RestartingState(training_failed_error=ray.train.ControllerError(RuntimeError("no place")))
     between.after_controller_state_update(RunningState(), waiting)
     between.after_controller_state_update(waiting, waiting)

@@ -9,7 +9,6 @@ import torch
 
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import ensure
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.shards import ShardReader
 from pipeline.models import build
@@ -53,7 +52,7 @@ def image_run(storage: Path, name: str, model: str, stage: int) -> RunConfig:
 @pytest.fixture(scope="module")
 def runs(run_storage: Path, groups: dict[int, Workers]) -> Runs:
     """What rank 0 saw: alone with whole parameters, and with a second worker under stage 3."""
-    ensure(image_run(run_storage, "prepare-images", "pgm", 0))
+    Run(image_run(run_storage, "prepare-images", "pgm", 0)).with_data()
     seen = [
         groups[count](observed.train, [image_run(run_storage, f"{m}-{stage}", m, stage) for m in MODELS])[0]
         for count, stage in ((1, 0), (2, 3))

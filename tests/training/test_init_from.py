@@ -46,8 +46,9 @@ def sources(run_storage: Path, groups: dict[int, Workers]) -> dict[str, Source]:
         assert path is not None
         found[config.name] = path, seen.weights, {name: v.float() for name, v in seen.average.items()}
     path = found["source-1-fp32"][0]
-    into = str(run_storage / "consolidated")
-    checkpoint.consolidate(path, configs[1], manifest, load_tokenizer("bytes"), into)
+    run = Run(configs[1].model_copy(update={"name": "consolidated"}), given_manifest=manifest)
+    into = run.model_folder
+    checkpoint.consolidate(path, run, load_tokenizer("bytes"))
     average = found["source-1-fp32"][2]
     return {**found, "consolidated": (into, average, average)}
 
