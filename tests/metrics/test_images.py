@@ -241,9 +241,7 @@ def test_reference_statistics_are_computed_once(tmp_path: Path) -> None:
 
 def test_ray_data_gives_what_one_process_gives(ray_cluster: None, digits_net: FeatureNet) -> None:
     dataset = ray.data.from_items([{"image": image} for image in PIXELS[:150]], override_num_blocks=3)
-    statistics, probabilities = summarise(
-        dataset_outputs(dataset, digits_net, Resources(2, 1, False))
-    )
+    statistics, probabilities = summarise(dataset_outputs(dataset, digits_net, Resources(2, 1, False)))
     expected = summarise([digits_net(PIXELS[:150])])
     assert statistics.count == 150
     assert np.allclose(statistics.covariance, expected[0].covariance, atol=1e-6)
