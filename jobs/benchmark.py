@@ -1,4 +1,4 @@
-"""Time training, sampling and text preparation on this machine, beside plainer forms and a roofline."""
+"""Time training, sampling and text preparation, compared with simpler implementations and a roofline."""
 
 from jobs.cli import command
 from pipeline.benchmarks.benchmark import benchmark

@@ -32,8 +32,7 @@ def main(run: Callable[[RunConfig], object], plan: Callable[[RunConfig, str], ob
         if plan and plans:
             plan(config, plans[-1].removeprefix(PLAN))
             return
-        refuse_credentials(config)
-        refuse_job_folders(config)
+        check_locations(config)
         run(config)
 
     usage = "CONFIG.yaml [section.key=value ...]"
@@ -95,8 +94,11 @@ def key_list(config: type[Section]) -> str:
     return "\n".join(lines)
 
 
-def refuse_credentials(config: RunConfig) -> None:
-    """Refuse a config with a user or password in an address, since configs are stored with runs and models.
+def check_locations(config: RunConfig) -> None:
+    """Refuse addresses with a user or password, and folders that Ray deletes at the end of a submitted job.
+
+    Configs are stored with runs and models, so they must not hold secrets. A submitted job runs in a copy of the code
+    that exists only as long as the job.
 
     Args:
         config: The config of the job.
@@ -104,39 +106,21 @@ def refuse_credentials(config: RunConfig) -> None:
     Raises:
         ConfigError: Names the keys.
     """
-    expected = (
-        "expected the address without, and the secret in the environment, such as MLFLOW_TRACKING_USERNAME "
-        "and MLFLOW_TRACKING_PASSWORD"
-    )
-    values = {key: str(value) for key, value in flatten(config.model_dump(mode="json")).items()}
+    values = flatten(config.model_dump(mode="json"))
     problems = [
-        f"{key}: {logs.shown(value)!r} with a user or password; {expected}"
+        f"{key}: {logs.shown(str(value))!r} with a user or password; expected it without, and the secret in the "
+        "environment, such as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         for key, value in values.items()
-        if logs.shown(value) != value
+        if logs.shown(str(value)) != str(value)
     ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def refuse_job_folders(config: RunConfig) -> None:
-    """Refuse folders inside a submitted job's copy of the code, which Ray deletes when the job ends.
-
-    Args:
-        config: The config of the job.
-
-    Raises:
-        ConfigError: Names the keys.
-    """
     environment = json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("runtime_env") or {}
-    if "working_dir" not in environment:
-        return
-    folders = {"cluster.storage": config.cluster.storage, "data.path": config.data.path}
-    copy = os.path.join(os.getcwd(), "")
-    problems = [
-        f"{key}: {path!r} lies in the copy of the code that Ray deletes when the job ends; "
+    folders = ("cluster.storage", "data.path") if "working_dir" in environment else ()
+    problems += [
+        f"{key}: {values[key]!r} lies in the copy of the code that Ray deletes when the job ends; "
         "expected a folder that all nodes see, s3:// or gs://"
-        for key, path in folders.items()
-        if path and storage.is_local(path) and storage.resolve(path).startswith(copy)
+        for key in folders
+        if values[key] and storage.is_local(values[key])
+        if storage.resolve(values[key]).startswith(os.path.join(os.getcwd(), ""))
     ]
     if problems:
         raise ConfigError("\n".join(problems))

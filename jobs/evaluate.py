@@ -1,6 +1,7 @@
-"""Evaluate a run's model (or `sampling.model`): likelihood, and metrics of its samples.
+"""Evaluate a model: likelihood, samples, and how far these are from real data.
 
-With `evaluation.models` several models are compared: likelihood, quality against sampling speed, convergence.
+The model is the run's own, or `sampling.model`. With `evaluation.models` several are compared: likelihood, quality
+against sampling speed, convergence.
 """
 
 from jobs.cli import main

@@ -1,4 +1,4 @@
-"""Prepare the shards that a config's data section describes."""
+"""Prepare the data that a config describes."""
 
 from jobs.cli import main
 from pipeline.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""Pretrain the model that a config describes, preparing its data first where that is missing."""
+"""Train the model that a config describes, preparing its data first where it is missing."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Run the variants that a sweep's file describes, compare them, and write the best one's config."""
+"""Train the variants of a sweep, compare them, and write the config of the best one."""
 
 import sys
 
-from jobs.cli import command, refuse_credentials, refuse_job_folders
+from jobs.cli import check_locations, command
 from pipeline.config.sweep import SweepConfig, load_sweep
 from pipeline.logs import shown
 from pipeline.sweeps.sweep import sweep
@@ -11,8 +11,7 @@ from pipeline.sweeps.sweep import sweep
 def run(words: list[str]) -> None:
     """Sweep, show the table and say where everything is."""
     plan = load_sweep(words[0], words[1:])
-    refuse_credentials(plan.base())
-    refuse_job_folders(plan.base())
+    check_locations(plan.base())
     outcome = sweep(plan)
     print(f"\n{outcome.table}")
     print(f"folder     {outcome.folder}")

@@ -152,46 +152,41 @@ def read_entries(space: Mapping[str, Any], where: str, search: str, problems: li
         search: The sweep's search, which determines the kinds of entries that are allowed.
         problems: Receives what is wrong with the entries that are left out.
     """
-    kinds = _DRAWN if search in ("random", "optuna") else ("grid",)
     for name, written in space.items():
-        place = f"{where}.{name}"
-        if not isinstance(written, dict) or len(written) != 1:
-            problems.append(f"{place}: {written!r}; expected one of {', '.join(kinds)} with its values")
-            continue
-        ((kind, value),) = written.items()
-        if kind not in _KINDS:
-            near = did_you_mean(kind, _KINDS) or f"; known: {', '.join(_KINDS)}"
-            problems.append(f"{place}.{kind}: no such kind{near}")
-        elif kind not in kinds:
-            problems.append(f"{place}: {kind} with search {search}; expected {', '.join(kinds)}")
-        elif kind not in _LISTED:
-            if ends := _ends(value, kind, place, problems):
-                yield Entry(name, kind, (), *ends)
-        elif not value or not isinstance(value, list | dict):
-            problems.append(
-                f"{place}: {value!r} has no values; expected a list, or a group of labels, of at least one"
-            )
-        else:
-            options = (
-                _values(name, value, place, problems)
-                if isinstance(value, list)
-                else tuple(_group(value, place, search, problems))
-            )
-            if options:
-                yield Entry(name, kind, options)
+        try:
+            yield _entry(name, written, f"{where}.{name}", search, problems)
+        except ValueError as error:
+            problems.append(f"{where}.{name}{error}")
 
 
-def _values(name: str, values: list[Any], place: str, problems: list[str]) -> tuple[Option, ...]:
-    """Return the options of a list of values."""
-    labels = [_text(value) for value in values]
+def _entry(name: str, written: Any, place: str, search: str, problems: list[str]) -> Entry:
+    """Return one typed entry; a ValueError says what is wrong with it as a whole."""
+    kinds = _DRAWN if search in ("random", "optuna") else ("grid",)
+    if not isinstance(written, dict) or len(written) != 1:
+        raise ValueError(f": {written!r}; expected one of {', '.join(kinds)} with its values")
+    ((kind, value),) = written.items()
+    if kind not in _KINDS:
+        near = did_you_mean(kind, _KINDS) or f"; known: {', '.join(_KINDS)}"
+        raise ValueError(f".{kind}: no such kind{near}")
+    if kind not in kinds:
+        raise ValueError(f": {kind} with search {search}; expected {', '.join(kinds)}")
+    if kind not in _LISTED:
+        return Entry(name, kind, (), *_ends(value, kind))
+    options = tuple(_options(name, value, place, search, problems)) if isinstance(value, list | dict) else ()
+    if not options:
+        raise ValueError(f": {value!r} has no values; expected a list, or a group of labels, of at least one")
+    labels = [option.label for option in options]
     if repeated := [label for label in labels if labels.count(label) > 1]:
         problems.append(f"{place}: {repeated[0]} is listed twice")
-    return tuple(Option(label, {name: value}) for label, value in zip(labels, values, strict=True))
+    return Entry(name, kind, options)
 
 
-def _group(group: dict[Any, Any], place: str, search: str, problems: list[str]) -> Iterator[Option]:
-    """Yield the options of a group of labels."""
-    for label, keys in group.items():
+def _options(name: str, values: Any, place: str, search: str, problems: list[str]) -> Iterator[Option]:
+    """Yield the options of a list of values, or of a group of labels."""
+    if isinstance(values, list):
+        yield from (Option(_text(value), {name: value}) for value in values)
+        return
+    for label, keys in values.items():
         if not isinstance(keys, dict):
             problems.append(f"{place}.{label}: {keys!r}; expected dotted keys with their values")
             continue
@@ -200,8 +195,8 @@ def _group(group: dict[Any, Any], place: str, search: str, problems: list[str]) 
         yield Option(str(label), fixed, tuple(read_entries(inner, f"{place}.{label}", search, problems)))
 
 
-def _ends(value: Any, kind: str, place: str, problems: list[str]) -> tuple[float, float] | None:
-    """Return the ends of a range, None where they are none."""
+def _ends(value: Any, kind: str) -> tuple[float, float]:
+    """Return the ends of a range."""
     try:
         low, high = (float(end) for end in value)
     except (TypeError, ValueError):
@@ -209,8 +204,7 @@ def _ends(value: Any, kind: str, place: str, problems: list[str]) -> tuple[float
     if low < high and math.isfinite(high - low) and (kind == "uniform" or low > 0):
         return low, high
     above = ", both above 0" if kind == "loguniform" else ""
-    problems.append(f"{place}: {value!r}; expected [low, high] with low < high{above}")
-    return None
+    raise ValueError(f": {value!r}; expected [low, high] with low < high{above}")
 
 
 def keys_of(entry: Entry) -> set[str]:
