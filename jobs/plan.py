@@ -12,12 +12,13 @@ from pipeline.data.manifest import MANIFEST, Manifest, check_fits
 from pipeline.data.prepare.prepare import data_path
 from pipeline.errors import ConfigError
 from pipeline.models import model_folder
-from pipeline.planning.plan import chosen, report
+from pipeline.planning.gpus import select_gpus
+from pipeline.planning.plan import report
 
 
 def plan(config: RunConfig, gpu: str) -> None:
     """Print the plan; starts nothing and writes nothing."""
-    gpus = chosen(gpu)
+    gpus = select_gpus(gpu)
     config = with_model(config)
     path = data_path(config)
     manifest = Manifest.read(path) if storage.exists(storage.join(path, MANIFEST)) else None
