@@ -38,11 +38,11 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def run_storage(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     """A folder with prepared text, for runs."""
-    from pipeline.data.prepare.prepare import ensure
+    from pipeline.run import Run
     from tests.support.tiny_runs import tiny
 
     storage = tmp_path_factory.mktemp("storage")
-    ensure(tiny(storage, "prepare"))
+    Run(tiny(storage, "prepare")).with_data()
     return storage
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
-from pipeline.data.prepare import prepare
 from pipeline.data.prepare.images import TOKENIZER
 from pipeline.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from pipeline.evaluation import convergence, frontier
@@ -18,7 +17,7 @@ from pipeline.evaluation.evaluate import (
     judge_texts,
     likelihoods,
     mlflow_run,
-    open_subject,
+    open_model,
     real_text,
     tokenizer_hash,
     without_mauve,
@@ -33,11 +32,9 @@ from pipeline.reports import figures
 from pipeline.reports.measures import Group, Measure
 from pipeline.reports.page import Block, Columns, Page, Section, Table, Text, excerpt, picture
 from pipeline.reports.sections import figures_section, paper_section, setting_sections
+from pipeline.run import Run
 from pipeline.runtime.actors import Resources
-from pipeline.runtime.ray_cluster import actors_now, cluster
-from pipeline.training import checkpoint
-from pipeline.training.launch import located, run_model_folder
-from pipeline.training.loop import tracking_spill
+from pipeline.runtime.ray_cluster import available_resources, joined_cluster
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +62,17 @@ def compare(config: RunConfig) -> Comparison:
     Raises:
         CheckpointError, ConfigError, DataError, CapabilityError: before anything is drawn, naming the model.
     """
-    config = located(config)
-    run, uri = checkpoint.run_folder(config), tracking.tracking_uri(config)
-    into = storage.join(run, "comparison")
-    subjects = {name: _open(config, name) for name in config.evaluation.models}
+    run = Run.of(config)
+    config, into = run.config, storage.join(run.folder, "comparison")
+    subjects = {name: _open(run, name) for name in config.evaluation.models}
     storage.check_writable(into, "cluster.storage")
-    with mlflow_run(config, run, uri) as run_id, cluster(config):
-        resources = actors_now(config)
-        manifest = prepare.ensure(config)
-        own = Corpus("validation", prepare.data_path(config), manifest)
+    with mlflow_run(run) as run, joined_cluster(config.cluster):
+        resources = available_resources(config.cluster)
+        run = run.with_data()
+        own = Corpus("validation", run.data_path, run.manifest)
         for name, subject in subjects.items():
             try:
-                corpora.check_fits(own, subject.facts, tokenizer_hash(subject, manifest))
+                corpora.check_fits(own, subject.facts, tokenizer_hash(subject, run.manifest))
             except DataError as error:
                 raise DataError(f"evaluation.models.{name}: {error}") from None
         contenders = [
@@ -92,14 +88,14 @@ def compare(config: RunConfig) -> Comparison:
         judge = _judge_text if config.data.kind == "text" else _judge_images
         points, bounds, beside, samples = judge(config, subjects, contenders, own, resources)
         metric = config.validation_metric
-        curves = _curves(config, subjects, f"validation/{metric}")
-        found = Comparison(bounds, points, curves, metric, into, uri)
+        curves = _curves(run, subjects, f"validation/{metric}")
+        found = Comparison(bounds, points, curves, metric, into, run.tracking_uri)
         page = _page(config, found, subjects, contenders, own, beside, samples)
         files = page.publish(into)
         for name, text in _data(found).items():
             storage.publish_text(storage.join(into, name), text)
             files.append(name)
-        with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
+        with run.tracker() as tracker:
             for one in points:
                 key = f"frontier/{one.model}/"
                 told = {key + measure.key: measure.value for measure in one.measures}
@@ -112,14 +108,15 @@ def compare(config: RunConfig) -> Comparison:
     return found
 
 
-def _open(config: RunConfig, name: str) -> EvaluatedModel:
+def _open(run: Run, name: str) -> EvaluatedModel:
     """A model of the comparison, checked; mistakes name it."""
+    config = run.config
     spec = config.evaluation.models[name]
     try:
-        place = run_model_folder(_with_model(config, spec))
+        place = _with_model(config, spec).sampled_model()
         kind = model_folder.read_config(storage.fetch(place))[0].kind
         first = _sampling(config, kind, max(config.evaluation.steps))
-        return open_subject(_with_model(first, place))
+        return open_model(_with_model(first, place))
     except CheckpointError as error:
         near = ""
         if not spec.startswith("models:/"):
@@ -133,8 +130,8 @@ def _open(config: RunConfig, name: str) -> EvaluatedModel:
         raise ConfigError(f"evaluation.models.{name}: {error}") from None
 
 
-def _with_model(config: RunConfig, model: str) -> RunConfig:
-    return config.model_copy(update={"sampling": config.sampling.model_copy(update={"model": model})})
+def _with_model(config: RunConfig, model: str) -> Run:
+    return Run(config).configured(sampling=config.sampling.model_copy(update={"model": model}))
 
 
 def _steps(config: RunConfig, subject: EvaluatedModel) -> list[int]:
@@ -207,12 +204,12 @@ def _bounds(
     ]
 
 
-def _curves(config: RunConfig, subjects: dict[str, EvaluatedModel], metric: str) -> list[convergence.Curve]:
+def _curves(run: Run, subjects: dict[str, EvaluatedModel], metric: str) -> list[convergence.Curve]:
     """Histories of the runs that trained the models; a distilled or unknown one has none."""
     found = []
     for name, subject in subjects.items():
         trained = model_folder.read_background(storage.fetch(subject.model)).run
-        record = _run_of(config, config.evaluation.models[name])
+        record = _run_of(run, run.config.evaluation.models[name])
         if not trained or trained.get("distill") or record is None:
             log.warning("no convergence of %s: the MLflow run that pretrained it is not known", name)
             continue
@@ -229,17 +226,16 @@ def _curves(config: RunConfig, subjects: dict[str, EvaluatedModel], metric: str)
     return found
 
 
-def _run_of(config: RunConfig, spec: str) -> tuple[str, str] | None:
+def _run_of(run: Run, spec: str) -> tuple[str, str] | None:
     """MLflow store and id of the run that a model comes from."""
     if spec.startswith("models:/"):
-        uri = tracking.tracking_uri(config)
-        run_id = tracking.find_version(uri, spec).run_id
-        return (uri, run_id) if run_id else None
+        run_id = tracking.find_version(run.tracking_uri, spec).run_id
+        return (run.tracking_uri, run_id) if run_id else None
     recorded = tracking.recorded_run(storage.resolve(spec).rstrip("/").rpartition("/")[0])
     if recorded is None:
         return None
     run_id, uri = recorded
-    ours = tracking.tracking_uri(config)  # with the password that a run's record leaves out
+    ours = run.tracking_uri  # with the password that a run's record leaves out
     return ours if uri == shown(ours) else uri, run_id
 
 

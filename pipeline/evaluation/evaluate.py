@@ -12,7 +12,6 @@ from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare import prepare
 from pipeline.data.prepare.encoding import read_pixels
 from pipeline.data.prepare.images import TOKENIZER
 from pipeline.data.shards import ShardReader
@@ -30,12 +29,10 @@ from pipeline.reports.measures import Group, Measure, Report
 from pipeline.reports.page import Block, Columns, Page, Picture, Section, Text, excerpt, picture
 from pipeline.reports.pictures import sample_grid
 from pipeline.reports.sections import figures_section, paper_section, setting_sections
+from pipeline.run import Run
 from pipeline.runtime.actors import Resources
-from pipeline.runtime.ray_cluster import actors_now, cluster
-from pipeline.training import checkpoint
+from pipeline.runtime.ray_cluster import available_resources, joined_cluster
 from pipeline.training.finish import NGRAM_ROWS
-from pipeline.training.launch import located, run_model_folder
-from pipeline.training.loop import tracking_spill
 from pipeline.training.validation import validation_rows
 
 log = logging.getLogger(__name__)
@@ -81,51 +78,50 @@ def evaluate(config: RunConfig) -> Evaluation:
         CheckpointError: there is no such model.
         ConfigError, DataError, CapabilityError: before anything is drawn.
     """
-    config = located(config)
-    run, uri = checkpoint.run_folder(config), tracking.tracking_uri(config)
-    into = storage.join(run, "evaluation")
-    subject = open_subject(config)
+    run = Run.of(config)
+    config, into = run.config, storage.join(run.folder, "evaluation")
+    subject = open_model(run)
     others = corpora.open_corpora(config.evaluation.data)
     storage.check_writable(into, "cluster.storage")
-    with mlflow_run(config, run, uri) as run_id, cluster(config):
-        resources = actors_now(config)
-        manifest = prepare.ensure(config)
-        own = Corpus("validation", prepare.data_path(config), manifest)
+    with mlflow_run(run) as run, joined_cluster(config.cluster):
+        run = run.replace(given_resources=available_resources(config.cluster)).with_data()
+        own = Corpus("validation", run.data_path, run.manifest)
         for corpus in (own, *others):
-            corpora.check_fits(corpus, subject.facts, tokenizer_hash(subject, manifest))
+            corpora.check_fits(corpus, subject.facts, tokenizer_hash(subject, run.manifest))
         judge = _judge_text if config.data.kind == "text" else _judge_images
-        groups, samples = judge(config, subject, own, others, into, resources)
+        groups, samples = judge(config, subject, own, others, into, run.resources)
         report = Report(config.sampling.model or subject.model, _about(subject), groups)
         page = Page(
             f"Evaluation of {report.model}",
             [
                 Section("Model", [Text(report.told)]),
                 figures_section("Figures", groups),
-                *_training(config, uri, run_id),
+                *_training(run),
                 Section("Samples", samples),
-                paper_section({config.name: subject.config}, manifest),
-                *setting_sections(config, manifest),
+                paper_section({config.name: subject.config}, run.manifest),
+                *setting_sections(config, run.manifest),
             ],
         )
         files = ["evaluation.json", *page.publish(into)]
         storage.publish_text(storage.join(into, "evaluation.json"), report.to_json())
-        _track(config, uri, run_id, subject.step, report, into, files)
-    return Evaluation(report, into, uri)
+        _track(run, subject.step, report, into, files)
+    return Evaluation(report, into, run.tracking_uri)
 
 
-def open_subject(config: RunConfig) -> EvaluatedModel:
+def open_model(run: Run) -> EvaluatedModel:
     """The model that `jobs.sample` would draw from, checked against the config.
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
         ConfigError: it cannot be sampled as the config says.
     """
-    named, model = config.sampling.model, run_model_folder(config)
+    config, model = run.config, run.sampled_model()
     local = storage.fetch(model)
     denoiser, section, facts = model_folder.read(local)
     sampling = config.sampling.model_copy(update={"model": None})
     if found := config.model_copy(update={"model": section, "sampling": sampling}).conflicts():
-        raise ConfigError(f"with the model {named or model}:\n" + "\n".join(f"  {line}" for line in found))
+        name = config.sampling.model or model
+        raise ConfigError(f"with the model {name}:\n" + "\n".join(f"  {line}" for line in found))
     step = int(model_folder.read_background(local).figures.get("step", 0))
     parameters = sum(value.numel() for value in denoiser.parameters())
     asked = config.evaluation
@@ -324,33 +320,33 @@ def _judge_images(
 
 
 @contextmanager
-def mlflow_run(config: RunConfig, run: str, uri: str) -> Iterator[str]:
-    """The id of the folder's MLflow run; one is opened, and ended, where the folder has none."""
-    if recorded := tracking.recorded_run(run):
-        yield recorded[0]
+def mlflow_run(run: Run) -> Iterator[Run]:
+    """Give the run the MLflow run of its folder; one is opened, and ended, where the folder has none."""
+    if recorded := tracking.recorded_run(run.folder):
+        yield run.replace(run_id=recorded[0])
         return
+    config, uri = run.config, run.tracking_uri
     params = flatten(config.model_dump(mode="json"))
-    run_id = tracking.open_recorded_run(run, uri, config.tracking.experiment, config.name, params, {})
+    run_id = tracking.open_recorded_run(run.folder, uri, config.tracking.experiment, config.name, params, {})
     with tracking.ending(uri, run_id):
-        yield run_id
+        yield run.replace(run_id=run_id)
 
 
-def _training(config: RunConfig, uri: str, run_id: str) -> list[Section]:
+def _training(run: Run) -> list[Section]:
     """The curves of the run's training, where MLflow has them."""
-    keys = ["train/loss", f"validation/{config.validation_metric}"]
-    history = tracking.metric_history(uri, run_id, keys)
+    assert run.run_id is not None
+    keys = ["train/loss", f"validation/{run.config.validation_metric}"]
+    history = tracking.metric_history(run.tracking_uri, run.run_id, keys)
     if not history["train/loss"]:
         return []
     return [Section("Training", [picture("training", loss_curve(history), "Loss and validation by step")])]
 
 
-def _track(
-    config: RunConfig, uri: str, run_id: str, step: int, report: Report, into: str, files: Sequence[str]
-) -> None:
+def _track(run: Run, step: int, report: Report, into: str, files: Sequence[str]) -> None:
     """Figures, tables and samples into the MLflow run."""
-    with tracking.Tracker(uri, run_id, tracking_spill(config)) as tracker:
+    with run.tracker() as tracker:
         tracker.log_metrics(report.metrics(), step)
-        shown = "" if config.data.kind == "image" else "samples/samples.txt"
+        shown = "" if run.config.data.kind == "image" else "samples/samples.txt"
         for name in [*files, *([shown] if shown else [])]:
             tracker.log_artifact(storage.fetch(storage.join(into, name)), "evaluation")
         tracker.flush()

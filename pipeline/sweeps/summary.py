@@ -9,19 +9,17 @@ import numpy as np
 
 from pipeline import storage, tracking
 from pipeline.config.load import dump
-from pipeline.config.schema import RunConfig
 from pipeline.config.space import Variant
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError
 from pipeline.metrics.stopwatch import Stopwatch
 from pipeline.reports.figures import png
+from pipeline.run import Run
 from pipeline.runtime.actors import Resources, in_order, started
 from pipeline.runtime.ray_cluster import check_resources
 from pipeline.sweeps import figures, report
 from pipeline.sweeps.report import Row, Trial
 from pipeline.sweeps.trial import read_ended, read_reports
-from pipeline.training import checkpoint
-from pipeline.training.loop import tracking_spill
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ class Planned:
 
     variant: Variant
     seed: int
-    config: RunConfig
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -51,18 +49,17 @@ class SweepResult:
     rows: Sequence[Row]
     table: str
     best: str | None
-    run_id: str
+    run_id: str | None
     tracking_uri: str
 
 
-def summarise(plan: Sweep, folder: str, uri: str, run_id: str, trials: Sequence[Planned]) -> SweepResult:
+def summarise(plan: Sweep, base: Run, folder: str, trials: Sequence[Planned]) -> SweepResult:
     """Measure how fast the variants draw, average over seeds, draw, write and log."""
-    own, base = plan.config, plan.base()
-    use_gpu = check_resources(base)
-    speeds = _speeds(trials, base, use_gpu)
-    table = report.rows([_facts(trial, own.metric, uri, speeds) for trial in trials], own.mode)
-    device = "GPU" if use_gpu else f"{base.cluster.cpus_per_worker} CPU"
-    sampling = base.sampling
+    own, cluster, sampling = plan.config, base.config.cluster, base.config.sampling
+    use_gpu = check_resources(cluster)
+    speeds = _speeds(trials, Resources(1, cluster.cpus_per_worker, use_gpu))
+    table = report.rows([_facts(trial, own.metric, base.tracking_uri, speeds) for trial in trials], own.mode)
+    device = "GPU" if use_gpu else f"{cluster.cpus_per_worker} CPU"
     about = (
         f"Sweep {own.name}: {own.metric} at each trial's end, mean ± standard deviation over seeds "
         f"{', '.join(map(str, own.seeds))}; sampling: median of {REPEATS} batches of {sampling.batch} rows, "
@@ -95,7 +92,7 @@ def summarise(plan: Sweep, folder: str, uri: str, run_id: str, trials: Sequence[
     }
     if winner is not None:
         counts[f"best/{own.metric}"] = winner.metric.mean
-    with tracking.Tracker(uri, run_id, tracking_spill(base)) as tracker:
+    with base.tracker() as tracker:
         tracker.log_metrics(counts, 0)
         for name, text in texts.items():
             tracker.log_text(text, name)
@@ -103,15 +100,15 @@ def summarise(plan: Sweep, folder: str, uri: str, run_id: str, trials: Sequence[
             tracker.log_artifact(storage.fetch(storage.join(folder, name)), "figures")
         tracker.flush()
     if winner is not None:
-        _let_best_teach(uri, winner, trials)
+        _let_best_teach(base.tracking_uri, winner, trials)
     best = storage.join(folder, BEST) if winner is not None else None
-    return SweepResult(folder, table, texts["table.md"], best, run_id, uri)
+    return SweepResult(folder, table, texts["table.md"], best, base.run_id, base.tracking_uri)
 
 
 def _facts(trial: Planned, metric: str, uri: str, speeds: dict[str, tuple[int, float]]) -> Trial:
     """What a trial left in its folder and in its MLflow run."""
-    config, run = trial.config, checkpoint.run_folder(trial.config)
-    ended, recorded = read_ended(config), tracking.recorded_run(run)
+    run = trial.run.folder
+    ended, recorded = read_ended(run), tracking.recorded_run(run)
     run_id = recorded and recorded[0]
     label = trial.variant.label
     parameters, sample_rate = speeds.get(label, (None, None))
@@ -121,7 +118,7 @@ def _facts(trial: Planned, metric: str, uri: str, speeds: dict[str, tuple[int, f
         seed=trial.seed,
         status=ended.status if ended else "failed",
         step=ended.step if ended else 0,
-        steps=config.train.steps,
+        steps=trial.run.config.train.steps,
         curve=[(int(told["step"]), told[metric]) for told in read_reports(run) if metric in told],
         parameters=parameters,
         train_rate=None if run_id is None else _train_rate(uri, run_id),
@@ -146,20 +143,19 @@ def _train_rate(uri: str, run_id: str) -> float | None:
     return float(np.median([rate for _, rate in points])) if points else None
 
 
-def _speeds(trials: Sequence[Planned], base: RunConfig, use_gpu: bool) -> dict[str, tuple[int, float]]:
+def _speeds(trials: Sequence[Planned], resources: Resources) -> dict[str, tuple[int, float]]:
     """Parameters and tokens/s of every variant that left a model: one model of each, in one process."""
     models: dict[str, tuple[str, Planned]] = {}
     for trial in trials:
-        model = storage.join(checkpoint.run_folder(trial.config), "model")
+        model = trial.run.model_folder
         if storage.folder_complete(model):
             models.setdefault(trial.variant.label, (model, trial))
     if not models:
         return {}
     log.info("measuring how fast %d variants draw", len(models))
-    threads = base.cluster.cpus_per_worker
     # In turn, so that what else the machine does meets all of them.
-    tasks = [(model, trial.config.sampling) for model, trial in models.values()] * REPEATS
-    with started(Stopwatch, (threads,), Resources(1, threads, use_gpu), 1) as ready:
+    tasks = [(model, trial.run.config.sampling) for model, trial in models.values()] * REPEATS
+    with started(Stopwatch, (resources.cpus,), resources, 1) as ready:
         found = list(in_order(ready, "measure", tasks))
     return {
         label: (found[index][0], float(np.median([rate for _, rate in found[index :: len(models)]])))
@@ -170,7 +166,7 @@ def _speeds(trials: Sequence[Planned], base: RunConfig, use_gpu: bool) -> dict[s
 def _let_best_teach(uri: str, winner: Row, trials: Sequence[Planned]) -> None:
     """Let `models:/NAME@teacher` mean the best variant's first model; every trial's end has moved it."""
     for trial in trials:
-        ended = read_ended(trial.config)
+        ended = read_ended(trial.run.folder)
         if trial.variant.label == winner.variant and ended is not None and ended.version:
             _, name, number = ended.version.split("/")
             try:

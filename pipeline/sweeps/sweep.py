@@ -19,14 +19,13 @@ from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
 from pipeline.config.space import Entry, Variant, assemble
 from pipeline.config.sweep import Sweep
-from pipeline.data.prepare import prepare
 from pipeline.errors import CapabilityError, StoppedError
+from pipeline.run import Run
 from pipeline.runtime.control_files import STOP
-from pipeline.runtime.ray_cluster import check_resources, check_visible, cluster, places, stoppable
+from pipeline.runtime.ray_cluster import check_resources, check_visible, joined_cluster, places, stoppable
 from pipeline.sweeps.summary import Planned, SweepResult, summarise
 from pipeline.sweeps.trial import in_one_process, read_ended, run_trial
-from pipeline.training import checkpoint, resume
-from pipeline.training.launch import located
+from pipeline.training import resume
 
 log = logging.getLogger(__name__)
 
@@ -41,21 +40,19 @@ def sweep(plan: Sweep) -> SweepResult:
         ConfigError, DataError, CheckpointError: before any trial starts.
         StoppedError: it was stopped before the end.
     """
-    base = plan.base()
-    folder = storage.join(storage.resolve(base.cluster.storage), plan.config.name)
+    base = Run.of(plan.base())
+    folder = storage.join(base.config.cluster.storage, plan.config.name)
     storage.check_writable(folder, "cluster.storage")
     trials = [planned(plan, v, seed) for v in plan.variants() for seed in plan.config.seeds]
     for one in trials:
         check_same(one)
     # What a model-based search will ask for is not known, but what its trials need is.
-    examples = [one.config for one in trials] or [
-        planned(plan, plan.draws(1)[0], plan.config.seeds[0]).config
-    ]
-    with cluster(base):
-        uri = tracking.tracking_uri(base)
+    examples = [one.run for one in trials] or [planned(plan, plan.draws(1)[0], plan.config.seeds[0]).run]
+    with joined_cluster(base.config.cluster):
+        uri = base.tracking_uri
         check_visible(folder, uri)
-        for config in {prepare.data_path(config): config for config in examples}.values():
-            prepare.ensure(config)
+        for run in {run.data_path: run for run in examples}.values():
+            run.with_data()
         run_id = _open_parent(plan, folder, uri, len(trials))
         with tracking.ending(uri, run_id), stoppable(folder):
             began = time.monotonic()
@@ -63,29 +60,25 @@ def sweep(plan: Sweep) -> SweepResult:
             if not whole:
                 raise StoppedError("stopped as asked, after checkpoints; the same command goes on")
             log.info("all trials ended after %.0f minutes", (time.monotonic() - began) / 60)
-            return summarise(plan, folder, uri, run_id, tried)
+            return summarise(plan, base.replace(run_id=run_id), folder, tried)
 
 
 def planned(plan: Sweep, variant: Variant, seed: int) -> Planned:
     """The run of a variant and a seed, in the sweep's folder, on data and in a store that all trials share."""
-    config = located(plan.trial(variant, seed))
-    data = config.data.model_copy(update={"path": prepare.data_path(config)})
+    run = Run.of(plan.trial(variant, seed))
+    config = run.config
+    data = config.data.model_copy(update={"path": run.data_path})
     shared = {
-        "uri": tracking.tracking_uri(config),
+        "uri": run.tracking_uri,
         "register_as": config.tracking.register_as or plan.config.name,
     }
     folder = storage.join(config.cluster.storage, plan.config.name)
-    return Planned(
-        variant,
-        seed,
-        config.model_copy(
-            update={
-                "data": data,
-                "tracking": config.tracking.model_copy(update=shared),
-                "cluster": config.cluster.model_copy(update={"storage": folder}),
-            }
-        ),
+    run = run.configured(
+        data=data,
+        tracking=config.tracking.model_copy(update=shared),
+        cluster=config.cluster.model_copy(update={"storage": folder}),
     )
+    return Planned(variant, seed, run)
 
 
 def check_same(trial: Planned) -> None:
@@ -94,11 +87,12 @@ def check_same(trial: Planned) -> None:
     Raises:
         CheckpointError: lists every difference.
     """
-    ended, run = read_ended(trial.config), checkpoint.run_folder(trial.config)
-    if ended is not None and ended.counts(trial.config):
-        resume.check_same(ended.config, trial.config, run)
+    run = trial.run
+    ended = read_ended(run.folder)
+    if ended is not None and ended.counts(run.config):
+        resume.check_same(ended.config, run.config, run.folder)
     else:
-        resume.precheck(run, trial.config)
+        resume.precheck(run)
 
 
 def _open_parent(plan: Sweep, folder: str, uri: str, trials: int) -> str:
@@ -121,18 +115,18 @@ def _run_trials(
     plan: Sweep,
     folder: str,
     trials: Sequence[Planned],
-    examples: Sequence[RunConfig],
+    examples: Sequence[Run],
     parent: str,
 ) -> tuple[list[Planned], bool]:
     """All trials that were tried, and whether each has come to an end.
 
     Args:
         trials: those that are known beforehand; none of a model-based search.
-        examples: configs that need what the trials will need.
+        examples: runs that need what the trials will need.
         parent: id of the sweep's own MLflow run.
     """
     own = plan.config
-    by_name = {one.config.name: one for one in trials}
+    by_name = {one.run.config.name: one for one in trials}
 
     def find(choice: dict[str, Any]) -> Planned:
         if "trial" in choice:
@@ -143,11 +137,11 @@ def _run_trials(
         found = find(config)
         choices = {f"choice.{name}": str(value) for name, value in found.variant.choices.items()}
         tags = {**tracking.child_of(parent), "variant": found.variant.label, **choices}
-        run_trial(found.config, own.metric, tags)
+        run_trial(found.run, own.metric, tags)
 
     search = _optuna(plan, folder) if own.search == "optuna" else None
     count = (own.num_samples or 1) if search else len(trials)
-    ended = sum(_counts(one.config) for one in trials)
+    ended = sum(_counts(one.run) for one in trials)
     at_most = own.max_concurrent or _fitting(examples)
     if search and not all(_has_number(variant) for variant in plan.draws(DRAWS)):
         at_most = 1  # the search may ask for the same variant twice, which has one folder
@@ -159,35 +153,35 @@ def _run_trials(
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials have MLflow; no warning that files lack
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     tuner = tune.Tuner(
-        tune.with_resources(trial, lambda config: _resources(find(config).config)),
+        tune.with_resources(trial, lambda config: _resources(find(config).run.config)),
         param_space={} if search else {"trial": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=scheduler_of(plan, max(one.train.steps for one in examples)),
+            scheduler=scheduler_of(plan, max(one.config.train.steps for one in examples)),
             num_samples=count if search else 1,
             max_concurrent_trials=at_most,
             reuse_actors=True,
-            trial_name_creator=lambda one: find(one.config).config.name,
-            trial_dirname_creator=lambda one: find(one.config).config.name,
+            trial_name_creator=lambda one: find(one.config).run.config.name,
+            trial_dirname_creator=lambda one: find(one.config).run.config.name,
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=folder,
             verbose=0,
             callbacks=[_Progress(find, own.metric, count, ended, folder), _Stopping(find, folder)],
-            failure_config=tune.FailureConfig(max_failures=examples[0].cluster.max_failures),
+            failure_config=tune.FailureConfig(max_failures=examples[0].config.cluster.max_failures),
         ),
     )
     results = tuner.fit()
-    tried = {one.config.name: one for one in trials}
+    tried = {one.run.config.name: one for one in trials}
     lost = set()
     for result in (results[at] for at in range(len(results))):
         found = find(result.config or {})
-        tried[found.config.name] = found
+        tried[found.run.config.name] = found
         if result.error is not None:
-            lost.add(found.config.name)
-            log.warning("%s: its process was lost: %s", found.config.name, result.error)
-    over = [name for name, one in tried.items() if name in lost or read_ended(one.config) is not None]
+            lost.add(found.run.config.name)
+            log.warning("%s: its process was lost: %s", found.run.config.name, result.error)
+    over = [name for name, one in tried.items() if name in lost or read_ended(one.run.folder) is not None]
     return list(tried.values()), len(over) == len(tried) and len(results) >= count
 
 
@@ -195,32 +189,32 @@ def _has_number(variant: Variant) -> bool:
     return any(isinstance(value, float) for value in variant.choices.values())
 
 
-def _counts(config: RunConfig) -> bool:
-    ended = read_ended(config)
-    return ended is not None and ended.counts(config)
+def _counts(run: Run) -> bool:
+    ended = read_ended(run.folder)
+    return ended is not None and ended.counts(run.config)
 
 
 def _fits(config: RunConfig) -> bool:
     """Whether the cluster can hold this trial at all; one that it cannot says so itself, at once."""
     try:
-        check_resources(config)
+        check_resources(config.cluster)
     except CapabilityError:
         return False
     return True
 
 
-def _fitting(configs: Sequence[RunConfig]) -> int:
+def _fitting(runs: Sequence[Run]) -> int:
     """How many of the largest trials fit the cluster at the same time, so that none waits for another's part."""
     most = []
-    for config in filter(_fits, configs):
+    for config in filter(_fits, (run.config for run in runs)):
         asked = config.cluster
-        most.append(places(ray.nodes(), asked.cpus_per_worker, check_resources(config)) // asked.most)
+        most.append(places(ray.nodes(), asked.cpus_per_worker, check_resources(asked)) // asked.most)
     return max(1, min(most, default=1))
 
 
 def _resources(config: RunConfig) -> tune.PlacementGroupFactory:
     """What Ray Tune reserves: the worker's CPUs, or next to nothing beside the workers that a trial starts."""
-    if _fits(config) and in_one_process(config, check_resources(config)):
+    if _fits(config) and in_one_process(config, check_resources(config.cluster)):
         return tune.PlacementGroupFactory([{"CPU": config.cluster.cpus_per_worker}])
     return tune.PlacementGroupFactory([{"memory": 1}])
 
@@ -289,8 +283,8 @@ class _Stopping(tune.Callback):
         self._looked = time.monotonic()
         if storage.exists(self._file):
             for trial in (one for one in trials if one.status == Trial.RUNNING):
-                run = checkpoint.run_folder(self._find(trial.config).config)
-                storage.publish_bytes(storage.join(run, STOP), b"")
+                run = self._find(trial.config).run
+                storage.publish_bytes(storage.join(run.folder, STOP), b"")
 
 
 class _Progress(tune.Callback):
@@ -314,8 +308,8 @@ class _Progress(tune.Callback):
     ) -> None:
         """Remember what was suggested."""
         found = self._find(trial.config)
-        if _counts(found.config):
-            self._quiet.add(found.config.name)
+        if _counts(found.run):
+            self._quiet.add(found.run.config.name)
         if "trial" not in trial.config and trial.config not in self._suggested:
             self._suggested.append(trial.config)
             storage.publish_text(self._file, json.dumps(self._suggested))
@@ -335,7 +329,7 @@ class _Progress(tune.Callback):
                 "%s: step %d/%d  %s %.4g",
                 _title(found),
                 result["step"],
-                found.config.train.steps,
+                found.run.config.train.steps,
                 self._metric,
                 result[self._metric],
             )
@@ -349,10 +343,10 @@ class _Progress(tune.Callback):
     ) -> None:
         """One end, and how long the rest may take."""
         found = self._find(trial.config)
-        if found.config.name in self._quiet:
+        if found.run.config.name in self._quiet:
             return
         self._ended += 1
-        ended, left = read_ended(found.config), self._count - self._ended
+        ended, left = read_ended(found.run.folder), self._count - self._ended
         how = f"{ended.status} at step {ended.step}" if ended else "lost"
         a_trial = (time.monotonic() - self._began) / (self._ended - self._before)
         log.info(

@@ -22,10 +22,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline import storage
 from pipeline.config.schema import RunConfig
 from pipeline.errors import PipelineError, StoppedError
+from pipeline.run import Run
 from pipeline.runtime.control_files import STOP
 from pipeline.runtime.session import PlainSession
 from pipeline.training import checkpoint, launch, worker_group
-from pipeline.training.loop import Job, train
+from pipeline.training.loop import train
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ class Ended:
         return self.status == "stopped" or (self.status == "finished" and self.step >= config.train.steps)
 
 
-def read_ended(config: RunConfig) -> Ended | None:
+def read_ended(folder: str) -> Ended | None:
     """The trial's end, if it has come."""
-    record = storage.join(checkpoint.run_folder(config), RECORD)
+    record = storage.join(folder, RECORD)
     return Ended(**json.loads(storage.read_text(record))) if storage.exists(record) else None
 
 
@@ -71,33 +72,33 @@ def in_one_process(config: RunConfig, use_gpu: bool) -> bool:
     return config.cluster.workers == 1 and not use_gpu and storage.is_local(config.cluster.storage)
 
 
-def run_trial(config: RunConfig, metric: str, tags: dict[str, str]) -> None:
+def run_trial(run: Run, metric: str, tags: dict[str, str]) -> None:
     """Train one trial to its end, inside a function that Ray Tune runs; its failure is written down, not raised.
 
     Args:
-        config: absolute, with the sweep's folder as `cluster.storage`.
+        run: with the sweep's folder as `cluster.storage`.
         metric: what is reported, by name.
         tags: of its MLflow run.
     """
-    run = checkpoint.run_folder(config)
-    for report in read_reports(run):
-        tune.report({**report, "folder": run, "repeated": True})
-    ended = read_ended(config)
+    config, folder = run.config, run.folder
+    for report in read_reports(folder):
+        tune.report({**report, "folder": folder, "repeated": True})
+    ended = read_ended(folder)
     if (ended is not None and ended.counts(config)) or _sweep_stops(config):
         return
-    record = storage.join(run, RECORD)
+    record = storage.join(folder, RECORD)
     storage.remove(record)
     facts, status, error, version = config.model_dump(mode="json"), "failed", None, None
     try:
-        version = launch.carry_out(config, tags, partial(_train, metric)).version
-        status = "finished" if _last_step(run) >= config.train.steps else "stopped"
+        version = launch.train_to_end(run, tags, partial(_train, metric)).version
+        status = "finished" if _last_step(folder) >= config.train.steps else "stopped"
     except StoppedError:
         return
     except Exception as failure:  # the sweep goes on; its summary names this trial
         told = isinstance(failure, PipelineError)
         error = str(failure) if told else f"{type(failure).__name__}: {failure}"
         log.warning("%s failed: %s", config.name, error, exc_info=None if told else failure)
-    ended = Ended(status, _last_step(run), facts, version, error)  # type: ignore[arg-type]
+    ended = Ended(status, _last_step(folder), facts, version, error)  # type: ignore[arg-type]
     storage.publish_text(record, json.dumps(asdict(ended)))
 
 
@@ -110,24 +111,24 @@ def _last_step(run: str) -> int:
     return checkpoint.read_state(newest).step if newest else 0
 
 
-def _train(metric: str, config: RunConfig, job: Job, run: str, use_gpu: bool) -> None:
+def _train(metric: str, run: Run) -> None:
     """The loop, in this process or in a worker group; ended early by the user, the trial is to go on another time."""
-    if in_one_process(config, use_gpu):
-        _train_here(metric, config, job, run)
+    if in_one_process(run.config, run.resources.use_gpu):
+        _train_here(metric, run)
     else:
-        worker_group.run_group(config, job, run, use_gpu, [_GroupReports(run, metric)])
-    if _sweep_stops(config) and _last_step(run) < config.train.steps:
+        worker_group.run_group(run, [_GroupReports(run.folder, metric)])
+    if _sweep_stops(run.config) and _last_step(run.folder) < run.config.train.steps:
         raise StoppedError("stopped with its sweep")
 
 
-def _train_here(metric: str, config: RunConfig, job: Job, run: str) -> None:
+def _train_here(metric: str, run: Run) -> None:
     """Ray Tune uses this process for one trial after the other."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    torch.set_num_threads(config.cluster.cpus_per_worker)
-    train(job, _TrialSession(run, metric))
+    torch.set_num_threads(run.config.cluster.cpus_per_worker)
+    train(run, _TrialSession(run.folder, metric))
 
 
 class _TrialSession(PlainSession):
@@ -135,12 +136,12 @@ class _TrialSession(PlainSession):
 
     def __init__(self, run: str, metric: str):
         super().__init__(0, 1, run)
-        self._folder, self._metric = run, metric
+        self._metric = metric
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
         """Save, then report, so that what the scheduler has seen can be gone back to."""
         super().publish(folder, name, metrics)
-        report = _report(self._folder, name, self._metric, metrics)
+        report = _report(str(self._folder), name, self._metric, metrics)
         if report is not None:
             tune.report(report)
 

@@ -1,9 +1,9 @@
-"""Checkpoints: folders `step_N` that are complete or not used; resume, fallback, pruning, consolidation.
+"""Checkpoints: folders `step_N` that are used only when complete; fallback, pruning and consolidation.
 
 step_00001000/
-  zero/                    DeepSpeed's shards of model and optimiser, one set a rank
+  zero/                    DeepSpeed's shards of model and optimiser, one set per rank
   ema_00000.safetensors    EMA slices of rank 0, and so on
-  files_00000.json         what rank 0 wrote, with sizes and SHA-256: complete when every rank's is there
+  files_00000.json         rank 0's files with sizes and SHA-256; a checkpoint is complete when all ranks' lists exist
   state.json               step, epoch, validation, config, MLflow run
 """
 
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
 from pipeline.models.vq import ImageTokenizer
-from pipeline.training.ema import EMA, join_slices, read_slices
+from pipeline.run import Run
+from pipeline.training.ema import EMA, read_averages
 from pipeline.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -37,43 +38,56 @@ UNIVERSAL = "universal"  # in a run's folder: checkpoints converted for another 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that is not a tensor. The data's position and all randomness follow from `step`."""
+    """The state of a run that is not a tensor; the position in the data and all randomness follow from `step`.
 
-    step: int  # updates done
+    Attributes:
+        step: number of updates done.
+        epoch: of the data.
+        workers: size of the group that wrote the checkpoint.
+        config: of the run, as JSON values.
+        run_id: of the MLflow run; None: not tracked.
+        validation: value of the validation at this step, lower is better; None: there was none.
+        samples: texts drawn at that validation.
+        task: facts about the task, such as the round of a distillation and its teacher.
+    """
+
+    step: int
     epoch: int
     workers: int
     config: dict[str, Any]
     run_id: str | None
-    validation: float | None = None  # at this step, if it was validated; the lower the better
-    samples: tuple[str, ...] = ()  # texts drawn at that validation
-    task: dict[str, Any] = field(default_factory=dict)  # of distillation: the round and its teacher
-
-
-def run_folder(config: RunConfig) -> str:
-    """Where a run lives: `cluster.storage`/name."""
-    return storage.join(storage.resolve(config.cluster.storage), config.name)
+    validation: float | None = None
+    samples: tuple[str, ...] = ()
+    task: dict[str, Any] = field(default_factory=dict)
 
 
 def name_of(step: int) -> str:
-    """Folder name of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
 def universal_path(path: str) -> str:
-    """Where the converted form of a checkpoint stands."""
-    run, name = path.rsplit("/", 1)
-    return storage.join(run, UNIVERSAL, name)
+    """Return the folder of a checkpoint's form for another number of workers."""
+    folder, name = path.rsplit("/", 1)
+    return storage.join(folder, UNIVERSAL, name)
 
 
 def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> None:
-    """Write this rank's part into a local folder; all ranks call it together, each with its own folder.
+    """Write this rank's part of a checkpoint to a local folder; all ranks call it together.
+
+    Args:
+        into: folder of this rank.
+        engine: model and optimiser.
+        ema: average of the weights.
+        state: the rest.
+        rank: of this worker.
 
     Raises:
-        CheckpointError: it cannot be written there; nothing is left of it.
+        CheckpointError: the folder cannot be written; it is removed.
     """
     try:
         _write(into, engine, ema, state, rank)
-    except Exception as error:  # a full disk: OSError, RuntimeError or SafetensorError, by the writer
+    except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError
         free = shutil.disk_usage(into.parent).free / 2**20
         shutil.rmtree(into, ignore_errors=True)
         raise CheckpointError(
@@ -98,10 +112,14 @@ def _write(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -
 
 
 def problems(path: str, contents: bool = True) -> list[str]:
-    """What keeps a checkpoint from being used; empty if it is complete and undamaged.
+    """List what is missing from a checkpoint or damaged in it.
 
     Args:
-        contents: compare every file's SHA-256, not that of the state alone.
+        path: folder of the checkpoint.
+        contents: compare the SHA-256 of every file; False: only that of the state.
+
+    Returns:
+        Descriptions of the problems; empty if the checkpoint can be used.
     """
     names = [name for name in storage.listing(path) if name.startswith("files_")]
     if not names:
@@ -127,44 +145,53 @@ def problems(path: str, contents: bool = True) -> list[str]:
 
 
 def read_state(path: str) -> TrainState:
-    """The state of a complete checkpoint."""
+    """Read the state of a complete checkpoint."""
     fields = json.loads(storage.read_text(storage.join(path, STATE)))
     return TrainState(**{**fields, "samples": tuple(fields["samples"])})
 
 
-def steps(run: str) -> list[int]:
-    """Steps of all checkpoint folders of a run, complete or not, ascending."""
-    names = [name for name in storage.listing(run) if name.startswith("step_")]
+def steps(folder: str) -> list[int]:
+    """List the steps of all checkpoints in a run's folder, complete or not, in ascending order."""
+    names = [name for name in storage.listing(folder) if name.startswith("step_")]
     return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit())
 
 
-def latest(run: str) -> str | None:
-    """The newest usable checkpoint; newer ones that are incomplete or damaged are named, and removed."""
-    for step in reversed(steps(run)):
-        path = storage.join(run, name_of(step))
+def latest(folder: str) -> str | None:
+    """Find the newest usable checkpoint in a run's folder; newer ones that cannot be used are logged.
+
+    Returns:
+        The checkpoint's folder, or None if there is no usable one.
+    """
+    for step in reversed(steps(folder)):
+        path = storage.join(folder, name_of(step))
         found = problems(path)
         if not found:
             return path
         log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(found))
-        _remove(path)
     return None
 
 
-def newest(run: str) -> str | None:
-    """The newest checkpoint with all its files, whose contents nobody has compared yet."""
-    paths = (storage.join(run, name_of(step)) for step in reversed(steps(run)))
+def newest(folder: str) -> str | None:
+    """Find the newest checkpoint whose files all exist; their contents are not compared with their hashes."""
+    paths = (storage.join(folder, name_of(step)) for step in reversed(steps(folder)))
     return next((path for path in paths if not problems(path, contents=False)), None)
 
 
-def prune(run: str, keep: int) -> None:
+def remove_after(folder: str, step: int) -> None:
+    """Remove the checkpoints of later steps than `step`, which a resumed run will write again."""
+    for later in steps(folder):
+        if later > step:
+            _remove(storage.join(folder, name_of(later)))
+
+
+def prune(folder: str, keep: int) -> None:
     """Remove all complete checkpoints but the `keep` newest and the one of best validation."""
-    whole = [s for s in steps(run) if not problems(storage.join(run, name_of(s)), contents=False)]
-    scores = {s: read_state(storage.join(run, name_of(s))).validation for s in whole}
+    complete = [s for s in steps(folder) if not problems(storage.join(folder, name_of(s)), contents=False)]
+    scores = {s: read_state(storage.join(folder, name_of(s))).validation for s in complete}
     scored = [(score, s) for s, score in scores.items() if score is not None and math.isfinite(score)]
-    kept = {*whole[-keep:], *([min(scored)[1]] if scored else [])}
-    for step in whole:
-        if step not in kept:
-            _remove(storage.join(run, name_of(step)))
+    kept = {*complete[-keep:], *([min(scored)[1]] if scored else [])}
+    for step in set(complete) - kept:
+        _remove(storage.join(folder, name_of(step)))
 
 
 def _remove(path: str) -> None:
@@ -172,17 +199,25 @@ def _remove(path: str) -> None:
     storage.remove(path)
 
 
-def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, Tensor]:
-    """Full float32 EMA weights of a checkpoint that any number of workers wrote.
+def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str, Tensor]:
+    """Read the full float32 EMA weights of a checkpoint that any number of workers wrote.
+
+    Args:
+        path: folder of the checkpoint.
+        config: of the model.
+        manifest: of the data that the model was trained on.
+
+    Returns:
+        Weights by parameter name, in the parameters' shapes.
 
     Raises:
-        CheckpointError: it is incomplete, or of another model.
+        CheckpointError: the checkpoint is incomplete, or of another model.
     """
     if found := problems(path):
         raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
-    averages = join_slices(read_slices(sorted(storage.fetch(path).glob("ema_*.safetensors"))))
+    averages = read_averages(sorted(storage.fetch(path).glob("ema_*.safetensors")))
     with torch.device("meta"):
-        model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
+        model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
     tensors = {}
     for name, parameter in model.named_parameters():
         if name not in averages or averages[name].numel() != parameter.numel():
@@ -193,28 +228,35 @@ def ema_weights(path: str, config: RunConfig, manifest: Manifest) -> dict[str, T
     return tensors
 
 
-def consolidate(
-    path: str, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer | ImageTokenizer, into: str
-) -> None:
-    """A checkpoint's EMA weights as a model folder, complete or absent."""
+def consolidate(path: str, run: Run, tokenizer: Tokenizer | ImageTokenizer) -> None:
+    """Write a checkpoint's EMA weights as the run's model folder, whole or not at all.
+
+    Args:
+        path: folder of the checkpoint.
+        run: with its manifest.
+        tokenizer: kept in the model folder.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, or of another model.
+    """
+    config, manifest = run.config, run.manifest
     facts = model_folder.DataFacts(
         manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot
     )
     state, figures = read_state(path), {}
     if state.validation is not None:
         estimator = "arccos" if config.validation_metric == "loss" else config.evaluation.estimator
-        how = f"{estimator}, {config.evaluation.draws} draw(s), EMA weights"
         figures = {
             f"validation_{config.validation_metric}": state.validation,
-            "estimator": how,
+            "estimator": f"{estimator}, {config.evaluation.draws} draw(s), EMA weights",
             "step": state.step,
         }
     background = model_folder.Background(figures, config.model_dump(mode="json"))
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"
-        model_folder.write(local, config.model, facts, ema_weights(path, config, manifest), background)
+        model_folder.write(local, config.model, facts, ema_weights(path, config.model, manifest), background)
         tokenizer.save(local)
-        storage.publish_folder(local, into)
+        storage.publish_folder(local, run.model_folder)
 
 
 def _list(rank: int) -> str:

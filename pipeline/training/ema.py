@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
@@ -13,10 +12,17 @@ from pipeline.training.engine import Slices
 
 
 class EMA:
-    """`ema = decay * ema + (1 - decay) * weights` in float32.
+    """An exponential moving average of the weights in float32: `ema = decay * ema + (1 - decay) * weights`.
 
-    Replicated at ZeRO stage 0; at stages 1 and 2 a rank averages its optimiser partition, at stage 3 its
-    parameter partition. Saved as slices keyed by (name, flat offset), which any number of ranks can read.
+    Replicated at ZeRO stage 0; at stages 1 and 2 a rank averages its partition of the optimiser, at stage 3 its
+    partition of the parameters. Saved as slices keyed by (name, flat offset), which any number of ranks can read.
+
+    Args:
+        masters: float32 weights that this rank owns; the average starts as a copy of them.
+        decay: weight of the past in an update.
+
+    Attributes:
+        slices: the average, with the keys of the masters.
     """
 
     def __init__(self, masters: Slices, decay: float):
@@ -25,14 +31,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self, masters: Slices) -> None:
-        """Move towards the weights after an optimiser step."""
+        """Update the average after an optimiser step."""
         torch._foreach_lerp_(
             list(self.slices.values()), [masters[key] for key in self.slices], 1 - self.decay
         )
 
     @torch.no_grad()
     def restart(self, masters: Slices) -> None:
-        """Forget the past: the average is the weights as they are."""
+        """Set the average to the weights as they are."""
         for key, values in self.slices.items():
             values.copy_(masters[key])
 
@@ -49,31 +55,36 @@ class EMA:
         Raises:
             CheckpointError: an entry of a slice is in none of the files.
         """
-        stored = read_slices(files)
+        averages = read_averages(files)
         for (name, offset), values in self.slices.items():
-            filled = 0
-            for start, part in stored.get(name, ()):
-                low, high = max(start, offset), min(start + part.numel(), offset + values.numel())
-                if low < high:
-                    values[low - offset : high - offset] = part[low - start : high - start].to(values.device)
-                    filled += high - low
-            if filled != values.numel():
+            stored = averages.get(name, values[:0])[offset : offset + values.numel()]
+            if stored.numel() != values.numel():
                 raise CheckpointError(
-                    f"EMA of {name!r}: {filled} of {values.numel()} values from {offset} stored"
+                    f"EMA of {name!r}: {stored.numel()} of {values.numel()} values from {offset} stored"
                 )
+            values.copy_(stored)
 
 
-def join_slices(stored: dict[str, list[tuple[int, Tensor]]]) -> dict[str, Tensor]:
-    """Slices put together to flat tensors."""
-    return {name: torch.cat([values for _, values in parts]) for name, parts in stored.items()}
+def read_averages(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Read the averages in files of any number of ranks.
 
-
-def read_slices(files: Iterable[Path]) -> dict[str, list[tuple[int, Tensor]]]:
-    """All distinct slices of the files: name -> (offset, values)."""
-    stored: dict[str, dict[int, Tensor]] = {}
+    Returns:
+        A flat float32 tensor for every parameter name; it ends where the first slice is missing.
+    """
+    slices: dict[str, dict[int, Tensor]] = {}
     for file in files:
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (not a dict)
-                name, _, offset = key.rpartition("@")
-                stored.setdefault(name, {})[int(offset)] = tensors.get_tensor(key)
-    return {name: sorted(parts.items()) for name, parts in stored.items()}
+        for key, values in load_file(file).items():
+            name, _, offset = key.rpartition("@")
+            slices.setdefault(name, {})[int(offset)] = values
+    return {name: _joined(parts) for name, parts in slices.items()}
+
+
+def _joined(parts: dict[int, Tensor]) -> Tensor:
+    whole: list[Tensor] = []
+    end = 0
+    for offset, values in sorted(parts.items()):
+        if offset != end:
+            break
+        whole.append(values)
+        end += values.numel()
+    return torch.cat([*whole, torch.empty(0)])

@@ -1,4 +1,4 @@
-"""DeepSpeed behind one small class: backward, step, float32 masters, weights in and out, save and load."""
+"""DeepSpeed behind one class: backward, step, float32 master weights, exchange of weights, save and load."""
 
 import logging
 import math
@@ -15,18 +15,21 @@ from pipeline.config.schema import OptimConfig, TrainConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.denoiser import Batch, Denoiser
 
-# (parameter name, offset into the flattened parameter) -> the float32 values that this rank owns from there.
+# (parameter name, offset into the flattened parameter) -> float32 values from there on that this rank owns.
 Slices = dict[tuple[str, int], Tensor]
 
 TAG = "zero"  # DeepSpeed's own folder inside a checkpoint
 
 
 def learning_rate(step: int, optim: OptimConfig, steps: int, fresh: int = 0) -> float:
-    """Learning rate of step `step`, counted from 0: linear warm-up, then constant or cosine to 0.
+    """Compute the learning rate of a step: linear warm-up, then constant or a cosine to 0.
 
     Args:
-        fresh: step at which the optimiser was last reset: Adam's first updates, which know next to nothing of
-            the gradient's size, are small again.
+        step: counted from 0.
+        optim: rate, warm-up and schedule.
+        steps: number of steps of the run.
+        fresh: step at which the optimiser was last reset; the warm-up starts there, since Adam's first updates
+            have a poor estimate of the gradient's size.
     """
     warm = min(1.0, (step - fresh + 1) / max(optim.warmup_steps, 1))
     if optim.schedule == "cosine":
@@ -39,10 +42,17 @@ class Engine:
     """One worker's share of the model, its gradients and its optimiser.
 
     Args:
-        model: the same initial weights on every rank.
+        model: with the same initial weights on every rank.
         parts: micro-batches of a step on one worker (gradient accumulation).
         device: where this worker computes.
+        optim: settings of the optimiser.
+        train: precision, ZeRO stage and sizes.
         universal: whether `load` will be given a universal checkpoint (of another number of workers).
+
+    Attributes:
+        stage: of ZeRO.
+        device: where this worker computes.
+        fresh: step at which the optimiser was last reset.
     """
 
     def __init__(
@@ -107,24 +117,24 @@ class Engine:
 
     @property
     def model(self) -> Denoiser:
-        """The wrapped model; under ZeRO-3 its parameters exist only inside its modules' forward."""
+        """The wrapped model; under ZeRO-3 its parameters exist only inside the forward of its modules."""
         return self._engine.module
 
     def backward(self, batch: Batch) -> Tensor:
-        """Forward and backward of one micro-batch; `step` must follow.
+        """Run forward and backward of one micro-batch; `step` must follow.
 
         Gradients become the gradient of the **sum** of all row losses of the global batch: DeepSpeed divides
         by workers and parts, so the loss is multiplied by both.
 
         Returns:
-            The micro-batch's row losses, detached, [m] on the device.
+            Losses of the micro-batch's rows, [m], detached, on the device.
         """
         losses = self._engine(batch)
         self._engine.backward(losses.sum() * (dist.get_world_size() * self._parts))
         return losses.detach()
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         return learning_rate(step, self._optim, self._steps, self.fresh)
 
     def step(self, step: int) -> None:
@@ -143,24 +153,25 @@ class Engine:
         return isinstance(self._engine.optimizer, torch.optim.Optimizer)
 
     def gradient_norm(self) -> float:
-        """Global norm of the last step's gradient, before clipping."""
+        """Return the global norm of the last step's gradient, before clipping."""
         return float(self._norm if self._plain else self._engine.get_global_grad_norm())
 
     def masters(self) -> Slices:
-        """Live views of the float32 weights that this rank owns (stage 0: all of them).
+        """Return live views of the float32 weights that this rank owns.
 
-        Stages 1 and 2 own a partition of the flattened weights, stage 3 a share of every parameter.
+        At stage 0 a rank owns all of them, at stages 1 and 2 a partition of the flattened weights, and at stage 3
+        a share of every parameter.
         """
         named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
         if self.stage == 3:
             rank, slices = dist.get_rank(), {}
             for name, parameter in named:
                 share = parameter.ds_tensor.numel()
-                mine = min(share, max(0, parameter.ds_numel - rank * share))  # the last share is padded
-                if mine:
-                    # What `safe_get_local_fp32_param` gives is a copy where the optimiser is not on the device.
+                owned = min(share, max(0, parameter.ds_numel - rank * share))  # the last share is padded
+                if owned:
+                    # `safe_get_local_fp32_param` gives a copy if the optimiser is not on the device.
                     values, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False)
-                    slices[name, rank * share] = values.detach()[:mine]
+                    slices[name, rank * share] = values.detach()[:owned]
             return slices
         if self.stage > 0:
             mapped = [(name, getattr(p, "_hp_mapping", None)) for name, p in named]
@@ -178,7 +189,7 @@ class Engine:
         return {(name_of[id(p)], 0): master.detach().view(-1) for p, master in zip(low, high, strict=True)}
 
     def _full(self, slices: Slices) -> Iterator[tuple[str, Any, Tensor]]:
-        """Every parameter with its whole float32 values, flat, from all ranks' slices; all ranks iterate together."""
+        """Give every parameter with its whole float32 values, flat, from the slices of all ranks together."""
         by_name: dict[str, list[tuple[int, Tensor]]] = {}
         for (name, offset), values in slices.items():
             by_name.setdefault(name, []).append((offset, values))
@@ -194,20 +205,25 @@ class Engine:
 
     @torch.no_grad()
     def install(self, slices: Slices) -> None:
-        """Make the model compute with these weights (EMA, or masters again); all ranks call it together."""
+        """Copy weights, such as the EMA's or the masters, into the model; all ranks call it together."""
         for _, parameter, full in self._full(slices):
             with self._gathered(parameter):
                 parameter.data.copy_(full.view(parameter.shape))
 
     @torch.no_grad()
     def whole(self, slices: Slices) -> dict[str, Tensor]:
-        """All weights in float32 on the host, of their full shapes; all ranks call it together."""
+        """Gather all weights in float32 and their full shapes on the host; all ranks call it together."""
         shape = {3: lambda p: p.ds_shape}.get(self.stage, lambda p: p.shape)
         return {name: full.view(shape(p)).cpu() for name, p, full in self._full(slices)}
 
     @torch.no_grad()
     def restart(self, weights: dict[str, Tensor], keep_optimizer: bool) -> None:
-        """Go on from other weights, and with a fresh optimiser unless it is kept; all ranks call it together."""
+        """Continue from other weights; all ranks call it together.
+
+        Args:
+            weights: full float32 weights by parameter name.
+            keep_optimizer: keep the optimiser's state; False: start with a fresh one.
+        """
         masters = self.masters()
         for (name, offset), values in masters.items():
             values.copy_(weights[name].flatten()[offset : offset + values.numel()])
@@ -216,9 +232,9 @@ class Engine:
             self._engine.optimizer.state.clear()
 
     def frozen(self, model: Denoiser) -> Denoiser:
-        """A model that is only read, where and in the precision in which this one computes.
+        """Prepare a model that is only read, on this engine's device and in its precision.
 
-        Under ZeRO-3 every rank keeps a share of its parameters, the head's apart: `assembled` makes them whole.
+        Under ZeRO-3 every rank keeps a share of its parameters except the head's; `assembled` makes them whole.
         """
         model.requires_grad_(False).eval().to(self.device)
         if self._bf16:
@@ -227,17 +243,16 @@ class Engine:
             import deepspeed
 
             for part in model.children():
-                if (
-                    part is not model.head
-                ):  # read by chunks of positions, of which every rank has its own number
+                # The head is read in chunks of positions, whose number differs between ranks.
+                if part is not model.head:
                     deepspeed.zero.Init(module=part, dtype=torch.bfloat16 if self._bf16 else torch.float32)
         return model
 
     @contextmanager
     def assembled(self, model: Denoiser) -> Iterator[None]:
-        """A frozen model's parameters whole for a while; all ranks enter together, whatever each does inside.
+        """Make a frozen model's parameters whole for the time of the block; all ranks enter together.
 
-        DeepSpeed would gather module by module, and wait for ever where ranks differ in the modules they call.
+        Ranks may call different modules inside. DeepSpeed would gather module by module, and then wait for ever.
         """
         if self.stage != 3:
             yield
@@ -259,7 +274,7 @@ class Engine:
 
     @contextmanager
     def weights(self, slices: Slices) -> Iterator[Denoiser]:
-        """The model in eval mode with other weights for a while, for example the EMA's."""
+        """Give the model in eval mode with other weights, such as the EMA's, for the time of the block."""
         masters = self.masters()
         if self._plain:  # the model computes with the masters themselves: keep them
             masters = {key: values.clone() for key, values in masters.items()}
@@ -272,7 +287,7 @@ class Engine:
             self.install(masters)
 
     def close(self) -> None:
-        """Let go of model, optimiser and hooks, before another engine is made in this process."""
+        """Release model, optimiser and hooks, before another engine is made in this process."""
         self._engine.destroy()
 
     def save(self, folder: Path) -> None:
@@ -280,10 +295,10 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote on the same number of ranks at the same stage, or its universal form.
+        """Read a checkpoint of the same number of ranks and the same stage, or its universal form.
 
         Raises:
-            CheckpointError: DeepSpeed finds nothing there.
+            CheckpointError: DeepSpeed finds no checkpoint in the folder.
         """
         path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:

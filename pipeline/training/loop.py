@@ -1,4 +1,4 @@
-"""One worker's training, from top to bottom."""
+"""The training loop of one worker."""
 
 import gc
 import logging
@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,14 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline import storage
-from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.reading_order import ReadingOrder, batches
 from pipeline.data.shards import ShardReader
 from pipeline.errors import TrainingError
 from pipeline.models import build
+from pipeline.run import Run
 from pipeline.runtime.control_files import Requests
 from pipeline.runtime.session import HangWatch, Session
-from pipeline.tracking import Tracker
 from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
@@ -39,51 +35,46 @@ from pipeline.training.validation import Validation, validate
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker."""
-
-    config: RunConfig
-    tracking_uri: str | None = None  # None: no tracking
-    run_id: str | None = None
+class _NonfiniteStep(Exception):
+    """A step was not finite: resume from the last checkpoint, without the rows in `skipped.json`."""
 
 
-class _GoBack(Exception):
-    """A step was not finite: start again from the last checkpoint, without the rows in `skipped.json`."""
+def train(run: Run, session: Session) -> dict[str, float]:
+    """Train until `train.steps`, from the newest usable checkpoint of the run if there is one.
 
+    All randomness is a function of (seed, step, index in the global batch), and the position in the data is one
+    of the step. So a resumed run repeats exactly what an undisturbed run does.
 
-def train(job: Job, session: Session) -> dict[str, float]:
-    """Train to `train.steps`, from the newest usable checkpoint of the run if there is one.
-
-    Everything random is a function of (seed, step, index in the global batch), and the data's position of the
-    step, so a resumed run repeats exactly what an undisturbed one does.
+    Args:
+        run: with data; its manifest is read here.
+        session: this worker's place in its group.
 
     Returns:
-        the last logged metrics.
+        The last logged metrics.
 
     Raises:
         CheckpointError: the run's checkpoints do not fit this config or number of workers.
-        TrainingError: a loss or gradient is not finite, and the config says stop, or skipping cannot help.
+        TrainingError: a loss or gradient is not finite, and `train.on_nonfinite` is stop, or skipping rows
+            cannot help.
     """
     while True:
         try:
-            return _attempt(job, session)
-        except _GoBack:
-            pass  # its traceback holds the model that failed
+            return _attempt(run, session)
+        except _NonfiniteStep:
+            pass  # leaving the block frees the traceback, which holds the model
         session.settle()
-        gc.collect()  # DeepSpeed's engine holds itself, and two may not fit
+        gc.collect()  # DeepSpeed's engine is a reference cycle, and two may not fit into memory
         torch.cuda.empty_cache()
 
 
-def _attempt(job: Job, session: Session) -> dict[str, float]:
-    config, rank, device = job.config, session.rank, session.device
-    spent = _Spent()
-    run = checkpoint.run_folder(config)
+def _attempt(run: Run, session: Session) -> dict[str, float]:
+    config, rank, device = run.config, session.rank, session.device
+    times = _TimeByPart()
 
-    # Data: which rows each step reads, and which of them are ours.
-    path = data_path(config)
-    manifest = Manifest.read(path)
-    reader = ShardReader(path, manifest, "train")
+    # Data: the rows of each step, and those of this worker.
+    run = run.replace(given_manifest=Manifest.read(run.data_path))
+    manifest = run.manifest
+    reader = ShardReader(run.data_path, manifest, "train")
     order = ReadingOrder(
         manifest.rows_per_shard("train"),
         config.train.batch,
@@ -93,9 +84,9 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     )
     parts = -(-len(order.slots(rank, session.workers)) // config.train.micro_batch)
 
-    # Where to start: rank 0 decides, so that no two ranks see different folders.
-    plan: list[Any] = [resuming.plan_resume(run, config, session.workers) if rank == 0 else None]
-    skipped: list[Any] = [resuming.read_skipped(run) if rank == 0 else None]
+    # Where to start: rank 0 decides, since ranks may see different states of the storage.
+    plan: list[Any] = [resuming.plan_resume(run, session.workers) if rank == 0 else None]
+    skipped: list[Any] = [resuming.read_skipped(run.folder) if rank == 0 else None]
     dist.broadcast_object_list(plan)
     dist.broadcast_object_list(skipped)
     resume: resuming.Resume | None = plan[0]
@@ -103,7 +94,7 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
     model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
-    initial = None if resume else resuming.initial_weights(config, model)
+    initial = None if resume else resuming.initial_weights(run, model)
     engine = Engine(
         model, config.optim, config.train, parts, device, universal=bool(resume and resume.universal)
     )
@@ -114,9 +105,9 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
         initial.load(engine, ema)
     start = resume.state.step if resume else 0
     masters = engine.masters()
-    task: Task = Pretraining(config, manifest, model, device)
+    task: Task = Pretraining(run, model, device)
     if config.distill:
-        task = Distillation(config, manifest, engine, ema, session)
+        task = Distillation(run, engine, ema, session)
     if rank == 0:
         log.info(
             "%s from step %d: %d workers x %d micro-batches of up to %d rows, %d streams, ZeRO stage %d, %s",
@@ -130,16 +121,14 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
             config.train.precision,
         )
 
-    hang = HangWatch(run, rank, config.cluster.hang_timeout_s)
+    hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
     tracker = requests = None
     if rank == 0:
-        requests = Requests(run)
-        if job.tracking_uri and job.run_id:
-            tracker = Tracker(
-                job.tracking_uri, job.run_id, tracking_spill(config), config.tracking.system_metrics
-            )
+        requests = Requests(run.folder)
+        if run.run_id:
+            tracker = run.tracker(config.tracking.system_metrics)
     metrics: dict[str, float] = {}
-    spent.until_now("set-up")
+    times.until_now("set-up")
     interval = _Interval()
     stream = batches(reader, order, start, rank, session.workers, config.train.micro_batch)
     try:
@@ -161,10 +150,10 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
                 losses.append(engine.backward(task.batch(micro, present)))
             row_losses = torch.cat(losses)  # [slots], of `places`
-            asked = requests.take() if requests else (False, False, False)
-            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(asked)])
+            flags = requests.take() if requests else (False, False, False)
+            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])
             dist.all_reduce(shared)
-            loss, stopping, saving, looking = shared.tolist()
+            loss, stopping, saving, check_notice = shared.tolist()
             done = step + 1
 
             # The update, unless something is not finite.
@@ -175,12 +164,12 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                 finite = math.isfinite(norm)
             if not finite:
                 bad = places[(~torch.isfinite(row_losses)).cpu().numpy() & (places >= 0)]
-                _report_nonfinite(config, session, order, step, bad, skipped[0])
-                raise _GoBack
+                _report_nonfinite(run, session, order, step, bad, skipped[0])
+                raise _NonfiniteStep
             ema.update(masters)
             seconds = time.perf_counter() - began
             interval.add(loss, seconds)
-            spent.seconds["training"] += seconds
+            times.seconds["training"] += seconds
             hang.end()
 
             if done % config.train.log_every == 0 or done == config.train.steps:
@@ -197,42 +186,42 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
                     tracker.log_metrics(metrics, done)
                 interval = _Interval()
 
-            notice = session.notice() if looking else None
+            notice = session.notice() if check_notice else None
             if saving and not notice:
                 notice = "the group of workers is about to change"
             if notice and rank == 0:
                 log.warning("step %d: %s; saving before that", done, notice)
             last = stopping or done == config.train.steps
-            judged: Validation | None = None
+            validation: Validation | None = None
             if done % config.train.validate_every == 0 or done == config.train.steps:
-                with spent.on("validation"):
-                    judged = validate(config, manifest, engine, ema, session, tracker, done)
-                metrics[f"validation/{judged.metric}"] = judged.value
+                with times.on("validation"):
+                    validation = validate(run, engine, ema, session, tracker, done)
+                metrics[f"validation/{validation.metric}"] = validation.value
 
             if done % config.train.checkpoint_every == 0 or last or notice:
                 if rank == 0:
-                    checkpoint.prune(run, config.train.keep)
+                    checkpoint.prune(run.folder, config.train.keep)
                 local = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name_of(done)}-"))
                 state = checkpoint.TrainState(
                     step=done,
                     epoch=order.epoch_of(step),
                     workers=session.workers,
                     config=config.model_dump(mode="json"),
-                    run_id=job.run_id,
-                    validation=judged.value if judged else None,
-                    samples=judged.texts if judged else (),
+                    run_id=run.run_id,
+                    validation=validation.value if validation else None,
+                    samples=validation.texts if validation else (),
                     task=task.facts(),
                 )
-                with spent.on("checkpoints"):
+                with times.on("checkpoints"):
                     checkpoint.save(local, engine, ema, state, rank)
                     session.publish(local, checkpoint.name_of(done), metrics)
             if stopping:
                 log.info("stopped at step %d, as asked", done)
                 break
-        with spent.on("checkpoints"):  # uploads that still run
+        with times.on("checkpoints"):  # wait for uploads
             session.settle()
         if rank == 0:
-            log.info("the loop took %s", spent)
+            log.info("the loop took %s", times)
     finally:
         stream.close()
         engine.close()
@@ -244,50 +233,46 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
     return metrics
 
 
-def tracking_spill(config: RunConfig) -> Path:
-    """Where metrics wait that MLflow did not take: the run's folder if it is local, else this node's."""
-    run = checkpoint.run_folder(config)
-    base = Path(run) if storage.is_local(run) else Path(tempfile.gettempdir()) / config.name
-    base.mkdir(parents=True, exist_ok=True)
-    return base / "untracked.jsonl"
-
-
 def _report_nonfinite(
-    config: RunConfig,
+    run: Run,
     session: Session,
     order: ReadingOrder,
     step: int,
     bad: np.ndarray,
     skipped: resuming.Skipped,
 ) -> None:
-    """Log and save which rows made a step not finite, so that the next attempt leaves them out.
+    """Log and record the rows that made a step not finite, so that the next attempt skips them.
 
     Raises:
-        TrainingError: the config says stop, or the rows are not to blame.
+        TrainingError: `train.on_nonfinite` is stop, or the rows are not the cause.
     """
     gathered: list[Any] = [None] * session.workers
     dist.all_gather_object(gathered, bad.tolist())
-    # Finite losses with a gradient that is not: no row can be singled out, so the step goes without all.
-    blamed = sorted(place for one in gathered for place in one)
-    places = blamed or list(range(config.train.batch))
+    # If all losses are finite and the gradient is not, no row can be singled out, and all rows are skipped.
+    blamed = sorted(place for of_rank in gathered for place in of_rank)
+    places = blamed or list(range(run.config.train.batch))
     rows = order.rows_of_step(step)[places].tolist()
-    what = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}"
-    what += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
-    if len(blamed) == config.train.batch:
-        raise TrainingError(f"{what}: every row of the batch, so the weights are; lower optim.lr?")
+    message = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}"
+    message += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+    if len(blamed) == run.config.train.batch:
+        raise TrainingError(
+            f"{message}: every row of the batch, so the weights are not finite; lower optim.lr"
+        )
     if step in skipped:
-        raise TrainingError(f"{what}, although rows were skipped in this step already; lower optim.lr?")
+        raise TrainingError(f"{message}, although rows were skipped in this step already; lower optim.lr")
     if session.rank == 0:
-        resuming.add_skipped(checkpoint.run_folder(config), step, places, rows)
+        resuming.add_skipped(run.folder, step, places, rows)
     dist.barrier()
-    if config.train.on_nonfinite == "stop":
-        raise TrainingError(f"{what} (train.on_nonfinite: stop); started again, the run goes on without them")
+    if run.config.train.on_nonfinite == "stop":
+        raise TrainingError(
+            f"{message} (train.on_nonfinite: stop); the same command continues the run without them"
+        )
     if session.rank == 0:
-        log.warning("%s; going back to the last checkpoint and skipping them", what)
+        log.warning("%s; going back to the last checkpoint and skipping them", message)
 
 
-class _Spent:
-    """Seconds of one attempt by what they went to."""
+class _TimeByPart:
+    """Seconds of one attempt, by part of the work."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -297,19 +282,19 @@ class _Spent:
         return ", ".join(f"{seconds:.1f} s {part}" for part, seconds in self.seconds.items())
 
     def until_now(self, part: str) -> None:
-        """All since the start was this part's."""
+        """Add the time since the start to a part."""
         self.seconds[part] += time.perf_counter() - self._began
 
     @contextmanager
     def on(self, part: str) -> Iterator[None]:
-        """What happens inside is this part's."""
+        """Add the time of the block to a part."""
         began = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - began
 
 
 class _Interval:
-    """What is gathered between two log lines."""
+    """Losses and times between two log lines."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -324,7 +309,7 @@ class _Interval:
         return self.seconds / len(self.losses)
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """Mean loss, throughput for steps of `tokens` tokens, share of the time spent waiting for data."""
+        """Compute mean loss, tokens/s for steps of `tokens` tokens, and the share of time spent on data."""
         return {
             "train/loss": float(np.mean(self.losses)),
             "train/tokens_per_second": tokens / self.seconds_a_step(),
@@ -333,12 +318,12 @@ class _Interval:
 
 
 def _mix(*numbers: int) -> int:
-    """One generator seed from several numbers."""
+    """Mix several numbers into a seed of a generator."""
     return int(np.random.SeedSequence([n + 1 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _memory(device: torch.device) -> float:
-    """GiB: peak of the device's allocator, or the process's resident size."""
+    """Return the peak of the device's allocator, or the resident size of the process, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30

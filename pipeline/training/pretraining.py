@@ -1,4 +1,4 @@
-"""What a step of training asks of the model: from rows of data to a batch with targets and weights."""
+"""The task of a training run: from rows of data to batches with targets and weights."""
 
 from typing import Any, Protocol
 
@@ -6,33 +6,46 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import Manifest
 from pipeline.data.reading_order import MicroBatch
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import next_token_batch, normaliser, training_batch
 from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.run import Run
 
 
 class Task(Protocol):
-    """What the loop trains for; everything random in it is a function of (seed, step, index in the batch)."""
+    """Makes the batches of a training run; its randomness is a function of (seed, step, index in the batch)."""
 
     def start(self, step: int) -> None:
-        """Draw what concerns the whole global batch of a step."""
+        """Make the random draws of a step for the whole global batch."""
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint should say about the task."""
+        """Return facts about the task for the checkpoint's state."""
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
-        """A micro-batch of that step; rows that are not present weigh nothing."""
+        """Make a micro-batch of the step that was started.
+
+        Args:
+            micro: rows of this worker.
+            present: which of them count; the others have weight 0.
+
+        Shape:
+            m rows in the micro-batch.
+        """
 
 
 class Pretraining:
-    """The models' own objectives on rows of data."""
+    """The task of pretraining: the model's own objective (docs/method.md, section 2).
 
-    def __init__(self, config: RunConfig, manifest: Manifest, model: Denoiser, device: torch.device):
-        self._config, self._model, self._device = config, model, device
-        self._length, self._bos = manifest.length, manifest.special.bos is not None
+    Args:
+        run: with its manifest.
+        model: whose objective is trained.
+        device: of the batches.
+    """
+
+    def __init__(self, run: Run, model: Denoiser, device: torch.device):
+        self._config, self._model, self._device = run.config, model, device
+        self._length, self._bos = run.manifest.length, run.manifest.special.bos is not None
 
     def facts(self) -> dict[str, Any]:
         return {}

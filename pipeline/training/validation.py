@@ -1,4 +1,4 @@
-"""Validation in the middle of training: how well the EMA weights predict, and what they draw."""
+"""Validation during training: the likelihood of held-out rows under the EMA weights, and samples."""
 
 import logging
 from dataclasses import dataclass
@@ -9,15 +9,13 @@ import torch.distributed as dist
 from jaxtyping import Int
 
 from pipeline import storage
-from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.metrics import likelihood
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
 from pipeline.reports.pictures import sample_grid, unmasking_order
+from pipeline.run import Run
 from pipeline.runtime.session import Session
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
@@ -33,44 +31,53 @@ TEXTS, PICTURES_A_CLASS, CLASSES_SHOWN = 2, 4, 10
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured: the bound's perplexity for text, nats per masked token for images; lower is better."""
+    """Result of a validation.
+
+    Attributes:
+        metric: "perplexity" of the bound (text), or "loss" in nats per masked token (images).
+        value: of the metric; lower is better.
+        texts: samples of a text model.
+    """
 
     metric: str
     value: float
     texts: tuple[str, ...] = ()
 
 
-def image_tokenizer(
-    config: RunConfig, device: torch.device | str = "cpu", batch: int | None = None
-) -> ImageTokenizer:
-    """What made the codes of the config's images; it lies beside the shards.
+def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | None = None) -> ImageTokenizer:
+    """Load the tokenizer that made the codes of a run's images; it lies beside the shards.
 
     Args:
-        batch: images that it takes at once; None: as many as when the codes were made.
+        run: on images.
+        device: of the tokenizer.
+        batch: number of images per call; None: as many as when the codes were made.
     """
-    data = config.data
+    data = run.config.data
     assert data.kind == "image"
-    folder = storage.join(data_path(config), "tokenizer")
+    folder = storage.join(run.data_path, "tokenizer")
     return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
 
 
-def validation_rows(there: int, most: int) -> np.ndarray:
-    """Which of the held-out rows are judged: at most so many, evenly spread."""
-    return np.unique(np.linspace(0, there - 1, min(most, there)).astype(np.int64))
+def validation_rows(available: int, most: int) -> Int[np.ndarray, "n"]:
+    """Choose at most `most` of the `available` held-out rows, evenly spread."""
+    return np.unique(np.linspace(0, available - 1, min(most, available)).astype(np.int64))
 
 
 def validate(
-    config: RunConfig,
-    manifest: Manifest,
-    engine: Engine,
-    ema: EMA,
-    session: Session,
-    tracker: Tracker | None,
-    step: int,
+    run: Run, engine: Engine, ema: EMA, session: Session, tracker: Tracker | None, step: int
 ) -> Validation:
-    """Judge the EMA weights and show samples of theirs; all ranks call it together."""
-    bos = manifest.special.bos
-    reader = ShardReader(data_path(config), manifest, "validation")
+    """Validate the EMA weights, and log the figures and a few samples; all ranks call it together.
+
+    Args:
+        run: with its manifest.
+        engine: whose model computes.
+        ema: weights to validate.
+        session: this worker's place in its group.
+        tracker: of rank 0; None: nothing is logged to MLflow.
+        step: number of updates done.
+    """
+    config, bos = run.config, run.manifest.special.bos
+    reader = ShardReader(run.data_path, run.manifest, "validation")
     rows = validation_rows(len(reader), config.evaluation.rows)
     labels = reader.labels(rows) if config.model.classes is not None else None
     estimator, draws = likelihood.estimator_for(
@@ -96,7 +103,7 @@ def validate(
         ).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
-        tokens, classes, revealed = draw(config, manifest, model)
+        tokens, classes, revealed = draw(run, model)
     bound = likelihood.summarise(sums.cpu(), estimator, draws, config.seed)
     if session.rank == 0:
         log.info("step %d: validation %s", step, bound)
@@ -107,10 +114,10 @@ def validate(
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
     elif tracker:
-        pictures = image_tokenizer(config, session.device, len(tokens)).decode(tokens[:, 1:].numpy())
+        pictures = image_tokenizer(run, session.device, len(tokens)).decode(tokens[:, 1:].numpy())
         tracker.log_figure(sample_grid(pictures, classes), f"samples/step_{step:08d}.png")
-        one_a_class = slice(None, None, PICTURES_A_CLASS)
-        figure = unmasking_order(pictures[one_a_class], revealed[one_a_class, 1:].numpy())
+        first_of_class = slice(None, None, PICTURES_A_CLASS)
+        figure = unmasking_order(pictures[first_of_class], revealed[first_of_class, 1:].numpy())
         tracker.log_figure(figure, f"samples/order_{step:08d}.png")
     metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
@@ -120,9 +127,21 @@ def validate(
 
 
 def draw(
-    config: RunConfig, manifest: Manifest, model: Denoiser
+    run: Run, model: Denoiser
 ) -> tuple[Int[torch.Tensor, "B L"], list[int] | None, Int[torch.Tensor, "B L"]]:
-    """A few samples as the config's sampling section draws them: tokens, classes, steps of revelation."""
+    """Draw a few samples as the `sampling` section says.
+
+    Args:
+        run: with its manifest.
+        model: to draw from.
+
+    Shape:
+        B samples of L tokens.
+
+    Returns:
+        Tokens, class of every sample (None for an unconditional model), and the step that revealed each token.
+    """
+    config, manifest = run.config, run.manifest
     settings, bos = config.sampling, manifest.special.bos
     if config.data.kind == "text":
         order = Order("left_to_right" if model.left_to_right else "uniform")

@@ -12,7 +12,6 @@ from pipeline import tracking
 from pipeline.config.load import parse
 from pipeline.config.schema import ARConfig, MDLMConfig, ModelConfig, PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.comparison import compare
@@ -20,6 +19,7 @@ from pipeline.metrics import likelihood
 from pipeline.metrics.ngram import bigram_perplexity
 from pipeline.metrics.text import unigram_entropy
 from pipeline.models import model_folder
+from pipeline.run import Run
 from pipeline.sampling.sampler import sample
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model, write_rows
@@ -74,8 +74,8 @@ def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
     assert [(one.model, one.steps) for one in found.points] == asked
 
     # Figures are those of one process.
-    manifest = Manifest.read(data_path(config))
-    train, held_out = (ShardReader(data_path(config), manifest, s) for s in ("train", "validation"))
+    manifest = Manifest.read(Run(config).data_path)
+    train, held_out = (ShardReader(Run(config).data_path, manifest, s) for s in ("train", "validation"))
     seen = train.rows(np.arange(len(train)))
     for one in found.points:
         model = model_folder.read(Path(config.cluster.storage) / one.model / "model")[0]

@@ -23,7 +23,6 @@ from pipeline.data.manifest import (
 from pipeline.data.prepare.encoding import held_out, read_pixels
 from pipeline.data.prepare.image_sources import list_images, open_images
 from pipeline.data.prepare.images import TOKENIZER, content
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader, encode_shard
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.comparison import compare
@@ -34,6 +33,7 @@ from pipeline.metrics import likelihood
 from pipeline.metrics.images import frechet_distance, summarise
 from pipeline.models import build, model_folder
 from pipeline.models.vq import PatchVQ, fit_patches, load_image_tokenizer
+from pipeline.run import Run
 from pipeline.tracking import tracking_uri
 from pipeline.training.validation import validation_rows
 from tests.support.page_check import check_page
@@ -64,7 +64,7 @@ def digits(storage: Path, **changes: dict[str, object]) -> RunConfig:
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run with prepared data and a random model, as preparation and training would leave them."""
     config = digits(tmp_path_factory.mktemp("runs"))
-    data, path = config.data, data_path(config)
+    data, path = config.data, Run(config).data_path
     assert data.kind == "image"
     source = open_images(data)
     refs = list_images(source, data).refs
@@ -112,7 +112,7 @@ def write_model(config: RunConfig, tokenizer: PatchVQ, into: Path) -> None:
 
 @pytest.mark.slow
 def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) -> None:
-    data, path = config.data, data_path(config)
+    data, path = config.data, Run(config).data_path
     assert data.kind == "image"
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"data": (path,)})})
     found = evaluate(config)
@@ -182,7 +182,7 @@ def test_what_is_refused_before_anything_is_drawn(
             update={key: getattr(config, key).model_copy(update=keys) for key, keys in sections.items()}
         )
 
-    tokenizer = load_image_tokenizer(f"{data_path(config)}/{TOKENIZER}", 4, 8, "cpu")
+    tokenizer = load_image_tokenizer(f"{Run(config).data_path}/{TOKENIZER}", 4, 8, "cpu")
     assert isinstance(tokenizer, PatchVQ)
     patches = tokenizer.decode(np.arange(CODES)[:, None])
     patches[0] += 1

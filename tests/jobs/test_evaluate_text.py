@@ -12,7 +12,6 @@ from pipeline import tracking
 from pipeline.config.load import parse
 from pipeline.config.schema import PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import ConfigError
@@ -22,6 +21,7 @@ from pipeline.metrics.external_lm import Scorer
 from pipeline.metrics.ngram import bigram_perplexity
 from pipeline.metrics.text import distinct, unigram_entropy
 from pipeline.models import model_folder
+from pipeline.run import Run
 from tests.support.causal_lm import save_scorer
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model, write_rows
@@ -61,7 +61,7 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     found = evaluate(config)
     metrics = found.report.metrics()
 
-    path = data_path(config)
+    path = Run(config).data_path
     train, held_out = (ShardReader(path, Manifest.read(path), split) for split in ("train", "validation"))
     rows = held_out.rows(np.unique(np.linspace(0, len(held_out) - 1, 40).astype(int)))
     bound = likelihood.measure(model_folder.read(run / "model")[0], rows, "count", 2, 0)

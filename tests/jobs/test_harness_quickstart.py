@@ -12,9 +12,9 @@ import pytest
 
 from pipeline.config.load import load
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import ByteTokenizer
+from pipeline.run import Run
 from tests.support.harness_task import write_task
 from tests.support.launched import ROOT, LaunchedJob
 
@@ -31,7 +31,7 @@ def test_accuracy_of_the_quickstart(tmp_path: Path) -> None:
 
     # Held-out rows: the first 48 bytes ask, the next few of this row and of three others answer. Few, since what
     # lies further on is told by the context less than by how common it is.
-    path = data_path(load(file, words))
+    path = Run(load(file, words)).data_path
     reader = ShardReader(path, Manifest.read(path), "validation")
     rng, decode, questions = np.random.default_rng(0), ByteTokenizer().decode, []
     rows = rng.permutation(len(reader))

@@ -9,8 +9,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.config.schema import RunConfig
+from pipeline.run import Run
 from pipeline.tracking import tracking_uri
-from pipeline.training import checkpoint
 from tests.support import witness
 from tests.support.launched import LaunchedJob
 from tests.support.nodes import Nodes
@@ -34,11 +34,11 @@ def elastic(storage: Path, name: str, steps: int) -> RunConfig:
 def undisturbed(rank: int, workers: int, config: RunConfig, folder: Path) -> dict[int, float]:
     """The same run in plain processes, without Ray; losses by step."""
     from pipeline.runtime.session import PlainSession
-    from pipeline.training.loop import Job, train
+    from pipeline.training.loop import train
 
     witness.install(folder)
-    session = PlainSession(rank, workers, checkpoint.run_folder(config))
-    train(Job(config), session)
+    session = PlainSession(rank, workers, Run(config).folder)
+    train(Run(config), session)
     return {step: metrics["train/loss"] for step, metrics in session.history}
 
 
@@ -153,7 +153,7 @@ def test_driver_killed_then_a_node_comes_and_one_goes_with_notice(tmp_path: Path
             assert start >= int(saved[1])  # saved for the purpose, not when it was due
             seen = len(job.lines)
             nodes.announce(0, seconds=60)
-            saved = job.wait_for(r"step (\d+): the nodes of workers \[\d\] go at", after=seen)
+            saved = job.wait_for(r"step (\d+): the nodes of workers \[\d\] will be taken away at", after=seen)
             job.wait_for(f"step {int(saved[1]) + 3}/300 ", after=seen)  # training goes on until the node goes
             seen, when = len(job.lines), nodes.lose(0)
             assert story.back(job, "announced node lost", when, seen, 1) >= int(saved[1])

@@ -9,7 +9,8 @@ from jobs import check_open
 from pipeline import logs, tracking
 from pipeline.config.load import dump
 from pipeline.errors import ConfigError
-from pipeline.training import checkpoint, launch
+from pipeline.run import Run
+from pipeline.training import launch
 from tests.support.small_manifest import small_manifest
 from tests.support.tiny_runs import tiny
 
@@ -42,9 +43,9 @@ def test_nothing_of_the_environment_is_written(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = tiny(tmp_path, "careful")
-    run = checkpoint.run_folder(config)
-    Path(run).mkdir(parents=True)
-    launch._open_run(config, run, tracking.tracking_uri(config), small_manifest(), {})
+    run = Run(config, given_manifest=small_manifest())
+    Path(run.folder).mkdir(parents=True)
+    launch._open_mlflow_run(run, {})
     written = everything(tmp_path)
     assert b"train.steps" in written  # the store is among what was read
     for name, value in SECRETS.items():

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
+from pipeline.run import Run
 from pipeline.tracking import tracking_uri
 from pipeline.training import checkpoint
 from tests.support.launched import LaunchedJob
@@ -27,10 +28,10 @@ def survivor(storage: Path, name: str) -> RunConfig:
 def undisturbed(rank: int, workers: int, config: RunConfig) -> list[tuple[int, float]]:
     """The same run in plain processes, without Ray; (step, loss)."""
     from pipeline.runtime.session import PlainSession
-    from pipeline.training.loop import Job, train
+    from pipeline.training.loop import train
 
-    session = PlainSession(rank, workers, checkpoint.run_folder(config))
-    train(Job(config), session)
+    session = PlainSession(rank, workers, Run(config).folder)
+    train(Run(config), session)
     return [(step, metrics["train/loss"]) for step, metrics in session.history]
 
 
@@ -88,7 +89,7 @@ def test_kills_of_workers_and_driver_change_nothing(tmp_path: Path, kills: list[
 
     manifest = Manifest.read(str(tmp_path / "data"))
     ends = [
-        checkpoint.ema_weights(str(checkpoint.latest(checkpoint.run_folder(c))), c, manifest)
+        checkpoint.ema_weights(str(checkpoint.latest(Run(c).folder)), c.model, manifest)
         for c in (config, plain)
     ]
     for name, values in ends[0].items():

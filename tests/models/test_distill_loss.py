@@ -144,7 +144,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from pipeline.models.layers import Head
-from pipeline.models.matching import DistillTargets, divergence
+from pipeline.models.distill_loss import DistillTargets, divergence
 
 ROWS, SIZE, V = 1536, 64, 50257
 

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest, ShardFile, Skipped, SourceInfo, SpecialIds, Split, TokenizerInfo
+from pipeline.data.prepare import prepare as preparation
 from pipeline.data.shards import encode_shard
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,21 @@ def make_shards(path: Path, sizes: list[int], classes: int | None = None) -> Man
         skipped=Skipped(count=0, names=()),
         classes=classes,
     )
+
+
+def data_path(config: RunConfig) -> str:
+    """Return the folder of the config's prepared data."""
+    return preparation.data_path(config.data, storage.resolve(config.cluster.storage))
+
+
+def ensure(config: RunConfig) -> Manifest:
+    """Return the manifest of the config's data, prepared first if it is not there."""
+    return preparation.ensure(config.data, data_path(config))
+
+
+def prepare(config: RunConfig) -> Manifest:
+    """Prepare the config's data."""
+    return preparation.prepare(config.data, data_path(config))
 
 
 def write_ranks(path: Path, merges: list[bytes] = MERGES) -> str:

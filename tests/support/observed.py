@@ -13,9 +13,9 @@ from torch import Tensor
 from pipeline.config.schema import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.models.denoiser import Denoiser
+from pipeline.run import Run
 from pipeline.runtime.session import PlainSession
 from pipeline.training import loop
-from pipeline.training.checkpoint import run_folder
 from tests.support.tiny_runs import tiny
 
 Weights = dict[str, Tensor]
@@ -78,7 +78,7 @@ def train_one(
     with _engines(seen, average) as engines, _logging(seen.log), _planting(plant):
         session = _Session(rank, workers, config, engines, seen, on_publish)
         try:
-            loop.train(loop.Job(config), session)
+            loop.train(Run(config), session)
         except PipelineError as error:
             seen.error = f"{type(error).__name__}: {error}"
     if rank > 0:
@@ -99,7 +99,7 @@ class _Session(PlainSession):
         on_publish: Callable[[], None] | None,
     ):
         assert config.train.log_every == 1
-        super().__init__(rank, workers, run_folder(config))
+        super().__init__(rank, workers, Run(config).folder)
         self._config, self._engines, self._seen, self._on_publish = config, engines, seen, on_publish
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.reading_order import ReadingOrder
 from pipeline.data.shards import ShardReader
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import normaliser, training_batch
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.run import Run
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Plain:
 
 def rows_of(config: RunConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices [batch] and tokens [batch, L] of a step's rows."""
-    manifest, data = Manifest.read(data_path(config)), config.data
+    manifest, data = Manifest.read(Run(config).data_path), config.data
     order = ReadingOrder(
         manifest.rows_per_shard("train"), config.train.batch, data.streams, data.shuffle_window, config.seed
     )
     rows = order.rows_of_step(step)
-    return rows, ShardReader(data_path(config), manifest, "train").rows(rows).astype(np.int64)
+    return rows, ShardReader(Run(config).data_path, manifest, "train").rows(rows).astype(np.int64)
 
 
 def batch_of(config: RunConfig, step: int, skipped: Collection[int] = ()) -> Batch:
@@ -52,7 +52,7 @@ def batch_of(config: RunConfig, step: int, skipped: Collection[int] = ()) -> Bat
 
 def fresh(config: RunConfig) -> Denoiser:
     """The model that a run of this config starts from."""
-    manifest = Manifest.read(data_path(config))
+    manifest = Manifest.read(Run(config).data_path)
     torch.manual_seed(config.seed)
     return build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
 

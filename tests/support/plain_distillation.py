@@ -8,13 +8,13 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.diffusion import partition
 from pipeline.diffusion.schedule import complement
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.distill_loss import divergence
+from pipeline.run import Run
 from tests.support import plain
 from tests.support.known_source import naive_roll_out
 
@@ -34,12 +34,12 @@ class Plain:
 def loss_of(config: RunConfig, step: int, student: Denoiser, teacher: Denoiser, dt: float) -> Tensor:
     """The mean over the sides of the mean divergence over what each hides."""
     assert config.distill is not None
-    manifest, size = Manifest.read(data_path(config)), config.train.batch
+    manifest, size = Manifest.read(Run(config).data_path), config.train.batch
     rows, ids = plain.rows_of(config, step)
     bos, eps = manifest.special.bos is not None, config.diffusion.eps
     tokens, labels = torch.from_numpy(ids), None
     if config.model.classes is not None:
-        found = ShardReader(data_path(config), manifest, "train").labels(rows)
+        found = ShardReader(Run(config).data_path, manifest, "train").labels(rows)
         dropped = partition.draw_dropped(config.seed, step, size, config.train.class_drop)
         labels = torch.from_numpy(np.where(dropped, config.model.classes, found))
     t, groups = partition.draw(config.seed, step, size, manifest.length, eps, bos, least=2 * dt)
@@ -78,7 +78,7 @@ def train(config: RunConfig, teacher: Denoiser) -> Plain:
     distill, optim, decay = config.distill, config.optim, config.train.ema
     assert distill is not None
     assert config.model.dropout == 0
-    manifest = Manifest.read(data_path(config))
+    manifest = Manifest.read(Run(config).data_path)
     every, run = config.train.steps // distill.rounds, Plain()
     student, guide = (
         build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos) for _ in range(2)

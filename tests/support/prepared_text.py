@@ -17,11 +17,11 @@ from pipeline.data.manifest import (
     TokenizerInfo,
 )
 from pipeline.data.prepare import text
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.prepare.text_sources import open_source
 from pipeline.data.shards import encode_shard
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.models import build, model_folder
+from pipeline.run import Run
 from tests.support.small_models import shake
 
 
@@ -34,7 +34,7 @@ def pydoc_bytes() -> bytes:
 
 def write_rows(config: RunConfig, rows: int = 300) -> Manifest:
     """A third of `rows` rows of the embedded corpus held out, the others for training."""
-    data, path, tokenizer = config.data, data_path(config), ByteTokenizer()
+    data, path, tokenizer = config.data, Run(config).data_path, ByteTokenizer()
     assert data.kind == "text"
     tokens = np.frombuffer(pydoc_bytes()[: rows * data.length], np.uint8).reshape(rows, data.length)
     splits = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run as MlflowRun
 from ray.tune.experiment import Trial
 
 from pipeline import storage
@@ -18,7 +18,6 @@ from pipeline.runtime.control_files import STOP
 from pipeline.sweeps.summary import SweepResult
 from pipeline.sweeps.sweep import planned, scheduler_of, sweep
 from pipeline.sweeps.trial import read_reports
-from pipeline.training import checkpoint
 from tests.support.tiny_runs import tiny
 
 CASES = {
@@ -55,7 +54,7 @@ def client(outcome: SweepResult) -> MlflowClient:
     return MlflowClient(outcome.tracking_uri)
 
 
-def children(client: MlflowClient, outcome: SweepResult) -> dict[str, Run]:
+def children(client: MlflowClient, outcome: SweepResult) -> dict[str, MlflowRun]:
     """Runs under the sweep's, by variant."""
     parent = client.get_run(outcome.run_id)
     found = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{outcome.run_id}'")
@@ -162,7 +161,7 @@ def test_halving_asks_the_worse_to_save_and_end(run_storage: Path, tmp_path: Pat
     halving = scheduler_of(plan, 16)
     folders = []
     for index, perplexity in enumerate((10.0, 30.0, 5.0)):
-        run = checkpoint.run_folder(planned(plan, plan.variants()[index], 0).config)
+        run = planned(plan, plan.variants()[index], 0).run.folder
         folders.append(run)
         trial = Trial("trial", trial_id=str(index), stub=True)
         halving.on_trial_add(None, trial)
@@ -178,7 +177,7 @@ def test_halving_asks_the_worse_to_save_and_end(run_storage: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_reports_are_kept_beside_the_trial(plan: Sweep, outcome: SweepResult) -> None:
-    run = checkpoint.run_folder(planned(plan, plan.variants()[0], 0).config)
+    run = planned(plan, plan.variants()[0], 0).run.folder
     told = read_reports(run)
     assert [report["step"] for report in told] == [4, 8]
     assert json.loads(Path(run, "trial.json").read_text())["status"] == "finished"

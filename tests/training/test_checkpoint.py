@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.errors import CheckpointError
+from pipeline.run import Run
 from pipeline.training import checkpoint, resume
 from tests.support import observed
 from tests.support.observed import quick
@@ -29,7 +29,7 @@ def original(run_storage: Path, groups: dict[int, Workers]) -> RunConfig:
 @pytest.fixture
 def config(original: RunConfig, tmp_path: Path) -> RunConfig:
     """The same run in a folder of its own."""
-    shutil.copytree(checkpoint.run_folder(original), tmp_path / original.name)
+    shutil.copytree(Run(original).folder, tmp_path / original.name)
     cluster = original.cluster.model_copy(update={"storage": str(tmp_path)})
     return original.model_copy(update={"cluster": cluster})
 
@@ -94,10 +94,10 @@ DAMAGES = [
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     config: RunConfig, damage: Callable[[Path], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Path(checkpoint.run_folder(config))
+    run = Path(Run(config).folder)
     problem = damage(run / "step_00000006")
     caplog.set_level("WARNING", logger="pipeline")
-    plan = resume.plan_resume(str(run), config, 2)
+    plan = resume.plan_resume(Run(config), 2)
     assert plan is not None
     assert plan.state.step == 4
     (warning,) = [record.getMessage() for record in caplog.records]
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 def test_the_run_goes_on_from_the_checkpoint_before(
     config: RunConfig, original: RunConfig, groups: dict[int, Workers]
 ) -> None:
-    run = Path(checkpoint.run_folder(config))
+    run = Path(Run(config).folder)
     files = {file.name: file.read_bytes() for file in (run / "step_00000006").glob("ema_*")}
     truncate(run / "step_00000006")
     lose_a_file(run / "step_00000004")
@@ -121,29 +121,29 @@ def test_the_run_goes_on_from_the_checkpoint_before(
 
 
 def test_without_a_usable_checkpoint_the_run_starts(config: RunConfig) -> None:
-    run = Path(checkpoint.run_folder(config))
+    run = Path(Run(config).folder)
     for step in (2, 4, 6):
         truncate(run / checkpoint.name_of(step))
-    assert resume.plan_resume(str(run), config, 2) is None
+    assert resume.plan_resume(Run(config), 2) is None
 
 
 def test_a_damaged_checkpoint_is_no_model(config: RunConfig) -> None:
-    path = f"{checkpoint.run_folder(config)}/step_00000006"
+    path = f"{Run(config).folder}/step_00000006"
     problem = flip_a_bit(Path(path))
     with pytest.raises(CheckpointError, match=f"{path} is not usable: {problem}"):
-        checkpoint.ema_weights(path, config, Manifest.read(data_path(config)))
+        checkpoint.ema_weights(path, config.model, Manifest.read(Run(config).data_path))
 
 
 def test_a_checkpoint_of_another_model_is_refused(config: RunConfig) -> None:
     """The folder of another run under this one's name."""
     other = changed(changed(config, "model", hidden=32), "optim", lr=0.5)
-    run = checkpoint.run_folder(config)
+    run = Run(config).folder
     with pytest.raises(CheckpointError) as caught:
-        resume.plan_resume(run, other, 2)
+        resume.plan_resume(Run(other), 2)
     assert str(caught.value).splitlines()[1:] == ["  model.hidden: 16 -> 32", "  optim.lr: 0.01 -> 0.5"]
     assert f"{run}/step_00000006 belongs to a run with another config" in str(caught.value)
     with pytest.raises(CheckpointError, match=r"EMA of embedding.weight \[257, 32\] is not whole"):
-        checkpoint.ema_weights(f"{run}/step_00000006", other, Manifest.read(data_path(config)))
+        checkpoint.ema_weights(f"{run}/step_00000006", other.model, Manifest.read(Run(config).data_path))
     assert checkpoint.steps(run) == [2, 4, 6]  # not damaged, so not removed
 
 
@@ -164,14 +164,13 @@ def test_what_a_resumed_run_may_not_change(config: RunConfig, section: str, keys
     other = changed(config, section, **keys)
     ((key, value),) = keys.items()
     with pytest.raises(CheckpointError) as caught:
-        resume.plan_resume(checkpoint.run_folder(config), other, 2)
+        resume.plan_resume(Run(other), 2)
     old = getattr(getattr(config, section), key)
     as_list = [list(v) if isinstance(v, tuple) else v for v in (old, value)]
     assert str(caught.value).splitlines()[1:] == [f"  {section}.{key}: {as_list[0]!r} -> {as_list[1]!r}"]
 
 
 def test_what_a_resumed_run_may_change(config: RunConfig) -> None:
-    run = checkpoint.run_folder(config)
     other = changed(
         config,
         "train",
@@ -187,7 +186,7 @@ def test_what_a_resumed_run_may_change(config: RunConfig) -> None:
     )
     other = changed(changed(other, "evaluation", rows=4), "sampling", num_samples=2)
     other = changed(changed(other, "tracking", experiment="x"), "cluster", max_failures=0)
-    plan = resume.plan_resume(run, other, 2)
+    plan = resume.plan_resume(Run(other), 2)
     assert plan is not None
     assert plan.state.step == 6
     assert not plan.universal
@@ -196,9 +195,9 @@ def test_what_a_resumed_run_may_change(config: RunConfig) -> None:
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_stage_that_cannot_be_converted_is_refused(config: RunConfig, stage: int) -> None:
     with pytest.raises(CheckpointError) as caught:
-        resume.plan_resume(checkpoint.run_folder(config), changed(config, "train", zero_stage=stage), 2)
+        resume.plan_resume(Run(changed(config, "train", zero_stage=stage)), 2)
     message = str(caught.value)
-    path = f"{checkpoint.run_folder(config)}/step_00000006"
+    path = f"{Run(config).folder}/step_00000006"
     assert message.startswith(f"train.zero_stage: {path} was written at stage 1")
     assert f"does not convert to stage {stage}; keep stage 1" in message
     assert f"train.init_from={path}" in message
@@ -206,7 +205,7 @@ def test_a_stage_that_cannot_be_converted_is_refused(config: RunConfig, stage: i
 
 def test_newest_usable_and_pruning(config: RunConfig) -> None:
     """The best validation stays, however old; incomplete folders are not counted, and not touched."""
-    run = checkpoint.run_folder(config)
+    run = Run(config).folder
     scores = {s: checkpoint.read_state(f"{run}/{checkpoint.name_of(s)}").validation for s in (2, 4, 6)}
     assert None not in scores.values()
     rescore(Path(run), 2, 1.5)

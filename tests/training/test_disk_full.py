@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import RunConfig
+from pipeline.run import Run
 from pipeline.training import checkpoint
 from tests.support import observed
 from tests.support.observed import Seen, quick
@@ -52,7 +53,7 @@ def test_a_conversion_that_cannot_be_written(run_storage: Path, groups: dict[int
     config = short.model_copy(update={"train": short.train.model_copy(update={"steps": 8})})
     assert groups[2](observed.train_one, short)[0].error is None
     full = groups[1](train_on_a_full_disk, config, "local")[0]
-    path = f"{checkpoint.run_folder(config)}/step_00000004"
+    path = f"{Run(config).folder}/step_00000004"
     assert full.error is not None
     assert full.error.startswith(f"CheckpointError: {path} cannot be converted for this number of workers: ")
     assert not Path(checkpoint.universal_path(path)).exists()
@@ -69,7 +70,7 @@ def test_the_error_names_path_and_cause(starts: tuple[RunConfig, str, list[Seen]
         assert "step_00000008-" in full.error
         assert "MiB free): " in full.error
     else:
-        target = f"{checkpoint.run_folder(config)}/step_00000008"
+        target = f"{Run(config).folder}/step_00000008"
         assert full.error.startswith(f"CheckpointError: {target}: the checkpoint cannot be written: ")
         assert "File too large" in full.error
 
@@ -77,8 +78,8 @@ def test_the_error_names_path_and_cause(starts: tuple[RunConfig, str, list[Seen]
 def test_the_run_goes_on_from_the_checkpoint_before(starts: tuple[RunConfig, str, list[Seen]]) -> None:
     config, where, (first, full, again, straight) = starts
     assert list(full.losses) == list(again.losses) == [5, 6, 7, 8]
-    unfinished = f"checkpoint {checkpoint.run_folder(config)}/step_00000008 is not usable: no list of files"
+    unfinished = f"checkpoint {Run(config).folder}/step_00000008 is not usable: no list of files"
     assert any(line.startswith(unfinished) for line in again.log) == (where == "run")
     assert first.losses | again.losses == straight.losses
     assert again.error is straight.error is None
-    assert checkpoint.steps(checkpoint.run_folder(config)) == [4, 8]
+    assert checkpoint.steps(Run(config).folder) == [4, 8]

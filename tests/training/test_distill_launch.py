@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run as MlflowRun
 
 from pipeline import load_model, tracking
 from pipeline.config.schema import DistillConfig, RunConfig
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.models import build, model_folder
+from pipeline.run import Run
 from pipeline.training import distillation, launch
 from pipeline.training.finish import RunResult
 from tests.support.small_models import shake
@@ -61,7 +62,7 @@ def client(config: RunConfig) -> MlflowClient:
 
 
 @pytest.fixture(scope="module")
-def run(client: MlflowClient, outcome: RunResult) -> Run:
+def run(client: MlflowClient, outcome: RunResult) -> MlflowRun:
     (found,) = client.search_runs(
         [e.experiment_id for e in client.search_experiments()], "attributes.run_name = 'student'"
     )
@@ -70,14 +71,14 @@ def run(client: MlflowClient, outcome: RunResult) -> Run:
 
 @pytest.mark.slow
 def test_run_is_linked_to_its_teachers_version(
-    run: Run, outcome: RunResult, config: RunConfig, client: MlflowClient
+    run: MlflowRun, outcome: RunResult, config: RunConfig, client: MlflowClient
 ) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.tags["teacher"] == "models:/teacher/1"
     tracking.set_alias(tracking.tracking_uri(config), "teacher", "teacher", "2")
-    again = distillation.with_teacher(launch.located(config))
+    again = distillation.with_teacher(Run.of(config))
     assert distillation.teacher_name(outcome.run) == "models:/teacher/1"
-    assert again.train.init_from == distillation.teacher_folder(outcome.run, 0)
+    assert again.config.train.init_from == distillation.teacher_folder(outcome.run, 0)
 
 
 @pytest.mark.slow
@@ -106,7 +107,7 @@ def test_students_are_models(outcome: RunResult, config: RunConfig, monkeypatch:
 
 
 @pytest.mark.slow
-def test_quality_against_steps(outcome: RunResult, run: Run, client: MlflowClient) -> None:
+def test_quality_against_steps(outcome: RunResult, run: MlflowRun, client: MlflowClient) -> None:
     assert outcome.quality is not None
     header, _, *rows = outcome.quality.splitlines()
     assert header == "| bigram perplexity (entropy) | 2 steps | 4 steps | 8 steps |"

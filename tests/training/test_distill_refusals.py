@@ -11,7 +11,8 @@ from pipeline.config.schema import ARConfig, DistillConfig, MDLMConfig, ModelCon
 from pipeline.data.tokenizers import BPETokenizer, load_tokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError, PipelineError
 from pipeline.models import build, model_folder
-from pipeline.training import checkpoint, distillation, launch
+from pipeline.run import Run
+from pipeline.training import distillation, launch
 from tests.support.small_models import shake
 from tests.support.tiny_runs import tiny
 
@@ -98,9 +99,9 @@ def test_a_corrected_teacher_replaces_the_one_that_was_refused(distil: Distil, t
     refusal(DataError, distil(save(tmp_path / "wrong", PGM, 300)))
     other = PGM.model_copy(update={"hidden": 32})
     right = save(tmp_path / "right", other)
-    config = distillation.with_teacher(distil(right))
+    config = distillation.with_teacher(Run(distil(right))).config
     assert config.model == other
-    run = checkpoint.run_folder(config)
+    run = Run(config).folder
     assert distillation.teacher_name(run) == right
     assert config.train.init_from == distillation.teacher_folder(run, 0)
     assert model_folder.read_config(Path(config.train.init_from))[0] == other
@@ -126,7 +127,7 @@ def test_a_model_section_that_is_not_the_teachers(distil: Distil, tmp_path: Path
     teacher = save(tmp_path / "teacher", PGM)
     other = PGM.model_copy(update={"hidden": 32, "encoder_blocks": 2})
     assert refusal(ConfigError, distil(teacher, other)) == (
-        f"the model section is not that of distill.teacher: {teacher!r}; leave it out, the teacher's is used:\n"
+        f"the model section is not that of distill.teacher: {teacher!r}; leave it out, then the teacher's is used:\n"
         "  model.encoder_blocks: 2, the teacher's is 1\n"
         "  model.hidden: 32, the teacher's is 16"
     )
@@ -228,7 +229,7 @@ def test_rounds_keep_their_length(distil: Distil, tmp_path: Path) -> None:
     """Other steps would move the boundaries of rounds that are over."""
     from pipeline.training import resume
 
-    config = distillation.with_teacher(distil(save(tmp_path / "teacher", PGM)))
+    config = distillation.with_teacher(Run(distil(save(tmp_path / "teacher", PGM)))).config
     more = config.model_copy(update={"train": config.train.model_copy(update={"steps": 16})})
     with pytest.raises(CheckpointError, match=r"train\.steps: 8 -> 16"):
         resume.check_same(config.model_dump(mode="json"), more, "here")

@@ -15,9 +15,9 @@ import torch
 from pipeline.config.data import ImageDataConfig
 from pipeline.config.schema import DiffusionConfig, DistillConfig, MDLMConfig, PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.models import build, model_folder
 from pipeline.models.denoiser import Denoiser
+from pipeline.run import Run
 from pipeline.training import checkpoint, distillation
 from tests.support import labelled_rows, observed, plain_distillation
 from tests.support.observed import Seen, quick
@@ -67,15 +67,14 @@ def distil(run_storage: Path) -> Callable[..., RunConfig]:
         teacher = run_storage / f"teacher-{kind}"
         if not teacher.exists():
             torch.manual_seed(4)
-            manifest = Manifest.read(data_path(config))
+            manifest = Manifest.read(Run(config).data_path)
             special = manifest.special
             model = shake(build(MODELS[kind], manifest.vocabulary, manifest.length, special.bos))
             facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
             model_folder.write(teacher, MODELS[kind], facts, model.state_dict(), model_folder.Background())
         settings = DistillConfig(teacher=str(teacher), rounds=rounds, teacher_steps=16, **section)  # type: ignore[arg-type]
-        return distillation.with_teacher(
-            config.model_copy(update={"model": MODELS[kind], "distill": settings})
-        )
+        config = config.model_copy(update={"model": MODELS[kind], "distill": settings})
+        return distillation.with_teacher(Run(config)).config
 
     return make
 
@@ -110,7 +109,7 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def student_of(config: RunConfig, done: int) -> dict[str, torch.Tensor]:
     """Weights in the folder of the teacher that follows `done` rounds."""
-    return model_folder.read_weights(Path(distillation.teacher_folder(checkpoint.run_folder(config), done)))
+    return model_folder.read_weights(Path(distillation.teacher_folder(Run(config).folder, done)))
 
 
 @pytest.mark.parametrize("key", RUNS, ids=str)
@@ -124,9 +123,9 @@ def test_losses_and_weights_are_those_of_the_plain_form(
     assert seen.losses == pytest.approx(expected.losses, abs=5e-5, rel=0)
     near = NEAR * apart(expected.weights, expected.starts[-1])  # of the way that a round takes
     assert apart(seen.weights, expected.weights) < near
-    path = checkpoint.latest(checkpoint.run_folder(config))
+    path = checkpoint.latest(Run(config).folder)
     assert path is not None
-    average = checkpoint.ema_weights(path, config, Manifest.read(data_path(config)))
+    average = checkpoint.ema_weights(path, config.model, Manifest.read(Run(config).data_path))
     assert apart(average, expected.average) < near
     assert len(expected.starts) == ROUNDS
     for done, start in enumerate(expected.starts):
@@ -175,7 +174,7 @@ def again(
     ]
     straight = groups[2](observed.train, configs)[0]
     for config, (_, _, _, step, _) in zip(configs, AGAIN, strict=True):
-        run = Path(checkpoint.run_folder(config))
+        run = Path(Run(config).folder)
         for later in checkpoint.steps(str(run)):
             if later > step:
                 shutil.rmtree(run / checkpoint.name_of(later))
@@ -225,7 +224,7 @@ def test_checkpoints_tell_the_round_and_its_teacher(
     again: dict[Again, tuple[RunConfig, Seen, Seen]],
 ) -> None:
     config, _, resumed = again[AGAIN[0]]
-    run = Path(checkpoint.run_folder(config))
+    run = Path(Run(config).folder)
     assert checkpoint.steps(str(run)) == [2, 4, 6, 8, 9]
     told = [
         json.loads((run / checkpoint.name_of(s) / "state.json").read_text())["task"] for s in (2, 4, 6, 8)
@@ -299,9 +298,9 @@ def test_a_run_killed_in_round_2_ends_as_if_it_had_not_been(
     config = distil("raw", "killed", zero_stage=2, checkpoint_every=4)
     with pytest.raises(RuntimeError, match="rank"):
         run_workers(die_in, 2, config, 6)
-    assert checkpoint.steps(checkpoint.run_folder(config)) == [4]
-    assert Path(distillation.teacher_folder(checkpoint.run_folder(config), 1)).is_dir()
-    seen = groups[2](observed.train_one, distillation.with_teacher(config))[0]
+    assert checkpoint.steps(Run(config).folder) == [4]
+    assert Path(distillation.teacher_folder(Run(config).folder, 1)).is_dir()
+    seen = groups[2](observed.train_one, distillation.with_teacher(Run(config)).config)[0]
     assert list(seen.losses) == [5, 6, 7, 8, 9]
     straight = runs["raw", 2, 2][1]
     assert all(torch.equal(value, seen.weights[name]) for name, value in straight.weights.items())

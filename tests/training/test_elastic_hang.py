@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import RunConfig
+from pipeline.run import Run
 from pipeline.runtime.session import HANGS, PlainSession
 from pipeline.training import checkpoint
-from pipeline.training.loop import Job, train
+from pipeline.training.loop import train
 from tests.support.observed import quick
 from tests.support.workers import Workers
 
@@ -31,7 +32,7 @@ class Freezing(PlainSession):
 
 
 def freeze(rank: int, workers: int, config: RunConfig) -> None:
-    train(Job(config), Freezing(rank, workers, checkpoint.run_folder(config)))
+    train(Run(config), Freezing(rank, workers, Run(config).folder))
 
 
 def test_worker_that_waits_for_a_frozen_one_ends_and_tells_where(run_storage: Path) -> None:
@@ -43,7 +44,7 @@ def test_worker_that_waits_for_a_frozen_one_ends_and_tells_where(run_storage: Pa
     with pytest.raises(RuntimeError, match=r"rank \[0\]:\nno answer"):
         group(freeze, config)
     assert time.monotonic() - began < 100
-    run = checkpoint.run_folder(config)
+    run = Run(config).folder
     # The time between two steps did not count: validation and checkpoints may take as long as they like.
     (file,) = (Path(run) / HANGS).iterdir()
     assert file.name == "step_00000004_worker_00000.txt"
@@ -59,8 +60,8 @@ def test_worker_that_waits_for_a_frozen_one_ends_and_tells_where(run_storage: Pa
 
 STUCK = """
 import ctypes, sys
-from pipeline.training.session import HangWatch
-HangWatch.LAST = 0.5
+from pipeline.runtime.session import HangWatch
+HangWatch.LAST_S = 0.5
 watch = HangWatch(sys.argv[1], 0, 0.5)
 watch.begin(6)
 ctypes.PyDLL(None).sleep(60)  # a call of C that keeps every other thread of Python out

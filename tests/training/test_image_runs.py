@@ -9,10 +9,10 @@ import torch
 
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path, ensure
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.shards import ShardReader
 from pipeline.models import build
+from pipeline.run import Run
 from pipeline.training.pretraining import Pretraining
 from tests.support import observed
 from tests.support.workers import Workers
@@ -52,7 +52,7 @@ def image_run(storage: Path, name: str, model: str, stage: int) -> RunConfig:
 @pytest.fixture(scope="module")
 def runs(run_storage: Path, groups: dict[int, Workers]) -> Runs:
     """What rank 0 saw: alone with whole parameters, and with a second worker under stage 3."""
-    ensure(image_run(run_storage, "prepare-images", "pgm", 0))
+    Run(image_run(run_storage, "prepare-images", "pgm", 0)).with_data()
     seen = [
         groups[count](observed.train, [image_run(run_storage, f"{m}-{stage}", m, stage) for m in MODELS])[0]
         for count, stage in ((1, 0), (2, 3))
@@ -84,9 +84,9 @@ def test_validation_names_what_it_measures(runs: Runs, name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_has_its_classes_and_bos(runs: Runs, run_storage: Path, name: str) -> None:
     config = image_run(run_storage, "any", name, 0)
-    manifest = Manifest.read(data_path(config))
+    manifest = Manifest.read(Run(config).data_path)
     assert (manifest.vocabulary, manifest.special.bos, manifest.classes) == (CODES, CODES + 1, 10)
-    reader, rows = ShardReader(data_path(config), manifest, "train"), np.arange(8)
+    reader, rows = ShardReader(Run(config).data_path, manifest, "train"), np.arange(8)
     model = build(config.model, CODES, manifest.length, manifest.special.bos)
     task = Pretraining(config, manifest, model, torch.device("cpu"))
     labels, dropped = reader.labels(rows), []

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import model_folder
+from pipeline.run import Run
 from pipeline.training import checkpoint, resume
 from tests.support import observed, plain
 from tests.support.observed import Seen, Weights, quick
@@ -40,14 +40,15 @@ def sources(run_storage: Path, groups: dict[int, Workers]) -> dict[str, Source]:
         for stage, precision in SOURCES
     ]
     found: dict[str, Source] = {}
-    manifest = Manifest.read(data_path(configs[0]))
+    manifest = Manifest.read(Run(configs[0]).data_path)
     for config, seen in zip(configs, groups[2](observed.train, configs, True)[0], strict=True):
-        path = checkpoint.latest(checkpoint.run_folder(config))
+        path = checkpoint.latest(Run(config).folder)
         assert path is not None
         found[config.name] = path, seen.weights, {name: v.float() for name, v in seen.average.items()}
     path = found["source-1-fp32"][0]
-    into = str(run_storage / "consolidated")
-    checkpoint.consolidate(path, configs[1], manifest, load_tokenizer("bytes"), into)
+    run = Run(configs[1].model_copy(update={"name": "consolidated"}), given_manifest=manifest)
+    into = run.model_folder
+    checkpoint.consolidate(path, run, load_tokenizer("bytes"))
     average = found["source-1-fp32"][2]
     return {**found, "consolidated": (into, average, average)}
 
@@ -90,9 +91,9 @@ def test_a_run_starts_from_weights_and_average(
     expected = model(plain.batch_of(config, 0)).sum().item()
     assert seen.losses[1] == pytest.approx(expected, abs=1e-5 if precision == "fp32" else 0.01)
     assert abs(expected - own) > 0.1  # not the weights that the seed gives
-    path = checkpoint.latest(checkpoint.run_folder(config))
+    path = checkpoint.latest(Run(config).folder)
     assert path is not None
-    stored = checkpoint.ema_weights(path, config, Manifest.read(data_path(config)))
+    stored = checkpoint.ema_weights(path, config.model, Manifest.read(Run(config).data_path))
     for key, value in weights.items():
         assert float((seen.weights[key] - value).abs().max()) < 1e-6, key  # not rounded to bf16
         mixed = 0.9**3 * average[key] + (1 - 0.9**3) * value
@@ -107,7 +108,7 @@ def refusal(config: RunConfig, source: str, **model: object) -> str:
     wanted = started_from(config, source)
     wanted = wanted.model_copy(update={"model": config.model.model_copy(update=model)})
     with pytest.raises(CheckpointError) as caught:
-        resume.initial_weights(wanted, plain.fresh(wanted))
+        resume.initial_weights(Run(wanted), plain.fresh(wanted))
     return str(caught.value)
 
 

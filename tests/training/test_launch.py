@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run as MlflowRun
 
 from pipeline import load_model
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError
+from pipeline.run import Run
 from pipeline.tracking import tracking_uri
 from pipeline.training import checkpoint, launch
 from pipeline.training.finish import RunResult
@@ -36,20 +37,20 @@ def client(config: RunConfig) -> MlflowClient:
 
 
 @pytest.fixture(scope="module")
-def run(client: MlflowClient, outcome: RunResult) -> Run:
+def run(client: MlflowClient, outcome: RunResult) -> MlflowRun:
     experiments = [e.experiment_id for e in client.search_experiments()]
     (found,) = client.search_runs(experiments, "attributes.run_name = 'launched'")
     return found
 
 
-def test_run_is_finished_with_the_resolved_config(run: Run, config: RunConfig):
+def test_run_is_finished_with_the_resolved_config(run: MlflowRun, config: RunConfig):
     assert run.info.status == "FINISHED"
     assert run.data.params["train.batch"] == "8"
     assert run.data.params["model.heads"] == "2"
     assert run.data.params["cluster.workers.max"] == "2"
 
 
-def test_metrics_of_every_step(run: Run, client: MlflowClient):
+def test_metrics_of_every_step(run: MlflowRun, client: MlflowClient):
     for key in ("train/loss", "train/gradient_norm", "train/tokens_per_second", "train/data_wait"):
         points = client.get_metric_history(run.info.run_id, key)
         assert sorted(point.step for point in points) == list(range(1, 9)), key
@@ -61,13 +62,13 @@ def test_metrics_of_every_step(run: Run, client: MlflowClient):
     assert sorted(steps) == [4, 8]
 
 
-def test_data_is_an_input(run: Run):
+def test_data_is_an_input(run: MlflowRun):
     (data,) = run.inputs.dataset_inputs
     assert data.dataset.name == "data"
     assert '"length": 16' in data.dataset.profile
 
 
-def test_artifacts(run: Run, client: MlflowClient):
+def test_artifacts(run: MlflowRun, client: MlflowClient):
     def names(folder: str) -> list[str]:
         return [Path(a.path).name for a in client.list_artifacts(run.info.run_id, folder)]
 
@@ -90,7 +91,7 @@ def test_registered_model_is_the_consolidated_folder(
 
 def test_folder_tells_what_ran(outcome: RunResult, config: RunConfig):
     folder = Path(outcome.run)
-    assert yaml.safe_load((folder / "config.yaml").read_text()) == launch.located(config).model_dump(
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == Run.of(config).config.model_dump(
         mode="json"
     )
     assert (folder / "loss_curve.png").stat().st_size > 10_000

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
 from pipeline.data.shards import ShardReader
 from pipeline.models.denoiser import Denoiser
-from pipeline.training import checkpoint
+from pipeline.run import Run
 from tests.support import observed, plain
 from tests.support.observed import Seen, quick
 from tests.support.workers import Workers
@@ -52,7 +51,7 @@ class NanGradient:
 def rare_token(config: RunConfig, step: int) -> tuple[int, int, int]:
     """(id, place, row): a token that of all rows of the run, and of validation, stands only in this one."""
     rows, tokens = zip(*(plain.rows_of(config, s) for s in range(config.train.steps)), strict=True)
-    reader = ShardReader(data_path(config), Manifest.read(data_path(config)), "validation")
+    reader = ShardReader(Run(config).data_path, Manifest.read(Run(config).data_path), "validation")
     held_out = reader.rows(np.linspace(0, len(reader) - 1, config.evaluation.rows).astype(np.int64))
     for place, row in enumerate(tokens[step]):
         for token in row.tolist():
@@ -63,7 +62,7 @@ def rare_token(config: RunConfig, step: int) -> tuple[int, int, int]:
 
 
 def skipped(config: RunConfig) -> dict[str, dict[str, list[int]]]:
-    return json.loads((Path(checkpoint.run_folder(config)) / "skipped.json").read_text())
+    return json.loads((Path(Run(config).folder) / "skipped.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def test_weights_that_are_not_finite_are_an_error(
         assert one.error is not None
         assert one.error.startswith("TrainingError: step 1")
         assert "every row of the batch, so the weights are" in one.error
-    assert not (Path(checkpoint.run_folder(config)) / "skipped.json").exists()
+    assert not (Path(Run(config).folder) / "skipped.json").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import RunConfig
+from pipeline.run import Run
 from pipeline.runtime.control_files import STOP
 from pipeline.training import checkpoint
 from tests.support import observed
@@ -19,7 +20,7 @@ KINDS = [(stage, precision) for precision in ("fp32", "bf16") for stage in range
 
 def files(config: RunConfig, step: int, pattern: str) -> dict[str, bytes]:
     """Files of a checkpoint by name."""
-    folder = Path(checkpoint.run_folder(config)) / checkpoint.name_of(step)
+    folder = Path(Run(config).folder) / checkpoint.name_of(step)
     found = {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
     assert found
     return found
@@ -45,7 +46,7 @@ def pairs(run_storage: Path, groups: dict[int, Workers]) -> dict[tuple[int, str]
     for pair, seen in zip(pairs, groups[2](observed.train, configs)[0], strict=True):
         pair.straight = seen
         pair.averages.append(files(pair.config, 8, "ema_*"))
-        shutil.rmtree(Path(checkpoint.run_folder(pair.config)) / checkpoint.name_of(8))
+        shutil.rmtree(Path(Run(pair.config).folder) / checkpoint.name_of(8))
     for pair, seen in zip(pairs, run_workers(observed.train, 2, configs)[0], strict=True):
         pair.resumed = seen
         pair.averages.append(files(pair.config, 8, "ema_*"))
@@ -69,7 +70,7 @@ def test_resumed_run_is_bit_equal(pairs: dict[tuple[int, str], Pair], kind: tupl
 def stopped(run_storage: Path, groups: dict[int, Workers]) -> tuple[RunConfig, list[Seen], list[Seen]]:
     """A long run with a stop file in its folder from the start; then started again to three steps more."""
     config = quick(run_storage, "stopped", 0.1, steps=5000, checkpoint_every=1000)
-    file = Path(checkpoint.run_folder(config)) / STOP
+    file = Path(Run(config).folder) / STOP
     file.parent.mkdir(parents=True)
     file.touch()
     first = groups[2](observed.train_one, config)
@@ -88,7 +89,7 @@ def test_stop_file_ends_all_ranks_after_the_same_step(
     assert [max(seen.losses) for seen in first] == [last, last]
     assert [seen.error for seen in first] == [None, None]
     assert f"stopped at step {last}, as asked" in first[0].log
-    assert checkpoint.steps(checkpoint.run_folder(config))[0] == last  # long before checkpoint_every
+    assert checkpoint.steps(Run(config).folder)[0] == last  # long before checkpoint_every
 
 
 def test_stopped_run_goes_on_where_it_was(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config.schema import OptimConfig
 from pipeline.errors import CheckpointError
-from pipeline.training.ema import EMA, join_slices, read_slices
+from pipeline.training.ema import EMA, read_averages
 from pipeline.training.engine import learning_rate
 
 
@@ -68,7 +68,7 @@ def test_slices_are_read_by_any_number_of_workers(tmp_path: Path, writers: int, 
     files = [tmp_path / f"ema_{rank:05d}.safetensors" for rank in range(writers)]
     for ema, file in zip(cut(whole, writers), files, strict=True):
         ema.save(file)
-    joined = join_slices(read_slices(files))
+    joined = read_averages(files)
     assert all(torch.equal(joined[name], value.flatten()) for name, value in whole.items())
     for ema in cut({name: torch.zeros(shape) for name, shape in shapes.items()}, readers):
         ema.load(files)

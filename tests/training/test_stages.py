@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
+from pipeline.run import Run
 from pipeline.training import checkpoint
 from tests.support import observed, plain
 from tests.support.workers import Workers
@@ -87,9 +87,9 @@ def test_weights_equal_plain_training(runs: Runs, reference: plain.Plain, stage:
 @pytest.mark.parametrize("stage", STAGES)
 def test_ema_is_the_average_of_the_masters(runs: Runs, stage: int, precision: str) -> None:
     config, seen = runs[f"stage-{stage}{precision}"]
-    path = checkpoint.latest(checkpoint.run_folder(config))
+    path = checkpoint.latest(Run(config).folder)
     assert path is not None
-    stored = checkpoint.ema_weights(path, config, Manifest.read(data_path(config)))
+    stored = checkpoint.ema_weights(path, config.model, Manifest.read(Run(config).data_path))
     assert furthest(stored, seen.average) < 1e-6
     assert furthest(stored, seen.weights) > 1e-3  # and not simply the weights
 

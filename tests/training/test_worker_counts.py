@@ -7,9 +7,9 @@ import pytest
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path
+from pipeline.run import Run
 from pipeline.training import checkpoint, resume
-from pipeline.training.ema import join_slices, read_slices
+from pipeline.training.ema import read_averages
 from tests.support import observed, plain
 from tests.support.observed import Seen, quick
 from tests.support.workers import Workers, run_workers
@@ -83,9 +83,9 @@ def test_run_goes_on_as_if_nothing_had_changed(
     near = 1e-5 if change.precision == "fp32" else 0.01
     assert seen.losses == pytest.approx(reference.losses, abs=near, rel=0)
     config = config_of(run_storage, change, STEPS, change.new_stage)
-    path = checkpoint.latest(checkpoint.run_folder(config))
+    path = checkpoint.latest(Run(config).folder)
     assert path is not None
-    average = checkpoint.ema_weights(path, config, Manifest.read(data_path(config)))
+    average = checkpoint.ema_weights(path, config.model, Manifest.read(Run(config).data_path))
     for name, value in reference.average.items():
         assert float((average[name] - value).abs().max()) < 10 * near, name
 
@@ -94,7 +94,7 @@ def test_converted_checkpoint_is_made_once_and_goes_with_its_original(
     changed: dict[str, Seen], run_storage: Path
 ) -> None:
     change = Change(1, 2, 3, 3)
-    run = checkpoint.run_folder(config_of(run_storage, change, STEPS, 3))
+    run = Run(config_of(run_storage, change, STEPS, 3)).folder
     path = f"{run}/{checkpoint.name_of(CHANGE)}"
     converted = Path(checkpoint.universal_path(path))
     assert converted.is_dir()
@@ -111,10 +111,10 @@ def test_ema_slices_of_any_workers_make_the_same_tensors(changed: dict[str, Seen
     """Slices of two workers at stages 1 and 3 are cut in different places."""
     whole = []
     for change in (Change(2, 1, 1, 1), Change(2, 1, 3, 3), Change(2, 1, 0, 0)):
-        run = Path(checkpoint.run_folder(config_of(run_storage, change, STEPS, change.stage)))
+        run = Path(Run(config_of(run_storage, change, STEPS, change.stage)).folder)
         files = sorted((run / checkpoint.name_of(CHANGE)).glob("ema_*"))
         assert len(files) == (1 if change.stage == 0 else 2)
-        whole.append(join_slices(read_slices(files)))
+        whole.append(read_averages(files))
     for name, value in whole[0].items():
         assert float((value - whole[1][name]).abs().max()) < 1e-5
         assert float((value - whole[2][name]).abs().max()) < 1e-5

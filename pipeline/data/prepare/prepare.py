@@ -14,7 +14,6 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
-from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import MANIFEST, Manifest, Skipped, SourceInfo
 from pipeline.data.prepare import images, text
 from pipeline.data.prepare.image_sources import ImageSource, open_images
@@ -29,46 +28,56 @@ _SHARD = re.compile(r"(train|validation)-\d{5}\.parquet")
 _NAMED = 1000  # names of what was skipped that the manifest keeps
 
 
-def data_path(config: RunConfig) -> str:
-    """Folder of the prepared data: `data.path`, or one named by what determines its contents."""
-    data = config.data
+def data_path(data: AnyDataConfig, root: str) -> str:
+    """Return the folder of the prepared data: `data.path`, or one named by what determines its contents.
+
+    Args:
+        data: the data section of the config.
+        root: the folder that `cluster.storage` names, as `storage.resolve` returns it.
+    """
     if data.path is not None:
         return storage.resolve(data.path)
-    extent = data.length if data.kind == "text" else data.size
-    names = (data.source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
-    slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names)
-    return storage.join(
-        storage.resolve(config.cluster.storage), "data", f"{slug}-{_key(_content(data))[:10]}"
-    )
+    return storage.join(root, "data", _folder_name(data))
 
 
-def ensure(config: RunConfig) -> Manifest:
-    """The manifest of the config's data, which is prepared first if it is not there.
+def ensure(data: AnyDataConfig, path: str) -> Manifest:
+    """Return the manifest of the data in a folder, which is prepared first if it is not there.
 
-    A local source that has changed since is a warning only: a run that goes on keeps the data it began with.
+    A local source that has changed since the preparation causes only a warning: a run that is continued keeps
+    the data that it started with.
+
+    Args:
+        data: the data section of the config.
+        path: folder of the prepared data, as `data_path` returns it.
 
     Raises:
-        DataError: the folder holds other data, or preparing failed.
+        DataError: the folder holds other data, or the preparation failed.
+        ConfigError: the folder cannot be written, or the tokenizer does not exist.
     """
-    path = data_path(config)
-    manifest = _prepared(config.data, path)
+    manifest = _prepared(data, path)
     if manifest is None:
-        return prepare(config)
-    if storage.is_local(config.data.source) and not config.data.source.startswith(HUB):
+        return prepare(data, path)
+    if storage.is_local(data.source) and not data.source.startswith(HUB):
         with contextlib.suppress(DataError):  # the source may be gone: its shards are enough
-            if _open(config.data).fingerprint != manifest.source.fingerprint:
-                log.warning("%s has changed since %s was prepared from it", config.data.source, path)
+            if _open(data).fingerprint != manifest.source.fingerprint:
+                log.warning("%s has changed since %s was prepared from it", data.source, path)
     return manifest
 
 
-def prepare(config: RunConfig) -> Manifest:
-    """Make the shards of `config.data`, or finish them where an interrupted run stopped.
+def prepare(data: AnyDataConfig, path: str) -> Manifest:
+    """Make the shards of the data, or finish them where an interrupted preparation stopped.
+
+    Args:
+        data: the data section of the config.
+        path: folder of the prepared data, as `data_path` returns it.
+
+    Returns:
+        The manifest of the complete folder.
 
     Raises:
-        DataError: the source is empty, unreadable or changed; the folder holds other data.
-        ConfigError: the folder cannot be written; no such tokenizer.
+        DataError: the source is empty, unreadable or changed, or the folder holds other data.
+        ConfigError: the folder cannot be written, or the tokenizer does not exist.
     """
-    data, path = config.data, data_path(config)
     manifest = _prepared(data, path)
     source = _open(data)
     if manifest is not None:
@@ -80,7 +89,9 @@ def prepare(config: RunConfig) -> Manifest:
         log.info("%s is already prepared", path)
         _clean(path, manifest)
         return manifest
-    storage.check_writable(path, "cluster.storage" if data.path is None else "data.path")
+    # A sweep fills in data.path with the derived folder: the name tells which key the path came from.
+    derived = data.path is None or path.endswith(f"/data/{_folder_name(data)}")
+    storage.check_writable(path, "cluster.storage" if derived else "data.path")
     content = _content(data)
     work = storage.join(path, f"{_WORK}{_key({'content': content, 'plan': source.plan})[:16]}")
     start_ray()
@@ -108,6 +119,14 @@ def prepare(config: RunConfig) -> Manifest:
     _clean(path, manifest)
     _report(path, manifest)
     return manifest
+
+
+def _folder_name(data: AnyDataConfig) -> str:
+    """Name of the folder where `data.path` gives none, derived from what determines its contents."""
+    extent = data.length if data.kind == "text" else data.size
+    names = (data.source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
+    slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names)
+    return f"{slug}-{_key(_content(data))[:10]}"
 
 
 def _content(data: AnyDataConfig) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest, check_fits
 from pipeline.data.prepare.encoding import held_out, read_pixels
 from pipeline.data.prepare.image_sources import list_images, open_images
-from pipeline.data.prepare.prepare import data_path, ensure, prepare
 from pipeline.data.shards import ShardReader
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.vq import load_image_tokenizer
-from tests.support.data_helpers import run_until, shard_bytes
+from tests.support.data_helpers import data_path, ensure, prepare, run_until, shard_bytes
 from tests.support.image_helpers import CLASSES, encoded, make_images, write_folders, write_idx
 
 UNITS = 20

@@ -16,7 +16,6 @@ import yaml
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.prepare import data_path, ensure, prepare
 from pipeline.data.prepare.text_sources import open_source, read
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
@@ -24,7 +23,10 @@ from pipeline.errors import ConfigError, DataError
 from tests.support.data_helpers import (
     DOCUMENTS,
     ROOT,
+    data_path,
+    ensure,
     lines,
+    prepare,
     run_until,
     shard_bytes,
     write_parquet,
@@ -124,7 +126,7 @@ def test_killed_twice_and_finished_gives_the_same_bytes(
 
     one_worker = (
         "import ray; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
-        "from jobs import main; from pipeline.data.prepare.prepare import prepare; main(prepare)"
+        "from jobs import main, prepare; main(prepare.run)"
     )
     straight = tmp_path / "straight"
     command = [sys.executable, "-c", one_worker, str(file), f"cluster.storage={straight}"]

@@ -1,0 +1,139 @@
+"""A run: the config of a job and everything that follows from it, resolved once at the head of the job."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from pipeline import storage, tracking
+from pipeline.config.schema import RunConfig
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare import prepare
+from pipeline.errors import CheckpointError
+from pipeline.runtime.actors import Resources
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job's config with its folders, its tracking store, and what the job has been given so far.
+
+    Paths are derived from the config when they are first read, and always before the run is sent to a worker,
+    whose environment may differ from the driver's.
+
+    Attributes:
+        config: with absolute folders, see `Run.of`.
+        run_id: id of the MLflow run; None: metrics are not tracked.
+        given_resources: see `resources`.
+        given_manifest: see `manifest`.
+    """
+
+    config: RunConfig
+    run_id: str | None = None
+    given_resources: Resources | None = None
+    given_manifest: Manifest | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """Make the run of a config; relative folders become absolute, since workers run in other folders.
+
+        Args:
+            config: as the user wrote it.
+
+        Returns:
+            The run, without resources, data or MLflow run.
+        """
+        data = config.data.model_copy(update={"path": config.data.path and storage.resolve(config.data.path)})
+        cluster = config.cluster.model_copy(update={"storage": storage.resolve(config.cluster.storage)})
+        distill = config.distill
+        if distill is not None and not distill.teacher.startswith("models:/"):
+            distill = distill.model_copy(update={"teacher": storage.resolve(distill.teacher)})
+        return cls(config.model_copy(update={"data": data, "cluster": cluster, "distill": distill}))
+
+    def replace(self, **changes: Any) -> Self:
+        """Copy the run with some fields changed."""
+        return replace(self, **changes)
+
+    def configured(self, **sections: Any) -> Self:
+        """Copy the run with some sections of its config changed."""
+        return self.replace(config=self.config.model_copy(update=sections))
+
+    @cached_property
+    def folder(self) -> str:
+        """Folder of the run: `cluster.storage`/name."""
+        return storage.join(storage.resolve(self.config.cluster.storage), self.config.name)
+
+    @cached_property
+    def data_path(self) -> str:
+        """Folder of the prepared data."""
+        return prepare.data_path(self.config.data, storage.resolve(self.config.cluster.storage))
+
+    @cached_property
+    def tracking_uri(self) -> str:
+        """Address of the MLflow store."""
+        return tracking.tracking_uri(self.config)
+
+    @property
+    def model_folder(self) -> str:
+        """Folder of the consolidated model that a finished run leaves."""
+        return storage.join(self.folder, "model")
+
+    @property
+    def resources(self) -> Resources:
+        """What the cluster gives the job, once the job has joined it."""
+        assert self.given_resources is not None
+        return self.given_resources
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the data, once the data is prepared or checked."""
+        assert self.given_manifest is not None
+        return self.given_manifest
+
+    @property
+    def spill_file(self) -> Path:
+        """File for metrics that MLflow has not taken: in the run's folder if that is local, else on this node."""
+        local = storage.is_local(self.folder)
+        base = Path(self.folder) if local else Path(tempfile.gettempdir()) / self.config.name
+        base.mkdir(parents=True, exist_ok=True)
+        return base / "untracked.jsonl"
+
+    def with_data(self) -> Self:
+        """Copy the run with the manifest of its data, which is prepared first if it is missing.
+
+        Raises:
+            DataError: the data cannot be prepared, or its folder holds other data.
+        """
+        return self.replace(given_manifest=prepare.ensure(self.config.data, self.data_path))
+
+    def sampled_model(self) -> str:
+        """Find the model to sample: `sampling.model`, or the run's own.
+
+        Returns:
+            Absolute folder of the model.
+
+        Raises:
+            CheckpointError: there is no such model.
+        """
+        model = self.config.sampling.model or self.model_folder
+        if model.startswith("models:/"):
+            model = str(tracking.download_model(self.tracking_uri, model))
+        if not storage.folder_complete(model):
+            raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
+        return storage.resolve(model)
+
+    def tracker(self, system_metrics: bool = False) -> tracking.Tracker:
+        """Open a tracker of the run's MLflow run.
+
+        Args:
+            system_metrics: sample this machine's CPU, memory and GPUs too.
+        """
+        assert self.run_id is not None
+        return tracking.Tracker(self.tracking_uri, self.run_id, self.spill_file, system_metrics)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Derive everything that depends on the driver's environment before the run goes to another process."""
+        _ = self.folder, self.data_path
+        if self.run_id is not None:
+            _ = self.tracking_uri
+        return self.__dict__
