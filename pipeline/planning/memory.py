@@ -2,8 +2,7 @@
 
 Activations are what autograd keeps between the forward and the backward pass. They are counted here tensor by tensor
 from the code of the blocks, for the kernels that run on GPUs: fused dropout, which keeps a mask of one byte per
-value, and flash attention, which keeps no scores. Tensors without an axis of size H (row statistics, rotary codes,
-log-sum-exps) are left out; together they are below 2%.
+value, and flash attention, which keeps no scores.
 """
 
 from dataclasses import dataclass
@@ -65,9 +64,11 @@ def activations(model: ModelConfig, facts: DataFacts, train: TrainConfig, target
     # All sizes below are bytes per token and unit of the hidden size. With classes, modulation gives every token
     # vectors of its own, and each modulated norm keeps its result and its scale in float32.
     modulation = 6 * value + 2 * 2 * FLOAT32 if classes else 0
+    # Mean and deviation of two norms, and each head's log-sum-exp of attention.
+    statistics = (2 * 2 + model.heads) * FLOAT32 / model.hidden
     # Inputs of two norms; their outputs (2), query (1), attention output (1), MLP (4 + 4) and the two branch outputs
     # that the gates multiply (2); two dropout masks.
-    queries = 2 * FLOAT32 + 14 * value + modulation + (2 if model.dropout else 0)
+    queries = 2 * FLOAT32 + 14 * value + modulation + (2 if model.dropout else 0) + statistics
     # The packed projection stays alive through the values, beside the rotated keys (and queries).
     self_block = queries + 4 * value
     width = float(facts.length + model.registers)
@@ -83,15 +84,17 @@ def activations(model: ModelConfig, facts: DataFacts, train: TrainConfig, target
         inputs = width * value * model.encoder_blocks + targets * value * model.decoder_blocks
         if model.swap.every_block:
             blocks += [swaps] * (model.decoder_blocks - 1)
-        outside = swaps + width * value  # the first swap, and the encoder outputs
+        # The first swap, the encoder outputs, and the decoder's rotary code.
+        outside = swaps + width * value + targets * FLOAT32 / model.heads
     else:
         if model.kind == "mdlm" and model.complementary:
             width *= 2
         blocks = [width * self_block] * model.blocks
         inputs = width * value * model.blocks
         outside = 0.0
-    # The final norm's input, and its output as the head's float32 input.
-    outside += targets * (2 * FLOAT32 + (2 * value + 2 * FLOAT32 if classes else 0))
+    outside += width * FLOAT32 / model.heads  # the rotary code
+    # The final norm's input, its output as the head's float32 input and, with classes, its result and scale.
+    outside += targets * FLOAT32 * (4 if classes else 2)
     recompute = train.activation_checkpointing
     return Activations(
         per_row=model.hidden * (outside + (inputs if recompute else sum(blocks))),
