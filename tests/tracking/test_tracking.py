@@ -266,8 +266,8 @@ class TestTracker:
         monkeypatch.setattr("pipeline.tracking.journal._MEMORY", 1000)
         with Tracker(uri, run_id) as tracker:
             tracker.log_text("x" * 2000, "large.txt")
-        assert any("too much is waiting): artifact 'large.txt'" in line for line in warnings_of(caplog))
-        assert any("1 items never sent" in line for line in warnings_of(caplog))
+        assert any("too many items are waiting): artifact 'large.txt'" in line for line in warnings_of(caplog))
+        assert any("1 items were not sent" in line for line in warnings_of(caplog))
 
     def test_damaged_spill(
         self, uri: str, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
