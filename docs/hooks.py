@@ -23,7 +23,6 @@ INCLUDED = {
     "CONTRIBUTING.md": ("contributing.md", "Contributing"),
     "CHANGELOG.md": ("changelog.md", "Changelog"),
 }
-OPTIONAL = {"Configuration": "configuration.md"}  # pages that are in the navigation once they exist
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -31,14 +30,9 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here, to the site and to its navigation."""
     assert config.nav is not None
-    for title, name in OPTIONAL.items():
-        if (ROOT / "docs" / name).is_file():
-            config.nav.append({title: name})
     for source, (name, title) in INCLUDED.items():
-        if (ROOT / source).is_file():
-            text = (ROOT / source).read_text(encoding="utf-8")
-            files.append(File.generated(config, name, content=text))
-            config.nav.append({title: name})
+        files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
+        config.nav.append({title: name})
     pages = {f"api/{name}.md": text for name, text in api_pages().items()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))

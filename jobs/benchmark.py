@@ -1,6 +1,6 @@
-"""Time training, sampling and text preparation on this machine, beside plainer forms and a roofline."""
+"""Time training, sampling and text preparation, compared with simpler implementations and a roofline."""
 
-from jobs import command
+from jobs.cli import command
 from pipeline.benchmarks.benchmark import benchmark
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import parse_section, read_tree

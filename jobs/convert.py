@@ -1,4 +1,4 @@
-"""Turn weights of any kind into a model folder that `load_model` reads and that can go to the Hugging Face hub.
+"""Convert weights of any kind to a model folder that `load_model` reads and that fits the Hugging Face hub.
 
 SOURCE   a file of released weights (.ckpt, .pth, .pt, .bin, .safetensors), a model folder, or models:/NAME@ALIAS;
          paths may be URLs (s3://, gs://, hf://OWNER/NAME/FILE)
@@ -12,7 +12,7 @@ tokenizer=gpt2.
     hf upload OWNER/pgm_8_8 models/pgm_8_8
 """
 
-from jobs import command
+from jobs.cli import command
 from pipeline.api import export_model
 
 

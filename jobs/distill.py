@@ -1,6 +1,6 @@
-"""Distil the teacher that a config names: every round halves the steps that sampling needs."""
+"""Distil a trained model in rounds, each of which halves the sampling steps that are needed."""
 
-from jobs import main
+from jobs.cli import main
 from jobs.plan import plan
 from jobs.pretrain import report
 from pipeline.config.schema import RunConfig

@@ -1,9 +1,10 @@
-"""Judge a run's model (or `sampling.model`): likelihood, samples, and how far these are from real data.
+"""Evaluate a model: likelihood, samples, and how far these are from real data.
 
-With `evaluation.models` several are compared: likelihood, quality against sampling speed, convergence.
+The model is the run's own, or `sampling.model`. With `evaluation.models` several are compared: likelihood, quality
+against sampling speed, convergence.
 """
 
-from jobs import main
+from jobs.cli import main
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.comparison import compare

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on a model of this project: lm-eval's own command line, with `--model pgm` (extra `harness`).
+"""Run lm-evaluation-harness on a model of this project (extra `harness`).
+
+The command line is lm-eval's own, with `--model pgm`:
 
     python -m jobs.harness --model pgm --model_args path=runs/quickstart/model --tasks hellaswag
 

@@ -1,6 +1,6 @@
-"""Prepare the shards that a config's data section describes."""
+"""Prepare the data that a config describes."""
 
-from jobs import main
+from jobs.cli import main
 from pipeline.config.schema import RunConfig
 from pipeline.data.prepare import prepare
 from pipeline.run import Run

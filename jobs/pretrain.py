@@ -1,8 +1,8 @@
-"""Pretrain the model that a config describes, preparing its data first where that is missing."""
+"""Train the model that a config describes, preparing its data first where it is missing."""
 
 import sys
 
-from jobs import main
+from jobs.cli import main
 from jobs.plan import plan
 from pipeline.config.schema import RunConfig
 from pipeline.logs import shown

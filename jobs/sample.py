@@ -1,6 +1,6 @@
-"""Draw samples from a run's model (or from `sampling.model`) as token and text files."""
+"""Draw samples from a model as files of tokens, texts or images."""
 
-from jobs import main
+from jobs.cli import main
 from pipeline.config.schema import RunConfig
 from pipeline.training.launch import sample
 

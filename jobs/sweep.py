@@ -1,9 +1,9 @@
-"""Run the variants that a sweep's file describes, compare them, and write the best one's config."""
+"""Train the variants of a sweep, compare them, and write the config of the best one."""
 
 import sys
 
-from jobs import check_kept, check_open, command
-from pipeline.config.sweep import load_sweep
+from jobs.cli import check_locations, command
+from pipeline.config.sweep import SweepConfig, load_sweep
 from pipeline.logs import shown
 from pipeline.sweeps.sweep import sweep
 
@@ -11,8 +11,7 @@ from pipeline.sweeps.sweep import sweep
 def run(words: list[str]) -> None:
     """Sweep, show the table and say where everything is."""
     plan = load_sweep(words[0], words[1:])
-    check_open(plan.base())
-    check_kept(plan.base())
+    check_locations(plan.base())
     outcome = sweep(plan)
     print(f"\n{outcome.table}")
     print(f"folder     {outcome.folder}")
@@ -22,4 +21,4 @@ def run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(run, "CONFIG.yaml [key=value ...]", least=1)
+    command(run, "CONFIG.yaml [key=value ...]", least=1, config=SweepConfig)

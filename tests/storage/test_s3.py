@@ -155,7 +155,7 @@ def test_resume_takes_the_newest_checkpoint_that_is_whole(folder: str, store: St
     store.faults.append(Fault(r"step_00000020", 500, 3))  # that it did not answer does not make it damaged
     assert checkpoint.latest(folder) == f"{folder}/step_00000020"
     assert checkpoint.steps(folder) == [10, 20, 30]  # reading removes nothing
-    checkpoint.remove_after(folder, 20)  # as a resume does
+    checkpoint.remove_after(folder, 20)
     assert checkpoint.steps(folder) == [10, 20]
     assert checkpoint.read_state(f"{folder}/step_00000020").step == 20
 

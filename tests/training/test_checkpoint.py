@@ -220,6 +220,8 @@ def test_newest_usable_and_pruning(config: RunConfig) -> None:
     checkpoint.prune(run, keep=2)
     assert checkpoint.steps(run) == [6, 10, 20]
     assert checkpoint.latest(run) == f"{run}/step_00000010"
+    assert checkpoint.steps(run) == [6, 10, 20]  # reading removes nothing
+    checkpoint.remove_after(run, 10)
     assert checkpoint.steps(run) == [6, 10]
 
 
