@@ -183,7 +183,7 @@ def report() -> str:
     """Write all tables of docs/scaling.md."""
     recipes = (PGM_8_8, PGM_6_6)
     lines = [
-        "| Model | Parameters | TFLOP per row | Sequences/s on one A100 | Share of its peak | Activations, GB per row |",
+        "| Model | Parameters | TFLOP per row | Sequences/s, A100 | Share of peak | Activations, GB per row |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for recipe in recipes:
@@ -209,8 +209,8 @@ def report() -> str:
 def _table(workload: Workload, server: Server, batch: int | None, stage: Stage) -> list[str]:
     """Write Markdown rows for 1 to 1,024 GPUs that share a batch, or that take 32 rows each."""
     lines = [
-        "| GPUs | Rows per GPU | Compute, ms | Communication, ms | Optimiser, ms | Step, ms | Sequences/s | Efficiency "
-        "| GB per GPU | Largest term |",
+        "| GPUs | Rows per GPU | Compute, ms | Communication, ms | Optimiser, ms | Step, ms | Sequences/s "
+        "| Efficiency | GB per GPU | Largest term |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for gpus in (1, 4, 8, 16, 64, 128, 256, 512, 1024):

@@ -137,21 +137,21 @@ def test_the_plain_samplers_draw_the_same_distribution() -> None:
         assert ((ours - theirs).abs() < 4 * error + 1 / rows).all()
 
 
-def test_parts_sum_to_the_whole_in_both_passes() -> None:
+def test_phases_sum_to_the_whole_in_both_passes() -> None:
     clock = iter(range(10**6))
     model = build(PGMS[0], V, L)
-    parts = PhaseTimer(model, lambda: float(next(clock)))
+    timer = PhaseTimer(model, lambda: float(next(clock)))
     batch = training_batch(model, *random_rows(ROWS, L, V))
     plain = model(batch).sum().item()
     began = next(clock)
-    parts.start()
+    timer.start()
     loss = model(batch).sum()
     loss.backward()
-    parts.mark("embedding")
-    found = parts.stop("optimiser")
+    timer.mark("embedding")
+    found = timer.stop("optimiser")
     assert loss.item() == plain
     assert sum(found.values()) == next(clock) - began - 2
-    # A tick a mark: blocks have two parts, each marked forward and backward; beside them swap, head, embedding.
+    # A tick per mark: blocks have two phases, each marked forward and backward; beside them swap, head, embedding.
     blocks = 5
     assert found == {
         "batch": 1, "embedding": 2, "attention": 2 * (blocks + 1), "MLP": 2 * blocks, "head + loss": 3, "optimiser": 1
