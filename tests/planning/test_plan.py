@@ -213,12 +213,12 @@ def test_states_are_the_engines(groups: dict[int, Workers], tmp_path: Path, prec
         facts = known_facts(config)
         count = sum(plan.parameters(config, facts).values())
         expected = memory.states(count, config.train, 2)
-        found = groups[2](held, config, facts.vocab_size)
+        by_rank = groups[2](held, config, facts.vocab_size)
         for part in ("weights", "optimiser", "ema"):
-            mean = sum(one[part] for one in found) / 2
+            mean = sum(held_bytes[part] for held_bytes in by_rank) / 2
             assert mean == pytest.approx(getattr(expected, part), rel=0.03), (stage, part)
         if stage == 0:
-            assert found[0]["gradients"] == expected.gradients
+            assert by_rank[0]["gradients"] == expected.gradients
 
 
 def test_the_papers_model_has_the_size_that_its_weights_have() -> None:
@@ -239,11 +239,11 @@ def test_stages_divide_and_recomputing_saves() -> None:
     assert plan.step_flops(again, facts) == pytest.approx(plan.step_flops(config, facts) * 4 / 3)
 
 
-def test_a_plan_tells_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"cluster.storage={tmp_path}/runs", "cluster.accelerator=gpu", "cluster.workers=8"]
     config = load(CONFIGS / "text" / "quickstart.yaml", words)
     print_plan(config, "H100")
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in (
         f"tokens       {500 * 32 * 64:,} in 500 steps of 32 rows of 64",
         "epochs       unknown until the data is prepared",
@@ -253,11 +253,11 @@ def test_a_plan_tells_and_touches_nothing(tmp_path: Path, capsys: pytest.Capture
         "GiB: fits",
         f"GPUs         8 needed, {torch.cuda.device_count()} available",
     ):
-        assert part in told, told
-    assert "a100" not in told
+        assert part in output, output
+    assert "a100" not in output
     print_plan(config, "true")
-    told = capsys.readouterr().out
-    assert all(f"  {name} " in told for name in GPUS)
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in GPUS)
     assert os.listdir(tmp_path) == []
     with pytest.raises(ConfigError, match=r"plan: 'h10' is not a GPU in the table; did you mean 'h100'\?"):
         print_plan(config, "h10")
