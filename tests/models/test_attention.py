@@ -63,9 +63,7 @@ def agree_in(dtype: torch.dtype, kernel: Kernel, q_segments: Segments, k_segment
 
 def close(found: Tensor, expected: Tensor) -> None:
     largest = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(
-        found.double(), expected, atol=NEAR[found.dtype] * max(1.0, largest), rtol=0
-    )
+    torch.testing.assert_close(found.double(), expected, atol=NEAR[found.dtype] * max(1.0, largest), rtol=0)
 
 
 def sees_something(kernel: Kernel) -> Kernel:
