@@ -114,12 +114,12 @@ def test_the_dense_form_is_the_same_model() -> None:
     model = randomised(PGMS[0]).double()
     assert isinstance(model, PGM)
     batch = training_batch(model, *random_rows(ROWS, L, V))
-    found = []
+    results = []
     for loss in (model(batch), dense_loss(model, batch)):
         model.zero_grad()
         loss.sum().backward()
-        found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
-    (own, gradients), (dense, expected) = found
+        results.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (own, gradients), (dense, expected) = results
     torch.testing.assert_close(own.double(), dense, rtol=2e-7, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-9)
@@ -137,23 +137,23 @@ def test_the_plain_samplers_draw_the_same_distribution() -> None:
         assert ((ours - theirs).abs() < 4 * error + 1 / rows).all()
 
 
-def test_parts_sum_to_the_whole_in_both_passes() -> None:
+def test_phases_sum_to_the_whole_in_both_passes() -> None:
     clock = iter(range(10**6))
     model = build(PGMS[0], V, L)
-    parts = PhaseTimer(model, lambda: float(next(clock)))
+    timer = PhaseTimer(model, lambda: float(next(clock)))
     batch = training_batch(model, *random_rows(ROWS, L, V))
     plain = model(batch).sum().item()
     began = next(clock)
-    parts.start()
+    timer.start()
     loss = model(batch).sum()
     loss.backward()
-    parts.mark("embedding")
-    found = parts.stop("optimiser")
+    timer.mark("embedding")
+    phases = timer.stop("optimiser")
     assert loss.item() == plain
-    assert sum(found.values()) == next(clock) - began - 2
-    # A tick a mark: blocks have two parts, each marked forward and backward; beside them swap, head, embedding.
+    assert sum(phases.values()) == next(clock) - began - 2
+    # A tick per mark: blocks have two phases, each marked forward and backward; beside them swap, head, embedding.
     blocks = 5
-    assert found == {
+    assert phases == {
         "batch": 1, "embedding": 2, "attention": 2 * (blocks + 1), "MLP": 2 * blocks, "head + loss": 3, "optimiser": 1
     }  # fmt: skip
 
