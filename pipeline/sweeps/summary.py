@@ -9,10 +9,12 @@ import numpy as np
 
 from pipeline import storage, tracking
 from pipeline.config.load import dump
+from pipeline.config.schema import SamplingConfig
 from pipeline.config.space import Variant
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError
-from pipeline.metrics.stopwatch import Stopwatch
+from pipeline.metrics.draw import Sampler
+from pipeline.models import model_folder
 from pipeline.reports.figures import png
 from pipeline.run import Run
 from pipeline.runtime.actors import Resources, in_order, started
@@ -144,23 +146,25 @@ def _train_rate(uri: str, run_id: str) -> float | None:
 
 
 def _speeds(trials: Sequence[Planned], resources: Resources) -> dict[str, tuple[int, float]]:
-    """Parameters and tokens/s of every variant that left a model: one model of each, in one process."""
-    models: dict[str, tuple[str, Planned]] = {}
+    """Measure parameters and tokens/s of every variant that left a model, with one model of each in one process."""
+    models: dict[str, tuple[str, SamplingConfig]] = {}
     for trial in trials:
-        model = trial.run.model_folder
-        if storage.folder_complete(model):
-            models.setdefault(trial.variant.label, (model, trial))
+        if storage.folder_complete(trial.run.model_folder):
+            models.setdefault(trial.variant.label, (trial.run.model_folder, trial.run.config.sampling))
     if not models:
         return {}
-    log.info("measuring how fast %d variants draw", len(models))
-    # In turn, so that what else the machine does meets all of them.
-    tasks = [(model, trial.run.config.sampling) for model, trial in models.values()] * REPEATS
-    with started(Stopwatch, (resources.cpus,), resources, 1) as ready:
-        found = list(in_order(ready, "measure", tasks))
-    return {
-        label: (found[index][0], float(np.median([rate for _, rate in found[index :: len(models)]])))
-        for index, label in enumerate(models)
-    }
+    log.info("measuring the sampling speed of %d variants", len(models))
+    # In turn, so that other load on the machine affects all of them; the first batch of each turn warms up.
+    tasks = [(model, settings, 0, settings.batch) for model, settings in models.values() for _ in range(2)]
+    with started(Sampler, (resources.cpus,), resources, 1) as samplers:
+        timed = list(in_order(samplers, "draw", tasks * REPEATS))[1::2]
+    speeds = {}
+    for index, (label, (model, _)) in enumerate(models.items()):
+        denoiser = model_folder.read(storage.fetch(model))[0]
+        parameters = sum(value.numel() for value in denoiser.parameters())
+        rates = [batch.tokens.size / batch.seconds for batch in timed[index :: len(models)]]
+        speeds[label] = parameters, float(np.median(rates))
+    return speeds
 
 
 def _let_best_teach(uri: str, winner: Row, trials: Sequence[Planned]) -> None:

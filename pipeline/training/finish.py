@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -160,20 +160,19 @@ def _log_results(
 def _quality(run: Run) -> list[step_quality.Quality]:
     """Score samples of the teacher and of every round's student by a bigram model of the training rows."""
     config, manifest = run.config, run.manifest
-    asked, bos = config.distill, int(manifest.special.bos is not None)
-    assert asked is not None
-    models = {
-        "teacher" if done == 0 else f"round {done}": teacher_folder(run.folder, done)
-        for done in range(asked.rounds)
-    }
-    models[f"round {asked.rounds}"] = run.model_folder
-    counts = step_quality.step_counts(asked.teacher_steps, asked.rounds, manifest.length - bos)
-    log.info("sampling from the teacher and %d students in %s steps", asked.rounds, counts)
+    distill, bos = config.distill, manifest.special.bos is not None
+    assert distill is not None
+    models = {"teacher": teacher_folder(run.folder, 0)}
+    models |= {f"round {done}": teacher_folder(run.folder, done) for done in range(1, distill.rounds)}
+    models[f"round {distill.rounds}"] = run.model_folder
+    counts = step_quality.step_counts(distill.teacher_steps, distill.rounds, manifest.length - bos)
+    log.info("sampling from the teacher and %d students in %s steps", distill.rounds, counts)
     train = ShardReader(run.data_path, manifest, "train")
-    seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, bos:]
-    judge = ngram.bigram_model([seen], manifest.vocabulary)
-    cpus = config.cluster.cpus_per_worker
-    return step_quality.compare(models, counts, config.sampling, judge, cpus, run.resources.use_gpu)
+    rows = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, int(bos) :]
+    perplexity = ngram.bigram_model([rows], manifest.vocabulary)
+    # Nodes may have gone since the start, but the workers that training needs were there until now.
+    resources = replace(run.resources, actors=config.cluster.least)
+    return step_quality.compare(models, counts, config.sampling, bos, perplexity, resources)
 
 
 def _grid(run: Run) -> Figure:
