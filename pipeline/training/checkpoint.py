@@ -132,18 +132,18 @@ def problems(path: str, contents: bool = True) -> list[str]:
         files = {file: facts for entry in lists.values() for file, facts in entry["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"its list of files is damaged: {error}"]
-    found = [f"worker {r} of {workers} never finished" for r in range(workers) if _list_name(r) not in lists]
+    damage = [f"worker {r} of {workers} never finished" for r in range(workers) if _list_name(r) not in lists]
     if STATE not in files:
-        found.append(f"{STATE} was not written")
+        damage.append(f"{STATE} was not written")
     for file, (size, digest) in files.items():
         where = storage.join(path, *file.split("/"))
         if not storage.exists(where):
-            found.append(f"{file} is missing")
+            damage.append(f"{file} is missing")
         elif (stored := storage.size(where)) != size:
-            found.append(f"{file} has {stored} bytes, expected {size}")
+            damage.append(f"{file} has {stored} bytes, expected {size}")
         elif (contents or file == STATE) and storage.sha256(where) != digest:
-            found.append(f"{file} does not match its SHA-256")
-    return found
+            damage.append(f"{file} does not match its SHA-256")
+    return damage
 
 
 def read_state(path: str) -> TrainState:
@@ -172,10 +172,12 @@ def latest(folder: str) -> str | None:
         The checkpoint's folder, or None if there is no usable one.
     """
     for path in _paths(folder):
-        found = problems(path)
-        if not found:
+        damage = problems(path)
+        if not damage:
             return path
-        log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(found))
+        log.warning(
+            "checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(damage)
+        )
     return None
 
 
@@ -233,8 +235,8 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     Raises:
         CheckpointError: the checkpoint is incomplete, or of another model.
     """
-    if found := problems(path):
-        raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
+    if damage := problems(path):
+        raise CheckpointError(f"{path} is not usable: " + "; ".join(damage))
     averages = read_averages(sorted(storage.fetch(path).glob("ema_*.safetensors")))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)

@@ -250,8 +250,8 @@ def with_teacher(run: Run) -> Run:
         _check_model(run, model)
     train = config.train.model_copy(update={"init_from": where})
     run = run.configured(model=model, train=train)
-    if found := run.config.conflicts():
-        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in found))
+    if conflicts := run.config.conflicts():
+        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in conflicts))
     return run
 
 
@@ -329,12 +329,12 @@ def check_teacher(run: Run) -> None:
     }
     if tokenizer := _origin(run.folder)["tokenizer"]:  # None for released files
         pairs["tokenizer (hash)"] = (tokenizer, manifest.tokenizer.hash)
-    found = [
+    differing = [
         f"{key} {of_teacher}, the data's is {of_data}"
         for key, (of_teacher, of_data) in pairs.items()
         if of_teacher != of_data
     ]
-    if found:
+    if differing:
         raise DataError(
-            f"distill.teacher: {run.distill.teacher!r} does not fit the data: " + "; ".join(found)
+            f"distill.teacher: {run.distill.teacher!r} does not fit the data: " + "; ".join(differing)
         )

@@ -240,8 +240,8 @@ def initial_weights(run: Run, model: Denoiser) -> Initial | None:
     origin = f"train.init_from: {source!r}"
     local = run.fetch_model("train.init_from", source, "a model folder, a checkpoint")
     if (local / TAG).is_dir():
-        if found := checkpoint.problems(str(local)):
-            raise CheckpointError(f"{origin} is not usable: " + "; ".join(found))
+        if damage := checkpoint.problems(str(local)):
+            raise CheckpointError(f"{origin} is not usable: " + "; ".join(damage))
         average = read_averages(sorted(local.glob("ema_*.safetensors")))
         weights = _raw_weights(local)
     else:
