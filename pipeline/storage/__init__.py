@@ -20,6 +20,7 @@ from pipeline.storage.files import (
     publish_folder,
     publish_text,
     read_bytes,
+    read_json,
     read_text,
     remove,
     resolve,

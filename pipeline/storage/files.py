@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -138,6 +139,11 @@ def read_text(path: str) -> str:
         DataError: the store refuses access.
     """
     return read_bytes(path).decode("utf-8")
+
+
+def read_json(path: str, default: Any = None) -> Any:
+    """Read a JSON file; `default` if there is no such file."""
+    return json.loads(read_text(path)) if exists(path) else default
 
 
 @retry
