@@ -9,17 +9,16 @@ import torch.distributed as dist
 from jaxtyping import Int
 
 from pipeline import storage
+from pipeline.config.schema import SamplingConfig
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.metrics import likelihood
+from pipeline.metrics.draw import draw_rows
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
 from pipeline.reports.pictures import sample_grid, unmasking_order
 from pipeline.run import Run
 from pipeline.runtime.session import Session
-from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
 from pipeline.tracking import Tracker
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
@@ -80,31 +79,21 @@ def validate(
     reader = ShardReader(run.data_path, run.manifest, "validation")
     rows = validation_rows(len(reader), config.evaluation.rows)
     labels = reader.labels(rows) if config.model.classes is not None else None
+    settings = config.evaluation
     estimator, draws = likelihood.estimator_for(
-        engine.model, config.evaluation.estimator, config.evaluation.draws, config.diffusion.schedule
+        engine.model, settings.estimator, settings.draws, config.diffusion.schedule
     )
+    masking = likelihood.Masking(
+        estimator, draws, config.seed, config.diffusion.eps, bos is not None, settings.batch
+    )
+    share = (session.rank, session.workers)
+    batches = likelihood.masked_batches(masking, reader.rows(rows), labels, share, session.device)
     with engine.weights(ema.slices) as model:
-        sums = likelihood.row_sums(
-            model,
-            likelihood.masked_batches(
-                reader.rows(rows),
-                estimator,
-                draws,
-                config.seed,
-                config.diffusion.eps,
-                bos is not None,
-                config.evaluation.batch,
-                session.rank,
-                session.workers,
-                session.device,
-                labels,
-            ),
-            len(rows),
-        ).to(session.device)
+        sums = likelihood.row_sums(model, batches, len(rows)).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
         tokens, classes, revealed = draw(run, model)
-    bound = likelihood.summarise(sums.cpu(), estimator, draws, config.seed)
+    bound = likelihood.summarise(sums.cpu(), masking)
     if session.rank == 0:
         log.info("step %d: validation %s", step, bound)
     texts: tuple[str, ...] = ()
@@ -143,30 +132,16 @@ def draw(
     """
     config, manifest = run.config, run.manifest
     settings, bos = config.sampling, manifest.special.bos
-    if config.data.kind == "text":
-        order = Order("left_to_right" if model.left_to_right else "uniform")
-        steps = manifest.length - (bos is not None) if model.left_to_right else min(64, settings.steps)
-        count, classes, guidance, filters = TEXTS, None, 0.0, Filters()
+    labels = None
+    if config.data.kind == "image":
+        shown = list(settings.labels or range(config.model.classes or 1))[:CLASSES_SHOWN]
+        labels = [label for label in shown for _ in range(PICTURES_A_CLASS)]
+        settings = settings.model_copy(update={"labels": tuple(labels), "num_samples": len(labels)})
+    elif model.left_to_right:
+        steps = manifest.length - (bos is not None)
+        settings = SamplingConfig(num_samples=TEXTS, steps=steps, order="left_to_right", seed=settings.seed)
     else:
-        order, steps = Order.of(settings), settings.steps
-        guidance, filters = settings.guidance, Filters.of(settings)
-        known = config.model.classes or 1
-        shown = settings.labels or range(known)
-        classes = [label for label in list(shown)[:CLASSES_SHOWN] for _ in range(PICTURES_A_CLASS)]
-        count = len(classes)
-    conditional = classes is not None and config.model.classes is not None
-    condition = torch.tensor(classes) if conditional else None
-    revealed = torch.zeros(count, manifest.length, dtype=torch.int64)
-    tokens = sample(
-        model,
-        count,
-        steps,
-        settings.seed,
-        order,
-        bos,
-        condition,
-        filters=filters,
-        guidance=guidance,
-        revealed_at=revealed,
-    )
-    return tokens.cpu(), classes if condition is not None else None, revealed
+        settings = SamplingConfig(num_samples=TEXTS, steps=min(64, settings.steps), seed=settings.seed)
+    revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
+    tokens = draw_rows(model, settings, bos, (0, settings.num_samples), revealed)
+    return tokens.cpu(), None if config.model.classes is None else labels, revealed

@@ -23,7 +23,8 @@ from tests.support.small_models import randomised
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
-from pipeline.evaluation.harness import DenoiserLM
+from pipeline.api import Model
+from pipeline.evaluation.harness import DenoiserLM, HarnessSettings
 
 L, LETTERS = 16, "abcdefgh"
 PGM = PGMConfig(hidden=32, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0)
@@ -92,8 +93,8 @@ def requests(*arguments: tuple[object, ...]) -> list[Instance]:
 
 
 def harness(model: Denoiser, **changes: int) -> DenoiserLM:
-    settings = {"draws": 3, "seed": 5, "steps": 8, "rows": 7, **changes}
-    return DenoiserLM(model, None, ByteTokenizer(), **settings)
+    settings = HarnessSettings(**{"draws": 3, "seed": 5, "steps": 8, "rows": 7, **changes})
+    return DenoiserLM(Model(model, None, ByteTokenizer()), settings)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda c: c.kind)

@@ -36,6 +36,7 @@ from pipeline.metrics.images import (
     summarise,
 )
 from pipeline.models.vq import PatchVQ, fit_patches
+from pipeline.runtime.actors import Resources
 
 DIGITS = load_digits()
 LABELS = DIGITS.target.astype(np.int64)
@@ -201,12 +202,12 @@ def test_too_few_or_unfit_features() -> None:
         summarise([])
     with pytest.raises(DataError, match="1 images"):
         inception_score(np.ones((1, 3)))
-    with pytest.raises(DataError, match="features of 4 values beside statistics of 3"):
+    with pytest.raises(DataError, match="features of 4 values, statistics of 3"):
         gaussian([np.ones((2, 3)), np.ones((2, 4))])
     with pytest.raises(DataError, match="not finite"):
         gaussian([np.array([[1.0, np.nan], [0, 1]])])
     a, b = (Gaussian(5, np.zeros(d), np.eye(d)) for d in (3, 4))
-    with pytest.raises(DataError, match="features of 4 values beside statistics of 3"):
+    with pytest.raises(DataError, match="features of 4 values, statistics of 3"):
         frechet_distance(a, b)
 
 
@@ -240,9 +241,7 @@ def test_reference_statistics_are_computed_once(tmp_path: Path) -> None:
 
 def test_ray_data_gives_what_one_process_gives(ray_cluster: None, digits_net: FeatureNet) -> None:
     dataset = ray.data.from_items([{"image": image} for image in PIXELS[:150]], override_num_blocks=3)
-    statistics, probabilities = summarise(
-        dataset_outputs(dataset, digits_net, actors=2, cpus=1, use_gpu=False)
-    )
+    statistics, probabilities = summarise(dataset_outputs(dataset, digits_net, Resources(2, 1, False)))
     expected = summarise([digits_net(PIXELS[:150])])
     assert statistics.count == 150
     assert np.allclose(statistics.covariance, expected[0].covariance, atol=1e-6)

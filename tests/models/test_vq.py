@@ -173,7 +173,7 @@ def test_malicious_pickle_is_refused(tmp_path: Path, weights: dict[str, Tensor])
     assert not (tmp_path / "made").exists()
 
 
-def test_another_factor_than_asked() -> None:
+def test_another_factor_than_expected() -> None:
     assert load_image_tokenizer(str(GOLDEN), 4, 1, "cpu").factor == 4
     with pytest.raises(ConfigError, match=r"data.factor: 8, but .* 4 pixels wide; expected data.factor=4"):
         load_image_tokenizer(str(GOLDEN), 8, 1, "cpu")

@@ -14,7 +14,7 @@ from pipeline.config.schema import DiffusionConfig, PGMConfig
 from pipeline.data.prepare.markov import Chain
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import normaliser, training_batch
-from pipeline.metrics.likelihood import measure
+from pipeline.metrics.likelihood import Masking, measure
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.sampler import sample
@@ -78,7 +78,7 @@ def test_the_source_is_what_it_should_be() -> None:
 @pytest.mark.slow
 def test_the_bound_comes_within_three_percent_of_the_entropy(trained: Denoiser) -> None:
     held_out = CHAIN.draw(4096, L, np.random.default_rng(2))
-    bound = measure(trained, held_out, "count", 2, seed=0, batch=512)
+    bound = measure(trained, Masking("count", 2, seed=0, batch=512), held_out)
     assert bound.nats < 1.03 * NATS
     assert bound.nats > NATS - 4 * bound.stderr, "no model is better than the source itself"
     assert bound.stderr < 0.006 * NATS

@@ -58,10 +58,10 @@ def test_order_means_and_spread(table: list[Row]) -> None:
 def test_differences_are_paired_by_seed(table: list[Row]) -> None:
     """mean is 0.5 and 0.3 better: sure, although the seeds themselves lie 2 apart."""
     mean, none, cut, _ = table
-    assert none.against is None
-    assert mean.against == pytest.approx((-0.4, 0.1 * math.sqrt(2)))
-    assert cut.against is not None
-    assert cut.against.mean == pytest.approx(4 - 5)
+    assert none.difference is None
+    assert mean.difference == pytest.approx((-0.4, 0.1 * math.sqrt(2)))
+    assert cut.difference is not None
+    assert cut.difference.mean == pytest.approx(4 - 5)
 
 
 def test_greater_can_be_better() -> None:

@@ -52,7 +52,7 @@ class _InertType(type):
         if cls.origin in FUNCTIONS:
             return FUNCTIONS[cls.origin](*arguments)
         if cls.origin in LOWERCASE_CLASSES or cls.__name__.lstrip("_")[:1].isupper():
-            return cls.__new__(cls, *arguments)  # type: ignore[arg-type]
+            return super().__call__(*arguments)
         raise CheckpointError(f"the file calls {cls.origin}, which is not how data is stored; refused")
 
 
@@ -214,9 +214,9 @@ def _read_legacy(file: io.BufferedReader) -> Any:
     if set(names) != storages.keys():
         raise CheckpointError("damaged: the list of storages does not name those that tensors use")
     for name in names:
-        memory = storages[name].view(torch.uint8).numpy()
+        memory = storages[name].view(torch.uint8).numpy().data
         (count,) = struct.unpack("<q", file.read(8))
-        if count != len(storages[name]) or file.readinto(memory) != len(memory):  # type: ignore[arg-type]
+        if count != len(storages[name]) or file.readinto(memory) != len(memory):
             raise CheckpointError(f"damaged: storage {name} does not have {len(storages[name])} values")
     return content
 
