@@ -126,8 +126,7 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[C
     training, sampling = (config.training, config.repetitions), (config.sampling, config.sampling_repetitions)
     for cases, turns in (training, sampling):
         models = {case.model: _build(config, case.model) for case in cases}
-        timers = {name: PhaseTimer(model, now) for name, model in models.items()}
-        runners = [_runner(config, case, models[case.model], timers[case.model]) for case in cases]
+        runners = [_runner(config, case, models[case.model], now) for case in cases]
         for runner in runners:
             runner.warm_up()
         for turn in range(turns if cases else 0):
@@ -165,9 +164,9 @@ def _build(config: BenchmarkConfig, name: str) -> Denoiser:
     return model
 
 
-def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, timer: PhaseTimer) -> _Runner:
+def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[[], float]) -> _Runner:
     """Prepare a case."""
-    work, section = None, config.models[case.model]
+    timer, work, section = PhaseTimer(model, now), None, config.models[case.model]
     if isinstance(case, TrainingCase):
         run = warm_up = _training_step(config, case, model, timer)
         if case.form == "own":

@@ -248,9 +248,9 @@ def test_a_plan_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
         f"tokens       {500 * 32 * 64:,} in 500 steps of 32 rows of 64",
         "epochs       unknown until the data is prepared",
         "8, each with 1 micro-batches of up to 16 rows",
-        "     1*  ",
+        "  1*  ",
         "  h100 ",
-        "GiB: fits",
+        "  fits",
         f"GPUs         8 needed, {torch.cuda.device_count()} available",
     ):
         assert part in output, output
