@@ -15,7 +15,11 @@ class _Public(logging.Formatter):
 
 
 def shown(text: str) -> str:
-    """Cut user and password out of every address in a text, for logs, files and messages."""
+    """Cut user and password out of every address in a text, for logs, files and messages.
+
+    Args:
+        text: with or without addresses.
+    """
     return _USER.sub("://", text)
 
 

@@ -42,17 +42,32 @@ Side = tuple[
 
 
 def time_step(config: DistillConfig, done: int) -> float:
-    """Return dt of the teacher's steps after `done` finished rounds; it doubles every round."""
+    """Return dt of the teacher's steps after `done` finished rounds; it doubles every round.
+
+    Args:
+        config: of the distillation.
+        done: number of finished rounds.
+    """
     return 2**done / config.teacher_steps
 
 
 def sampling_steps(config: DistillConfig, done: int) -> int:
-    """Return the number of steps that a model is made for after `done` rounds; it halves every round."""
+    """Return the number of steps that a model is made for after `done` rounds; it halves every round.
+
+    Args:
+        config: of the distillation.
+        done: number of finished rounds.
+    """
     return config.teacher_steps // 2**done
 
 
 def teacher_folder(folder: str, done: int) -> str:
-    """Return the folder of the teacher after `done` finished rounds; 0 is the given teacher."""
+    """Return the folder of the teacher after `done` finished rounds; 0 is the given teacher.
+
+    Args:
+        folder: of the run.
+        done: number of finished rounds.
+    """
     return storage.join(folder, "rounds", f"{done}")
 
 
@@ -154,10 +169,19 @@ class Distillation:
         self._round: int | None = None
 
     def facts(self) -> dict[str, Any]:
+        """Return the round, counted from 1, and the folder of its teacher."""
         assert self._round is not None
         return {"round": self._round + 1, "teacher": teacher_folder(self._run.folder, self._round)}
 
     def start(self, step: int) -> None:
+        """Make the random draws of a step; at the first step of a round, load its teacher.
+
+        Args:
+            step: counted from 0.
+
+        Raises:
+            CheckpointError: the teacher of the round is missing.
+        """
         config = self._config
         done, inside = divmod(step, self._every)
         if done != self._round:
@@ -172,6 +196,7 @@ class Distillation:
         self._noise = np.random.default_rng([config.seed, step, 2]).random((rows, 2, 2, self._length))
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
+        """Make a micro-batch of the step that was started, with the teacher's vectors; see `Task.batch`."""
         index, device = micro.index, self._session.device
         tokens, labels = np.where(present[:, None], micro.tokens, 0), None
         if self._bos:
@@ -302,7 +327,11 @@ def _check_model(run: Run, model: ModelConfig) -> None:
 
 
 def teacher_name(folder: str) -> str:
-    """Return the teacher that a run was given: a folder, a file, or the model version behind an alias."""
+    """Return the teacher that a run was given: a folder, a file, or the model version behind an alias.
+
+    Args:
+        folder: of the run.
+    """
     return str(_origin(folder)["teacher"])
 
 

@@ -96,7 +96,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
     initial = None if resume else resuming.initial_weights(run, model)
     universal = resume is not None and resume.universal
-    engine = Engine(model, config.optim, settings, parts, device, universal)
+    engine = Engine(model, config, parts, device, universal)
     ema = EMA(engine.masters(), settings.ema)
     if source := resume or initial:
         source.load(engine, ema)
@@ -202,7 +202,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             if done % settings.validate_every == 0 or last:
                 with _timed(times, "validation"):
                     validation = validate(run, engine, ema, session, tracker, done)
-                metrics[f"validation/{validation.metric}"] = validation.value
+                metrics[f"validation/{config.validation_metric}"] = validation.value
 
             if done % settings.checkpoint_every == 0 or last or stopping or notice:
                 if rank == 0:

@@ -17,10 +17,18 @@ class Task(Protocol):
     """Makes the batches of a training run; its randomness is a function of (seed, step, index in the batch)."""
 
     def start(self, step: int) -> None:
-        """Make the random draws of a step for the whole global batch."""
+        """Make the random draws of a step for the whole global batch.
+
+        Args:
+            step: counted from 0.
+        """
 
     def facts(self) -> dict[str, Any]:
-        """Return facts about the task for the checkpoint's state."""
+        """Return facts about the task for the checkpoint's state.
+
+        Returns:
+            JSON values by name.
+        """
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started.
@@ -31,6 +39,9 @@ class Task(Protocol):
 
         Shape:
             m rows in the micro-batch.
+
+        Returns:
+            The batch, on the device of the worker.
         """
 
 
@@ -48,9 +59,11 @@ class Pretraining:
         self._length, self._bos = run.manifest.length, run.manifest.special.bos is not None
 
     def facts(self) -> dict[str, Any]:
+        """Return nothing: pretraining has no rounds."""
         return {}
 
     def start(self, step: int) -> None:
+        """Draw times, groups and dropped classes of a step; see `Task.start`."""
         config, diffusion = self._config, self._config.diffusion
         rows = config.train.batch
         self._t, self._groups = partition.draw(
@@ -60,6 +73,7 @@ class Pretraining:
         self._divisor = normaliser(self._groups, diffusion, self._model.both_groups, self._bos)
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
+        """Make a micro-batch of the step that was started; see `Task.batch`."""
         index, train = micro.index, self._config.train
         tokens, labels = np.where(present[:, None], micro.tokens, 0), None
         if self._config.model.classes is not None and micro.labels is not None:

@@ -179,7 +179,7 @@ def held(rank: int, workers: int, config: RunConfig, vocabulary: int) -> dict[st
 
     torch.manual_seed(0)
     model = build(config.model, vocabulary, config.data.length)
-    engine = Engine(model, config.optim, config.train, 1, torch.device("cpu"))
+    engine = Engine(model, config, 1, torch.device("cpu"), universal=False)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, config.data.length))
     t, groups = partition.draw(0, 0, 2, config.data.length, 1e-3, False)
