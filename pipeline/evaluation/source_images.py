@@ -88,7 +88,7 @@ def load_net(
             f"{data.size}; expected 'inception', 'efficientnet' or package.module:factory"
         )
     labelled = _read_labelled(data, train) if spec == "classifier" else None
-    return load_features(spec, weights, labelled, batch, "cpu")
+    return load_features(spec, weights, labelled, batch)
 
 
 def dataset_of(refs: Sequence[Ref], data: ImageDataConfig) -> ray.data.Dataset:

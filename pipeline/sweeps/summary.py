@@ -120,7 +120,6 @@ def _facts(trial: Planned, metric: str, uri: str, speeds: dict[str, tuple[int, f
         seed=trial.seed,
         status=ended.status if ended else "failed",
         step=ended.step if ended else 0,
-        steps=trial.run.config.train.steps,
         curve=[(int(told["step"]), told[metric]) for told in read_reports(run) if metric in told],
         parameters=parameters,
         train_rate=None if run_id is None else _train_rate(uri, run_id),
