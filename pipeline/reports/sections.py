@@ -60,5 +60,6 @@ def paper_section(models: Mapping[str, ModelConfig], manifest: Manifest) -> Sect
         for row in published(section, length)
         for metric, value in row.results.items()
     ]
-    blocks = [Text(f"Source: {SOURCE}."), Table(table_of(rows))]
-    return Section("Published results", blocks if rows else [Text("The paper has no model of these sizes.")])
+    if not rows:
+        return Section("Published results", [Text("The paper has no model of these sizes.")])
+    return Section("Published results", [Text(f"Source: {SOURCE}."), Table(table_of(rows))])
