@@ -17,11 +17,14 @@ from pipeline.api import export_model
 
 
 def run(words: list[str]) -> None:
-    """Convert, and say how to go on."""
+    """Convert, and print where the model is and how to upload it.
+
+    Args:
+        words: of the command line: source, folder, then `key=value`.
+    """
     source, destination, *rest = words
     export_model(source, destination, rest)
-    print(f"\nmodel      {destination}")
-    print(f"to the hub hf upload OWNER/NAME {destination}")
+    print(f"\nmodel      {destination}\nupload     hf upload OWNER/NAME {destination}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,11 @@
-"""Distil a trained model in rounds, each of which halves the sampling steps that are needed."""
+"""Distil a teacher into students that need half the sampling steps after every round.
+
+    python -m jobs.pretrain configs/text/quickstart.yaml
+    python -m jobs.distill configs/distill/quickstart.yaml
+
+`distill.teacher` names the teacher: a model folder, models:/NAME@ALIAS, or a file of released weights. The same
+command continues an interrupted run.
+"""
 
 from jobs.cli import main
 from jobs.plan import plan
@@ -8,10 +15,12 @@ from pipeline.training.launch import distill
 
 
 def run(config: RunConfig) -> None:
-    """Distil and say what came out and where it is."""
-    outcome = distill(config)
-    report(outcome)
-    print(f"\n{outcome.quality}")
+    """Distil and print the results.
+
+    Args:
+        config: of the run.
+    """
+    report(distill(config))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Evaluate a model: likelihood, samples, and how far these are from real data.
+"""Evaluate a model: likelihood, samples, and metrics that compare the samples with real data.
 
-The model is the run's own, or `sampling.model`. With `evaluation.models` several are compared: likelihood, quality
-against sampling speed, convergence.
+    python -m jobs.evaluate configs/text/quickstart.yaml
+    python -m jobs.evaluate configs/evaluate/compare.yaml
+
+The model is the run's own, or `sampling.model`. With `evaluation.models` several models are compared: likelihood,
+quality against sampling speed, convergence.
 """
 
 from jobs.cli import main
@@ -16,7 +19,11 @@ from pipeline.reports.tables import aligned
 
 
 def run(config: RunConfig) -> None:
-    """Evaluate or compare, print the tables and where the files are."""
+    """Evaluate or compare, print the tables and where the files are.
+
+    Args:
+        config: of the evaluation.
+    """
     if not config.evaluation.models:
         result = evaluate(config)
         _show(result.report.to_text(), result.folder, result.tracking_uri)
@@ -24,7 +31,7 @@ def run(config: RunConfig) -> None:
     compared = compare(config)
     about = {"models": len(compared.likelihoods)}
     parts = [Report(f"comparison {config.name}", about, compared.likelihoods).to_text()]
-    parts.append(aligned(frontier.table(compared.points)))
+    parts += [aligned(frontier.table(compared.points))]
     if compared.curves:
         parts.append(aligned(convergence.table(compared.curves, compared.metric)))
     _show("\n\n".join(parts), compared.folder, compared.tracking_uri)

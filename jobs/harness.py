@@ -9,10 +9,9 @@ Keys of --model_args: path (a model folder, models:/NAME@ALIAS or a released fil
 above lm-eval's default of 1 replaces rows.
 """
 
-import sys
-
 import torch
 
+from jobs.cli import fail
 from pipeline.api import load_model
 from pipeline.errors import CapabilityError, PipelineError
 
@@ -54,5 +53,4 @@ if __name__ == "__main__":
     try:
         main()
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail(str(error))

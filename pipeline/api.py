@@ -378,7 +378,10 @@ def _open(path: str, overrides: Sequence[str]) -> _Source:
         tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
         return _Source(denoiser, config.model, facts, tokenizer, model_folder.Background())
     if overrides:
-        raise ConfigError(f"override {overrides[0]!r}: {path} is a model folder, which says all of itself")
+        raise ConfigError(
+            f"override {overrides[0]!r}: {path}: overrides apply only to released weight files; the config.yaml "
+            "of a model folder fixes the architecture"
+        )
     denoiser, model, facts = model_folder.read(local)
     return _Source(denoiser, model, facts, saved_tokenizer(local), model_folder.read_background(local))
 

@@ -149,8 +149,12 @@ class BenchmarkConfig(Section):
         if model.classes is not None:
             yield f"models.{case.model}: classes {model.classes}; expected null; only such models are timed"
         if isinstance(case, TrainingCase):
-            plain = model.kind == "pgm" and not (model.registers or model.dropout or model.swap.every_block)
-            if case.form == "dense" and not (plain and model.swap.pooling == "none"):
+            plain = (
+                model.kind == "pgm"
+                and not (model.registers or model.dropout or model.swap.every_block)
+                and model.swap.pooling == "none"
+            )
+            if case.form == "dense" and not plain:
                 wanted = "a pgm without registers, dropout, pooling, every_block"
                 yield f"training: form dense of {case.model!r}; expected {wanted}"
             return

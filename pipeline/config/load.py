@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pipeline.config.schema import WORKER_FORMS, RunConfig
 from pipeline.config.section import Section
@@ -229,7 +229,7 @@ def put(tree: Tree, path: Sequence[str], value: Any) -> str:
 
 def sections_in(annotation: Any) -> list[type[Section]]:
     """List every section type that an annotation names, in unions and containers too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_in(part)]
 

@@ -91,9 +91,8 @@ def frontier(
             line = [(speed, metrics[index]) for _, speed, metrics in values]
             panel.plot(*zip(*line, strict=True), "o-", color=color, linewidth=1.6, markersize=5, label=model)
             for (steps, _, _), point in zip(values, line, strict=True):
-                panel.annotate(
-                    str(steps), point, (4, 5), textcoords="offset points", fontsize=7.5, color=color
-                )
+                label = panel.annotate(str(steps), point, (4, 5), textcoords="offset points", fontsize=7.5)
+                label.set_color(color)
         shown = [metrics[index] for values in points.values() for _, _, metrics in values]
         _logarithmic(panel.yaxis, [*shown, *references[index : index + 1]])
         _logarithmic(panel.xaxis, speeds)

@@ -73,13 +73,21 @@ def started(kind: type, arguments: Sequence[Any], resources: Resources, tasks: i
     try:
         yield actors
     finally:
-        _kill(actors)  # now, since the next user may need their CPUs and GPUs
+        for (
+            actor
+        ) in actors:  # also while a traceback holds them, since the next user may need their CPUs and GPUs
+            ray.kill(actor)
 
 
 def in_order(actors: list[Any], method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
     """Call `method(*task)` for every task on whichever actor is free, one call at a time on each.
 
     If there are as many tasks as actors, every actor gets one.
+
+    Args:
+        actors: from `started`.
+        method: name of the held objects' method.
+        tasks: arguments of every call.
 
     Returns:
         An iterator over the results, in the order of the tasks.
@@ -91,10 +99,4 @@ def in_order(actors: list[Any], method: str, tasks: Sequence[tuple[Any, ...]]) -
     try:
         yield from pool.map(lambda actor, task: actor.call.remote(method, *task), tasks)
     except ray.exceptions.RayTaskError as error:
-        _kill(actors)  # the error's traceback holds them, and they would keep their CPUs
         raise error.cause if isinstance(error.cause, PipelineError) else error from None
-
-
-def _kill(actors: list[Any]) -> None:
-    for actor in actors:
-        ray.kill(actor)

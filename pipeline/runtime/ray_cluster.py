@@ -23,57 +23,23 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def joined_cluster(config: ClusterConfig) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names, or start a local Ray, for the time of the block."""
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray, for the time of the block.
+
+    Args:
+        config: a local Ray gets CPUs for its smallest number of workers, or those of the machine if they are more.
+    """
     if ray.is_initialized():  # by the caller, who also shuts it down
         yield
         return
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, logging_level=logging.WARNING)
-    else:
-        cpus = max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
-        ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS")
+    cpus = None if address else max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
+    ray.init(address=address or "local", num_cpus=cpus, logging_level=logging.WARNING)
     if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a message
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def check_resources(config: ClusterConfig) -> bool:
-    """Check that the smallest worker group fits the cluster; Ray itself would wait for ever.
-
-    Returns:
-        Whether every worker gets a GPU.
-
-    Raises:
-        CapabilityError: the cluster is too small.
-    """
-    cluster, least = ray.cluster_resources(), config.least
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    auto = config.accelerator == "auto"
-    use_gpu = gpus > 0 if auto else config.accelerator == "gpu"
-    one_machine = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
-    # On a cluster, too few GPUs are an error: nodes may have gone, or not come yet.
-    if auto and one_machine and 0 < gpus < least:
-        use_gpu = False
-        log.warning("%d GPUs for %d workers: CPUs are used (cluster.accelerator: auto)", gpus, least)
-    if use_gpu and gpus < least:
-        raise CapabilityError(
-            f"cluster.workers: {least} workers of one GPU, the cluster has {gpus} GPUs; "
-            f"expected {f'at most {gpus}, or ' if gpus else ''}cluster.accelerator=cpu"
-        )
-    if cpus < least * config.cpus_per_worker:
-        raise CapabilityError(
-            f"cluster.workers: {least} workers of {config.cpus_per_worker} CPUs, the cluster has {cpus}"
-        )
-    room = places(ray.nodes(), config.cpus_per_worker, use_gpu)
-    if room < least:
-        each = f"{config.cpus_per_worker} CPUs{' and a GPU' if use_gpu else ''}"
-        raise CapabilityError(
-            f"cluster.workers: {least} workers of {each}, the cluster's nodes have room for {room}"
-        )
-    return use_gpu
 
 
 def places(nodes: Sequence[Mapping[str, Any]], cpus: int, use_gpu: bool) -> int:
@@ -89,18 +55,47 @@ def places(nodes: Sequence[Mapping[str, Any]], cpus: int, use_gpu: bool) -> int:
     return sum(min(by_cpu, by_gpu) if use_gpu else by_cpu for by_cpu, by_gpu in by_node)
 
 
+def fitting_workers(config: ClusterConfig) -> tuple[int, bool]:
+    """Count the workers of a job that fit the joined cluster.
+
+    Args:
+        config: CPUs and accelerator of a worker; its bounds decide whether `auto` means GPUs.
+
+    Returns:
+        Number of workers, and whether each of them gets a GPU.
+    """
+    gpus, auto = int(ray.cluster_resources().get("GPU", 0)), config.accelerator == "auto"
+    use_gpu = gpus > 0 if auto else config.accelerator == "gpu"
+    one_machine = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
+    # On a cluster, too few GPUs are an error: nodes may have gone, or not come yet.
+    if auto and one_machine and 0 < gpus < config.least:
+        use_gpu = False
+        log.warning("%d GPUs for %d workers: CPUs are used (cluster.accelerator: auto)", gpus, config.least)
+    return places(ray.nodes(), config.cpus_per_worker, use_gpu), use_gpu
+
+
 def available_resources(config: ClusterConfig) -> Resources:
-    """Find what a job without an elastic group, such as sampling, starts with.
+    """Find what a job starts with; refuse a cluster without room for it, for which Ray would wait for ever.
+
+    Args:
+        config: bounds of the number of workers, CPUs and accelerator of each.
 
     Returns:
         As many actors as fit now, within the bounds of `cluster.workers`.
 
     Raises:
-        CapabilityError: the cluster is too small.
+        CapabilityError: the smallest number of workers does not fit.
     """
-    use_gpu = check_resources(config)
-    room = places(ray.nodes(), config.cpus_per_worker, use_gpu)
-    return Resources(max(config.least, min(config.most, room)), config.cpus_per_worker, use_gpu)
+    count, use_gpu = fitting_workers(config)
+    if count < config.least:
+        cluster = ray.cluster_resources()
+        each = f"{config.cpus_per_worker} CPUs{' and a GPU' if use_gpu else ''}"
+        advice = f"; expected {f'at most {count}, or ' if count else ''}cluster.accelerator=cpu"
+        raise CapabilityError(
+            f"cluster.workers: {config.least} workers of {each}, the cluster has room for {count} "
+            f"({cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs){advice if use_gpu else ''}"
+        )
+    return Resources(min(config.most, count), config.cpus_per_worker, use_gpu)
 
 
 def check_visible(folder: str, uri: str) -> None:

@@ -34,7 +34,12 @@ class Session(Protocol):
     device: torch.device
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Show metrics wherever this kind of session shows them."""
+        """Show metrics wherever this kind of session shows them.
+
+        Args:
+            metrics: values by name.
+            step: number of updates done.
+        """
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
         """Move this rank's part of a checkpoint to the run's folder, in the background if possible.
@@ -122,35 +127,33 @@ class HangWatch:
 
     def __init__(self, folder: str, rank: int, seconds: float | None):
         self._folder, self._rank, self._seconds = storage.join(folder, HANGS), rank, seconds
-        self._began: float | None = None
-        self._step = 0
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
-        if seconds is not None:
-            self._thread.start()
+        self._timer: threading.Timer | None = None
 
     def begin(self, step: int) -> None:
-        """Start the time of a step."""
-        self._step, self._began = step, time.monotonic()
-        if self._seconds is not None:  # a C thread, for a call that never lets Python's threads run again
-            faulthandler.dump_traceback_later(self._seconds + self.LAST_S, exit=True, file=2)
+        """Start the time of a step.
+
+        Args:
+            step: number of updates done before it.
+        """
+        if self._seconds is None:
+            return
+        self._timer = threading.Timer(self._seconds, self._give_up, [step])
+        self._timer.daemon = True
+        self._timer.start()
+        # A C thread, for a call that never lets Python's threads run again.
+        faulthandler.dump_traceback_later(self._seconds + self.LAST_S, exit=True, file=2)
 
     def end(self) -> None:
         """Stop the time: the step is done, or has failed."""
-        self._began = None
-        if self._seconds is not None:
+        if self._timer is not None:
+            self._timer.cancel()
             faulthandler.cancel_dump_traceback_later()
+            self._timer = None
 
-    def _watch(self) -> None:
-        assert self._seconds is not None
-        while not self._closed.wait(min(1.0, self._seconds / 10)):
-            began = self._began
-            if began is not None and time.monotonic() - began > self._seconds:
-                self._give_up()
-
-    def _give_up(self) -> None:
+    def _give_up(self, step: int) -> None:
+        """Write the stacks and end the process."""
         message = (
-            f"worker {self._rank}: step {self._step + 1} has not finished in {self._seconds:g} s "
+            f"worker {self._rank}: step {step + 1} has not finished in {self._seconds:g} s "
             "(cluster.hang_timeout_s); this worker ends, so that the group starts again"
         )
         with tempfile.TemporaryFile("w+") as file:
@@ -158,17 +161,10 @@ class HangWatch:
             file.seek(0)
             stacks = file.read()
         log.error("%s. Its threads:\n%s", message, stacks)
-        name = f"step_{self._step + 1:08d}_worker_{self._rank:05d}.txt"
+        name = f"step_{step + 1:08d}_worker_{self._rank:05d}.txt"
         try:
             storage.publish_text(storage.join(self._folder, name), f"{message}\n\n{stacks}")
         except Exception as error:  # the storage may be what hangs
             log.error("the stacks cannot be written to %s: %s", self._folder, error)
         time.sleep(self.LINGER_S)
         os._exit(1)
-
-    def close(self) -> None:
-        """End the thread."""
-        self.end()
-        self._closed.set()
-        if self._seconds is not None:
-            self._thread.join()

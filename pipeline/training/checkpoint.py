@@ -7,10 +7,10 @@ step_00001000/
   state.json               step, epoch, validation, config, MLflow run
 """
 
-import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -32,6 +32,7 @@ from pipeline.training.ema import EMA, read_averages
 from pipeline.training.engine import Engine
 
 log = logging.getLogger(__name__)
+AnyTokenizer = Tokenizer | ImageTokenizer
 STATE = "state.json"
 UNIVERSAL = "universal"  # in a run's folder: checkpoints converted for another number of workers
 
@@ -86,7 +87,19 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
         CheckpointError: the folder cannot be written; it is removed.
     """
     try:
-        _write(into, engine, ema, state, rank)
+        into.mkdir(parents=True, exist_ok=True)
+        engine.save(into)
+        if engine.stage > 0 or rank == 0:  # replicated at stage 0
+            ema.save(into / f"ema_{rank:05d}.safetensors")
+        if rank == 0:
+            (into / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        files = {
+            str(file.relative_to(into)): [file.stat().st_size, storage.sha256(str(file))]
+            for file in sorted(into.rglob("*"))
+            if file.is_file()
+        }
+        listing = {"workers": state.workers, "step": state.step, "files": files}
+        (into / _list_name(rank)).write_text(json.dumps(listing), encoding="utf-8")
     except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError
         free = shutil.disk_usage(into.parent).free / 2**20
         shutil.rmtree(into, ignore_errors=True)
@@ -95,20 +108,9 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
         ) from error
 
 
-def _write(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> None:
-    into.mkdir(parents=True, exist_ok=True)
-    engine.save(into)
-    if engine.stage > 0 or rank == 0:  # replicated at stage 0
-        ema.save(into / f"ema_{rank:05d}.safetensors")
-    if rank == 0:
-        (into / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-    files = {
-        str(file.relative_to(into)): [file.stat().st_size, _sha256(file)]
-        for file in sorted(into.rglob("*"))
-        if file.is_file()
-    }
-    listing = {"workers": state.workers, "step": state.step, "files": files}
-    (into / f"files_{rank:05d}.json").write_text(json.dumps(listing), encoding="utf-8")
+def _list_name(rank: int) -> str:
+    """Name of the list of a rank's files."""
+    return f"files_{rank:05d}.json"
 
 
 def problems(path: str, contents: bool = True) -> list[str]:
@@ -125,56 +127,70 @@ def problems(path: str, contents: bool = True) -> list[str]:
     if not names:
         return ["no list of files: it was never finished"]
     try:
-        lists = {name: json.loads(storage.read_text(storage.join(path, name))) for name in names}
+        lists = {name: storage.read_json(storage.join(path, name)) for name in names}
         workers = max(entry["workers"] for entry in lists.values())
         files = {file: facts for entry in lists.values() for file, facts in entry["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"its list of files is damaged: {error}"]
-    found = [f"worker {r} of {workers} never finished" for r in range(workers) if _list(r) not in lists]
+    damage = [f"worker {r} of {workers} never finished" for r in range(workers) if _list_name(r) not in lists]
     if STATE not in files:
-        found.append(f"{STATE} was not written")
+        damage.append(f"{STATE} was not written")
     for file, (size, digest) in files.items():
         where = storage.join(path, *file.split("/"))
         if not storage.exists(where):
-            found.append(f"{file} is missing")
-        elif storage.size(where) != size:
-            found.append(f"{file} has {storage.size(where)} bytes, expected {size}")
+            damage.append(f"{file} is missing")
+        elif (stored := storage.size(where)) != size:
+            damage.append(f"{file} has {stored} bytes, expected {size}")
         elif (contents or file == STATE) and storage.sha256(where) != digest:
-            found.append(f"{file} does not match its SHA-256")
-    return found
+            damage.append(f"{file} does not match its SHA-256")
+    return damage
 
 
 def read_state(path: str) -> TrainState:
     """Read the state of a complete checkpoint."""
-    fields = json.loads(storage.read_text(storage.join(path, STATE)))
+    fields = storage.read_json(storage.join(path, STATE))
     return TrainState(**{**fields, "samples": tuple(fields["samples"])})
 
 
 def steps(folder: str) -> list[int]:
     """List the steps of all checkpoints in a run's folder, complete or not, in ascending order."""
-    names = [name for name in storage.listing(folder) if name.startswith("step_")]
-    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit())
+    return sorted(int(name[5:]) for name in storage.listing(folder) if re.fullmatch(r"step_\d+", name))
+
+
+def _paths(folder: str) -> list[str]:
+    """Folders of all checkpoints of a run, the newest first."""
+    return [storage.join(folder, name_of(step)) for step in reversed(steps(folder))]
 
 
 def latest(folder: str) -> str | None:
     """Find the newest usable checkpoint in a run's folder; newer ones that cannot be used are logged.
 
+    Args:
+        folder: of the run.
+
     Returns:
         The checkpoint's folder, or None if there is no usable one.
     """
-    for step in reversed(steps(folder)):
-        path = storage.join(folder, name_of(step))
-        found = problems(path)
-        if not found:
+    for path in _paths(folder):
+        damage = problems(path)
+        if not damage:
             return path
-        log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(found))
+        log.warning(
+            "checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(damage)
+        )
     return None
 
 
 def newest(folder: str) -> str | None:
-    """Find the newest checkpoint whose files all exist; their contents are not compared with their hashes."""
-    paths = (storage.join(folder, name_of(step)) for step in reversed(steps(folder)))
-    return next((path for path in paths if not problems(path, contents=False)), None)
+    """Find the newest checkpoint whose files all exist; their contents are not compared with their hashes.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The checkpoint's folder, or None if there is none.
+    """
+    return next((path for path in _paths(folder) if not problems(path, contents=False)), None)
 
 
 def remove_after(folder: str, step: int) -> None:
@@ -185,16 +201,22 @@ def remove_after(folder: str, step: int) -> None:
 
 
 def prune(folder: str, keep: int) -> None:
-    """Remove all complete checkpoints but the `keep` newest and the one of best validation."""
-    complete = [s for s in steps(folder) if not problems(storage.join(folder, name_of(s)), contents=False)]
-    scores = {s: read_state(storage.join(folder, name_of(s))).validation for s in complete}
-    scored = [(score, s) for s, score in scores.items() if score is not None and math.isfinite(score)]
-    kept = {*complete[-keep:], *([min(scored)[1]] if scored else [])}
-    for step in set(complete) - kept:
-        _remove(storage.join(folder, name_of(step)))
+    """Remove all complete checkpoints but the `keep` newest and the one of best validation.
+
+    Args:
+        folder: of the run.
+        keep: number of checkpoints.
+    """
+    complete = [path for path in _paths(folder) if not problems(path, contents=False)]
+    scores = {path: read_state(path).validation for path in complete}
+    scored = [(score, path) for path, score in scores.items() if score is not None and math.isfinite(score)]
+    kept = {*complete[:keep], *([min(scored)[1]] if scored else [])}
+    for path in set(complete) - kept:
+        _remove(path)
 
 
 def _remove(path: str) -> None:
+    """Remove a checkpoint and its converted form."""
     storage.remove(universal_path(path))
     storage.remove(path)
 
@@ -213,8 +235,8 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     Raises:
         CheckpointError: the checkpoint is incomplete, or of another model.
     """
-    if found := problems(path):
-        raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
+    if damage := problems(path):
+        raise CheckpointError(f"{path} is not usable: " + "; ".join(damage))
     averages = read_averages(sorted(storage.fetch(path).glob("ema_*.safetensors")))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
@@ -228,7 +250,7 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     return tensors
 
 
-def consolidate(path: str, run: Run, tokenizer: Tokenizer | ImageTokenizer) -> None:
+def consolidate(path: str, run: Run, tokenizer: AnyTokenizer) -> None:
     """Write a checkpoint's EMA weights as the run's model folder, whole or not at all.
 
     Args:
@@ -239,11 +261,7 @@ def consolidate(path: str, run: Run, tokenizer: Tokenizer | ImageTokenizer) -> N
     Raises:
         CheckpointError: the checkpoint is incomplete, or of another model.
     """
-    config, manifest = run.config, run.manifest
-    facts = model_folder.DataFacts(
-        manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot
-    )
-    state, figures = read_state(path), {}
+    config, state, figures = run.config, read_state(path), {}
     if state.validation is not None:
         estimator = "arccos" if config.validation_metric == "loss" else config.evaluation.estimator
         figures = {
@@ -251,18 +269,31 @@ def consolidate(path: str, run: Run, tokenizer: Tokenizer | ImageTokenizer) -> N
             "estimator": f"{estimator}, {config.evaluation.draws} draw(s), EMA weights",
             "step": state.step,
         }
-    background = model_folder.Background(figures, config.model_dump(mode="json"))
+    weights = ema_weights(path, config.model, run.manifest)
+    publish_model(run, run.model_folder, weights, figures, tokenizer)
+
+
+def publish_model(
+    run: Run, target: str, weights: dict[str, Tensor], figures: dict[str, Any], tokenizer: AnyTokenizer | None
+) -> None:
+    """Write weights as a model folder, whole or not at all.
+
+    Args:
+        run: with its manifest; its model section describes the weights.
+        target: the model folder.
+        weights: float32 weights by parameter name.
+        figures: what was measured of the model, by name.
+        tokenizer: kept in the model folder; None: the folder has none.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    manifest, special = run.manifest, run.manifest.special
+    facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
+    background = model_folder.Background(figures, run.config.model_dump(mode="json"))
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"
-        model_folder.write(local, config.model, facts, ema_weights(path, config.model, manifest), background)
-        tokenizer.save(local)
-        storage.publish_folder(local, run.model_folder)
-
-
-def _list(rank: int) -> str:
-    return f"files_{rank:05d}.json"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        model_folder.write(local, run.config.model, facts, weights, background)
+        if tokenizer is not None:
+            tokenizer.save(local)
+        storage.publish_folder(local, target)

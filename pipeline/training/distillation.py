@@ -13,8 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import storage, tracking
-from pipeline.config.load import flatten
-from pipeline.config.schema import DistillConfig, ModelConfig, RunConfig
+from pipeline.config.schema import DistillConfig, ModelConfig
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
@@ -31,6 +30,7 @@ from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
+from pipeline.training.resume import differences
 
 log = logging.getLogger(__name__)
 
@@ -147,18 +147,15 @@ class Distillation:
     """
 
     def __init__(self, run: Run, engine: Engine, ema: EMA, session: Session) -> None:
-        config, manifest = run.config, run.manifest
-        assert config.distill is not None
-        self._config, self._distill, self._session = config, config.distill, session
-        self._manifest, self._engine, self._ema = manifest, engine, ema
-        self._length, self._bos = manifest.length, manifest.special.bos is not None
-        self._folder = run.folder
-        self._every = config.train.steps // self._distill.rounds
+        self._run, self._config, self._distill = run, run.config, run.distill
+        self._engine, self._ema, self._session = engine, ema, session
+        self._length, self._bos = run.manifest.length, run.manifest.special.bos is not None
+        self._every = run.config.train.steps // run.distill.rounds
         self._round: int | None = None
 
     def facts(self) -> dict[str, Any]:
         assert self._round is not None
-        return {"round": self._round + 1, "teacher": teacher_folder(self._folder, self._round)}
+        return {"round": self._round + 1, "teacher": teacher_folder(self._run.folder, self._round)}
 
     def start(self, step: int) -> None:
         config = self._config
@@ -178,7 +175,7 @@ class Distillation:
         index, device = micro.index, self._session.device
         tokens, labels = np.where(present[:, None], micro.tokens, 0), None
         if self._bos:
-            tokens[:, 0] = self._manifest.special.bos
+            tokens[:, 0] = self._run.manifest.special.bos
         if self._config.model.classes is not None:
             assert micro.labels is not None, "data without labels passed the checks"
             labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
@@ -197,12 +194,12 @@ class Distillation:
 
     def _begin(self, done: int, at_its_start: bool) -> None:
         """Load the teacher of a round; at the round's first step it is the student as it is now."""
-        where = teacher_folder(self._folder, done)
+        where = teacher_folder(self._run.folder, done)
         if at_its_start and done > 0:
             source = self._ema.slices if self._distill.next_teacher == "ema" else self._engine.masters()
             weights = self._engine.whole(source)
             if self._session.rank == 0:  # overwrites that of an earlier start
-                self._publish(where, weights)
+                checkpoint.publish_model(self._run, where, weights, figures={}, tokenizer=None)
             dist.barrier()
             self._engine.restart(weights, keep_optimizer=self._distill.optimizer == "keep")
             self._ema.restart(self._engine.masters())
@@ -210,28 +207,15 @@ class Distillation:
             raise CheckpointError(
                 f"{where}: the teacher of round {done + 1} is missing; expected a model folder"
             )
-        teacher, _, _ = model_folder.read(storage.fetch(where))
-        self._teacher = self._engine.frozen(teacher)
+        self._teacher = self._engine.frozen(model_folder.read(storage.fetch(where))[0])
         self._engine.fresh = done * self._every if self._distill.optimizer == "reset" else 0
         self._round = done
         if self._session.rank == 0:
             log.info(
-                "round %d of %d: teacher %s, dt 1/%g, for %d sampling steps",
-                done + 1,
-                self._distill.rounds,
-                where,
-                1 / time_step(self._distill, done),
-                sampling_steps(self._distill, done + 1),
+                f"round {done + 1} of {self._distill.rounds}: teacher {where}, "
+                f"dt 1/{1 / time_step(self._distill, done):g}, "
+                f"for {sampling_steps(self._distill, done + 1)} sampling steps"
             )
-
-    def _publish(self, where: str, weights: dict[str, Tensor]) -> None:
-        special = self._manifest.special
-        facts = model_folder.DataFacts(self._manifest.vocabulary, self._length, special.bos, special.eot)
-        background = model_folder.Background({}, self._config.model_dump(mode="json"))
-        with tempfile.TemporaryDirectory() as temporary:
-            local = Path(temporary) / "model"
-            model_folder.write(local, self._config.model, facts, weights, background)
-            storage.publish_folder(local, where)
 
 
 def with_teacher(run: Run) -> Run:
@@ -259,42 +243,32 @@ def with_teacher(run: Run) -> Run:
         raise ConfigError(
             f"train.init_from: {config.train.init_from!r}; expected null, a student starts as its teacher"
         )
-    origin = f"distill.teacher: {distill.teacher!r}"
     if checkpoint.newest(run.folder) is None or not storage.folder_complete(where):
-        model = _place(run, origin, where)
+        model = _place(run, where)
     else:
         model, _ = model_folder.read_config(storage.fetch(where))
-        _check_model(config, model, origin)
+        _check_model(run, model)
     train = config.train.model_copy(update={"init_from": where})
     run = run.configured(model=model, train=train)
-    if found := run.config.conflicts():
-        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in found))
+    if conflicts := run.config.conflicts():
+        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in conflicts))
     return run
 
 
-def _place(run: Run, origin: str, where: str) -> ModelConfig:
-    """Copy the teacher that the config names into the run's folder."""
-    config = run.config
-    assert config.distill is not None
-    name = config.distill.teacher
-    tokenizer = None
+def _place(run: Run, where: str) -> ModelConfig:
+    """Copy the teacher that the config names into the run's folder; return its model section."""
+    name, tokenizer = run.distill.teacher, None
     if name.startswith("models:/"):
         version = tracking.find_version(run.tracking_uri, name)
         name = f"models:/{version.name}/{version.version}"
-        local = tracking.download_model(run.tracking_uri, name)
-    elif storage.exists(name):
-        local = storage.fetch(name)
-    else:
-        raise CheckpointError(
-            f"{origin}: no such folder or file; expected a model folder, models:/... or a file"
-        )
+    local = run.fetch_model("distill.teacher", name, "a model folder, a file of released weights")
     if local.is_dir():
         denoiser, model, facts = model_folder.read(local)
         tokenizer = saved_tokenizer(local)
     else:
         denoiser, released, facts = conversion.load(local)
         model = released.model
-    _check_model(config, model, origin)
+    _check_model(run, model)
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "model"
         model_folder.write(copy, model, facts, denoiser.state_dict(), model_folder.Background())
@@ -304,27 +278,23 @@ def _place(run: Run, origin: str, where: str) -> ModelConfig:
     return model
 
 
-def _check_model(config: RunConfig, model: ModelConfig, origin: str) -> None:
+def _check_model(run: Run, model: ModelConfig) -> None:
     """Refuse a teacher that cannot be distilled as the config says."""
-    assert config.distill is not None
+    origin = f"distill.teacher: {run.distill.teacher!r}"
     if model.kind == "ar":
         raise CapabilityError(
             f"{origin} is autoregressive: it draws one token per step in a fixed order, so two of its steps cannot "
             "become one; expected a pgm or mdlm teacher"
         )
-    if config.distill.form == "complementary" and model.kind != "pgm":
+    if run.distill.form == "complementary" and model.kind != "pgm":
         raise CapabilityError(
             f"distill.form: complementary, but {origin} is of kind {model.kind}; expected pgm, or compatible"
         )
-    if "model" not in config.model_fields_set:
-        return
-    student, teacher = flatten(config.model.model_dump()), flatten(model.model_dump())
     differing = [
-        f"  model.{key}: {student.get(key)!r}, the teacher's is {teacher.get(key)!r}"
-        for key in sorted(student.keys() | teacher.keys())
-        if student.get(key) != teacher.get(key)
+        f"  model.{key}: {student!r}, the teacher's is {teacher!r}"
+        for key, (student, teacher) in differences(run.config.model.model_dump(), model.model_dump()).items()
     ]
-    if differing:
+    if differing and "model" in run.config.model_fields_set:
         raise ConfigError(
             f"the model section is not that of {origin}; leave it out, then the teacher's is used:\n"
             + "\n".join(differing)
@@ -337,7 +307,8 @@ def teacher_name(folder: str) -> str:
 
 
 def _origin(folder: str) -> dict[str, Any]:
-    return dict(json.loads(storage.read_text(storage.join(teacher_folder(folder, 0), ORIGIN))))
+    """Read where the first teacher was copied from, and the hash of its tokenizer."""
+    return dict(storage.read_json(storage.join(teacher_folder(folder, 0), ORIGIN)))
 
 
 def check_teacher(run: Run) -> None:
@@ -349,8 +320,7 @@ def check_teacher(run: Run) -> None:
     Raises:
         DataError: names every difference.
     """
-    distill, manifest = run.config.distill, run.manifest
-    assert distill is not None
+    manifest = run.manifest
     _, facts = model_folder.read_config(storage.fetch(teacher_folder(run.folder, 0)))
     pairs: dict[str, tuple[object, object]] = {
         "vocabulary": (facts.vocab_size, manifest.vocabulary),
@@ -359,10 +329,12 @@ def check_teacher(run: Run) -> None:
     }
     if tokenizer := _origin(run.folder)["tokenizer"]:  # None for released files
         pairs["tokenizer (hash)"] = (tokenizer, manifest.tokenizer.hash)
-    found = [
+    differing = [
         f"{key} {of_teacher}, the data's is {of_data}"
         for key, (of_teacher, of_data) in pairs.items()
         if of_teacher != of_data
     ]
-    if found:
-        raise DataError(f"distill.teacher: {distill.teacher!r} does not fit the data: " + "; ".join(found))
+    if differing:
+        raise DataError(
+            f"distill.teacher: {run.distill.teacher!r} does not fit the data: " + "; ".join(differing)
+        )

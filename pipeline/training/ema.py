@@ -1,14 +1,15 @@
 """Exponential moving average of the float32 master weights, each rank its own slices."""
 
+from collections import defaultdict
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
-from pipeline.training.engine import Slices
+from pipeline.training.engine import Slices, fill
 
 
 class EMA:
@@ -48,43 +49,31 @@ class EMA:
             {f"{name}@{offset}": v.cpu().contiguous() for (name, offset), v in self.slices.items()}, file
         )
 
-    @torch.no_grad()
     def load(self, files: Iterable[Path]) -> None:
         """Fill the slices from files that any number of ranks wrote.
 
         Raises:
             CheckpointError: an entry of a slice is in none of the files.
         """
-        averages = read_averages(files)
-        for (name, offset), values in self.slices.items():
-            stored = averages.get(name, values[:0])[offset : offset + values.numel()]
-            if stored.numel() != values.numel():
-                raise CheckpointError(
-                    f"EMA of {name!r}: {stored.numel()} of {values.numel()} values from {offset} stored"
-                )
-            values.copy_(stored)
+        fill(self.slices, read_averages(files))
 
 
 def read_averages(files: Iterable[Path]) -> dict[str, Tensor]:
     """Read the averages in files of any number of ranks.
 
+    Args:
+        files: written by `EMA.save`.
+
     Returns:
         A flat float32 tensor for every parameter name; it ends where the first slice is missing.
     """
-    slices: dict[str, dict[int, Tensor]] = {}
+    pieces = []
     for file in files:
         for key, values in load_file(file).items():
             name, _, offset = key.rpartition("@")
-            slices.setdefault(name, {})[int(offset)] = values
-    return {name: _joined(parts) for name, parts in slices.items()}
-
-
-def _joined(parts: dict[int, Tensor]) -> Tensor:
-    whole: list[Tensor] = []
-    end = 0
-    for offset, values in sorted(parts.items()):
-        if offset != end:
-            break
-        whole.append(values)
-        end += values.numel()
-    return torch.cat([*whole, torch.empty(0)])
+            pieces.append((name, int(offset), values))
+    parts: defaultdict[str, list[Tensor]] = defaultdict(lambda: [torch.empty(0)])
+    for name, offset, values in sorted(pieces, key=itemgetter(0, 1)):
+        if offset == sum(part.numel() for part in parts[name]):
+            parts[name].append(values)
+    return {name: torch.cat(whole) for name, whole in parts.items()}

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,26 @@ from pipeline.models.denoiser import Batch, Denoiser
 Slices = dict[tuple[str, int], Tensor]
 
 TAG = "zero"  # DeepSpeed's own folder inside a checkpoint
+
+
+@torch.no_grad()
+def fill(slices: Slices, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into slices.
+
+    Args:
+        slices: of this rank, which are overwritten.
+        weights: full weights by parameter name, in any shape.
+
+    Raises:
+        CheckpointError: a value of a slice is not among the weights.
+    """
+    for (name, offset), values in slices.items():
+        stored = weights.get(name, values[:0]).flatten()[offset : offset + values.numel()]
+        if stored.numel() != values.numel():
+            raise CheckpointError(
+                f"weights of {name!r}: {stored.numel()} of {values.numel()} values from {offset} on are stored"
+            )
+        values.copy_(stored)
 
 
 def learning_rate(step: int, optim: OptimConfig, steps: int, fresh: int = 0) -> float:
@@ -174,31 +194,28 @@ class Engine:
                     slices[name, rank * share] = values.detach()[:owned]
             return slices
         if self.stage > 0:
-            mapped = [(name, getattr(p, "_hp_mapping", None)) for name, p in named]
             return {
                 (name, part.lp_fragment_address.start): part.hp_fragment.detach()
-                for name, part in mapped
-                if part is not None
+                for name, parameter in named
+                if (part := getattr(parameter, "_hp_mapping", None)) is not None
             }
         if self._plain:
             return {(name, 0): p.detach().view(-1) for name, p in named}
-        optimiser = self._engine.optimizer  # bf16: masters in the order of the parameters
-        low = [p for group in optimiser.fp16_groups for p in group]
-        high = [p for group in optimiser.fp32_groups for p in group]
-        name_of = {id(p): name for name, p in named}
-        return {(name_of[id(p)], 0): master.detach().view(-1) for p, master in zip(low, high, strict=True)}
+        optimiser, masters = self._engine.optimizer, {}  # bf16
+        for low, high in zip(optimiser.fp16_groups, optimiser.fp32_groups, strict=True):
+            masters |= dict(zip(map(id, low), high, strict=True))
+        return {(name, 0): masters[id(p)].detach().view(-1) for name, p in named}
 
     def _full(self, slices: Slices) -> Iterator[tuple[str, Any, Tensor]]:
-        """Give every parameter with its whole float32 values, flat, from the slices of all ranks together."""
+        """Give every parameter with its whole float32 values from the slices of all ranks together."""
         by_name: dict[str, list[tuple[int, Tensor]]] = {}
         for (name, offset), values in slices.items():
             by_name.setdefault(name, []).append((offset, values))
         parameter: Any
         for name, parameter in self.model.named_parameters():
-            size = parameter.ds_numel if self.stage == 3 else parameter.numel()
-            full = torch.zeros(size, device=self.device)
+            full = torch.zeros(parameter.ds_shape if self.stage == 3 else parameter.shape, device=self.device)
             for offset, values in by_name.get(name, ()):
-                full[offset : offset + values.numel()] = values
+                full.view(-1)[offset : offset + values.numel()] = values
             if self.stage > 0:
                 dist.all_reduce(full)  # every entry is owned by exactly one rank
             yield name, parameter, full
@@ -207,17 +224,15 @@ class Engine:
     def install(self, slices: Slices) -> None:
         """Copy weights, such as the EMA's or the masters, into the model; all ranks call it together."""
         for _, parameter, full in self._full(slices):
-            with self._gathered(parameter):
-                parameter.data.copy_(full.view(parameter.shape))
+            with self._gathered([parameter], modifier_rank=0):
+                parameter.data.copy_(full)
 
     @torch.no_grad()
     def whole(self, slices: Slices) -> dict[str, Tensor]:
         """Gather all weights in float32 and their full shapes on the host; all ranks call it together."""
-        shape = {3: lambda p: p.ds_shape}.get(self.stage, lambda p: p.shape)
-        return {name: full.view(shape(p)).cpu() for name, p, full in self._full(slices)}
+        return {name: full.cpu() for name, _, full in self._full(slices)}
 
-    @torch.no_grad()
-    def restart(self, weights: dict[str, Tensor], keep_optimizer: bool) -> None:
+    def restart(self, weights: Mapping[str, Tensor], keep_optimizer: bool) -> None:
         """Continue from other weights; all ranks call it together.
 
         Args:
@@ -225,8 +240,7 @@ class Engine:
             keep_optimizer: keep the optimiser's state; False: start with a fresh one.
         """
         masters = self.masters()
-        for (name, offset), values in masters.items():
-            values.copy_(weights[name].flatten()[offset : offset + values.numel()])
+        fill(masters, weights)
         self.install(masters)
         if not keep_optimizer:
             self._engine.optimizer.state.clear()
@@ -248,29 +262,26 @@ class Engine:
                     deepspeed.zero.Init(module=part, dtype=torch.bfloat16 if self._bf16 else torch.float32)
         return model
 
-    @contextmanager
-    def assembled(self, model: Denoiser) -> Iterator[None]:
-        """Make a frozen model's parameters whole for the time of the block; all ranks enter together.
+    def assembled(self, model: Denoiser) -> AbstractContextManager[None]:
+        """Make a frozen model's parameters whole for the time of a block; all ranks enter together.
 
         Ranks may call different modules inside. DeepSpeed would gather module by module, and then wait for ever.
+
+        Args:
+            model: from `frozen`.
+
+        Returns:
+            The block's context manager.
         """
-        if self.stage != 3:
-            yield
-            return
+        return self._gathered([p for p in model.parameters() if hasattr(p, "ds_id")])
+
+    def _gathered(
+        self, parameters: list[Any], modifier_rank: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Make parameters whole for the time of a block; what `modifier_rank` changes in them is kept."""
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
-            yield
-
-    @contextmanager
-    def _gathered(self, parameter: Tensor) -> Iterator[None]:
-        if self.stage != 3:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            yield
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank, enabled=self.stage == 3)
 
     @contextmanager
     def weights(self, slices: Slices) -> Iterator[Denoiser]:

@@ -11,14 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline import storage, tracking
-from pipeline.config.schema import DistillConfig
 from pipeline.data.prepare import markov
 from pipeline.data.shards import ShardReader
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics import ngram, step_quality
 from pipeline.models import model_folder
-from pipeline.models.vq import ImageTokenizer
 from pipeline.reports.figures import loss_curve, png, quality_against_steps
 from pipeline.reports.pictures import sample_grid
 from pipeline.run import Run
@@ -28,6 +26,7 @@ from pipeline.training.validation import draw, image_tokenizer, validation_rows
 
 log = logging.getLogger(__name__)
 
+GRID = "samples.png"  # in the run's folder: samples of an image model
 NGRAM_ROWS = 200_000  # largest number of training rows that n-gram models are fitted on
 
 
@@ -85,7 +84,7 @@ def finish(run: Run) -> RunResult:
     checkpoint.consolidate(last, run, tokenizer)
     references = _references(run) if text else {}
     grid = None if text else _grid(run)
-    quality = [] if config.distill is None else _quality(run)
+    quality = _quality(run) if config.distill else []
     value = math.nan if state.validation is None else state.validation
     version = None
     try:
@@ -93,10 +92,6 @@ def finish(run: Run) -> RunResult:
         _log_results(run, state.step, references, grid, quality)
     except ConfigError as error:  # the training is done; an outage now must not make it a failure
         log.warning("the model is not registered; the next start registers it: %s", error)
-    pictures = None
-    if grid is not None:
-        pictures = storage.join(folder, "samples.png")
-        storage.publish_bytes(pictures, png(grid))
     return RunResult(
         run=folder,
         model=run.model_folder,
@@ -105,36 +100,36 @@ def finish(run: Run) -> RunResult:
         value=value,
         references=references,
         samples=state.samples,
-        pictures=pictures,
+        pictures=None if text else storage.join(folder, GRID),
         tracking_uri=run.tracking_uri,
         quality=step_quality.table(quality) if quality else None,
     )
 
 
-def _register(run: Run, tokenizer: Tokenizer | ImageTokenizer, step: int, value: float) -> str:
+def _register(run: Run, tokenizer: checkpoint.AnyTokenizer, step: int, value: float) -> str:
     """Register the run's model, and of a distillation the students of all earlier rounds."""
-    config, uri, distill = run.config, run.tracking_uri, run.config.distill
+    config, uri = run.config, run.tracking_uri
+    rounds = run.distill.rounds if config.distill else 0
     assert run.run_id is not None
     name = config.tracking.register_as or config.name
     tags = {"step": str(step), f"validation_{config.validation_metric}": f"{value:.4f}"}
-    if distill is not None:
-        tags |= _round_tags(distill, distill.rounds)
-    number = tracking.register_model(uri, run.run_id, storage.fetch(run.model_folder), name, tags=tags)
-    if distill is None:
+    tags |= _round_tags(run, rounds) if rounds else {}
+    number = tracking.register_model(uri, run.run_id, storage.fetch(run.model_folder), name, tags)
+    if not rounds:
         tracking.set_alias(uri, name, "teacher", number)
-        return f"models:/{name}/{number}"
-    for done in range(1, distill.rounds):
+    for done in range(1, rounds):
         with tempfile.TemporaryDirectory() as temporary:
             student = Path(temporary) / "model"
             shutil.copytree(storage.fetch(teacher_folder(run.folder, done)), student)
             tokenizer.save(student)
-            round_name, tags = f"{name}-round-{done}", _round_tags(distill, done)
-            tracking.register_model(uri, run.run_id, student, round_name, tags)
+            tags = _round_tags(run, done)
+            tracking.register_model(uri, run.run_id, student, f"{name}-round-{done}", tags)
     return f"models:/{name}/{number}"
 
 
-def _round_tags(distill: DistillConfig, done: int) -> dict[str, str]:
-    return {"round": str(done), "sampling_steps": str(sampling_steps(distill, done))}
+def _round_tags(run: Run, done: int) -> dict[str, str]:
+    """Make the tags of the student after `done` rounds."""
+    return {"round": str(done), "sampling_steps": str(sampling_steps(run.distill, done))}
 
 
 def _log_results(
@@ -181,11 +176,12 @@ def _quality(run: Run) -> list[step_quality.Quality]:
 
 
 def _grid(run: Run) -> Figure:
-    """Draw a grid of samples of the finished model."""
+    """Draw a grid of samples of the finished model, and write it to the run's folder."""
     denoiser, _, _ = model_folder.read(storage.fetch(run.model_folder))
     tokens, classes, _ = draw(run, denoiser)
-    pictures = image_tokenizer(run, batch=len(tokens)).decode(tokens[:, 1:].numpy())
-    return sample_grid(pictures, classes)
+    figure = sample_grid(image_tokenizer(run, batch=len(tokens)).decode(tokens[:, 1:].numpy()), classes)
+    storage.publish_bytes(storage.join(run.folder, GRID), png(figure))
+    return figure
 
 
 def _references(run: Run) -> dict[str, float]:
@@ -194,9 +190,10 @@ def _references(run: Run) -> dict[str, float]:
     train, validation = (ShardReader(run.data_path, manifest, split) for split in ("train", "validation"))
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))
     held_out = validation.rows(validation_rows(len(validation), config.evaluation.rows))
-    known = config.data.source == "markov"
-    return {
+    references = {
         "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
         "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),
-        **({"source": math.exp(markov.embedded().entropy(manifest.length))} if known else {}),
     }
+    if config.data.source == "markov":
+        references["source"] = math.exp(markov.embedded().entropy(manifest.length))
+    return references

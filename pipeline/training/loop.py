@@ -7,7 +7,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -68,93 +69,90 @@ def train(run: Run, session: Session) -> dict[str, float]:
 
 
 def _attempt(run: Run, session: Session) -> dict[str, float]:
-    config, rank, device = run.config, session.rank, session.device
-    times = _TimeByPart()
+    """Train until the last step, or until a step is not finite."""
+    config, settings, data = run.config, run.config.train, run.config.data
+    rank, device = session.rank, session.device
+    began_attempt = time.perf_counter()
+    times: dict[str, float] = defaultdict(float)  # seconds by part of the work
 
     # Data: the rows of each step, and those of this worker.
     run = run.replace(given_manifest=Manifest.read(run.data_path))
     manifest = run.manifest
-    reader = ShardReader(run.data_path, manifest, "train")
     order = ReadingOrder(
-        manifest.rows_per_shard("train"),
-        config.train.batch,
-        config.data.streams,
-        config.data.shuffle_window,
-        config.seed,
+        manifest.rows_per_shard("train"), settings.batch, data.streams, data.shuffle_window, config.seed
     )
-    parts = -(-len(order.slots(rank, session.workers)) // config.train.micro_batch)
+    parts = -(-len(order.slots(rank, session.workers)) // settings.micro_batch)
 
     # Where to start: rank 0 decides, since ranks may see different states of the storage.
-    plan: list[Any] = [resuming.plan_resume(run, session.workers) if rank == 0 else None]
-    skipped: list[Any] = [resuming.read_skipped(run.folder) if rank == 0 else None]
-    dist.broadcast_object_list(plan)
-    dist.broadcast_object_list(skipped)
-    resume: resuming.Resume | None = plan[0]
+    start_state: list[Any] = [None, None]
+    if rank == 0:
+        start_state = [resuming.plan_resume(run, session.workers), resuming.read_skipped(run.folder)]
+    dist.broadcast_object_list(start_state)
+    resume: resuming.Resume | None = start_state[0]
+    skipped: resuming.Skipped = start_state[1]
 
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
     model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
     initial = None if resume else resuming.initial_weights(run, model)
-    engine = Engine(
-        model, config.optim, config.train, parts, device, universal=bool(resume and resume.universal)
-    )
-    ema = EMA(engine.masters(), config.train.ema)
-    if resume:
-        resume.load(engine, ema)
-    elif initial:
-        initial.load(engine, ema)
+    universal = resume is not None and resume.universal
+    engine = Engine(model, config.optim, settings, parts, device, universal)
+    ema = EMA(engine.masters(), settings.ema)
+    if source := resume or initial:
+        source.load(engine, ema)
     start = resume.state.step if resume else 0
     masters = engine.masters()
-    task: Task = Pretraining(run, model, device)
-    if config.distill:
-        task = Distillation(run, engine, ema, session)
+    task: Task = (
+        Distillation(run, engine, ema, session) if config.distill else Pretraining(run, model, device)
+    )
     if rank == 0:
         log.info(
-            "%s from step %d: %d workers x %d micro-batches of up to %d rows, %d streams, ZeRO stage %d, %s",
-            "resuming" if resume else "starting",
-            start,
-            session.workers,
-            parts,
-            config.train.micro_batch,
-            config.data.streams,
-            config.train.zero_stage,
-            config.train.precision,
+            f"{'resuming' if resume else 'starting'} from step {start}: {session.workers} workers x {parts} "
+            f"micro-batches of up to {settings.micro_batch} rows, {data.streams} streams, "
+            f"ZeRO stage {settings.zero_stage}, {settings.precision}"
         )
 
-    hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
-    tracker = requests = None
-    if rank == 0:
-        requests = Requests(run.folder)
-        if run.run_id:
-            tracker = run.tracker(config.tracking.system_metrics)
     metrics: dict[str, float] = {}
-    times.until_now("set-up")
-    interval = _Interval()
-    stream = batches(reader, order, start, rank, session.workers, config.train.micro_batch)
-    try:
-        for step in range(start, config.train.steps):
+    losses: list[float] = []  # since the last log line, as the two below
+    seconds, waited = 0.0, 0.0
+    with ExitStack() as stack:
+        tracker = requests = None
+        if rank == 0:
+            requests = stack.enter_context(closing(Requests(run.folder)))
+            if run.run_id:
+                tracker = stack.enter_context(run.tracker(config.tracking.system_metrics))
+        hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
+        stack.callback(hang.end)
+        stack.callback(engine.close)
+        reader = ShardReader(run.data_path, manifest, "train")
+        stream = stack.enter_context(
+            closing(batches(reader, order, start, rank, session.workers, settings.micro_batch))
+        )
+        times["set-up"] = time.perf_counter() - began_attempt
+        for step in range(start, settings.steps):
             if step > start:  # the first one compiles kernels
                 hang.begin(step)
             began = time.perf_counter()
             micros = next(stream)
-            interval.waited += time.perf_counter() - began
+            waited += time.perf_counter() - began
 
             # Gradients of the global batch.
             task.start(step)
             places = np.concatenate([micro.index for micro in micros])
-            losses = []
+            part_losses = []
             for part, micro in enumerate(micros):
                 if part > 0:
                     engine.step(step)  # not the last micro-batch: only moves the accumulation on
                 torch.manual_seed(_mix(config.seed, step, int(micro.index[0])))  # dropout
-                present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
-                losses.append(engine.backward(task.batch(micro, present)))
-            row_losses = torch.cat(losses)  # [slots], of `places`
+                present = (micro.index >= 0) & ~np.isin(micro.index, skipped.get(step, ()))
+                part_losses.append(engine.backward(task.batch(micro, present)))
+            row_losses = torch.cat(part_losses)  # [slots], of `places`
             flags = requests.take() if requests else (False, False, False)
             shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])
             dist.all_reduce(shared)
             loss, stopping, saving, check_notice = shared.tolist()
             done = step + 1
+            last = done == settings.steps
 
             # The update, unless something is not finite.
             finite = math.isfinite(loss)
@@ -164,16 +162,20 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 finite = math.isfinite(norm)
             if not finite:
                 bad = places[(~torch.isfinite(row_losses)).cpu().numpy() & (places >= 0)]
-                _report_nonfinite(run, session, order, step, bad, skipped[0])
+                _report_nonfinite(run, session, order, step, bad, skipped)
                 raise _NonfiniteStep
             ema.update(masters)
-            seconds = time.perf_counter() - began
-            interval.add(loss, seconds)
-            times.seconds["training"] += seconds
+            losses.append(loss)
+            step_seconds = time.perf_counter() - began
+            seconds += step_seconds
+            times["training"] += step_seconds
             hang.end()
 
-            if done % config.train.log_every == 0 or done == config.train.steps:
-                metrics = interval.metrics(config.train.batch * manifest.length) | {
+            if done % settings.log_every == 0 or last:
+                metrics = {
+                    "train/loss": float(np.mean(losses)),
+                    "train/tokens_per_second": settings.batch * manifest.length * len(losses) / seconds,
+                    "train/data_wait": waited / seconds,
                     "train/learning_rate": engine.rate(step),
                     "train/gradient_norm": norm,
                     "train/epoch": order.epoch_of(step),
@@ -181,27 +183,32 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 }
                 session.log(metrics, done)
                 if rank == 0:
-                    log.info("%s", _line(done, config.train.steps, metrics, interval.seconds_a_step()))
+                    left = timedelta(seconds=round((settings.steps - done) * seconds / len(losses)))
+                    log.info(
+                        f"step {done}/{settings.steps}  loss {metrics['train/loss']:.3f}  "
+                        f"{metrics['train/tokens_per_second']:,.0f} tokens/s  "
+                        f"data wait {metrics['train/data_wait']:.1%}  left {left}"
+                    )
                 if tracker:
                     tracker.log_metrics(metrics, done)
-                interval = _Interval()
+                losses, seconds, waited = [], 0.0, 0.0
 
             notice = session.notice() if check_notice else None
             if saving and not notice:
                 notice = "the group of workers is about to change"
             if notice and rank == 0:
                 log.warning("step %d: %s; saving before that", done, notice)
-            last = stopping or done == config.train.steps
             validation: Validation | None = None
-            if done % config.train.validate_every == 0 or done == config.train.steps:
-                with times.on("validation"):
+            if done % settings.validate_every == 0 or last:
+                with _timed(times, "validation"):
                     validation = validate(run, engine, ema, session, tracker, done)
                 metrics[f"validation/{validation.metric}"] = validation.value
 
-            if done % config.train.checkpoint_every == 0 or last or notice:
+            if done % settings.checkpoint_every == 0 or last or stopping or notice:
                 if rank == 0:
-                    checkpoint.prune(run.folder, config.train.keep)
-                local = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name_of(done)}-"))
+                    checkpoint.prune(run.folder, settings.keep)
+                name = checkpoint.name_of(done)
+                local = Path(tempfile.mkdtemp(prefix=f"{name}-"))
                 state = checkpoint.TrainState(
                     step=done,
                     epoch=order.epoch_of(step),
@@ -212,34 +219,29 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                     samples=validation.texts if validation else (),
                     task=task.facts(),
                 )
-                with times.on("checkpoints"):
+                with _timed(times, "checkpoints"):
                     checkpoint.save(local, engine, ema, state, rank)
-                    session.publish(local, checkpoint.name_of(done), metrics)
+                    session.publish(local, name, metrics)
             if stopping:
-                log.info("stopped at step %d, as asked", done)
+                log.info("stopped at step %d on request", done)
                 break
-        with times.on("checkpoints"):  # wait for uploads
+        with _timed(times, "checkpoints"):  # wait for uploads
             session.settle()
         if rank == 0:
-            log.info("the loop took %s", times)
-    finally:
-        stream.close()
-        engine.close()
-        hang.close()
-        if requests:
-            requests.close()
-        if tracker:
-            tracker.close()
+            log.info("the loop took %s", ", ".join(f"{value:.1f} s {part}" for part, value in times.items()))
     return metrics
 
 
+@contextmanager
+def _timed(times: dict[str, float], part: str) -> Iterator[None]:
+    """Add the time of the block to a part of the loop's time."""
+    began = time.perf_counter()
+    yield
+    times[part] += time.perf_counter() - began
+
+
 def _report_nonfinite(
-    run: Run,
-    session: Session,
-    order: ReadingOrder,
-    step: int,
-    bad: np.ndarray,
-    skipped: resuming.Skipped,
+    run: Run, session: Session, order: ReadingOrder, step: int, bad: np.ndarray, skipped: resuming.Skipped
 ) -> None:
     """Log and record the rows that made a step not finite, so that the next attempt skips them.
 
@@ -252,8 +254,8 @@ def _report_nonfinite(
     blamed = sorted(place for of_rank in gathered for place in of_rank)
     places = blamed or list(range(run.config.train.batch))
     rows = order.rows_of_step(step)[places].tolist()
-    message = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}"
-    message += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+    more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+    message = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}{more}"
     if len(blamed) == run.config.train.batch:
         raise TrainingError(
             f"{message}: every row of the batch, so the weights are not finite; lower optim.lr"
@@ -264,57 +266,10 @@ def _report_nonfinite(
         resuming.add_skipped(run.folder, step, places, rows)
     dist.barrier()
     if run.config.train.on_nonfinite == "stop":
-        raise TrainingError(
-            f"{message} (train.on_nonfinite: stop); the same command continues the run without them"
-        )
+        reason = "(train.on_nonfinite: stop); the same command continues the run without them"
+        raise TrainingError(f"{message} {reason}")
     if session.rank == 0:
         log.warning("%s; going back to the last checkpoint and skipping them", message)
-
-
-class _TimeByPart:
-    """Seconds of one attempt, by part of the work."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{seconds:.1f} s {part}" for part, seconds in self.seconds.items())
-
-    def until_now(self, part: str) -> None:
-        """Add the time since the start to a part."""
-        self.seconds[part] += time.perf_counter() - self._began
-
-    @contextmanager
-    def on(self, part: str) -> Iterator[None]:
-        """Add the time of the block to a part."""
-        began = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - began
-
-
-class _Interval:
-    """Losses and times between two log lines."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.seconds = 0.0
-        self.waited = 0.0
-
-    def add(self, loss: float, seconds: float) -> None:
-        self.losses.append(loss)
-        self.seconds += seconds
-
-    def seconds_a_step(self) -> float:
-        return self.seconds / len(self.losses)
-
-    def metrics(self, tokens: int) -> dict[str, float]:
-        """Compute mean loss, tokens/s for steps of `tokens` tokens, and the share of time spent on data."""
-        return {
-            "train/loss": float(np.mean(self.losses)),
-            "train/tokens_per_second": tokens / self.seconds_a_step(),
-            "train/data_wait": self.waited / self.seconds,
-        }
 
 
 def _mix(*numbers: int) -> int:
@@ -327,13 +282,3 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
-
-
-def _line(done: int, steps: int, metrics: dict[str, float], seconds_a_step: float) -> str:
-    minutes, seconds = divmod(round((steps - done) * seconds_a_step), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"step {done}/{steps}  loss {metrics['train/loss']:.3f}  "
-        f"{metrics['train/tokens_per_second']:,.0f} tokens/s  data wait {metrics['train/data_wait']:.1%}  "
-        f"left {hours}:{minutes:02d}:{seconds:02d}"
-    )

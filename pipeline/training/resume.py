@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import storage, tracking
+from pipeline import storage
 from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError
@@ -23,7 +24,7 @@ from pipeline.run import Run
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.ema import EMA, read_averages
-from pipeline.training.engine import TAG, Engine
+from pipeline.training.engine import TAG, Engine, fill
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ FREE_KEYS = (
     "train.offload_optimizer",
     "train.activation_checkpointing",
     "train.on_nonfinite",
-    "train.zero_stage",  # see check_stage
+    "train.zero_stage",  # see _usable_state
     "sampling.",
     "evaluation.",
     "tracking.",
@@ -87,15 +88,12 @@ def plan_resume(run: Run, workers: int) -> Resume | None:
         CheckpointError: the config differs from the checkpoint's in more than bookkeeping, or the ZeRO stage
             changed in a way that DeepSpeed cannot convert.
     """
-    path, config = checkpoint.latest(run.folder), run.config
-    if path is None:
-        checkpoint.remove_after(run.folder, -1)
+    path = checkpoint.latest(run.folder)
+    state = _usable_state(run, path)
+    checkpoint.remove_after(run.folder, state.step if state else -1)
+    if path is None or state is None:
         return None
-    state = checkpoint.read_state(path)
-    check_same(state.config, config, path)
-    check_stage(state.config, config, path)
-    checkpoint.remove_after(run.folder, state.step)
-    old, new = state.config["train"]["zero_stage"], config.train.zero_stage
+    old, new = state.config["train"]["zero_stage"], run.config.train.zero_stage
     # Stage 0 is whole on every worker; the others are cut by the number of workers and by the stage.
     universal = new > 0 and (state.workers != workers or old != new)
     if universal:
@@ -107,33 +105,43 @@ def plan_resume(run: Run, workers: int) -> Resume | None:
 def precheck(run: Run) -> None:
     """Refuse, before any worker starts, a config that the run's newest checkpoint does not fit.
 
+    Args:
+        run: that starts.
+
     Raises:
         CheckpointError: as `plan_resume`.
     """
-    path = checkpoint.newest(run.folder)
-    if path is not None:
-        state = checkpoint.read_state(path)
-        check_same(state.config, run.config, path)
-        check_stage(state.config, run.config, path)
+    _usable_state(run, checkpoint.newest(run.folder))
 
 
-def check_stage(old: dict[str, Any], config: RunConfig, path: str) -> None:
-    """Refuse a ZeRO stage that a checkpoint cannot be read at.
-
-    Args:
-        old: config of the checkpoint.
-        config: of the run now.
-        path: folder of the checkpoint, for the message.
-
-    Raises:
-        CheckpointError: names both stages.
-    """
-    before, now = old["train"]["zero_stage"], config.train.zero_stage
+def _usable_state(run: Run, path: str | None) -> TrainState | None:
+    """Read a checkpoint's state; refuse a config or ZeRO stage with which the run cannot resume from it."""
+    if path is None:
+        return None
+    state, now = checkpoint.read_state(path), run.config.train.zero_stage
+    check_same(state.config, run.config, path)
+    before = state.config["train"]["zero_stage"]
     if before != now and {before, now} != {1, 2}:
         raise CheckpointError(
             f"train.zero_stage: {path} was written at stage {before}, which does not convert to stage {now}; "
             f"keep stage {before}, or start a run of another name with train.init_from={path}"
         )
+    return state
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Compare two configs or sections, as JSON values.
+
+    Args:
+        before: the first one.
+        now: the second one.
+
+    Returns:
+        Both values of every key whose values differ, by dotted key, sorted.
+    """
+    old, new = flatten(dict(before)), flatten(dict(now))
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
 def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
@@ -147,12 +155,11 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
     Raises:
         CheckpointError: lists every difference as old -> new.
     """
-    before, now = flatten(old), flatten(config.model_dump(mode="json"))
     fixed = ("train.steps",) if config.distill else ()  # they say where a round ends
     differing = [
-        f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and (key in fixed or not key.startswith(FREE_KEYS))
+        f"  {key}: {before!r} -> {now!r}"
+        for key, (before, now) in differences(old, config.model_dump(mode="json")).items()
+        if key in fixed or not key.startswith(FREE_KEYS)
     ]
     if differing:
         raise CheckpointError(
@@ -211,9 +218,8 @@ class Initial:
 
     def load(self, engine: Engine, ema: EMA) -> None:
         """Copy the weights to the float32 masters and the average to the EMA."""
-        for slices, source in ((engine.masters(), self.weights), (ema.slices, self.average)):
-            for (name, offset), values in slices.items():
-                values.copy_(source[name].flatten()[offset : offset + values.numel()])
+        fill(engine.masters(), self.weights)
+        fill(ema.slices, self.average)
 
 
 def initial_weights(run: Run, model: Denoiser) -> Initial | None:
@@ -231,23 +237,15 @@ def initial_weights(run: Run, model: Denoiser) -> Initial | None:
     source = run.config.train.init_from
     if source is None:
         return None
-    origin = f"train.init_from {source!r}"
-    if source.startswith("models:/"):
-        local = tracking.download_model(run.tracking_uri, source)
-    elif storage.exists(source):
-        local = storage.fetch(source)
-    else:
-        raise CheckpointError(
-            f"{origin}: no such folder; expected a model folder, a checkpoint or models:/..."
-        )
+    origin = f"train.init_from: {source!r}"
+    local = run.fetch_model("train.init_from", source, "a model folder, a checkpoint")
     if (local / TAG).is_dir():
-        if found := checkpoint.problems(str(local)):
-            raise CheckpointError(f"{origin} is not usable: " + "; ".join(found))
+        if damage := checkpoint.problems(str(local)):
+            raise CheckpointError(f"{origin} is not usable: " + "; ".join(damage))
         average = read_averages(sorted(local.glob("ema_*.safetensors")))
         weights = _raw_weights(local)
     else:
-        average = model_folder.read_weights(local)
-        weights = average
+        weights = average = model_folder.read_weights(local)
     model_folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
     log.info("starting from the weights of %s", source)
     return Initial(weights, average)
@@ -274,10 +272,8 @@ def _raw_weights(local: Path) -> dict[str, Tensor]:
 
 def read_skipped(folder: str) -> Skipped:
     """Read the places in global batches that made a step not finite, by step, from a run's folder."""
-    file = storage.join(folder, SKIPPED)
-    if not storage.exists(file):
-        return {}
-    return {int(step): entry["places"] for step, entry in json.loads(storage.read_text(file)).items()}
+    entries = storage.read_json(storage.join(folder, SKIPPED), {})
+    return {int(step): entry["places"] for step, entry in entries.items()}
 
 
 def add_skipped(folder: str, step: int, places: list[int], rows: list[int]) -> None:
@@ -290,5 +286,5 @@ def add_skipped(folder: str, step: int, places: list[int], rows: list[int]) -> N
         rows: of the data at these places, for the reader of the file.
     """
     file = storage.join(folder, SKIPPED)
-    known = json.loads(storage.read_text(file)) if storage.exists(file) else {}
-    storage.publish_text(file, json.dumps({**known, str(step): {"places": places, "rows": rows}}))
+    entries = storage.read_json(file, {}) | {str(step): {"places": places, "rows": rows}}
+    storage.publish_text(file, json.dumps(entries))

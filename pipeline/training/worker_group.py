@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -14,24 +15,9 @@ import torch
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointUploadMode,
-    FailureConfig,
-    RunConfig,
-    UserCallback,
-)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.context import TrainRunContext
-from ray.train.v2._internal.execution.controller.state import (
-    InitializingState,
-    ReschedulingState,
-    ResizingState,
-    RestartingState,
-    TrainControllerState,
-)
+from ray.train.v2._internal.execution.controller import state
 from ray.train.v2.api.config import ScalingConfig  # what ray.train gives, by the name that type checkers see
 from ray.util.metrics import Gauge
 
@@ -51,7 +37,7 @@ RESERVATION_TIMEOUT_S = 10
 GROWTH_INTERVAL_S = 30.0  # between checks for nodes that have joined
 
 
-def run_group(run: Run, callbacks: Sequence[UserCallback] = ()) -> None:
+def run_group(run: Run, callbacks: Sequence[ray.train.UserCallback] = ()) -> None:
     """Train with a worker group until the last step; Ray restarts it after a failure, and the loop resumes.
 
     Args:
@@ -65,16 +51,14 @@ def run_group(run: Run, callbacks: Sequence[UserCallback] = ()) -> None:
     # The loop finds and prunes its own checkpoints, so Ray's record of an earlier start may be wrong.
     storage.remove(storage.join(run.folder, "checkpoint_manager_snapshot.json"))
     _release(run.folder)
-    cluster, use_gpu = run.config.cluster, run.resources.use_gpu
+    cluster, use_gpu, fatal = run.config.cluster, run.resources.use_gpu, storage.join(run.folder, FATAL)
     folder, name = run.folder.rsplit("/", 1)
     filesystem, folder = storage.arrow(folder)
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = (
-        "0"  # relative paths in the config are relative to the driver's folder
-    )
+    # Relative paths in the config are relative to the driver's folder.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     elastic = cluster.least < cluster.most
     if elastic:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(RESERVATION_TIMEOUT_S))
-    fatal = storage.join(run.folder, FATAL)
     storage.remove(fatal)
     trainer = _Trainer(
         _worker,
@@ -86,12 +70,12 @@ def run_group(run: Run, callbacks: Sequence[UserCallback] = ()) -> None:
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
-        run_config=RunConfig(
+        run_config=ray.train.RunConfig(
             name=name,
             storage_path=folder,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=None),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=None),
             callbacks=[BetweenGroups(run.folder), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
         ),
     )
@@ -106,8 +90,7 @@ def run_group(run: Run, callbacks: Sequence[UserCallback] = ()) -> None:
             f"training failed and used up cluster.max_failures restarts; last failure: {describe_failure(error)}"
         ) from error
     finally:
-        if storage.exists(fatal):  # raise the cause that a worker found, not its consequence
-            cause = json.loads(storage.read_text(fatal))
+        if cause := storage.read_json(fatal):  # raise the cause that a worker found, not its consequence
             storage.remove(fatal)
             raise getattr(errors, cause["kind"])(cause["message"]) from None
 
@@ -159,17 +142,16 @@ class BetweenGroups(ControllerCallback):
     def __init__(self, folder: str):
         self._folder = folder
 
-    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+    def after_controller_start(self, train_run_context: Any) -> None:
         """Record the name under which Ray reserves resources, for `_release`."""
         storage.publish_text(storage.join(self._folder, CLAIM), train_run_context.run_id)
 
-    def after_controller_state_update(
-        self, previous_state: TrainControllerState, current_state: TrainControllerState
-    ) -> None:
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Save before a resize, and check for a stop request; Ray calls this repeatedly while it waits for nodes."""
-        if isinstance(current_state, ResizingState):
+        waiting = state.InitializingState | state.RestartingState | state.ReschedulingState
+        if isinstance(current_state, state.ResizingState):
             self._save()
-        elif isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
+        elif isinstance(current_state, waiting):
             if type(previous_state) is type(current_state):
                 time.sleep(0.5)  # Ray itself would retry without a pause
             if storage.exists(storage.join(self._folder, STOP)):
@@ -249,8 +231,8 @@ class RaySession:
         """Upload this rank's part of a checkpoint in the background; Ray merges the folders of all ranks."""
         ray.train.report(
             metrics,
-            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )

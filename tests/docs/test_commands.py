@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.plan import chosen
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import load, parse_section, read_tree
 from pipeline.config.schema import CardConfig, ImportConfig
 from pipeline.config.sweep import load_sweep
+from pipeline.planning.gpus import select_gpus
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -91,7 +91,7 @@ def check_job(job: str, words: list[str]) -> None:
         plans = [word for word in overrides if job in PLANNED and word.startswith("plan=")]
         load(path, [word for word in overrides if word not in plans])
         for plan in plans:
-            chosen(plan.removeprefix("plan="))
+            select_gpus(plan.removeprefix("plan="))
 
 
 @pytest.mark.parametrize("command", JOBS)

@@ -302,7 +302,7 @@ def test_job_stop_ends_in_a_checkpoint_and_a_run_marked_killed(head: Head) -> No
         stdout=-1,
     )
     told = job_logs(head)
-    assert told.rstrip().splitlines()[-1].startswith("error: stopped as asked, after a checkpoint"), told[
+    assert told.rstrip().splitlines()[-1].startswith("error: stopped on request after a checkpoint"), told[
         -2000:
     ]
     (step,) = checkpoint.steps("s3://bucket/runs/stopped")

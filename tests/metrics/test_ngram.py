@@ -94,6 +94,6 @@ def test_no_training_rows_is_uniform() -> None:
 
 def test_large_vocabulary_is_quick() -> None:
     tokens = np.random.default_rng(7).zipf(1.3, (500, 1024)) % 50257
-    started = time.monotonic()
+    started = time.process_time()  # whatever else the machine does
     assert bigram_perplexity([tokens[:400]], [tokens[400:]], 50257) > 1
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5

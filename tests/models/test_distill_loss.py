@@ -57,7 +57,7 @@ def test_chunks_equal_the_direct_form(kind: Divergence, chunk: int, dtype: torch
         results.append((values.detach(), *gradients))
     for expected, found in zip(*results, strict=True):
         assert found.dtype == dtype
-        assert float((found - expected).abs().max()) < near
+        assert float((found - expected).abs().max()) < near * max(1.0, float(expected.abs().max()))
         assert float(expected.abs().max()) > 0.03
 
 
@@ -90,7 +90,7 @@ def test_zero_at_equality_and_positive_elsewhere(kind: Divergence) -> None:
 
 def test_directions_and_scales() -> None:
     """Student (1/2, 1/2), teacher (1/4, 3/4)."""
-    ours, theirs = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    ours, theirs = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]], dtype=torch.float64).log()
     expected = {
         "reverse_kl": 0.5 * math.log(2) + 0.5 * math.log(2 / 3),  # KL(student || teacher)
         "forward_kl": 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2),  # KL(teacher || student)
@@ -99,7 +99,7 @@ def test_directions_and_scales() -> None:
     }
     assert abs(expected["reverse_kl"] - expected["forward_kl"]) > 0.01
     for kind in KINDS:
-        assert divergence(ours, theirs, kind).item() == pytest.approx(expected[kind], abs=1e-6), kind
+        assert divergence(ours, theirs, kind).item() == pytest.approx(expected[kind], abs=1e-12), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -156,11 +156,11 @@ def test_draws_are_inverted_in_float64() -> None:
 
 def test_logits_exist_for_a_chunk_of_rows_only() -> None:
     vocab_size = LOGITS_AT_ONCE["cpu"] // 50
-    head = Head(4, vocab_size)
+    head = Head(4, vocab_size).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
-    hidden = torch.randn(120, 4, generator=generator)
+    hidden = torch.randn(120, 4, generator=generator, dtype=torch.float64)
     noise = torch.rand(120, generator=generator, dtype=torch.float64)
     sizes = []
     handle = head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))

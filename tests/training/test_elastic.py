@@ -16,7 +16,7 @@ from pipeline.errors import CapabilityError
 from pipeline.run import Run
 from pipeline.runtime.actors import Resources
 from pipeline.runtime.control_files import SAVE, STOP, Requests
-from pipeline.runtime.ray_cluster import available_resources, check_resources, places
+from pipeline.runtime.ray_cluster import available_resources, places
 from pipeline.runtime.session import PlainSession
 from pipeline.training import checkpoint, worker_group
 from tests.support import observed
@@ -66,11 +66,11 @@ def test_fewest_workers_must_fit_and_the_most_need_not(run_storage: Path, ray_cl
         workers = {"min": least, "max": most}
         return config.model_validate(config.model_dump() | {"cluster": {"workers": workers}}).cluster
 
-    assert check_resources(elastic(2, 4)) is False
+    assert available_resources(elastic(2, 4)) == Resources(2, 1, False)
     assert available_resources(elastic(1, 4)) == Resources(2, 1, False)
     assert available_resources(elastic(1, 1)) == Resources(1, 1, False)
-    with pytest.raises(CapabilityError, match="3 workers of 1 CPUs, the cluster has 2"):
-        check_resources(elastic(3, 4))
+    with pytest.raises(CapabilityError, match="3 workers of 1 CPUs, the cluster has room for 2"):
+        available_resources(elastic(3, 4))
 
 
 def test_a_worker_has_its_cpus_and_its_gpu_on_one_node() -> None:
@@ -105,13 +105,14 @@ from pipeline import logs
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError
 from pipeline.runtime.actors import own_device
-from pipeline.runtime.ray_cluster import available_resources, check_resources
+from pipeline.runtime.ray_cluster import available_resources
 logs.show()
 ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error")
 config = RunConfig.model_validate_json(sys.argv[1])
 for workers in (1, 2):
     one = config.cluster.model_copy(update={"workers": workers})
-    print(check_resources(one), available_resources(one).actors)
+    found = available_resources(one)
+    print(found.use_gpu, found.actors)
 print(ray.get(ray.remote(own_device).remote()))
 try:
     ray.get(ray.remote(num_gpus=1)(own_device).remote())
@@ -124,8 +125,8 @@ except ray.exceptions.RayTaskError as error:
 def test_gpus_where_there_are_none(run_storage: Path, ray_cluster: None) -> None:
     config = quick(run_storage, "no-gpus")
     asked = config.cluster.model_copy(update={"workers": 1, "accelerator": "gpu"})
-    with pytest.raises(CapabilityError, match=r"the cluster has 0 GPUs; expected cluster\.accelerator=cpu$"):
-        check_resources(asked)
+    with pytest.raises(CapabilityError, match=r" 0 GPUs\); expected cluster\.accelerator=cpu$"):
+        available_resources(asked)
 
 
 def test_reason_of_a_failed_run_is_one_line() -> None:

@@ -80,7 +80,7 @@ def test_a_missing_slice_is_an_error(tmp_path: Path) -> None:
     whole = {"a": torch.ones(10)}
     parts = cut(whole, 2)
     parts[0].save(tmp_path / "ema_00000.safetensors")
-    with pytest.raises(CheckpointError, match="EMA of 'a': 5 of 10 values from 0 stored"):
+    with pytest.raises(CheckpointError, match="weights of 'a': 5 of 10 values from 0 on are stored"):
         cut(whole, 1)[0].load([tmp_path / "ema_00000.safetensors"])
 
 
