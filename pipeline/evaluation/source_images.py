@@ -60,9 +60,9 @@ def source_images(data: ImageDataConfig, manifest: Manifest) -> SourceImages:
             "which are the reference for samples"
         )
     refs = list_images(source, data).refs
-    validation = held_out(np.arange(len(refs)), data.validation_images, len(refs))
-    splits = [[refs[i] for i in np.flatnonzero(mask)] for mask in (~validation, validation)]
-    return SourceImages(*splits, f"{manifest.content_key}-{source.fingerprint}")
+    is_held_out = held_out(np.arange(len(refs)), data.validation_images, len(refs))
+    train, validation = ([refs[i] for i in np.flatnonzero(mask)] for mask in (~is_held_out, is_held_out))
+    return SourceImages(train, validation, f"{manifest.content_key}-{source.fingerprint}")
 
 
 def load_net(
@@ -88,7 +88,7 @@ def load_net(
             f"{data.size}; expected 'inception', 'efficientnet' or package.module:factory"
         )
     labelled = _read_labelled(data, train) if spec == "classifier" else None
-    return load_features(spec, weights, labelled, batch, "cpu")
+    return load_features(spec, weights, labelled, batch)
 
 
 def dataset_of(refs: Sequence[Ref], data: ImageDataConfig) -> ray.data.Dataset:

@@ -214,15 +214,10 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
         "refresh_every": settings.refresh_every if settings.refresh_every > 1 else None,
         "labels": settings.labels,
     }
-    return {
-        "samples": count,
-        "order": settings.order,
-        "steps": settings.steps,
-        "temperature": settings.temperature,
-        **{key: value for key, value in optional.items() if value is not None},
-        "seed": settings.seed,
-        "precision": str(DTYPES[settings.precision]).removeprefix("torch."),
-    }
+    how: dict[str, object] = {"samples": count, "order": settings.order, "steps": settings.steps}
+    how |= {"temperature": settings.temperature}
+    how |= {key: value for key, value in optional.items() if value is not None}
+    return how | {"seed": settings.seed, "precision": str(DTYPES[settings.precision]).removeprefix("torch.")}
 
 
 def _write_images(
