@@ -126,9 +126,8 @@ class ImageEvaluator:
         self._net, self._data = net, data
         self._reference = images.reference_statistics(outputs, net.name, source.key, count, corpus.path)
         self._method = f"{net.name}, against {count:,} training images"
-        self._held_out = [
-            images.validation[i] for i in validation_rows(len(images.validation), settings.rows)
-        ]
+        held_out = source.validation
+        self._held_out = [held_out[i] for i in validation_rows(len(held_out), settings.rows)]
         self._tokenizer, self._resources = storage.join(corpus.path, TOKENIZER), run.resources
 
     def measure(self, groups: Sequence[Int[np.ndarray, "n L"]]) -> list[list[Measure]]:
