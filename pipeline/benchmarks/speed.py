@@ -5,7 +5,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,13 @@ from pipeline.benchmarks.roofline import clock, matmul_peak, roofline
 from pipeline.config.benchmark import BenchmarkConfig, SamplingCase, TrainingCase
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import next_token_batch, normaliser, training_batch
+from pipeline.diffusion.objective import Objective
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.models.flops import Work, flops, sampling_work, training_work
 from pipeline.models.pgm import PGM
 from pipeline.sampling.orders import step_counts
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _runner(config: BenchmarkConfig, case: AnyCase, model: Denoiser, parts: Phas
         step = training_step(config, case, model, parts)
         work = None
         if case.form == "own":
-            work = training_work(section, config.vocabulary, _groups(config)[1])
+            work = training_work(section, config.vocabulary, _draws(config).groups)
     else:
         step = _drawing(config, case, model, parts, config.steps)
         work = None
@@ -182,10 +182,10 @@ def _runner(config: BenchmarkConfig, case: AnyCase, model: Denoiser, parts: Phas
     return _Runner(step, warm, work, backward, into)
 
 
-def _groups(config: BenchmarkConfig) -> tuple[np.ndarray, np.ndarray]:
+def _draws(config: BenchmarkConfig) -> partition.StepDraws:
     """Times and groups of the one batch that all training cases step on."""
-    eps = DiffusionConfig().eps
-    return partition.draw(SEED, 0, config.batch, config.length, eps, bos=False)
+    shape = (config.batch, config.length)
+    return partition.draw(DiffusionConfig(), seed=SEED, step=0, shape=shape, bos=False)
 
 
 def training_step(
@@ -193,16 +193,14 @@ def training_step(
 ) -> Callable[[], dict[str, float]]:
     """A step as the loop takes it, from rows and groups to new weights, without communication."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    t, groups = _groups(config)
-    tokens = np.random.default_rng(SEED).integers(config.vocabulary, size=groups.shape)
-    present, diffusion = np.ones(config.batch, dtype=bool), DiffusionConfig()
-    divisor = normaliser(groups, diffusion, model.both_groups, bos=False)
+    draws = _draws(config)
+    tokens = np.random.default_rng(SEED).integers(config.vocabulary, size=draws.groups.shape)
+    present = np.ones(config.batch, dtype=bool)
+    objective = Objective(DiffusionConfig(), False, model.both_groups, model.left_to_right)
+    divisor = objective.normaliser(draws.groups)
 
     def batch() -> Batch:
-        if model.left_to_right:
-            return next_token_batch(tokens, present, config.batch, False, _CPU)
-        both = model.both_groups
-        return training_batch(tokens, t, groups, present, diffusion, both, divisor, False, _CPU)
+        return objective.batch(tokens, draws, present, divisor=divisor, device=_CPU)
 
     def run() -> dict[str, float]:
         model.train()
@@ -234,10 +232,14 @@ def _drawing(
         elif case.form == "hidden":
             sample_every_hidden(model, config.batch, steps, SEED)
         else:
-            sample(model, config.batch, steps, SEED, case.order, refresh_every=case.refresh_every)
+            sample(model, _request(config, case, steps))
         return parts.stop("draw")
 
     return run
+
+
+def _request(config: BenchmarkConfig, case: SamplingCase, steps: int) -> SamplingRequest:
+    return SamplingRequest(config.batch, steps, SEED, case.order, refresh_every=case.refresh_every)
 
 
 def _last_step(config: BenchmarkConfig, case: SamplingCase, model: Denoiser) -> None:
@@ -251,7 +253,7 @@ def _last_step(config: BenchmarkConfig, case: SamplingCase, model: Denoiser) -> 
         known = torch.ones(config.batch, config.length, dtype=torch.bool)
         known[:, : -(-config.length // config.steps)] = False
         given = (torch.zeros_like(known, dtype=torch.int64), known)
-        sample(model, config.batch, 1, SEED, case.order, known=given, refresh_every=case.refresh_every)
+        sample(model, replace(_request(config, case, 1), known=given))
 
 
 def peak_memory(config: BenchmarkConfig, case: AnyCase) -> float:

@@ -14,11 +14,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, seed_of, windows
+from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, windows
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import ragged_known, sample
+from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample
+from pipeline.seeds import text_seed
 
 T = TypeVar("T")
 
@@ -134,7 +135,7 @@ class DenoiserLM(LM):
         if self._model.left_to_right:
             order = Order("left_to_right")
         prompts = [ids or self._prefix for ids in self._encode(contexts)]
-        seeds = [seed_of(self._seed, ids) for ids in prompts]
+        seeds = [text_seed(self._seed, ids) for ids in prompts]
         written: list[list[int]] = [[] for _ in prompts]
         left = list(range(len(prompts)))
         while left:
@@ -144,7 +145,7 @@ class DenoiserLM(LM):
                 keep = min(len(wholes[row]), max(self._room - (most - len(written[row])), self._room // 2))
                 known.append(wholes[row][len(wholes[row]) - keep :])
                 new.append(min(most - len(written[row]), self._room - keep))
-            rows = self._fill(known, order, filters, [seed_of(seeds[row], written[row]) for row in left])
+            rows = self._fill(known, order, filters, [text_seed(seeds[row], written[row]) for row in left])
             for row, ids, prompt, count in zip(left, rows, known, new, strict=True):
                 written[row] += ids[len(prompt) : len(prompt) + count]
             left = [row for row in left if len(written[row]) < most and not self._ended(written[row], until)]
@@ -158,18 +159,10 @@ class DenoiserLM(LM):
         given = ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length)
         missing = self._room - min(map(len, known))
         steps = missing if self._model.left_to_right else min(self._steps, missing)
-        rows = sample(
-            self._model,
-            len(known),
-            steps,
-            self._seed,
-            order,
-            self._bos,
-            first=seeds,
-            filters=filters,
-            known=given,
+        request = SamplingRequest(
+            len(known), steps, self._seed, order, self._bos, known=given, filters=filters, indices=seeds
         )
-        return rows[:, start:].tolist()
+        return sample(self._model, request)[:, start:].tolist()
 
     def _text(self, ids: list[int]) -> str:
         """Up to the end of the text."""

@@ -1,6 +1,5 @@
 """What a model thinks of continuations of prompts: bounds on their likelihood, and whether it would write them."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.errors import ConfigError
 from pipeline.models.autoregressive import AR
 from pipeline.models.denoiser import Batch, Denoiser
-from pipeline.models.layers import LOGITS_AT_ONCE, rows_at_once
+from pipeline.models.layers import CHUNK_LOGITS, chunk_rows
+from pipeline.seeds import text_seed
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its continuation
 
@@ -31,12 +31,6 @@ class Continuation:
     nats: float
     stderr: float
     tokens: int
-
-
-def seed_of(seed: int, *texts: Sequence[int]) -> int:
-    """A seed that depends on ids alone, wherever they stand among others."""
-    digest = hashlib.sha256(repr((seed, [[int(i) for i in ids] for ids in texts])).encode())
-    return int.from_bytes(digest.digest()[:8])
 
 
 @torch.inference_mode()
@@ -103,8 +97,8 @@ def greedy_matches(
             model.extend(state, *_packed(known, [range(len(k)) for k in known], device), [*map(len, known)])
             places = [range(len(k), len(k) + len(w)) for k, w in zip(known, wanted, strict=True)]
             hidden = model.hidden(state, _packed(places, [], device)[0], [*map(len, wanted)])
-        at_once = rows_at_once(LOGITS_AT_ONCE, model.vocab_size, hidden.device)
-        likeliest = torch.cat([model.head(some).argmax(-1) for some in hidden.split(at_once)])
+        size = chunk_rows(CHUNK_LOGITS, model.vocab_size, hidden.device)
+        likeliest = torch.cat([model.head(chunk).argmax(-1) for chunk in hidden.split(size)])
         hits = likeliest.cpu() == torch.tensor([token for ids in wanted for token in ids])
         found += [bool(row.all()) for row in hits.split([*map(len, wanted)])]
     return found
@@ -154,7 +148,7 @@ def _hidden_rows(
         if model.left_to_right:
             groups[pair, :, begin:end], weights[pair, :, begin:end] = True, 1
             continue
-        rng = np.random.default_rng(seed_of(seed, continuation))
+        rng = np.random.default_rng(text_seed(seed, continuation))
         n = 1 + np.floor(stratified(draws, rng) * len(continuation)).astype(np.int64)
         hidden: Bool[np.ndarray, "draws n"] = draw_subset(rng, n, len(continuation), bos=False)
         groups[pair, :, begin:end] = hidden

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES
 from pipeline.reports.pictures import sample_grid
 from pipeline.runtime.actors import Resources, in_order, own_device, started
-from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 
 log = logging.getLogger(__name__)
 
@@ -67,22 +65,15 @@ class Sampler:
 
     def draw(self, settings: SamplingConfig, first: int, count: int) -> Int[np.ndarray, "count L"]:
         """Samples `first` to `first + count - 1`."""
-        s, classes = settings, self.classes()
-        labels = None if classes is None else labels_of(s, classes, first, count)
-        tokens = sample(
-            self._denoiser,
-            count,
-            s.steps,
-            s.seed,
-            Order.of(s),
-            self._facts.bos,
-            first=first,
+        classes = self.classes()
+        labels = None if classes is None else labels_of(settings, classes, first, count)
+        request = replace(
+            SamplingRequest.of(settings, self._facts.bos),
+            num_samples=count,
+            indices=range(first, first + count),
             condition=None if labels is None else torch.tensor(labels),
-            filters=Filters.of(s),
-            refresh_every=s.refresh_every,
-            guidance=s.guidance,
         )
-        return tokens.cpu().numpy()
+        return sample(self._denoiser, request).cpu().numpy()
 
     def pictures(self, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"] | None:
         """The images of rows; None from a model that draws none."""

@@ -1,7 +1,7 @@
 """How good a teacher's and its students' samples are, by the number of sampling steps."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import ray
@@ -15,9 +15,7 @@ from pipeline.metrics.text import unigram_entropy
 from pipeline.models import model_folder
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.runtime.actors import own_device
-from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 
 Rows = Integer[np.ndarray, "n L"]
 Judge = Callable[[Iterable[Rows]], float]
@@ -56,19 +54,15 @@ def draw(model: Denoiser, bos: int | None, settings: SamplingConfig, steps: int)
     for first in range(0, settings.num_samples, settings.batch):
         count = min(settings.batch, settings.num_samples - first)
         labels = None if classes is None else labels_of(settings, classes, first, count)
-        rows = sample(
-            model,
-            count,
-            steps,
-            settings.seed,
-            Order.of(settings),
-            bos,
-            None if labels is None else torch.tensor(labels),
-            first,
-            filters=Filters.of(settings),
-            guidance=settings.guidance,
+        request = replace(
+            SamplingRequest.of(settings, bos),
+            num_samples=count,
+            steps=steps,
+            indices=range(first, first + count),
+            condition=None if labels is None else torch.tensor(labels),
+            refresh_every=1,
         )
-        drawn.append(rows.cpu().numpy()[:, int(bos is not None) :])
+        drawn.append(sample(model, request).cpu().numpy()[:, int(bos is not None) :])
     return np.concatenate(drawn)
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.flops import flops, training_work
-from pipeline.models.layers import LOGITS_AT_ONCE
+from pipeline.models.layers import CHUNK_LOGITS
 from pipeline.models.model_folder import DataFacts
 
 SHARE_OF_PEAK = 0.35  # of the dense peak that a step is assumed to reach
@@ -139,9 +139,9 @@ def states(count: int, train: TrainConfig, workers: int, kept_whole: int = 0) ->
 
 def _groups(config: RunConfig, facts: DataFacts) -> Bool[np.ndarray, "B L"]:
     """Groups of some rows, drawn as training draws them."""
+    shape = (_ROWS, facts.length)
     bos = facts.bos is not None
-    settings = config.diffusion
-    return partition.draw(config.seed, 0, _ROWS, facts.length, settings.eps, bos, settings.schedule)[1]
+    return partition.draw(config.diffusion, seed=config.seed, step=0, shape=shape, bos=bos).groups
 
 
 def forward_flops(config: RunConfig, facts: DataFacts) -> float:
@@ -182,7 +182,7 @@ def activations(config: RunConfig, facts: DataFacts) -> float:
     kept = sum(runs) * each
     if train.activation_checkpointing:
         kept = sum(runs) * model.hidden * (4 if train.precision == "fp32" else 2) + max(runs) * each
-    return rows * kept + 3 * 4 * min(rows * asked * facts.vocab_size, LOGITS_AT_ONCE["cuda"])
+    return rows * kept + 3 * 4 * min(rows * asked * facts.vocab_size, CHUNK_LOGITS["cuda"])
 
 
 def report(

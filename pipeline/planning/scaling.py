@@ -16,7 +16,7 @@ import torch
 from pipeline.config.schema import MDLMConfig, PGMConfig, TrainConfig
 from pipeline.models import build
 from pipeline.models.flops import flops, training_work
-from pipeline.models.layers import LOGITS_AT_ONCE
+from pipeline.models.layers import CHUNK_LOGITS
 from pipeline.planning.plan import GPUS, states
 
 Stage = Literal[0, 1, 2, 3]
@@ -165,7 +165,7 @@ def predict(
     communication = collectives * (moved / link + math.log2(gpus) * HOP)
     held = states(parameters, TrainConfig(precision="bf16", zero_stage=stage), gpus)
     together = min(rows, micro_batch)
-    logits = 2 * 4 * min(LOGITS_AT_ONCE["cuda"], together * logits_of_a_row)
+    logits = 2 * 4 * min(CHUNK_LOGITS["cuda"], together * logits_of_a_row)
     memory = held.total + logits + together * kept_of_a_row
     return Prediction(
         gpus=gpus,

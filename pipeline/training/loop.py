@@ -27,6 +27,7 @@ from pipeline.errors import TrainingError
 from pipeline.models import build
 from pipeline.runtime.control_files import Requests
 from pipeline.runtime.session import HangWatch, Session
+from pipeline.seeds import mix_seed
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
@@ -157,7 +158,8 @@ def _attempt(job: Job, session: Session) -> dict[str, float]:
             for part, micro in enumerate(micros):
                 if part > 0:
                     engine.step(step)  # not the last micro-batch: only moves the accumulation on
-                torch.manual_seed(_mix(config.seed, step, int(micro.index[0])))  # dropout
+                # Seeds dropout; + 1, because the index of a missing row is -1.
+                torch.manual_seed(mix_seed(config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
                 present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
                 losses.append(engine.backward(task.batch(micro, present)))
             row_losses = torch.cat(losses)  # [slots], of `places`
@@ -330,11 +332,6 @@ class _Interval:
             "train/tokens_per_second": tokens / self.seconds_a_step(),
             "train/data_wait": self.waited / self.seconds,
         }
-
-
-def _mix(*numbers: int) -> int:
-    """One generator seed from several numbers."""
-    return int(np.random.SeedSequence([n + 1 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _memory(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """Validation in the middle of training: how well the EMA weights predict, and what they draw."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
 from pipeline.reports.pictures import sample_grid, unmasking_order
 from pipeline.runtime.session import Session
 from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from pipeline.tracking import Tracker
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
@@ -124,30 +123,20 @@ def draw(
 ) -> tuple[Int[torch.Tensor, "B L"], list[int] | None, Int[torch.Tensor, "B L"]]:
     """A few samples as the config's sampling section draws them: tokens, classes, steps of revelation."""
     settings, bos = config.sampling, manifest.special.bos
+    request = replace(SamplingRequest.of(settings, bos), refresh_every=1)
     if config.data.kind == "text":
-        order = Order("left_to_right" if model.left_to_right else "uniform")
         steps = manifest.length - (bos is not None) if model.left_to_right else min(64, settings.steps)
-        count, classes, guidance, filters = TEXTS, None, 0.0, Filters()
+        order, classes = "left_to_right" if model.left_to_right else "uniform", None
+        request = replace(
+            request, num_samples=TEXTS, steps=steps, order=order, filters=Filters(), guidance=0.0
+        )
     else:
-        order, steps = Order.of(settings), settings.steps
-        guidance, filters = settings.guidance, Filters.of(settings)
         known = config.model.classes or 1
         shown = settings.labels or range(known)
         classes = [label for label in list(shown)[:CLASSES_SHOWN] for _ in range(PICTURES_A_CLASS)]
-        count = len(classes)
+        request = replace(request, num_samples=len(classes))
     conditional = classes is not None and config.model.classes is not None
     condition = torch.tensor(classes) if conditional else None
-    revealed = torch.zeros(count, manifest.length, dtype=torch.int64)
-    tokens = sample(
-        model,
-        count,
-        steps,
-        settings.seed,
-        order,
-        bos,
-        condition,
-        filters=filters,
-        guidance=guidance,
-        revealed_at=revealed,
-    )
+    revealed = torch.zeros(request.num_samples, manifest.length, dtype=torch.int64)
+    tokens = sample(model, replace(request, condition=condition), revealed_at=revealed)
     return tokens.cpu(), classes if condition is not None else None, revealed
