@@ -199,8 +199,8 @@ def _empty_model(config: RunConfig, facts: DataFacts) -> Denoiser:
 
 def _groups(config: RunConfig, facts: DataFacts) -> Bool[np.ndarray, "B L"]:
     """Draw the groups of some rows as training draws them."""
-    bos, settings = facts.bos is not None, config.diffusion
-    return partition.draw(config.seed, 0, _ROWS, facts.length, settings.eps, bos, settings.schedule)[1]
+    bos, shape = facts.bos is not None, (_ROWS, facts.length)
+    return partition.draw(config.diffusion, seed=config.seed, step=0, shape=shape, bos=bos).groups
 
 
 def _gpu_cells(config: RunConfig, name: str, gpu: GPU, step: float, needed: float) -> dict[str, str]:
