@@ -69,11 +69,19 @@ class ImageMeasurer:
         self._tokenizer = load_image_tokenizer(tokenizer, data.factor, data.encode_batch, device)
 
     def drawn(self, codes: Int[np.ndarray, "n T"]) -> Outputs:
-        """Decode codes and compute the net's outputs."""
+        """Decode codes and compute the net's outputs.
+
+        Args:
+            codes: of images.
+        """
         return self._net(self._tokenizer.decode(codes))
 
     def held_out(self, refs: Sequence[Ref]) -> ImageMeasurement | None:
-        """Read real images and compute the outputs for them; None if none of them can be read."""
+        """Read real images and compute the outputs for them; None if none of them can be read.
+
+        Args:
+            refs: of the images.
+        """
         pixels = read_pixels(refs, self._data)
         if not len(pixels.images):
             return None
@@ -132,6 +140,9 @@ class ImageEvaluator:
 
     def measure(self, groups: Sequence[Int[np.ndarray, "n L"]]) -> list[list[Measure]]:
         """Compute the FID of groups of rows.
+
+        Args:
+            groups: rows of codes, BOS included.
 
         Raises:
             DataError: a group has fewer than two rows.

@@ -45,7 +45,11 @@ class Corpus:
     manifest: Manifest
 
     def reader(self, split: str) -> ShardReader:
-        """Open the rows of a split."""
+        """Open the rows of a split.
+
+        Args:
+            split: "train" or "validation".
+        """
         return ShardReader(self.path, self.manifest, split)
 
 
