@@ -1,8 +1,10 @@
 """The manifest of prepared data: what a folder of shards holds, and whether it fits a config."""
 
 import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,6 +16,7 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError, did_you_mean
 
 MANIFEST = "manifest.json"
+_NAMES = 1000  # descriptions of what was skipped that a manifest keeps
 
 
 class _Frozen(BaseModel):
@@ -60,10 +63,20 @@ class Split(_Frozen):
 
 
 class Skipped(_Frozen):
-    """Documents or rests of files that could not be read (`data.on_error: skip`); names of the first ones."""
+    """Documents or rests of files that could not be read (`data.on_error: skip`).
+
+    Attributes:
+        count: how many.
+        names: descriptions of the first ones.
+    """
 
     count: int
     names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, problems: Sequence[str]) -> Self:
+        """Count problems and keep the first descriptions."""
+        return cls(count=len(problems), names=tuple(problems[:_NAMES]))
 
 
 class Manifest(_Frozen):
@@ -119,6 +132,10 @@ class Manifest(_Frozen):
                 "remove the folder and prepare it again"
             ) from None
 
+    def publish(self, path: str) -> None:
+        """Write the manifest into the folder `path`, which completes it."""
+        storage.publish_text(storage.join(path, MANIFEST), self.model_dump_json(indent=2) + "\n")
+
     @property
     def ids(self) -> int:
         """Rows hold ids in 0..ids-1: the vocabulary, and the BOS of images, which lies behind the mask."""
@@ -142,6 +159,11 @@ class Manifest(_Frozen):
     def rows_per_shard(self, split: str) -> list[int]:
         """Rows of every file of a split, in order."""
         return [file.rows for file in self.split(split).files]
+
+
+def hash_content(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of settings that determine what shards hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def token_dtype(ids: int) -> np.dtype:
@@ -177,17 +199,30 @@ def check_fits(manifest: Manifest, config: RunConfig) -> None:
     """
     data = config.data
     pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
-    found = [
-        f"{key}: the data has {has!r}, the config {wants!r}"
-        for key, (has, wants) in {"data.length": (manifest.length, data.length), **pairs}.items()
+    lines = differences({"data.length": (manifest.length, data.length), **pairs}, "config")
+    if (rows := manifest.rows("train")) < config.train.batch:
+        lines.append(
+            f"  train.batch: {config.train.batch} rows, but the data has {rows}; expected at most {rows}"
+        )
+    if lines:
+        raise DataError("\n".join(["the data does not fit the config:", *lines]))
+
+
+def differences(pairs: Mapping[str, tuple[object, object]], reader: str) -> list[str]:
+    """Describe how data differs from what is to read it.
+
+    Args:
+        pairs: by key, the value of the data and the value that is expected.
+        reader: what expects it: "config" or "model".
+
+    Returns:
+        An indented line for every key whose two values differ.
+    """
+    return [
+        f"  {key}: the data has {has!r}, the {reader} {wants!r}"
+        for key, (has, wants) in pairs.items()
         if has != wants
     ]
-    if (rows := manifest.rows("train")) < config.train.batch:
-        found.append(
-            f"train.batch: {config.train.batch} rows, but the data has {rows}; expected at most {rows}"
-        )
-    if found:
-        raise DataError("the data does not fit the config:\n" + "\n".join(f"  {line}" for line in found))
 
 
 def _text_pairs(manifest: Manifest, data: TextDataConfig) -> dict[str, tuple[object, object]]:

@@ -15,6 +15,8 @@ from pipeline import storage
 from pipeline.data.manifest import Manifest, ShardFile, token_dtype
 from pipeline.errors import DataError
 
+Rows = tuple[np.ndarray, np.ndarray | None]  # tokens [n, L], and labels [n] or None
+
 
 def encode_shard(
     tokens: UInt[np.ndarray, "n L"], labels: Integer[np.ndarray, "n"] | None = None
@@ -28,9 +30,7 @@ def encode_shard(
     return data, hashlib.sha256(data).hexdigest()
 
 
-def publish_shard(
-    name: str, path: str, work: str, make: Callable[[], tuple[np.ndarray, np.ndarray | None]]
-) -> ShardFile:
+def publish_shard(name: str, path: str, work: str, make: Callable[[], Rows]) -> ShardFile:
     """Write one shard and a record of its hash; where both are there and agree, do nothing.
 
     Args:

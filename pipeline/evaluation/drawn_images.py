@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Int
 
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.prepare.encoding import read_pixels
 from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.workflow import Progress
+from pipeline.data.prepare.images import read_pixels
 from pipeline.evaluation.source_images import UNIT, SourceImages, dataset_of
+from pipeline.logs import Progress
 from pipeline.metrics.image_features import FeatureNet, Outputs, accuracy
 from pipeline.metrics.images import (
     Difference,

@@ -12,8 +12,7 @@ from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.encoding import read_pixels
-from pipeline.data.prepare.images import TOKENIZER
+from pipeline.data.prepare.images import TOKENIZER, read_pixels
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
 from pipeline.errors import ConfigError

@@ -12,9 +12,9 @@ import ray.data
 
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.encoding import held_out, read_pixels
 from pipeline.data.prepare.image_archives import Ref
 from pipeline.data.prepare.image_sources import list_images, open_images
+from pipeline.data.prepare.images import held_out, read_pixels
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics.image_features import (
     CLASSIFIER_IMAGES,
@@ -49,7 +49,7 @@ def source_images(data: ImageDataConfig, manifest: Manifest) -> SourceImages:
         DataError: the source is gone, or is not what it was then.
     """
     source = open_images(data)
-    if source.fingerprint != manifest.source.fingerprint:
+    if source.info.fingerprint != manifest.source.fingerprint:
         raise DataError(
             f"data.source: {data.source!r} has changed since its codes were prepared, so its images are no reference "
             "for them; expected the same images"
@@ -59,7 +59,7 @@ def source_images(data: ImageDataConfig, manifest: Manifest) -> SourceImages:
     splits: dict[bool, list[Ref]] = {False: [], True: []}
     for ref, kept_back in zip(refs, out.tolist(), strict=True):
         splits[kept_back].append(ref)
-    return SourceImages(splits[False], splits[True], f"{manifest.content_key}-{source.fingerprint}")
+    return SourceImages(splits[False], splits[True], f"{manifest.content_key}-{source.info.fingerprint}")
 
 
 def load_net(

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float64, Int, UInt
 
 from pipeline import storage
-from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.workflow import Progress
+from pipeline.data.manifest import Manifest, differences
 from pipeline.data.shards import ShardReader
 from pipeline.errors import DataError
+from pipeline.logs import Progress
 from pipeline.metrics import likelihood
 from pipeline.metrics.likelihood import Estimator, Likelihood
 from pipeline.models import model_folder
@@ -87,14 +87,9 @@ def check_fits(corpus: Corpus, facts: model_folder.DataFacts, tokenizer_hash: st
         "bos": (manifest.special.bos, facts.bos),
         "tokenizer (hash)": (manifest.tokenizer.hash[:12], tokenizer_hash[:12]),
     }
-    found = [
-        f"{key}: the data has {has!r}, the model {is_!r}" for key, (has, is_) in pairs.items() if has != is_
-    ]
-    if found:
-        raise DataError(
-            f"evaluation: the model cannot read {corpus.path} (tokenizer {manifest.tokenizer.name!r}):\n"
-            + "\n".join(f"  {line}" for line in found)
-        )
+    if lines := differences(pairs, "model"):
+        head = f"evaluation: the model cannot read {corpus.path} (tokenizer {manifest.tokenizer.name!r}):"
+        raise DataError("\n".join([head, *lines]))
     if not manifest.rows("validation"):
         raise DataError(f"evaluation: {corpus.path} has no validation rows; expected at least one")
 
