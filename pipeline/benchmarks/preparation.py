@@ -131,11 +131,11 @@ def _corpus(folder: Path, tokenizer: str, megabytes: float, length: int) -> Text
 def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
     """What the preparation's workers do for all units and shards, one after the other in this process."""
     work = str(into / "work")
-    units = [tokenise_unit(index, pieces, data, work) for index, pieces in enumerate(source.units)]
+    units = [tokenise_unit(unit, data, work) for unit in enumerate(source.units)]
     make, splits = row_maker(data, work), {}
-    for name, plan in plan_splits(units, data, work).items():
-        files = [publish_shard(shard.name, str(into), work, partial(make, shard)) for shard in plan.shards]
-        splits[name] = plan.to_split({file.name: file for file in files})
+    for name, (split, shards) in plan_splits(units, data, work).items():
+        files = tuple(publish_shard(shard.name, str(into), work, partial(make, shard)) for shard in shards)
+        splits[name] = split.model_copy(update={"files": files})
     return describe(data, source, units, splits)
 
 

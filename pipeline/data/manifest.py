@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
@@ -16,7 +15,6 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError, did_you_mean
 
 MANIFEST = "manifest.json"
-_NAMES = 1000  # descriptions of what was skipped that a manifest keeps
 
 
 class _Frozen(BaseModel):
@@ -72,11 +70,6 @@ class Skipped(_Frozen):
 
     count: int
     names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, problems: Sequence[str]) -> Self:
-        """Count problems and keep the first descriptions."""
-        return cls(count=len(problems), names=tuple(problems[:_NAMES]))
 
 
 class Manifest(_Frozen):
@@ -166,24 +159,26 @@ def hash_content(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def token_dtype(ids: int) -> np.dtype:
-    """Smallest unsigned little-endian dtype that holds 0..ids-1."""
-    return np.min_scalar_type(ids - 1).newbyteorder("<")
-
-
 @lru_cache(maxsize=4)
-def weights_hash(spec: str) -> str:
-    """SHA-256 of an image tokenizer's file, or over all files of its folder; once a process.
+def image_tokenizer_id(spec: str) -> str:
+    """Return what identifies an image tokenizer, computed once per process.
+
+    Args:
+        spec: "patch", a file or a folder.
+
+    Returns:
+        "patch", or the SHA-256 of the file or of all files of the folder.
 
     Raises:
         ConfigError: nothing is there.
     """
+    if spec == "patch":
+        return spec
     folder, _, name = spec.rstrip("/").rpartition("/")
     if not storage.exists(spec):
         near = did_you_mean(name, [*storage.listing(folder or "."), "patch"])
-        raise ConfigError(
-            f"data.tokenizer: {spec!r} does not exist; expected 'patch', a file or a folder{near}"
-        )
+        expected = f"expected 'patch', a file or a folder{near}"
+        raise ConfigError(f"data.tokenizer: {spec!r} does not exist; {expected}")
     names = storage.listing(spec)
     if names in ([], [name]):  # how a store lists a file
         return storage.sha256(spec)
@@ -226,30 +221,26 @@ def differences(pairs: Mapping[str, tuple[object, object]], reader: str) -> list
 
 
 def _text_pairs(manifest: Manifest, data: TextDataConfig) -> dict[str, tuple[object, object]]:
-    """What the data has and the config wants, by key."""
-    tokenizer = load_tokenizer(data.tokenizer)
+    """Return what the data has and what the config expects, by key."""
+    has, expected = manifest.tokenizer, load_tokenizer(data.tokenizer)
     pairs: dict[str, tuple[object, object]] = {
         "data.wrap": (manifest.wrap, data.wrap),
-        "data.tokenizer (vocabulary)": (manifest.vocabulary, tokenizer.vocab_size),
-        "data.tokenizer (end of text)": (manifest.special.eot, tokenizer.eot),
+        "data.tokenizer (vocabulary)": (manifest.vocabulary, expected.vocab_size),
+        "data.tokenizer (end of text)": (manifest.special.eot, expected.eot),
     }
-    if manifest.tokenizer.hash != tokenizer.hash:  # the same ids under another name are welcome
-        pairs["data.tokenizer (hash)"] = (
-            f"{manifest.tokenizer.name} {manifest.tokenizer.hash[:12]}",
-            f"{tokenizer.name} {tokenizer.hash[:12]}",
-        )
+    if has.hash != expected.hash:  # the same ids under another name are accepted
+        hashes = (f"{has.name} {has.hash[:12]}", f"{expected.name} {expected.hash[:12]}")
+        pairs["data.tokenizer (hash)"] = hashes
     return pairs
 
 
 def _image_pairs(manifest: Manifest, data: ImageDataConfig) -> dict[str, tuple[object, object]]:
-    """What the data has and the config wants, by key. A codebook of patches was fitted on the data itself."""
-    patch = data.tokenizer == "patch"
-    return {
+    """Return what the data has and what the config expects, by key; "patch" is fitted on the data itself."""
+    pairs: dict[str, tuple[object, object]] = {
         "data.classes": (manifest.classes, data.classes),
         "data.size / data.factor": (manifest.grid, data.size // data.factor),
-        "data.tokenizer": (
-            manifest.content.get("tokenizer"),
-            "patch" if patch else weights_hash(data.tokenizer),
-        ),
-        **({"data.codes": (manifest.vocabulary, data.codes)} if patch else {}),
+        "data.tokenizer": (manifest.content.get("tokenizer"), image_tokenizer_id(data.tokenizer)),
     }
+    if data.tokenizer == "patch":
+        pairs["data.codes"] = (manifest.vocabulary, data.codes)
+    return pairs

@@ -10,8 +10,8 @@ import pytest
 from pipeline import storage
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import MANIFEST, Manifest, check_fits, token_dtype
-from pipeline.data.shards import ShardReader, encode_shard
+from pipeline.data.manifest import MANIFEST, Manifest, check_fits
+from pipeline.data.shards import ShardReader, encode_shard, token_dtype
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError
 from tests.support.data_helpers import SIZES, L, make_shards, write_ranks

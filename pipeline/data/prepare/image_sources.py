@@ -21,30 +21,9 @@ from jaxtyping import UInt8
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import SourceInfo
-from pipeline.data.prepare.image_archives import (
-    IMAGES,
-    PARQUET,
-    TAR,
-    Ref,
-    is_a,
-    list_parquet,
-    list_tar,
-    outside,
-    read_parquet,
-    read_tar,
-)
-from pipeline.data.prepare.source_files import (
-    HUB,
-    Problem,
-    SourceFile,
-    digest,
-    find,
-    fingerprint,
-    has_wildcard,
-    hub_folder,
-    list_files,
-    pinned_revision,
-)
+from pipeline.data.prepare import image_archives, source_files
+from pipeline.data.prepare.image_archives import IMAGES, PARQUET, TAR, Ref, is_a, outside
+from pipeline.data.prepare.source_files import HUB, Problem, SourceFile
 from pipeline.data.reading_order import permutation
 from pipeline.errors import DataError, did_you_mean
 
@@ -99,27 +78,21 @@ def open_images(data: ImageDataConfig) -> ImageSource:
     Raises:
         DataError: nothing is there, nothing that can be read, or files of several kinds.
     """
-    revision = None
     if data.source == DIGITS:
-        source_hash = digest([_digits()[0].tobytes().hex()])
-        files = [SourceFile(DIGITS, "", 0, source_hash)]
-    elif data.source.startswith(HUB):
-        files, revision = _list_hub(data)
-        source_hash = fingerprint(files) if revision is None else digest([revision])
-    else:
-        suffixes = tuple(itertools.chain(*_KINDS.values()))
-        files = [file for file in find(data.source, suffixes, DIGITS) if "/." not in f"/{file.name}"]
-        kinds = [kind for kind, ends in _KINDS.items() if any(is_a(file.path, ends) for file in files)]
-        if len(kinds) != 1:
-            found = " and ".join(kinds) or "hidden files only"
-            raise DataError(
-                f"data.source: {found} at {data.source!r}; expected one kind of {', '.join(_KINDS)}"
-            )
-        if kinds == ["idx files"]:
-            files = _idx_pair(files, data.source)
-        source_hash = fingerprint(files)
-    info = SourceInfo(name=data.source, revision=revision, fingerprint=source_hash)
-    return ImageSource(tuple(files), info)
+        info = source_files.describe(data, [_digits()[0].tobytes().hex()])
+        return ImageSource((SourceFile(DIGITS, "", 0, info.fingerprint),), info)
+    if data.source.startswith(HUB):
+        return _open_hub(data)
+    suffixes = tuple(itertools.chain(*_KINDS.values()))
+    files = source_files.find(data.source, suffixes, DIGITS)
+    files = [file for file in files if "/." not in f"/{file.name}"]
+    kinds = [kind for kind, ends in _KINDS.items() if any(is_a(file.path, ends) for file in files)]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "hidden files only"
+        raise DataError(f"data.source: {found} at {data.source!r}; expected one kind of {', '.join(_KINDS)}")
+    if kinds == ["idx files"]:
+        files = _idx_pair(files, data.source)
+    return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
 
 
 def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
@@ -136,7 +109,7 @@ def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
     names: tuple[str, ...] | None = None
     problems: list[Problem] = []
     if is_a(first, TAR + PARQUET):
-        list_file = list_tar if is_a(first, TAR) else list_parquet
+        list_file = image_archives.list_tar if is_a(first, TAR) else image_archives.list_parquet
         with ThreadPoolExecutor(_READERS) as pool:
             lists = pool.map(lambda file: list(list_file(file.path, data)), source.files)
             items = list(itertools.chain(*lists))
@@ -185,9 +158,9 @@ def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[Image |
         pixels = _digits()[0] if path == DIGITS else _idx(path)
         return [(pixels[ref.place], ref.label) for ref in refs]
     if is_a(path, TAR):
-        return read_tar(path, refs)
+        return image_archives.read_tar(path, refs)
     if is_a(path, PARQUET):
-        return read_parquet(path, refs, data)
+        return image_archives.read_parquet(path, refs, data)
     return ((storage.read_bytes(ref.path), ref.label) for ref in refs)
 
 
@@ -208,7 +181,7 @@ def _list_folders(
         raise DataError(f"data.source: {loose!r} is in no class folder; expected FOLDER/CLASS/IMAGE")
     classes = [file.name.partition("/")[0] for file in files]
     root = files[0].path.removesuffix(files[0].name)
-    empty = set() if has_wildcard(data.source) else _folders(root).difference(classes)
+    empty = set() if source_files.has_wildcard(data.source) else _folders(root).difference(classes)
     names = tuple(sorted(empty.union(classes)))
     if len(names) < data.classes:
         raise DataError(
@@ -240,7 +213,7 @@ def _idx_pair(files: list[SourceFile], source: str) -> list[SourceFile]:
         )
     path, name = chosen[0].path, chosen[0].name
     stem = re.sub(r"images([-.])idx3-ubyte(\.gz)?$", r"labels\1idx1-ubyte", path)
-    labels = [*list_files(stem), *list_files(f"{stem}.gz")]
+    labels = [*source_files.list_files(stem), *source_files.list_files(f"{stem}.gz")]
     if not labels:
         raise DataError(f"data.source: {path!r} without its labels; expected {stem!r} or with .gz")
     return [chosen[0], labels[0]._replace(name=labels[0].path[len(path) - len(name) :])]
@@ -274,32 +247,29 @@ def _idx(path: str) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def _list_hub(data: ImageDataConfig) -> tuple[list[SourceFile], str | None]:
-    """List a dataset of the Hugging Face hub and its pinned revision, or a local copy, which has none.
+def _open_hub(data: ImageDataConfig) -> ImageSource:
+    """List a dataset of the Hugging Face hub, its revision pinned, or a local copy, which has no revision.
 
     The files are read as they are, so they must be Parquet or tar files.
     """
     from datasets import load_dataset_builder  # slow to import, and other sources do without
 
-    folder = hub_folder(data)
-    revision = pinned_revision(data) if folder is None else None
+    folder = source_files.hub_folder(data)
+    revision = None if folder else source_files.pinned_revision(data)
     name = folder or data.source.removeprefix(HUB)
     try:
-        builder = load_dataset_builder(name, data.subset, revision=revision)
+        splits = load_dataset_builder(name, data.subset, revision=revision).config.data_files or {}
     except (OSError, ValueError, RuntimeError) as error:  # the message names the subsets
         raise DataError(f"data.source: {data.source!r} cannot be opened: {error}") from error
-    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if data.split not in splits:
-        near = did_you_mean(data.split, splits)
-        raise DataError(
-            f"data.split: no split {data.split!r} in {data.source!r}; known: {', '.join(splits)}{near}"
-        )
-    paths = splits[data.split]
+        known = f"{', '.join(map(str, splits))}{did_you_mean(data.split, splits)}"
+        raise DataError(f"data.split: no split {data.split!r} in {data.source!r}; known: {known}")
+    paths = list(splits[data.split])
     if not any(all(is_a(path, ends) for path in paths) for ends in (TAR, PARQUET)):
-        raise DataError(
-            f"data.source: {data.source!r} has files such as {paths[0]!r}; expected .parquet or .tar"
-        )
-    if folder is None:
-        return [SourceFile(path, path, 0, str(revision)) for path in paths], revision
-    found = itertools.chain.from_iterable(map(list_files, paths))
-    return [file._replace(name=file.path[len(folder) :]) for file in found], None
+        what = f"has files such as {paths[0]!r}; expected .parquet or .tar"
+        raise DataError(f"data.source: {data.source!r} {what}")
+    if folder:
+        files = [file for path in paths for file in source_files.list_files(path, folder)]
+        return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
+    files = [SourceFile(path, path, 0, str(revision)) for path in paths]
+    return ImageSource(tuple(files), source_files.describe(data, [str(revision)], revision))

@@ -10,12 +10,11 @@ What the shards hold depends on the input and the config alone; codes of a netwo
 """
 
 import io
-import json
 import logging
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,27 +28,18 @@ from pipeline import storage
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import (
     Manifest,
-    Skipped,
     SpecialIds,
+    Split,
     TokenizerInfo,
     hash_content,
-    token_dtype,
-    weights_hash,
+    image_tokenizer_id,
 )
+from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_archives import Ref
 from pipeline.data.prepare.image_sources import ImageSource, Listing, list_images, read_images
 from pipeline.data.prepare.pixels import square
 from pipeline.data.prepare.source_files import Problem, refusal
-from pipeline.data.prepare.workflow import (
-    Shard,
-    SplitPlan,
-    Unit,
-    plan_shards,
-    run_units,
-    unit_path,
-    write_shards,
-)
-from pipeline.data.shards import Rows
+from pipeline.data.shards import Rows, token_dtype
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -64,8 +54,8 @@ _FIT_SEED = 0
 _READERS = 8  # threads that read the images on which the tokenizer is fitted
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageUnit(Unit):
+@dataclass(frozen=True)
+class ImageUnit(workflow.Unit):
     """The record of one encoded unit.
 
     Its file (`npz`) has codes and labels of the training images, of their mirrored copies, of the held-out images.
@@ -108,7 +98,7 @@ def content(data: ImageDataConfig) -> dict[str, Any]:
     patch = data.tokenizer == "patch"  # its codes do not depend on how many images are encoded together
     encoding = ("codes", "fit_images") if patch else ("encode_batch", "encode_threads")
     values = {key: getattr(data, key) for key in keys + shape + encoding}
-    return {**values, "tokenizer": "patch" if patch else weights_hash(data.tokenizer), "format": FORMAT}
+    return {**values, "tokenizer": image_tokenizer_id(data.tokenizer), "format": FORMAT}
 
 
 def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> Manifest:
@@ -132,11 +122,11 @@ def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> M
     tokenizer = _tokenizer(data, refs, work)
     bos = tokenizer.codes + 1  # behind the mask
     size = unit_size(data)
-    inputs = [json.dumps(refs[start : start + size]) for start in range(0, len(refs), size)]
-    encode = partial(_encode, data=data, images=len(refs), work=work)
-    units = run_units(inputs, ImageUnit, encode, work, "encoded", "images")
+    inputs = [refs[start : start + size] for start in range(0, len(refs), size)]
+    encode = partial(_encode_units, data=data, images=len(refs), work=work)
+    units = workflow.run_units(inputs, ImageUnit, encode, work, "encoded", "images")
     make = partial(_rows, work=work, bos=bos)
-    splits = write_shards(plan_splits(units, data), make, path, work, "rows")
+    splits = workflow.write_shards(plan_splits(units, data), make, path, work, "rows")
     _save(tokenizer, storage.join(path, TOKENIZER))
     settings = content(data)
     return Manifest(
@@ -152,9 +142,7 @@ def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> M
         documents=sum(split.documents for split in splits.values()),
         documents_empty=0,
         tokens=sum(split.tokens for split in splits.values()),
-        skipped=Skipped.of(
-            [*map(str, listing.problems), *(problem for unit in units for problem in unit.problems)]
-        ),
+        skipped=workflow.skipped(units, *map(str, listing.problems)),
         classes=data.classes,
         class_names=listing.class_names,
         grid=data.size // data.factor,
@@ -206,6 +194,30 @@ def read_pixels(refs: Sequence[Ref], data: ImageDataConfig) -> Pixels:
     return Pixels(pixels, np.array(labels, np.int64), np.array(kept, np.int64), problems)
 
 
+def read_spread(
+    refs: Sequence[Ref], data: ImageDataConfig, most: int
+) -> tuple[UInt8[np.ndarray, "n S S 3"], Int64[np.ndarray, "n"]]:
+    """Read images, evenly spread over a list, in several threads.
+
+    Args:
+        refs: the list.
+        data: the data section of the config.
+        most: how many to read at most.
+
+    Returns:
+        The images that can be read, and their labels.
+
+    Raises:
+        DataError: one cannot be read, and `data.on_error` is fatal.
+    """
+    count = min(len(refs), most)
+    chosen = [refs[i * len(refs) // count] for i in range(count)]
+    parts = [chosen[start : start + _UNIT] for start in range(0, count, _UNIT)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        read = list(pool.map(lambda part: read_pixels(part, data), parts))
+    return np.concatenate([part.images for part in read]), np.concatenate([part.labels for part in read])
+
+
 def unit_size(data: ImageDataConfig) -> int:
     """Return the number of images in a unit."""
     return -(-_UNIT // data.encode_batch) * data.encode_batch
@@ -215,53 +227,48 @@ class Encoder:
     """Encodes units that were read, with the tokenizer in memory; for the actors of Ray Data.
 
     Args:
-        tokenizer: folder that its `save` wrote.
         data: the data section of the config.
-        work: folder of the intermediate files.
+        images: number of all images.
+        work: folder of the intermediate files, which has the tokenizer.
         device: "cuda" or "cpu".
     """
 
-    def __init__(self, tokenizer: str, data: ImageDataConfig, work: str, device: str) -> None:
-        import torch  # seconds, and who reads images or writes shards does without
-
-        from pipeline.models.vq import load_image_tokenizer
+    def __init__(self, data: ImageDataConfig, images: int, work: str, device: str) -> None:
+        import torch  # takes seconds, and readers of images and writers of shards do without
 
         torch.set_num_threads(data.encode_threads)
-        self._tokenizer = load_image_tokenizer(tokenizer, data.factor, data.encode_batch, device)
-        self._data, self._work = data, work
+        self._tokenizer = _load(data, storage.join(work, TOKENIZER), device)
+        self._data, self._images, self._work = data, images, work
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Encode one unit and write its file and its record.
 
         Args:
-            row: as `_read_row` returns it.
+            row: the number and the `Pixels` of the unit, see `map_row`.
 
         Returns:
-            The column `record`.
+            A row of the record.
         """
-        unit = ImageUnit(**json.loads(row["record"]))
-        if not unit.fatal:
-            try:
-                self._encode(unit, row)
-            except DataError as error:
-                unit = replace(unit, fatal=str(error))
-        return {"record": unit.to_json()}
+        return workflow.map_row(row, self._encode)
 
-    def _encode(self, unit: ImageUnit, row: dict[str, Any]) -> None:
+    def _encode(self, unit: tuple[int, Pixels]) -> ImageUnit:
         """Write the codes and labels of a unit, then its record."""
-        side, train = self._data.size, unit.train
-        images = np.frombuffer(bytearray(row["images"]), np.uint8).reshape(-1, side, side, 3)
-        labels = np.frombuffer(row["labels"], np.int64)
-        if self._data.flip:
+        (index, pixels), data = unit, self._data
+        out = held_out(index * unit_size(data) + pixels.kept, data.validation_images, self._images)
+        order = np.argsort(out, kind="stable")
+        images, labels, train = pixels.images[order], pixels.labels[order], int((~out).sum())
+        if data.flip:
             images = np.concatenate([images[:train], images[:train, :, ::-1], images[train:]])
             labels = np.concatenate([labels[:train], labels])
         sink = io.BytesIO()
         np.savez(sink, codes=self._tokenizer.encode(images).astype("<i4"), labels=labels)
-        storage.publish_bytes(unit_path(self._work, unit.index, "npz"), sink.getvalue())
-        unit.publish(self._work)
+        storage.publish_bytes(workflow.unit_path(self._work, index, "npz"), sink.getvalue())
+        record = ImageUnit(index, pixels.problems, train, len(out) - train)
+        record.publish(self._work)
+        return record
 
 
-def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, SplitPlan]:
+def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, workflow.SplitPlan]:
     """Decide which shard holds which rows.
 
     Args:
@@ -278,23 +285,24 @@ def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, 
     train = [(u.index, copy * u.train, (copy + 1) * u.train) for copy in range(copies) for u in units]
     validation = [(u.index, copies * u.train, copies * u.train + u.validation) for u in units]
     plans = {}
-    for split, pieces, documents in (
+    for name, pieces, documents in (
         ("train", train, sum(unit.train for unit in units)),
         ("validation", validation, sum(unit.validation for unit in units)),
     ):
         if not documents:
-            raise DataError(f"data.source: no image of the {split} split can be read")
-        rows = documents * (copies if split == "train" else 1)
-        shards = plan_shards(split, np.array(pieces, np.int64), 0, rows, data.shard_rows)
-        plans[split] = SplitPlan(shards, documents, rows * data.length)
+            raise DataError(f"data.source: no image of the {name} split can be read")
+        rows = documents * (copies if name == "train" else 1)
+        split = Split(files=(), documents=documents, tokens=rows * data.length, tokens_dropped=0)
+        shards = workflow.plan_shards(name, np.array(pieces, np.int64), 0, rows, data.shard_rows)
+        plans[name] = workflow.SplitPlan(split, shards)
     return plans
 
 
-def _rows(shard: Shard, work: str, bos: int) -> Rows:
+def _rows(shard: workflow.Shard, work: str, bos: int) -> Rows:
     """Read the codes and labels of a shard, and put the BOS in front of every row."""
     codes, labels = [], []
     for unit, start, stop in shard.pieces.tolist():
-        with np.load(io.BytesIO(storage.read_bytes(unit_path(work, unit, "npz")))) as file:
+        with np.load(io.BytesIO(storage.read_bytes(workflow.unit_path(work, unit, "npz")))) as file:
             codes.append(file["codes"][start:stop])
             labels.append(file["labels"][start:stop])
     tokens = np.pad(np.concatenate(codes), ((0, 0), (1, 0)), constant_values=bos)
@@ -309,45 +317,37 @@ def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
         if data.on_error == "fatal":
             raise refusal(problem)
         log.warning("skipped %s", problem)
-    images = len(listing.refs)
-    if not images:
-        raise DataError(f"data.source: {data.source!r} is empty: no image that can be read")
-    if data.validation_images >= images:
-        raise DataError(
-            f"data.validation_images: {data.validation_images} of {images} images would leave none to train on; "
-            f"expected less than {images}"
-        )
+    workflow.check_held_out(
+        data.source, "data.validation_images", data.validation_images, len(listing.refs), "images"
+    )
     return listing
 
 
 def _tokenizer(data: ImageDataConfig, refs: Sequence[Ref], work: str) -> "ImageTokenizer":
     """Load or fit the tokenizer, and leave it in `work` for the encoders."""
+    folder = storage.join(work, TOKENIZER)
+    if not storage.folder_complete(folder):
+        patch = data.tokenizer == "patch"
+        tokenizer = _fit(data, refs) if patch else _load(data, data.tokenizer)
+        _save(tokenizer, folder)
+    return _load(data, folder)
+
+
+def _load(data: ImageDataConfig, spec: str, device: str = "cpu") -> "ImageTokenizer":
+    """Load a tokenizer."""
     from pipeline.models.vq import load_image_tokenizer  # takes seconds, and text does without
 
-    folder = storage.join(work, TOKENIZER)
-    if storage.folder_complete(folder):
-        return load_image_tokenizer(folder, data.factor, data.encode_batch, "cpu")
-    if data.tokenizer == "patch":
-        tokenizer = _fit(data, refs)
-    else:
-        tokenizer = load_image_tokenizer(data.tokenizer, data.factor, data.encode_batch, "cpu")
-    _save(tokenizer, folder)
-    return tokenizer
+    return load_image_tokenizer(spec, data.factor, data.encode_batch, device)
 
 
 def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
     """Fit a codebook on patches of training images, which are evenly spread."""
     from pipeline.models.vq import fit_patches
 
-    numbers = np.arange(len(refs), dtype=np.int64)
-    train = numbers[~held_out(numbers, data.validation_images, len(refs))]
-    count = min(len(train), data.fit_images)
-    chosen = train[np.arange(count) * len(train) // count]
-    log.info("fitting %d codes on %d images", data.codes, count)
-    parts = np.array_split(chosen, -(-count // _UNIT))
-    with ThreadPoolExecutor(_READERS) as pool:
-        read = pool.map(lambda part: read_pixels([refs[i] for i in part], data).images, parts)
-        images = np.concatenate(list(read))
+    out = held_out(np.arange(len(refs)), data.validation_images, len(refs)).tolist()
+    train = [ref for ref, validation in zip(refs, out, strict=True) if not validation]
+    images, _ = read_spread(train, data, data.fit_images)
+    log.info("fitting %d codes on %d images", data.codes, len(images))
     return fit_patches(images, data.codes, data.factor, _FIT_SEED)
 
 
@@ -358,7 +358,7 @@ def _save(tokenizer: "ImageTokenizer", folder: str) -> None:
         storage.publish_folder(local, folder)
 
 
-def _encode(units: ray.data.Dataset, data: ImageDataConfig, images: int, work: str) -> ray.data.Dataset:
+def _encode_units(units: ray.data.Dataset, data: ImageDataConfig, images: int, work: str) -> ray.data.Dataset:
     """Read units on any free CPU, then encode them on a pool of actors with a GPU each.
 
     Without GPUs both ask for the same, so that Ray Data runs them in one process, without a copy in between.
@@ -367,32 +367,17 @@ def _encode(units: ray.data.Dataset, data: ImageDataConfig, images: int, work: s
     cpus, gpus = resources.get("CPU", 1.0), int(resources.get("GPU", 0))
     actors = min(data.encoders, gpus) if gpus else data.encoders
     if actors < data.encoders:
-        log.warning(
-            "data.encoders: %d, but the cluster has %d GPUs: %d are used", data.encoders, gpus, actors
-        )
+        log.warning("data.encoders: %d, but the cluster has only %d GPUs", data.encoders, gpus)
     share = min(1.0, cpus / 2) if gpus else min(data.encode_threads, cpus / actors)
-    return units.map(partial(_read_row, data=data, images=images), num_cpus=share).map(
+    return units.map(partial(workflow.map_row, function=partial(_read, data=data)), num_cpus=share).map(
         Encoder,  # type: ignore[arg-type]  # a class, whose actors are called
-        fn_constructor_args=(storage.join(work, TOKENIZER), data, work, "cuda" if gpus else "cpu"),
+        fn_constructor_args=(data, images, work, "cuda" if gpus else "cpu"),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=min(share, cpus / 2 / actors) if gpus else share,
         num_gpus=1 if gpus else 0,
     )
 
 
-def _read_row(row: dict[str, Any], data: ImageDataConfig, images: int) -> dict[str, Any]:
-    """Read one unit of all `images`: its record, its pixels and labels as bytes, the training images first."""
-    index, refs = int(row["index"]), [Ref(*ref) for ref in json.loads(row["input"])]
-    try:
-        pixels = read_pixels(refs, data)
-    except DataError as error:  # as a result, since Ray would wrap it in a page of traceback
-        return {"record": ImageUnit(index=index, fatal=str(error)).to_json(), "images": b"", "labels": b""}
-    out = held_out(index * unit_size(data) + pixels.kept, data.validation_images, images)
-    train, validation = int((~out).sum()), int(out.sum())
-    unit = ImageUnit(index=index, problems=pixels.problems, train=train, validation=validation)
-    order = np.argsort(out, kind="stable")
-    return {
-        "record": unit.to_json(),
-        "images": pixels.images[order].tobytes(),
-        "labels": pixels.labels[order].tobytes(),
-    }
+def _read(unit: tuple[int, Sequence[Ref]], data: ImageDataConfig) -> tuple[int, Pixels]:
+    """Read the images of a unit."""
+    return unit[0], read_pixels(unit[1], data)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
+from pipeline.data.manifest import SourceInfo
 from pipeline.errors import DataError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -50,22 +51,28 @@ class SourceFile(NamedTuple):
 
 def refusal(problem: Problem) -> DataError:
     """Return the error of a source that cannot be read completely, where `data.on_error` is fatal."""
-    return DataError(
-        f"data.source: {problem} (data.on_error: skip counts and leaves out what cannot be read)"
-    )
+    return DataError(f"data.source: {problem} (data.on_error: skip counts and leaves out such items)")
 
 
 def digest(parts: Iterable[str]) -> str:
     """Return the SHA-256 of a sequence of texts, in hexadecimal."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part.encode("utf-8") + b"\0")
-    return total.hexdigest()
+    return hashlib.sha256(b"".join(part.encode("utf-8") + b"\0" for part in parts)).hexdigest()
 
 
-def fingerprint(files: Iterable[SourceFile]) -> str:
-    """Return a hash of the names and the sizes of files, which is the same for a copy elsewhere."""
-    return digest(f"{file.name} {file.size}" for file in files)
+def describe(data: AnyDataConfig, parts: Iterable[str], revision: str | None = None) -> SourceInfo:
+    """Return what the manifest says of a source.
+
+    Args:
+        data: the data section of the config.
+        parts: texts that identify the content, such as `names_and_sizes`.
+        revision: of a dataset of the hub.
+    """
+    return SourceInfo(name=data.source, revision=revision, fingerprint=digest(parts))
+
+
+def names_and_sizes(files: Iterable[SourceFile]) -> list[str]:
+    """Return the name and the size of every file, which are the same for a copy elsewhere."""
+    return [f"{file.name} {file.size}" for file in files]
 
 
 def has_wildcard(source: str) -> bool:
@@ -73,14 +80,12 @@ def has_wildcard(source: str) -> bool:
     return bool(_WILDCARD.search(source))
 
 
-def list_files(source: str) -> list[SourceFile]:
-    """List all files at a path, sorted by path.
+def list_files(source: str, root: str = "") -> list[SourceFile]:
+    """List all files at a path, sorted by path; none if nothing is there.
 
     Args:
         source: a file, a folder, whose subfolders are listed too, or a glob.
-
-    Returns:
-        The files, their path also as their name; none if nothing is there.
+        root: how the paths start (without the protocol of a URL); what follows is the name.
     """
     fs, inner = storage.filesystem(source)
     if has_wildcard(inner):
@@ -92,7 +97,7 @@ def list_files(source: str) -> list[SourceFile]:
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
     protocol = "" if storage.is_local(source) else fs.unstrip_protocol(inner).removesuffix(inner)
     return [
-        SourceFile(protocol + path, path, info["size"], digest([str(info)]))
+        SourceFile(protocol + path, path[len(root) :], info["size"], digest([str(info)]))
         for path, info in sorted(infos.items())
     ]
 
@@ -108,7 +113,11 @@ def find(source: str, suffixes: tuple[str, ...], *embedded: str) -> list[SourceF
     Raises:
         DataError: nothing is there, or nothing that can be read.
     """
-    files = list_files(source)
+    inner = storage.filesystem(source)[1]
+    root = _WILDCARD.split(inner)[0]
+    if root != inner or root.lower().endswith(suffixes):
+        root = root.rpartition("/")[0]
+    files = list_files(source, storage.join(root, ""))
     if not files:
         folder, _, name = source.rstrip("/").rpartition("/")
         near = did_you_mean(name, [*storage.listing(folder or "."), *embedded])
@@ -121,12 +130,7 @@ def find(source: str, suffixes: tuple[str, ...], *embedded: str) -> list[SourceF
         )
     if others := len(files) - len(readable):
         log.info("%s: %d files of other kinds are ignored", source, others)
-    inner = storage.filesystem(source)[1]
-    wildcard = _WILDCARD.search(inner)
-    if wildcard or inner.lower().endswith(suffixes):
-        inner = inner[: wildcard and wildcard.start()].rpartition("/")[0]
-    start = len(storage.join(inner, ""))
-    return [file._replace(name=file.name[start:]) for file in readable]
+    return readable
 
 
 def hub_folder(data: AnyDataConfig) -> str | None:

@@ -7,51 +7,33 @@
 What the shards hold depends on the input and the config alone.
 """
 
-import json
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.data
 
 from pipeline import storage
 from pipeline.config.data import TextDataConfig
-from pipeline.data.manifest import (
-    Manifest,
-    Skipped,
-    SpecialIds,
-    Split,
-    TokenizerInfo,
-    hash_content,
-    token_dtype,
-)
+from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content
+from pipeline.data.prepare import workflow
 from pipeline.data.prepare.source_files import refusal
 from pipeline.data.prepare.text_sources import Piece, TextSource, read
-from pipeline.data.prepare.workflow import (
-    Shard,
-    SplitPlan,
-    Unit,
-    plan_shards,
-    run_units,
-    unit_path,
-    write_shards,
-)
-from pipeline.data.shards import Rows
+from pipeline.data.shards import Rows, token_dtype
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError
 
 FORMAT = 1  # raise it when the same config and input would give other shards
 _BATCH = 256  # documents that are tokenised together
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextUnit(Unit):
+@dataclass(frozen=True)
+class TextUnit(workflow.Unit):
     """The record of one tokenised unit. Its file (`bin`) holds the tokens, then the documents' ends as int64.
 
     Attributes:
@@ -103,14 +85,12 @@ def build(data: TextDataConfig, source: TextSource, path: str, work: str) -> Man
     Raises:
         DataError: the source is empty, unreadable or too small.
     """
-    inputs = [json.dumps([asdict(piece) for piece in pieces]) for pieces in source.units]
-    function = partial(_tokenise_row, data=data, work=work)
-
-    def tokenise(dataset: ray.data.Dataset) -> ray.data.Dataset:
-        return dataset.map(function)
-
-    units = run_units(inputs, TextUnit, tokenise, work, "tokenised", "tokens")
-    splits = write_shards(plan_splits(units, data, work), row_maker(data, work), path, work, "tokens")
+    function = partial(workflow.map_row, function=partial(tokenise_unit, data=data, work=work))
+    units = workflow.run_units(
+        source.units, TextUnit, lambda dataset: dataset.map(function), work, "tokenised", "tokens"
+    )
+    plans = plan_splits(units, data, work)
+    splits = workflow.write_shards(plans, row_maker(data, work), path, work, "tokens")
     return describe(data, source, units, splits)
 
 
@@ -139,17 +119,16 @@ def describe(
         documents=sum(unit.documents for unit in units),
         documents_empty=sum(unit.empty for unit in units),
         tokens=sum(unit.tokens for unit in units),
-        skipped=Skipped.of([problem for unit in units for problem in unit.problems]),
+        skipped=workflow.skipped(units),
     )
 
 
 @storage.retry
-def tokenise_unit(index: int, pieces: Sequence[Piece], data: TextDataConfig, work: str) -> TextUnit:
+def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work: str) -> TextUnit:
     """Tokenise one unit and write its file and its record.
 
     Args:
-        index: number of the unit.
-        pieces: the parts of the source that it consists of.
+        unit: its number, and the parts of the source that it consists of.
         data: the data section of the config.
         work: folder of the intermediate files.
 
@@ -159,6 +138,7 @@ def tokenise_unit(index: int, pieces: Sequence[Piece], data: TextDataConfig, wor
     Raises:
         DataError: a document cannot be read, and `data.on_error` is fatal.
     """
+    index, pieces = unit
     tokenizer = cached_tokenizer(data.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
     problems: list[str] = []
@@ -174,13 +154,13 @@ def tokenise_unit(index: int, pieces: Sequence[Piece], data: TextDataConfig, wor
                     file.write(np.append(ids, tokenizer.eot).astype(dtype).tobytes())
                     lengths.append(len(ids) + 1)
             file.write(np.cumsum(lengths, dtype="<i8").tobytes())
-        storage.publish_file(local, unit_path(work, index, "bin"))
-    unit = TextUnit(index=index, problems=problems, tokens=sum(lengths), documents=len(lengths), empty=empty)
-    unit.publish(work)
-    return unit
+        storage.publish_file(local, workflow.unit_path(work, index, "bin"))
+    record = TextUnit(index, problems, sum(lengths), len(lengths), empty)
+    record.publish(work)
+    return record
 
 
-def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> dict[str, SplitPlan]:
+def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> dict[str, workflow.SplitPlan]:
     """Decide which shard holds which tokens; the last `data.validation_documents` documents are held out.
 
     Args:
@@ -196,19 +176,13 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
     """
     documents = sum(unit.documents for unit in units)
     held_out = data.validation_documents
-    if not documents:
-        raise DataError(f"data.source: {data.source!r} is empty: no document with any text in it")
-    if held_out >= documents:
-        raise DataError(
-            f"data.validation_documents: {held_out} of {documents} documents would leave none to train on; "
-            f"expected less than {documents}"
-        )
+    workflow.check_held_out(data.source, "data.validation_documents", held_out, documents, "documents")
     border = _border(units, documents - held_out, data, work)
     total = sum(unit.tokens for unit in units)
     payload = _payload(data)
     pieces = np.array([(unit.index, 0, unit.tokens) for unit in units], np.int64)
     plans = {}
-    for split, start, stop, count in (
+    for name, start, stop, count in (
         ("train", 0, border, documents - held_out),
         ("validation", border, total, held_out),
     ):
@@ -216,15 +190,18 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
         dropped = tokens % payload
         if dropped == tokens:
             raise DataError(
-                f"data.length: the {split} split has {tokens} tokens, less than one row of {payload}; "
+                f"data.length: the {name} split has {tokens} tokens, less than one row of {payload}; "
                 "expected more documents in it or shorter rows"
             )
-        shards = plan_shards(split, pieces, start, stop - dropped, data.shard_rows * payload)
-        plans[split] = SplitPlan(shards, count, tokens, dropped)
+        split = Split(files=(), documents=count, tokens=tokens, tokens_dropped=dropped)
+        size = data.shard_rows * payload
+        plans[name] = workflow.SplitPlan(
+            split, workflow.plan_shards(name, pieces, start, stop - dropped, size)
+        )
     return plans
 
 
-def row_maker(data: TextDataConfig, work: str) -> Callable[[Shard], Rows]:
+def row_maker(data: TextDataConfig, work: str) -> Callable[[workflow.Shard], Rows]:
     """Return the function that makes the rows of a shard; it needs no tokenizer.
 
     Args:
@@ -237,11 +214,11 @@ def row_maker(data: TextDataConfig, work: str) -> Callable[[Shard], Rows]:
     return partial(_rows, work=work, payload=_payload(data), wrap_id=wrap_id, dtype=dtype)
 
 
-def _rows(shard: Shard, work: str, payload: int, wrap_id: int | None, dtype: np.dtype) -> Rows:
+def _rows(shard: workflow.Shard, work: str, payload: int, wrap_id: int | None, dtype: np.dtype) -> Rows:
     """Read the tokens of a shard and cut them into rows, between two `wrap_id` each where that is set."""
     parts = []
     for unit, start, stop in shard.pieces.tolist():
-        with storage.open_read(unit_path(work, unit, "bin")) as file:
+        with storage.open_read(workflow.unit_path(work, unit, "bin")) as file:
             file.seek(start * dtype.itemsize)
             parts.append(np.frombuffer(file.read((stop - start) * dtype.itemsize), dtype))
     rows = np.concatenate(parts).reshape(-1, payload)
@@ -263,7 +240,7 @@ def _border(units: Sequence[TextUnit], document: int, data: TextDataConfig, work
     if not before:
         return start
     dtype = token_dtype(cached_tokenizer(data.tokenizer).vocab_size)
-    with storage.open_read(unit_path(work, index, "bin")) as file:
+    with storage.open_read(workflow.unit_path(work, index, "bin")) as file:
         file.seek(units[index].tokens * dtype.itemsize + (before - 1) * 8)
         return start + int(np.frombuffer(file.read(8), "<i8")[0])
 
@@ -277,13 +254,3 @@ def _readable(pieces: Sequence[Piece], data: TextDataConfig, problems: list[str]
             raise refusal(document)
         else:
             problems.append(str(document))
-
-
-def _tokenise_row(row: dict[str, Any], data: TextDataConfig, work: str) -> dict[str, Any]:
-    """Tokenise one unit, as a function for Ray Data."""
-    index, pieces = int(row["index"]), [Piece(**piece) for piece in json.loads(row["input"])]
-    try:
-        unit = tokenise_unit(index, pieces, data, work)
-    except PipelineError as error:  # as a result, since Ray would wrap it in a page of traceback
-        unit = TextUnit(index=index, fatal=str(error))
-    return {"record": unit.to_json()}

@@ -10,8 +10,9 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,18 +21,8 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import SourceInfo
-from pipeline.data.prepare import markov
-from pipeline.data.prepare.source_files import (
-    HUB,
-    Problem,
-    SourceFile,
-    digest,
-    find,
-    fingerprint,
-    hub_folder,
-    list_files,
-    pinned_revision,
-)
+from pipeline.data.prepare import markov, source_files
+from pipeline.data.prepare.source_files import HUB, Problem, SourceFile
 from pipeline.errors import DataError, did_you_mean
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -83,23 +74,20 @@ def open_source(data: TextDataConfig) -> TextSource:
     Raises:
         DataError: nothing is there, or nothing of a kind that can be read.
     """
-    revision = None
-    units: list[list[Piece]] = []
     if data.source in EMBEDDED:
-        units, source_hash = [[Piece(data.source)]], digest(EMBEDDED[data.source]())
-    elif data.source.startswith(HUB):
-        units, revision, source_hash = _list_hub(data)
-    else:
-        files = find(data.source, SUFFIXES, *EMBEDDED)
-        source_hash = fingerprint(files)
-        room = 0
-        for piece, weight in itertools.chain.from_iterable(map(_split, files)):
-            if not units or weight > room or len(units[-1]) == UNIT_FILES:
-                units.append([])
-                room = UNIT_BYTES
-            units[-1].append(piece)
-            room -= weight
-    info = SourceInfo(name=data.source, revision=revision, fingerprint=source_hash)
+        return TextSource(((Piece(data.source),),), source_files.describe(data, EMBEDDED[data.source]()))
+    if data.source.startswith(HUB):
+        return _open_hub(data)
+    files = source_files.find(data.source, SUFFIXES, *EMBEDDED)
+    units: list[list[Piece]] = []
+    room = 0
+    for piece, weight in itertools.chain.from_iterable(map(_split, files)):
+        if not units or weight > room or len(units[-1]) == UNIT_FILES:
+            units.append([])
+            room = UNIT_BYTES
+        units[-1].append(piece)
+        room -= weight
+    info = source_files.describe(data, source_files.names_and_sizes(files))
     return TextSource(tuple(map(tuple, units)), info)
 
 
@@ -116,17 +104,10 @@ def read(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
     if piece.path in EMBEDDED:
         yield from EMBEDDED[piece.path]()
         return
+    kind = HUB if piece.path.startswith(HUB) else Path(piece.path).suffix
+    reader = {HUB: _read_hub, ".txt": _read_txt, ".parquet": _read_parquet}.get(kind, _read_jsonl)
     try:
-        if piece.path.startswith(HUB):
-            documents = _read_hub(piece, data)
-        elif piece.path.endswith(".txt"):
-            documents = _read_txt(piece)
-        elif piece.path.endswith(".parquet"):
-            documents = _read_parquet(piece, data.text_field)
-        else:
-            documents = _read_jsonl(piece, data.text_field)
-        for document in documents:
-            yield _encodable(document, piece.path) if isinstance(document, str) else document
+        yield from reader(piece, data)
     except (ConnectionError, TimeoutError):
         raise  # no fault of the data: the unit is read again
     except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
@@ -159,7 +140,7 @@ def _split(file: SourceFile) -> Iterable[tuple[Piece, int]]:
     return [(replace(piece, start=start, stop=stop), weight) for start, stop in itertools.pairwise(edges)]
 
 
-def _read_txt(piece: Piece) -> Iterator[str | Problem]:
+def _read_txt(piece: Piece, _: TextDataConfig) -> Iterator[str | Problem]:
     """Yield a file as one document, its line ends untouched."""
     try:
         yield storage.read_bytes(piece.path).decode("utf-8")
@@ -167,7 +148,7 @@ def _read_txt(piece: Piece) -> Iterator[str | Problem]:
         yield Problem(piece.path, f"not UTF-8: {error.reason} at byte {error.start}")
 
 
-def _read_jsonl(piece: Piece, field: str) -> Iterator[str | Problem]:
+def _read_jsonl(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
     """Yield the lines as documents; a line belongs to the piece of the file in which it starts."""
     with storage.open_read(piece.path) as file:
         lines: Iterable[bytes] = file
@@ -184,7 +165,7 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[str | Problem]:
                 return
             position += len(line)
             if line.strip():
-                document = _parse(line, field)
+                document = _parse(line, data.text_field)
                 if isinstance(document, Problem):
                     document = Problem(f"{piece.path} line {_lines_before(piece) + number}", document.why)
                 yield document
@@ -193,38 +174,41 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[str | Problem]:
 def _parse(line: bytes, field: str) -> str | Problem:
     """Return the document of a line; where a problem is, the caller knows."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        return _text(json.loads(line.decode("utf-8")), field, "")
     except UnicodeDecodeError as error:
         return Problem("", f"not UTF-8: {error.reason} at byte {error.start} of the line")
     except json.JSONDecodeError as error:
         return Problem("", f"not JSON: {error}")
-    if not isinstance(row, dict):
-        return Problem("", f"a {type(row).__name__}; expected an object with the field {field!r}")
-    return _text(row, field, "")
 
 
-def _text(row: Mapping[str, Any], field: str, where: str) -> str | Problem:
+def _text(row: Any, field: str, where: str) -> str | Problem:
     """Return the document in a field of a row."""
-    value = row.get(field)
-    if isinstance(value, str):
-        return value
-    if field in row:
-        return Problem(where, f"{field!r} holds a {type(value).__name__}; expected text")
-    known = ", ".join(map(str, row))
-    return Problem(where, f"no field {field!r} (data.text_field); fields: {known}{did_you_mean(field, row)}")
+    if not isinstance(row, dict):
+        return Problem(where, f"a {type(row).__name__}; expected an object with the field {field!r}")
+    if field not in row:
+        known = ", ".join(map(str, row))
+        return Problem(
+            where, f"no field {field!r} (data.text_field); fields: {known}{did_you_mean(field, row)}"
+        )
+    if not isinstance(row[field], str):
+        return Problem(where, f"{field!r} holds a {type(row[field]).__name__}; expected text")
+    try:
+        row[field].encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which UTF-8 cannot
+        return Problem(where, f"not UTF-8: {error.reason} at character {error.start}")
+    return row[field]
 
 
 def _lines_before(piece: Piece) -> int:
     """Count the lines that start before this piece of a file; needed only where a problem must be named."""
-    if not piece.start:
-        return 0
     with storage.open_read(piece.path) as file:
         head = file.read(piece.start)
-    return head.count(b"\n") + (not head.endswith(b"\n"))
+    return head.count(b"\n") + (head[-1:] not in (b"", b"\n"))
 
 
-def _read_parquet(piece: Piece, field: str) -> Iterator[str | Problem]:
+def _read_parquet(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
     """Yield the rows as documents."""
+    field = data.text_field
     with storage.open_read(piece.path) as raw:
         file = pq.ParquetFile(raw)
         if field not in file.schema_arrow.names:
@@ -240,37 +224,27 @@ def _read_parquet(piece: Piece, field: str) -> Iterator[str | Problem]:
                 yield _text({field: value}, field, f"{piece.path} row {next(numbers)}")
 
 
-def _encodable(text: str, where: str) -> str | Problem:
-    """Return the text unless it holds half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return Problem(where, f"a document is not UTF-8: {error.reason} at character {error.start}")
-    return text
-
-
-def _list_hub(data: TextDataConfig) -> tuple[list[list[Piece]], str | None, str]:
-    """List a dataset of the Hugging Face hub, or a local copy: its shards, its revision, its fingerprint."""
-    folder = hub_folder(data)
-    if folder is None:
-        revision = pinned_revision(data)
-        version, source_hash = str(revision), digest([str(revision)])
-    else:
-        files = [file._replace(name=file.path[len(folder) :]) for file in list_files(folder)]
-        revision, version, source_hash = None, digest(file.version for file in files), fingerprint(files)
+def _open_hub(data: TextDataConfig) -> TextSource:
+    """List a dataset of the Hugging Face hub, its revision pinned, or a local copy, which has no revision."""
+    folder = source_files.hub_folder(data)
+    revision = None if folder else source_files.pinned_revision(data)
+    files = source_files.list_files(folder, folder) if folder else []
+    parts = source_files.names_and_sizes(files) if folder else [str(revision)]
+    version = source_files.digest(file.version for file in files) if folder else str(revision)
     try:
         shards = _load_hub(data, revision).num_shards
     except (OSError, ValueError) as error:  # what `datasets` raises; its message names splits and subsets
         raise DataError(f"data.source: {data.source!r} cannot be opened: {error}") from error
-    return [[Piece(data.source, shard, shards, version)] for shard in range(shards)], revision, source_hash
+    units = tuple((Piece(data.source, shard, shards, version),) for shard in range(shards))
+    return TextSource(units, source_files.describe(data, parts, revision))
 
 
 def _load_hub(data: TextDataConfig, revision: str | None) -> Any:
     """Open a dataset of the hub without reading it; a local copy has no revision."""
     from datasets import load_dataset  # slow to import, and other sources do without
 
-    folder = hub_folder(data)
-    path, revision = (data.source.removeprefix(HUB), revision) if folder is None else (folder, None)
+    folder = source_files.hub_folder(data)
+    path, revision = (folder, None) if folder else (data.source.removeprefix(HUB), revision)
     return load_dataset(path, data.subset, split=data.split, revision=revision, streaming=True)
 
 

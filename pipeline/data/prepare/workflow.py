@@ -7,10 +7,11 @@ has finished.
 
 import json
 import logging
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import ray
@@ -18,46 +19,45 @@ import ray.data
 from jaxtyping import Int64
 
 from pipeline import storage
-from pipeline.data.manifest import ShardFile, Split
+from pipeline.data.manifest import ShardFile, Skipped, Split
 from pipeline.data.shards import Rows, publish_shard
 from pipeline.errors import DataError, PipelineError
 from pipeline.logs import Progress
 
 log = logging.getLogger(__name__)
 
+_NAMES = 1000  # descriptions of what was skipped that a manifest keeps
+
 Pieces = Int64[np.ndarray, "p 3"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Unit:
     """The record of one unit of the source.
 
     Attributes:
         index: number of the unit.
         problems: descriptions of what cannot be read and was left out.
-        fatal: the problem that ends the preparation (`data.on_error: fatal`), or "".
     """
 
     index: int
     problems: Sequence[str] = ()
-    fatal: str = ""
 
     @property
     def amount(self) -> int:
         """What the unit holds, as the log counts it."""
         raise NotImplementedError
 
-    def to_json(self) -> str:
-        """Return the record as JSON, so that the type of a column of Ray Data never depends on its content."""
-        return json.dumps(asdict(self))
-
     def publish(self, work: str) -> None:
-        """Write the record, which says that the unit's file is complete.
+        """Write the record into the folder `work`, which says that the unit's file is complete."""
+        storage.publish_text(unit_path(work, self.index, "json"), json.dumps(asdict(self)))
 
-        Args:
-            work: folder of the intermediate files.
-        """
-        storage.publish_text(unit_path(work, self.index, "json"), self.to_json())
+    @classmethod
+    def read(cls, work: str, index: int) -> Self:
+        """Read the record of a unit that is finished from the folder `work`."""
+        values = json.loads(storage.read_text(unit_path(work, index, "json")))
+        values.pop("fatal", None)  # written by earlier versions
+        return cls(**values)
 
 
 U = TypeVar("U", bound=Unit)
@@ -76,27 +76,16 @@ class Shard:
     pieces: Pieces
 
 
-@dataclass(frozen=True)
-class SplitPlan:
-    """The content of a split, before its shards are written; see `Split` for the counts."""
+class SplitPlan(NamedTuple):
+    """The content of a split, before its shards are written.
 
-    shards: Sequence[Shard]
-    documents: int
-    tokens: int
-    tokens_dropped: int = 0
+    Attributes:
+        split: what the manifest says of the split, the files left out.
+        shards: to write, in order.
+    """
 
-    def to_split(self, files: Mapping[str, ShardFile]) -> Split:
-        """Return what the manifest says of the split.
-
-        Args:
-            files: by name, the shards that were written; those of other splits may be among them.
-        """
-        return Split(
-            files=tuple(files[shard.name] for shard in self.shards),
-            documents=self.documents,
-            tokens=self.tokens,
-            tokens_dropped=self.tokens_dropped,
-        )
+    split: Split
+    shards: list[Shard]
 
 
 def unit_path(work: str, index: int, suffix: str) -> str:
@@ -110,8 +99,29 @@ def unit_path(work: str, index: int, suffix: str) -> str:
     return storage.join(work, f"unit-{index:06d}.{suffix}")
 
 
+def map_row(row: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """Call a function on the pickled value of a row, for Ray Data.
+
+    Errors of users are passed on in place of the result, since Ray would wrap them in a page of traceback.
+
+    Args:
+        row: with the column `value`.
+        function: of the value.
+
+    Returns:
+        A row with the pickled result.
+    """
+    value = pickle.loads(row["value"])
+    if not isinstance(value, PipelineError):
+        try:
+            value = function(value)
+        except PipelineError as error:
+            value = error
+    return {"value": pickle.dumps(value)}
+
+
 def run_units(
-    inputs: Sequence[str],
+    inputs: Sequence[Any],
     record: type[U],
     transform: Callable[[ray.data.Dataset], ray.data.Dataset],
     work: str,
@@ -121,9 +131,9 @@ def run_units(
     """Run all units of a source through Ray Data, except for those that are finished already.
 
     Args:
-        inputs: by unit, what it consists of, in any encoding.
+        inputs: by unit, what it consists of.
         record: type of the units' records.
-        transform: turns rows of `index` and `input` into rows of `record` (JSON), having written the unit's file.
+        transform: applies `map_row` with functions that lead from (index, input) to the record of a unit.
         work: folder of the intermediate files.
         verb: what is done to the units, for the log, such as "encoded".
         amounts: what `amount` of a record counts, for the log, such as "images".
@@ -132,29 +142,60 @@ def run_units(
         The records of all units, in order.
 
     Raises:
-        DataError: a unit failed.
+        PipelineError: a unit failed.
     """
     names = set(storage.listing(work))
-    finished = [index for index in range(len(inputs)) if f"unit-{index:06d}.json" in names]
-    units = [record(**json.loads(storage.read_text(unit_path(work, index, "json")))) for index in finished]
+    units = [record.read(work, i) for i in range(len(inputs)) if f"unit-{i:06d}.json" in names]
+    finished = {unit.index for unit in units}
     if units:
         log.info("%d of %d units were %s before", len(units), len(inputs), verb)
-    missing = sorted(set(range(len(inputs))).difference(finished))
-    if missing:
-        items = [{"index": index, "input": inputs[index]} for index in missing]
+    items = [{"value": pickle.dumps(unit)} for unit in enumerate(inputs) if unit[0] not in finished]
+    if items:
         dataset = transform(ray.data.from_items(items, override_num_blocks=len(items)))
         dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
-        progress = Progress(verb, "units", len(missing), amounts)
+        progress = Progress(verb, "units", len(items), amounts)
         for row in dataset.iter_rows():
-            unit = record(**json.loads(row["record"]))
-            if unit.fatal:
-                raise DataError(unit.fatal)
+            unit = pickle.loads(row["value"])
+            if isinstance(unit, PipelineError):
+                raise unit
             units.append(unit)
             progress.add(unit.amount)
     units.sort(key=lambda unit: unit.index)
     for problem in (problem for unit in units for problem in unit.problems):
         log.warning("skipped %s", problem)
     return units
+
+
+def check_held_out(source: str, key: str, held_out: int, total: int, items: str) -> None:
+    """Refuse a source that is empty, or of which nothing would be left to train on.
+
+    Args:
+        source: `data.source`.
+        key: the key of the config that says how much is held out.
+        held_out: its value.
+        total: number of items of the source.
+        items: what they are, in the plural.
+
+    Raises:
+        DataError: there are not more than `held_out` items.
+    """
+    if not total:
+        raise DataError(f"data.source: {source!r} is empty: it has no {items} that can be used")
+    if held_out >= total:
+        raise DataError(
+            f"{key}: {held_out} of {total} {items} would leave none to train on; expected less than {total}"
+        )
+
+
+def skipped(units: Sequence[Unit], *others: str) -> Skipped:
+    """Return what the manifest says of what was left out.
+
+    Args:
+        units: records of all units.
+        others: descriptions of what was left out before.
+    """
+    problems = [*others, *(problem for unit in units for problem in unit.problems)]
+    return Skipped(count=len(problems), names=tuple(problems[:_NAMES]))
 
 
 def plan_shards(split: str, pieces: Pieces, start: int, stop: int, size: int) -> list[Shard]:
@@ -208,4 +249,7 @@ def write_shards(
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, PipelineError) else error from None
         progress.add(int((shard.pieces[:, 2] - shard.pieces[:, 1]).sum()))
-    return {split: plan.to_split(files) for split, plan in plans.items()}
+    return {
+        name: plan.split.model_copy(update={"files": tuple(files[shard.name] for shard in plan.shards)})
+        for name, plan in plans.items()
+    }
