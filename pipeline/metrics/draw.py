@@ -18,8 +18,8 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config.schema import Precision, SamplingConfig
-from pipeline.data.prepare.workflow import Progress
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
+from pipeline.logs import Progress
 from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.reports.pictures import sample_grid
