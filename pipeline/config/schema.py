@@ -240,7 +240,7 @@ class EvaluationConfig(Section):
         data: Folders of other prepared data to evaluate on, beside the run's own.
         models: Models to compare, as name: model folder or `models:/NAME@ALIAS`; empty evaluates the run's model.
         steps: Numbers of sampling steps at which models are compared.
-        scorer: Causal language model for generative perplexity (text): hub name, folder or .gguf; null: bigrams.
+        scorer: Language model for generative perplexity (text): hub name, folder or .gguf; null: bigrams alone.
         features: Feature net for FID and Inception Score (images): `inception`, `efficientnet`, `classifier` (fitted
             on the data itself) or `package.module:factory`; null chooses by the size of the images.
         weights: File of Inception's weights; null downloads them.
