@@ -99,18 +99,18 @@ def harness(model: Denoiser, **changes: int) -> DenoiserLM:
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda c: c.kind)
 def test_together_and_one_by_one(config: PGMConfig | MDLMConfig) -> None:
-    model = randomised(config, 257, L)
+    model = randomised(config, 257, L).double()
     lm = harness(model)
     pairs = requests(("ab", "cde"), ("", "xy"), ("abc ", "d"), ("long context " * 3, "end"), ("a", "b" * 30))
     together = lm.loglikelihood(pairs)
     apart = [harness(model, rows=1).loglikelihood([one])[0] for one in reversed(pairs)][::-1]
     for (nats, match), (other, same) in zip(together, apart, strict=True):
-        assert nats == pytest.approx(other, abs=1e-4)
+        assert nats == pytest.approx(other, rel=1e-6)
         assert match == same
     texts = requests(("ab",), ("some text that is longer than two rows of it",), ("",))
     rolling = lm.loglikelihood_rolling(texts)
     assert rolling == pytest.approx(
-        [harness(model, rows=1).loglikelihood_rolling([t])[0] for t in texts], abs=1e-3
+        [harness(model, rows=1).loglikelihood_rolling([t])[0] for t in texts], rel=1e-6
     )
     assert rolling[2] == 0
     asked: dict[str, object] = {"until": ["\n\n"], "max_gen_toks": 12}
@@ -122,14 +122,14 @@ def test_together_and_one_by_one(config: PGMConfig | MDLMConfig) -> None:
 
 
 def test_values_are_those_of_the_bound() -> None:
-    model = randomised(PGM, 257, L)
+    model = randomised(PGM, 257, L).double()
     ((nats, _),) = harness(model).loglikelihood(requests(("ab ", "cd")))
     (bound,) = score_continuations(model, [(b"ab", b" cd")], 3, 5)
-    assert -nats == pytest.approx(bound.nats, abs=1e-5)
+    assert -nats == pytest.approx(bound.nats, rel=1e-6)
     # A whole text follows the end of the one before it.
     (rolling,) = harness(model).loglikelihood_rolling(requests(("abcd",)))
     (bound,) = score_continuations(model, [([256], b"abcd")], 3, 5)
-    assert -rolling == pytest.approx(bound.nats, abs=1e-5)
+    assert -rolling == pytest.approx(bound.nats, rel=1e-6)
 
 
 def test_writing_and_first_choices(repeats: Denoiser) -> None:
