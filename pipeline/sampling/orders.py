@@ -63,13 +63,16 @@ def check(order: Order, steps: int, unknown: int, length: int) -> None:
 
 
 def step_counts(unknown: int, steps: int, schedule: Schedule) -> Int[np.ndarray, "steps"]:
-    """Return how many positions each step reveals.
+    """Spread positions over steps.
 
     Args:
-        unknown: positions to reveal in all.
+        unknown: number of positions.
         steps: number of steps.
         schedule: "linear": counts that differ by at most one. "arccos": one each (while they last), and the rest
             growing as `arccos(1 - s / steps)`, so that the first steps, which know least, reveal least.
+
+    Returns:
+        The number of positions that each step reveals.
 
     Source:
         arXiv 2503.17076 (arccos schedule); docs/method.md section 4.
@@ -82,7 +85,14 @@ def step_counts(unknown: int, steps: int, schedule: Schedule) -> Int[np.ndarray,
 
 
 def schedule_of(order: Order) -> Schedule:
-    """Return the schedule of an order, or the default one of its name."""
+    """Find the schedule of an order.
+
+    Args:
+        order: the order.
+
+    Returns:
+        Its own schedule, or the default one of its name.
+    """
     return order.schedule or ("arccos" if order.name in ("confidence", "halton") else "linear")
 
 

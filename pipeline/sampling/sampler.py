@@ -54,11 +54,14 @@ class SamplingRequest:
 
     @classmethod
     def of(cls, settings: SamplingConfig, bos: int | None) -> "SamplingRequest":
-        """Return the request of a sampling config: its number of samples, steps, seed, order, filters and the like.
+        """Make the request of a sampling config, without class labels.
 
         Args:
             settings: the config.
             bos: id that stands known at position 0, or None.
+
+        Returns:
+            The request for all samples of the config.
         """
         return cls(
             settings.num_samples,
@@ -140,7 +143,7 @@ class _Rows:
                     f"guidance: {request.guidance} without class labels; expected labels, or guidance 0"
                 )
             condition = torch.cat([condition, torch.full_like(condition, model.classes.num_embeddings - 1)])
-        self._state = model.open(self._copies * rows, condition, model.length, request.refresh_every)
+        self._state = model.open(self._copies * rows, condition, request.refresh_every)
         self._unknown, self.tokens = ~given, tokens.to(device)
         self.revealed_at = torch.zeros_like(tokens)
         if given.any():
@@ -205,10 +208,8 @@ class _Rows:
 
     def _extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
         """Give the model packed tokens, `lengths[b]` of them in row b."""
-        copies = self._copies
-        self._model.extend(
-            self._state, tokens.repeat(copies), positions.repeat(copies), list(lengths) * copies
-        )
+        n = self._copies
+        self._model.extend(self._state, tokens.repeat(n), positions.repeat(n), list(lengths) * n)
 
     def _draw(
         self,
