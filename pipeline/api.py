@@ -138,17 +138,17 @@ class Model:
             ConfigError: a position outside the row, or a length beyond the padded width.
             CapabilityError: labels or positions that the model cannot use.
         """
-        valid = self._valid("positions", positions, lengths)
-        wanted = self._valid("queries", queries, query_lengths)
+        known_mask = self._valid("positions", positions, lengths)
+        query_mask = self._valid("queries", queries, query_lengths)
         state = self.denoiser.open(len(queries), condition)  # room for L tokens a row; padding is not stored
         tokens, places, targets = (
             values.cpu()[mask].to(self.device)
-            for values, mask in ((known, valid), (positions, valid), (queries, wanted))
+            for values, mask in ((known, known_mask), (positions, known_mask), (queries, query_mask))
         )
-        self.denoiser.extend(state, tokens, places, valid.sum(1).tolist())
-        logits = self.denoiser.head(self.denoiser.hidden(state, targets, wanted.sum(1).tolist()))
+        self.denoiser.extend(state, tokens, places, known_mask.sum(1).tolist())
+        logits = self.denoiser.head(self.denoiser.hidden(state, targets, query_mask.sum(1).tolist()))
         out = logits.new_zeros(*queries.shape, self.denoiser.vocab_size)
-        out[wanted.to(self.device)] = logits
+        out[query_mask.to(self.device)] = logits
         return out
 
     def _valid(self, name: str, positions: Tensor, lengths: Tensor | None) -> Bool[Tensor, "B K"]:
@@ -200,14 +200,15 @@ class Model:
                 without labels.
             CapabilityError: labels or an order that the model cannot use.
         """
-        tokens = self._known(known, num_samples)
+        tokens, order = self._known(known, num_samples), order or self._order
         if steps is None:
             unknown = self.denoiser.length - int(self.bos is not None)
             if tokens is not None:  # positions to draw in the row that has the most
                 unknown = max(1, int((~tokens[1][:, -unknown:].bool()).sum(1).max()))
             steps = unknown if self.denoiser.left_to_right else min(64, unknown)
-        order = order or self._order
-        request = SamplingRequest(num_samples, steps, seed, order, self.bos, condition, tokens, **options)
+        request = SamplingRequest(
+            num_samples, steps, seed, order=order, bos=self.bos, condition=condition, known=tokens, **options
+        )
         return sample(self.denoiser, request, progress)
 
     def write(
@@ -250,8 +251,8 @@ class Model:
             num_samples,
             min(steps or (window if self.denoiser.left_to_right else 64), window - start - len(ids)),
             seed,
-            order or self._order,
-            self.bos,
+            order=order or self._order,
+            bos=self.bos,
             known=self._known({start + i: int(token) for i, token in enumerate(ids)}, num_samples),
             filters=filters,
         )
@@ -289,7 +290,7 @@ class Model:
         ids = self._text_tokenizer.encode_batch([text for pair in pairs for text in pair])
         rows = [list(map(int, row)) for row in ids]
         tokens = list(zip(rows[::2], rows[1::2], strict=True))
-        return score_continuations(self.denoiser, tokens, draws, seed, self.bos)
+        return score_continuations(self.denoiser, tokens, draws=draws, seed=seed, bos=self.bos)
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:
         """Decode rows of ids to texts.

@@ -66,7 +66,7 @@ class Segments:
 
     @cached_property
     def offsets(self) -> Int[Tensor, "T"]:
-        """Index of every packed token inside its segment."""
+        """Index of every packed token within its segment."""
         starts = self.boundaries[:-1].long()
         return torch.arange(self.total, device=self.device) - starts[self.ids]
 

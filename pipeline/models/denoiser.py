@@ -151,7 +151,7 @@ class State:
             return self, list(lengths)
         condition = None if self.condition is None else self.condition[rows]
         known = [self.lengths[row] for row in rows]
-        state = State(self.tokens[rows], self.positions[rows], known, condition)
+        state = State(self.tokens[rows], self.positions[rows], known, condition=condition)
         return state, [lengths[row] for row in rows]
 
     def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
@@ -390,7 +390,9 @@ class Denoiser(nn.Module, ABC):
         self.check_condition(condition, len(tokens))
         device = self.head.weight.device
         every = torch.ones_like(groups, dtype=torch.bool, device="cpu")
-        batch = Batch(tokens.cpu(), groups.cpu(), every, every.float(), condition, device)
+        batch = Batch(
+            tokens.cpu(), groups.cpu(), every, weights=every.float(), condition=condition, device=device
+        )
         logits = self.head(self.target_vectors(batch))
         out = torch.empty_like(logits)
         out[batch.target_index.to(device)] = logits
@@ -437,7 +439,7 @@ class Denoiser(nn.Module, ABC):
         self.check_condition(condition, batch)
         device = self.head.weight.device
         tokens, positions = torch.zeros(2, batch, self.length, dtype=torch.int64, device=device)
-        return State(tokens, positions, [0] * batch, condition, refresh_every=refresh_every)
+        return State(tokens, positions, [0] * batch, condition=condition, refresh_every=refresh_every)
 
     def extend(
         self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]

@@ -14,7 +14,7 @@ from pipeline.models.distill_loss import DistillTargets, chunked_divergence
 
 MAX_PERIOD = 10_000.0  # of rotary and sinusoidal codes
 # Largest number of logits (rows x V) that are computed together, by device type. On a CPU they fit the caches. On a
-# GPU they are so many that the head's gradient, read and written once a chunk, costs little beside the products.
+# GPU there are so many that reading and writing the head's gradient once a chunk costs little time.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
@@ -103,7 +103,7 @@ class LayerNorm(nn.Module):
 
     Args:
         size: H.
-        bias: whether there is a bias beside the weight.
+        bias: whether there is a bias in addition to the weight.
     """
 
     def __init__(self, size: int, bias: bool = False):

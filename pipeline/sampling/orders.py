@@ -97,7 +97,7 @@ def schedule_of(order: Order) -> Schedule:
 
 
 def plan(
-    order: Order, unknown: Int[np.ndarray, "U"], steps: int, rng: np.random.Generator, bos: bool
+    order: Order, unknown: Int[np.ndarray, "U"], steps: int, *, rng: np.random.Generator, bos: bool
 ) -> tuple[Int[np.ndarray, "U"], Int[np.ndarray, "steps"]]:
     """Plan the revelation of one row by an order of `PLANNED`.
 
@@ -130,14 +130,15 @@ def plan(
 
 def _halton(cells: Int[np.ndarray, "U"], side: int) -> Int[np.ndarray, "U"]:
     """Cells of a side x side grid, in the order in which a Halton sequence first visits them."""
-    visited: dict[int, None] = {}
-    wanted, index = set(cells.tolist()), 1
-    while len(visited) < len(wanted):
+    order: list[int] = []
+    remaining, index = set(cells.tolist()), 1
+    while remaining:
         row, column = (int(_radical_inverse(index, base) * side) for base in (2, 3))
-        if (cell := row * side + column) in wanted:
-            visited.setdefault(cell)
+        if (cell := row * side + column) in remaining:
+            remaining.remove(cell)
+            order.append(cell)
         index += 1
-    return np.array(list(visited), dtype=np.int64)
+    return np.array(order, dtype=np.int64)
 
 
 def _radical_inverse(index: int, base: int) -> float:

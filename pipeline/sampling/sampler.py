@@ -67,8 +67,8 @@ class SamplingRequest:
             settings.num_samples,
             settings.steps,
             settings.seed,
-            Order(settings.order, settings.schedule, settings.gumbel, settings.gamma),
-            bos,
+            order=Order(settings.order, settings.schedule, gumbel=settings.gumbel, gamma=settings.gamma),
+            bos=bos,
             filters=Filters(settings.temperature, settings.top_k, settings.top_p),
             guidance=settings.guidance,
             refresh_every=settings.refresh_every,
@@ -158,7 +158,7 @@ class _Rows:
         (rows, length), steps, device = self.tokens.shape, self._request.steps, self.tokens.device
         bos = self._request.bos is not None
         plans = [
-            orders.plan(self.order, np.flatnonzero(unknown), steps, rng, bos)
+            orders.plan(self.order, np.flatnonzero(unknown), steps, rng=rng, bos=bos)
             for unknown, rng in zip(self._unknown.numpy(), self._generators, strict=True)
         ]
         noise = np.stack([rng.random(length) for rng in self._generators]).ravel()
