@@ -76,7 +76,9 @@ def compare(config: RunConfig) -> Comparison:
             replace(group, key=f"validation/{model.name}", title=model.name)
             for model, (group,) in zip(models, likelihood_groups(run, models, [corpus]), strict=True)
         ]
-        settings = [(model, one) for model in models for one in _sampling(config, model.config.kind)]
+        settings = [
+            (model, sampling) for model in models for sampling in _sampling(config, model.config.kind)
+        ]
         drawn = frontier.draw_all(settings, config.data.predicted, run.resources)
         measures = evaluator.measure([point.tokens for point in drawn])
         points = [replace(point, measures=own) for point, own in zip(drawn, measures, strict=True)]

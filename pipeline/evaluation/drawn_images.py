@@ -15,12 +15,11 @@ from scipy.stats import binomtest
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.prepare.encoding import read_pixels
 from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.images import TOKENIZER
-from pipeline.data.prepare.workflow import Progress
+from pipeline.data.prepare.images import TOKENIZER, read_pixels
 from pipeline.errors import ConfigError
 from pipeline.evaluation.source_images import UNIT, dataset_of, load_net, source_images
+from pipeline.logs import Progress
 from pipeline.metrics import images
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import GRID, GRID_IMAGES, Samples
@@ -69,11 +68,19 @@ class ImageMeasurer:
         self._tokenizer = load_image_tokenizer(tokenizer, data.factor, data.encode_batch, device)
 
     def drawn(self, codes: Int[np.ndarray, "n T"]) -> Outputs:
-        """Decode codes and compute the net's outputs."""
+        """Decode codes and compute the net's outputs.
+
+        Args:
+            codes: of images.
+        """
         return self._net(self._tokenizer.decode(codes))
 
     def held_out(self, refs: Sequence[Ref]) -> ImageMeasurement | None:
-        """Read real images and compute the outputs for them; None if none of them can be read."""
+        """Read real images and compute the outputs for them; None if none of them can be read.
+
+        Args:
+            refs: of the images.
+        """
         pixels = read_pixels(refs, self._data)
         if not len(pixels.images):
             return None
@@ -132,6 +139,9 @@ class ImageEvaluator:
 
     def measure(self, groups: Sequence[Int[np.ndarray, "n L"]]) -> list[list[Measure]]:
         """Compute the FID of groups of rows.
+
+        Args:
+            groups: rows of codes, BOS included.
 
         Raises:
             DataError: a group has fewer than two rows.

@@ -15,8 +15,8 @@ import pandas as pd
 from jaxtyping import Int
 
 from pipeline.config.schema import SamplingConfig
-from pipeline.data.prepare.workflow import Progress
 from pipeline.evaluation.evaluated_model import EvaluatedModel
+from pipeline.logs import Progress
 from pipeline.metrics.draw import DrawnBatch, Sampler, batches_of
 from pipeline.reports import tables
 from pipeline.reports.measures import Measure
@@ -60,7 +60,11 @@ class Point:
         return median(self.rates)
 
     def value(self, key: str) -> float:
-        """Return a metric by its key."""
+        """Return a metric by its key.
+
+        Args:
+            key: of the metric.
+        """
         return next(measure.value for measure in self.measures if measure.key == key)
 
 
@@ -107,7 +111,11 @@ def draw_all(
 
 
 def table(points: Sequence[Point]) -> pd.DataFrame:
-    """Make a table of texts with a row per point."""
+    """Make a table of texts with a row per point.
+
+    Args:
+        points: of all models.
+    """
     return tables.table_of(
         {
             "model": point.model,
@@ -123,7 +131,11 @@ def table(points: Sequence[Point]) -> pd.DataFrame:
 
 
 def to_csv(points: Sequence[Point]) -> str:
-    """Write the points as CSV in full precision."""
+    """Write the points as CSV in full precision.
+
+    Args:
+        points: of all models.
+    """
     rows = (
         {
             "model": point.model,

@@ -60,7 +60,11 @@ class FeatureNet:
         self.name = f"{spec}-{digest(spec, module.state_dict())[:16]}"
 
     def to(self, device: str | torch.device) -> "FeatureNet":
-        """Move the network to a device and return it."""
+        """Move the network to a device and return it.
+
+        Args:
+            device: of the network.
+        """
         self._device = torch.device(device)
         self._module.to(self._device)
         return self

@@ -213,7 +213,12 @@ def estimator_for(
 
 
 def summarise(sums: Float[torch.Tensor, "R"], masking: Masking) -> Likelihood:
-    """Average the row sums of all workers; the standard error is over rows, each averaged over its draws."""
+    """Average the row sums of all workers; the standard error is over rows, each averaged over its draws.
+
+    Args:
+        sums: of the estimates of every row over its draws.
+        masking: that they were measured with.
+    """
     per_row, rows = sums / masking.draws, len(sums)
     stderr = float(per_row.std(unbiased=True)) / math.sqrt(rows) if rows > 1 else math.inf
     return Likelihood(float(per_row.mean()), stderr, masking.estimator, masking.draws, rows, masking.seed)

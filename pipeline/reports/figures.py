@@ -174,7 +174,11 @@ def png(figure: Figure) -> bytes:
 
 
 def finite(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Split a history into steps and values, without those that are not finite."""
+    """Split a history into steps and values, without those that are not finite.
+
+    Args:
+        points: (step, value) by step.
+    """
     table = np.array(points, dtype=np.float64).reshape(-1, 2)
     table = table[np.abs(np.nan_to_num(table[:, 1], nan=np.inf)) < _HUGE]
     return table[:, 0], table[:, 1]

@@ -39,7 +39,12 @@ def setting_sections(config: RunConfig, manifest: Manifest) -> list[Section]:
 
 
 def metrics_section(title: str, groups: Sequence[Group]) -> Section:
-    """Show a table per group, under how it was measured."""
+    """Show a table per group, under how it was measured.
+
+    Args:
+        title: of the section.
+        groups: of metrics.
+    """
     blocks: list[Block] = []
     for group in groups:
         blocks += [Text(group.heading), Table(measure_table(group.measures))]

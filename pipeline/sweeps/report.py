@@ -48,14 +48,23 @@ class Trial:
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation; the latter is nan of a single value, both of none."""
+    """Spread of a figure over seeds.
+
+    Attributes:
+        mean: nan without a value.
+        deviation: sample standard deviation; nan with fewer than two values.
+    """
 
     mean: float
     deviation: float
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Spread":
-        """Average the values that are neither None nor infinite."""
+        """Average the values that are neither None nor infinite.
+
+        Args:
+            values: of the seeds.
+        """
         known = [value for value in values if value is not None and math.isfinite(value)]
         mean = float(np.mean(known)) if known else math.nan
         return cls(mean, float(np.std(known, ddof=1)) if len(known) > 1 else math.nan)
@@ -145,7 +154,11 @@ def rows(trials: Sequence[Trial], mode: Literal["min", "max"]) -> list[Row]:
 
 
 def best(table: Sequence[Row]) -> Row | None:
-    """Return the best finished variant; where none finished, the best of those with a value; else None."""
+    """Return the best finished variant; where none finished, the best of those with a value; else None.
+
+    Args:
+        table: from `rows`.
+    """
     return next((row for row in table if not math.isnan(row.metric.mean)), None)
 
 
