@@ -61,6 +61,7 @@ class Model:
     ):
         self.denoiser = denoiser.eval()
         self.bos, self.tokenizer = bos, tokenizer
+        self._order = "left_to_right" if denoiser.left_to_right else "uniform"
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +69,14 @@ class Model:
         return self.denoiser.head.weight.device
 
     def to(self, device: torch.device | str) -> "Model":
-        """Move the model to a device and return it; inputs may be on any device."""
+        """Move the model to a device.
+
+        Args:
+            device: where to compute; inputs may be on any device.
+
+        Returns:
+            The model itself.
+        """
         self.denoiser.to(device)
         return self
 
@@ -130,17 +138,17 @@ class Model:
             ConfigError: a position outside the row, or a length beyond the padded width.
             CapabilityError: labels or positions that the model cannot use.
         """
-        valid = self._valid("positions", positions, lengths)
-        wanted = self._valid("queries", queries, query_lengths)
+        known_mask = self._valid("positions", positions, lengths)
+        query_mask = self._valid("queries", queries, query_lengths)
         state = self.denoiser.open(len(queries), condition)  # room for L tokens a row; padding is not stored
         tokens, places, targets = (
             values.cpu()[mask].to(self.device)
-            for values, mask in ((known, valid), (positions, valid), (queries, wanted))
+            for values, mask in ((known, known_mask), (positions, known_mask), (queries, query_mask))
         )
-        self.denoiser.extend(state, tokens, places, valid.sum(1).tolist())
-        logits = self.denoiser.head(self.denoiser.hidden(state, targets, wanted.sum(1).tolist()))
+        self.denoiser.extend(state, tokens, places, known_mask.sum(1).tolist())
+        logits = self.denoiser.head(self.denoiser.hidden(state, targets, query_mask.sum(1).tolist()))
         out = logits.new_zeros(*queries.shape, self.denoiser.vocab_size)
-        out[wanted.to(self.device)] = logits
+        out[query_mask.to(self.device)] = logits
         return out
 
     def _valid(self, name: str, positions: Tensor, lengths: Tensor | None) -> Bool[Tensor, "B K"]:
@@ -192,12 +200,15 @@ class Model:
                 without labels.
             CapabilityError: labels or an order that the model cannot use.
         """
-        tokens = self._known(known, num_samples)
+        tokens, order = self._known(known, num_samples), order or self._order
         if steps is None:
-            unknown = self._unknown(tokens)
+            unknown = self.denoiser.length - int(self.bos is not None)
+            if tokens is not None:  # positions to draw in the row that has the most
+                unknown = max(1, int((~tokens[1][:, -unknown:].bool()).sum(1).max()))
             steps = unknown if self.denoiser.left_to_right else min(64, unknown)
-        order = order or self._default_order
-        request = SamplingRequest(num_samples, steps, seed, order, self.bos, condition, tokens, **options)
+        request = SamplingRequest(
+            num_samples, steps, seed, order=order, bos=self.bos, condition=condition, known=tokens, **options
+        )
         return sample(self.denoiser, request, progress)
 
     def write(
@@ -240,8 +251,8 @@ class Model:
             num_samples,
             min(steps or (window if self.denoiser.left_to_right else 64), window - start - len(ids)),
             seed,
-            order or self._default_order,
-            self.bos,
+            order=order or self._order,
+            bos=self.bos,
             known=self._known({start + i: int(token) for i, token in enumerate(ids)}, num_samples),
             filters=filters,
         )
@@ -252,19 +263,8 @@ class Model:
         )
         return self.decode(rows[:, :length])
 
-    @property
-    def _default_order(self) -> str:
-        return "left_to_right" if self.denoiser.left_to_right else "uniform"
-
-    def _unknown(self, known: tuple[Tensor, Tensor] | None) -> int:
-        """Positions to draw in the row that has the most."""
-        start = int(self.bos is not None)
-        if known is None:
-            return self.denoiser.length - start
-        return max(1, int((~known[1][:, start:].bool()).sum(1).max()))
-
     def _known(self, known: Known | None, rows: int) -> tuple[Tensor, Tensor] | None:
-        """Given tokens as tokens and mask."""
+        """Known tokens of any form as (tokens, mask)."""
         if known is None or isinstance(known, tuple):
             return known
         prompts = [known] * rows if isinstance(known, dict) else known
@@ -290,10 +290,16 @@ class Model:
         ids = self._text_tokenizer.encode_batch([text for pair in pairs for text in pair])
         rows = [list(map(int, row)) for row in ids]
         tokens = list(zip(rows[::2], rows[1::2], strict=True))
-        return score_continuations(self.denoiser, tokens, draws, seed, self.bos)
+        return score_continuations(self.denoiser, tokens, draws=draws, seed=seed, bos=self.bos)
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:
-        """Decode rows of ids to texts, without BOS and end-of-text.
+        """Decode rows of ids to texts.
+
+        Args:
+            tokens: ids, BOS included.
+
+        Returns:
+            One text a row, without BOS and end-of-text.
 
         Raises:
             CapabilityError: the model is not one of text.
@@ -303,7 +309,13 @@ class Model:
         return [tokenizer.decode([i for i in row if i not in special]) for row in tokens.tolist()]
 
     def images(self, tokens: Int[Tensor, "B L"]) -> UInt8[np.ndarray, "B S S 3"]:
-        """Decode rows of codes, BOS included, to RGB images.
+        """Decode rows of codes to images.
+
+        Args:
+            tokens: codes, BOS included.
+
+        Returns:
+            [B, S, S, 3] RGB images of side S.
 
         Raises:
             CapabilityError: the model is not one of images, or has no tokenizer.
@@ -314,6 +326,7 @@ class Model:
 
     @property
     def _text_tokenizer(self) -> Tokenizer:
+        """The tokenizer, which must be one of text."""
         if not isinstance(self.tokenizer, Tokenizer):
             raise CapabilityError(
                 "text: this model has no text tokenizer; `images` decodes the tokens of image models"

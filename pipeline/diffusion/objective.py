@@ -83,6 +83,9 @@ class Objective:
             labels: class labels, or None.
             device: where the model computes.
 
+        Returns:
+            The batch, on the host.
+
         Source:
             arXiv 2505.18883, equation 8 with its cases as in the text (docs/method.md section 2).
         """

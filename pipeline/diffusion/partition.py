@@ -21,17 +21,27 @@ class StepDraws(NamedTuple):
     groups: Bool[np.ndarray, "B L"]
 
     def rows(self, index: Int[np.ndarray, "m"]) -> "StepDraws":
-        """Return the draws of some rows of the batch."""
+        """Select the draws of some rows.
+
+        Args:
+            index: rows of the global batch.
+
+        Returns:
+            Their draws.
+        """
         return StepDraws(self.t[index], self.groups[index])
 
 
 def stratified(count: int, rng: np.random.Generator) -> Float[np.ndarray, "count"]:
-    """Draw low-discrepancy uniforms in [0, 1): one random offset, equal spacing, in random order.
+    """Draw low-discrepancy uniforms: one random offset, equal spacing, in random order.
 
     Args:
         count: how many.
         rng: source of the offset and of the order, which is random so that no worker's share of a batch holds all
             the large ones.
+
+    Returns:
+        [count] in [0, 1).
 
     Source:
         arXiv 2406.07524, section 3 (low-discrepancy sampling of t).
@@ -60,6 +70,9 @@ def draw(
         shape: (rows of the global batch, L).
         bos: position 0 holds BOS, which is in group 0.
         least: smallest time of the log-linear schedule; None: eps.
+
+    Returns:
+        Times and groups of all rows.
     """
     eps = config.eps
     rng = np.random.default_rng([seed, step])
@@ -79,6 +92,9 @@ def draw_dropped(seed: int, step: int, batch: int, rate: float) -> Bool[np.ndarr
         step: updates before this one.
         batch: rows of the global batch.
         rate: share of such rows.
+
+    Returns:
+        [B], True = without its class.
     """
     return np.random.default_rng([seed, step, 1]).random(batch) < rate
 

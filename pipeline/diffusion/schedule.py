@@ -7,18 +7,29 @@ Times = Float[np.ndarray, "..."]
 
 
 def alpha(t: Times, eps: float) -> Times:
-    """Return the share of clean tokens at time t under the log-linear schedule, `1 - (1 - eps) t`."""
+    """Compute the share of clean tokens under the log-linear schedule.
+
+    Args:
+        t: times in [0, 1].
+        eps: share at time 1.
+
+    Returns:
+        `1 - (1 - eps) t`.
+    """
     return 1 - (1 - eps) * t
 
 
 def hidden_share(u: Times, schedule: str, eps: float) -> Times:
-    """Return the probability that a token is hidden.
+    """Compute the probability that a token is hidden.
 
     Args:
         u: uniform in [0, 1].
         schedule: "loglinear": `1 - alpha(t)` at `t = eps + (1 - eps) u`; "arccos": `2 arccos(u) / pi`, whose mean
             is 2 / pi.
         eps: smallest time of the log-linear schedule.
+
+    Returns:
+        Probabilities of the shape of u.
 
     Source:
         docs/method.md section 1; arXiv 2503.17076 (arccos).
@@ -27,12 +38,19 @@ def hidden_share(u: Times, schedule: str, eps: float) -> Times:
 
 
 def weight(t: Times) -> Times:
-    """Return the loss weight `-alpha'(t) / (1 - alpha(t)) = 1 / t` of a token hidden at time t."""
+    """Compute the loss weight of a token that is hidden at time t.
+
+    Args:
+        t: times above 0.
+
+    Returns:
+        `-alpha'(t) / (1 - alpha(t)) = 1 / t`.
+    """
     return 1 / t
 
 
 def complement(t: Times, eps: float, kind: str) -> Times:
-    """Return the time t' at which group 0 counts as hidden, when group 1 is hidden at time t.
+    """Compute the time t' at which group 0 counts as hidden, when group 1 is hidden at time t.
 
     Args:
         t: time of group 1.
@@ -40,6 +58,9 @@ def complement(t: Times, eps: float, kind: str) -> Times:
         kind: "matched": the time whose hidden share is exactly group 0's, `1 - alpha(t') = alpha(t)`; its weight
             is bounded by `1 / eps` and unbiased. "paper": `1 - t`, whose weight has no bound while group 0 never
             becomes rarer than `eps`.
+
+    Returns:
+        Times of the shape of t.
 
     Source:
         docs/method.md section 2 (arXiv 2505.18883 uses `1 - t`).

@@ -1,22 +1,28 @@
 """Models behind the Denoiser interface."""
 
+from collections.abc import Callable
+
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
 from pipeline.models.autoregressive import AR
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.masked import MDLM
 from pipeline.models.pgm import PGM
 
+_KINDS: dict[str, Callable[..., Denoiser]] = {"pgm": PGM, "mdlm": MDLM, "ar": AR}
+
 
 def build(
     config: PGMConfig | MDLMConfig | ARConfig, vocab_size: int, length: int, bos: int | None = None
 ) -> Denoiser:
-    """A freshly initialised model for rows of `length` tokens, predicted ids below `vocab_size`.
+    """Build a freshly initialised model.
 
     Args:
-        bos: the data's BOS, which is read and never predicted, so it may be an id beyond the vocabulary.
+        config: kind and sizes.
+        vocab_size: V; ids below it can be predicted.
+        length: L, tokens of a row.
+        bos: the data's BOS, or None. It is read and never predicted, so it may be an id beyond the vocabulary.
+
+    Returns:
+        The model in training mode.
     """
-    if isinstance(config, PGMConfig):
-        return PGM(config, vocab_size, length, bos)
-    if isinstance(config, MDLMConfig):
-        return MDLM(config, vocab_size, length, bos)
-    return AR(config, vocab_size, length, bos)
+    return _KINDS[config.kind](config, vocab_size, length, bos)

@@ -66,7 +66,7 @@ class Segments:
 
     @cached_property
     def offsets(self) -> Int[Tensor, "T"]:
-        """Index of every packed token inside its segment."""
+        """Index of every packed token within its segment."""
         starts = self.boundaries[:-1].long()
         return torch.arange(self.total, device=self.device) - starts[self.ids]
 
@@ -199,7 +199,7 @@ def _has_keys(q_segments: Segments, k_segments: Segments) -> Bool[Tensor, "Tq 1 
 
 
 def flat_index(lengths: Sequence[int], starts: Sequence[int], stride: int) -> Int[Tensor, "T"]:
-    """Return the flat indices of consecutive entries in the rows of a [B, stride] tensor.
+    """Compute the flat indices of consecutive entries in the rows of a [B, stride] tensor.
 
     Args:
         lengths: number of entries in every row.
@@ -257,13 +257,25 @@ class CacheAppend:
         )
 
     def take(self, rows: Shaped[Tensor, "B capacity *rest"]) -> Shaped[Tensor, "T *rest"]:
-        """Return the entries of the new tokens, packed row after row."""
+        """Select the entries of the new tokens.
+
+        Args:
+            rows: a field with one entry for each slot of the cache.
+
+        Returns:
+            [T, ...] entries, packed row after row.
+        """
         if self._uniform:
             return rows[:, self._old[0] : self.longest].flatten(0, 1)
         return rows.flatten(0, 1)[self._index]
 
     def put(self, rows: Shaped[Tensor, "B capacity *rest"], packed: Shaped[Tensor, "T *rest"]) -> None:
-        """Write the packed entries of the new tokens into `rows`, in place."""
+        """Write the entries of the new tokens.
+
+        Args:
+            rows: a field with one entry for each slot of the cache, which is changed in place.
+            packed: entries of the new tokens, row after row.
+        """
         if self._uniform:
             rows[:, self._old[0] : self.longest] = packed.unflatten(0, (len(rows), -1))
         else:
@@ -295,7 +307,13 @@ class Cache:
     values: Float[Tensor, "B capacity N D"]
 
     def put(self, k: Heads, v: Heads, append: CacheAppend) -> None:
-        """Store the keys and values of the new tokens of `append`."""
+        """Store the keys and values of new tokens.
+
+        Args:
+            k: packed keys.
+            v: packed values.
+            append: where they are stored.
+        """
         append.put(self.keys, k)
         append.put(self.values, v)
 

@@ -55,7 +55,7 @@ class AR(Denoiser):
         self.blocks = nn.ModuleList(SelfBlock(config, causal=True) for _ in range(config.blocks))
 
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:
-        """Compute the targets' vectors in one pass over all rows; see `Denoiser.target_vectors`.
+        """Compute the targets' vectors in one pass over all rows.
 
         Args:
             batch: its known tokens (group 0) must be the first of every row; any others may be targets.
@@ -83,6 +83,11 @@ class AR(Denoiser):
     def logits(self, tokens: Tensor, groups: Tensor, condition: Labels = None) -> Tensor:  # noqa: ARG002
         """Refuse, because an autoregressive model has no groups.
 
+        Args:
+            tokens: not used.
+            groups: not used.
+            condition: not used.
+
         Raises:
             CapabilityError: always.
         """
@@ -94,7 +99,13 @@ class AR(Denoiser):
     def extend(
         self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]
     ) -> None:
-        """Add known tokens, which must continue their rows without a gap; see `Denoiser.extend`.
+        """Add known tokens, which must continue their rows without a gap.
+
+        Args:
+            state: rows to extend.
+            tokens: packed row after row.
+            positions: of the tokens.
+            lengths: number of tokens in every row, 0 allowed.
 
         Raises:
             CapabilityError: tokens at other positions.
@@ -111,7 +122,15 @@ class AR(Denoiser):
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q H"]:
-        """Compute the vector of every row's next position; see `Denoiser.hidden`.
+        """Compute the vector of every row's next position.
+
+        Args:
+            state: rows and their known tokens.
+            positions: the next position of every row that a prediction is needed of.
+            lengths: 1 for these rows, 0 for the others.
+
+        Returns:
+            [Q, H].
 
         Raises:
             CapabilityError: a position that is not the next one, or more than one in a row.

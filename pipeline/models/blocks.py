@@ -25,7 +25,12 @@ Rotary = Complex[Tensor, "_ 1 half"]  # the rotary codes of any number of tokens
 
 
 class Layout(NamedTuple):
-    """How packed tokens lie: the segments that they fill, and the rotary code of each token's position."""
+    """How packed tokens lie.
+
+    Attributes:
+        segments: that the tokens fill.
+        code: rotary code of each token's position.
+    """
 
     segments: Segments
     code: Rotary
@@ -142,6 +147,7 @@ class SelfBlock(Block):
         self.causal = causal
 
     def _add_projections(self, hidden: int) -> None:
+        """Norm, and one projection to queries, keys and values."""
         self.norm1 = LayerNorm(hidden)
         self.qkv_proj = nn.Linear(hidden, 3 * hidden, bias=False)
 
@@ -188,6 +194,7 @@ class CrossBlock(Block, EncoderReader):
     """
 
     def _add_projections(self, hidden: int) -> None:
+        """Norms and projections of queries, and of keys and values."""
         self.q_norm = LayerNorm(hidden)
         self.kv_norm = LayerNorm(hidden)
         self.q_proj = nn.Linear(hidden, hidden, bias=False)

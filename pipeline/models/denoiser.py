@@ -60,7 +60,19 @@ class Batch:
         labels: Int[np.ndarray, "B"] | None = None,
         device: torch.device,
     ) -> "Batch":
-        """Make a batch of NumPy arrays; the arguments are the attributes, `labels` the condition."""
+        """Make a batch of NumPy arrays.
+
+        Args:
+            tokens: ids.
+            groups: True = group 1.
+            targets: which positions are predicted.
+            weights: loss weight of every position.
+            labels: class labels, or None.
+            device: where the model computes.
+
+        Returns:
+            The batch, on the host.
+        """
         tensor = torch.from_numpy
         condition = None if labels is None else tensor(labels)
         weights = weights.astype(np.float32)
@@ -79,11 +91,26 @@ class Batch:
         return order[torch.arange(self.shape[1]) < self.targets.sum(1, keepdim=True)]
 
     def gather(self, values: Shaped[Tensor, "B _"], index: Int[Tensor, "T"]) -> Shaped[Tensor, "T"]:
-        """Return the entries of a [B, ...] field at flat indices, on the batch's device."""
+        """Select entries of a field.
+
+        Args:
+            values: the field, on the host.
+            index: flat indices into it.
+
+        Returns:
+            [T] entries, on the batch's device.
+        """
         return values.flatten()[index].to(self.device, non_blocking=True)
 
     def row_sums(self, values: Float[Tensor, "Q"]) -> Float[Tensor, "B"]:
-        """Sum values of the targets, in the order of `target_index` and weighted, over every row."""
+        """Sum values of the targets, weighted, over every row.
+
+        Args:
+            values: of the targets, in the order of `target_index`.
+
+        Returns:
+            [B] float32.
+        """
         # float64: added one by one in float32, a thousand equal terms drift by 1e-5.
         weighted = values.double() * self.gather(self.weights, self.target_index)
         rows = (self.target_index // self.shape[1]).to(self.device, non_blocking=True)
@@ -95,16 +122,16 @@ class State:
     """What a model knows of the rows that are being sampled or scored.
 
     Attributes:
-        tokens: [B, capacity] known tokens of every row, in the order in which they were added.
-        positions: [B, capacity] their positions.
+        tokens: [B, L] known tokens of every row, in the order in which they were added.
+        positions: [B, L] their positions.
         lengths: number of known tokens of every row, host integers.
         condition: [B] class labels, or None.
         memory: what the model keeps from one prediction to the next, if anything.
         refresh_every: predictions from one full encoding to the next.
     """
 
-    tokens: Int[Tensor, "B capacity"]
-    positions: Int[Tensor, "B capacity"]
+    tokens: Int[Tensor, "B L"]
+    positions: Int[Tensor, "B L"]
     lengths: list[int]
     condition: Labels = None
     memory: Any = None
@@ -124,17 +151,29 @@ class State:
             return self, list(lengths)
         condition = None if self.condition is None else self.condition[rows]
         known = [self.lengths[row] for row in rows]
-        state = State(self.tokens[rows], self.positions[rows], known, condition)
+        state = State(self.tokens[rows], self.positions[rows], known, condition=condition)
         return state, [lengths[row] for row in rows]
 
     def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
-        """Return the known tokens and their positions, packed row after row."""
+        """Collect the known tokens.
+
+        Returns:
+            Their ids and their positions, packed row after row.
+        """
         tokens, positions = packed(self.lengths, self.tokens, self.positions)
         return tokens, positions
 
 
 def packed(lengths: Sequence[int], *fields: Shaped[Tensor, "B _ *rest"]) -> list[Shaped[Tensor, "T *rest"]]:
-    """Return the first `lengths[b]` entries of row b of every field, packed row after row."""
+    """Select the first entries of every row.
+
+    Args:
+        lengths: number of entries in every row.
+        *fields: tensors with the same rows.
+
+    Returns:
+        The first `lengths[b]` entries of row b of every field, packed row after row.
+    """
     append = CacheAppend([0] * len(lengths), lengths, fields[0].shape[1], fields[0].device)
     return [append.take(values) for values in fields]
 
@@ -185,11 +224,26 @@ class Denoiser(nn.Module, ABC):
         self.head = Head(config.hidden, vocab_size)
 
     def register_ids(self, device: torch.device) -> Int[Tensor, "R"]:
-        """Return the rows of the embedding that hold the registers."""
+        """List the rows of the embedding that hold the registers.
+
+        Args:
+            device: of the result.
+
+        Returns:
+            [R] indices.
+        """
         return torch.arange(self.registers, device=device) + self.embedding.num_embeddings - self.registers
 
     def class_vectors(self, labels: Labels, rows: int) -> ClassVectors:
-        """Return the vector of every row's class, of "no class" without labels; None for a model without classes."""
+        """Look up the vectors of class labels.
+
+        Args:
+            labels: class labels; None: "no class" for every row.
+            rows: number of rows.
+
+        Returns:
+            [B, H], or None for a model without classes.
+        """
         if self.classes is None:
             return None
         if labels is None:
@@ -197,11 +251,27 @@ class Denoiser(nn.Module, ABC):
         return self.classes(labels.to(self.head.weight.device, non_blocking=True))
 
     def layout(self, segments: Segments, positions: Int[Tensor, "T"]) -> Layout:
-        """Return the layout of packed tokens at `positions`, which count registers."""
+        """Describe how packed tokens lie.
+
+        Args:
+            segments: that the tokens fill.
+            positions: of the tokens, registers counted.
+
+        Returns:
+            The segments with the rotary codes of the positions.
+        """
         return Layout(segments, rotary(positions, self.head_size))
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Float[Tensor, "T H"]:
-        """Run one block of the trunk; with `recompute` its activations are computed again in the backward pass."""
+        """Run one block of the trunk; with `recompute` its activations are computed again in the backward pass.
+
+        Args:
+            block: the block.
+            *inputs: its arguments.
+
+        Returns:
+            [T, H] output of the block.
+        """
         if self.recompute and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -252,7 +322,16 @@ class Denoiser(nn.Module, ABC):
         return self.run_blocks(blocks, ids.flatten(), layout, Condition(vectors, segments.ids))
 
     def empty_caches(self, layers: int, rows: int, slots: int) -> list[Cache]:
-        """Return empty caches with room for `slots` tokens in each of `rows` rows, one for each layer."""
+        """Allocate caches of keys and values.
+
+        Args:
+            layers: number of caches.
+            rows: number of rows.
+            slots: tokens that a row has room for.
+
+        Returns:
+            The caches, filled with zeros.
+        """
         weight = self.head.weight
         shape = (rows, slots, self.embedding.embedding_dim // self.head_size, self.head_size)
         return [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(layers)]
@@ -311,7 +390,9 @@ class Denoiser(nn.Module, ABC):
         self.check_condition(condition, len(tokens))
         device = self.head.weight.device
         every = torch.ones_like(groups, dtype=torch.bool, device="cpu")
-        batch = Batch(tokens.cpu(), groups.cpu(), every, every.float(), condition, device)
+        batch = Batch(
+            tokens.cpu(), groups.cpu(), every, weights=every.float(), condition=condition, device=device
+        )
         logits = self.head(self.target_vectors(batch))
         out = torch.empty_like(logits)
         out[batch.target_index.to(device)] = logits
@@ -335,17 +416,17 @@ class Denoiser(nn.Module, ABC):
             CapabilityError: positions that the model cannot predict next.
         """
 
-    def open(
-        self, batch: int, condition: Labels = None, capacity: int | None = None, refresh_every: int = 1
-    ) -> State:
-        """Return a state of rows without known tokens.
+    def open(self, batch: int, condition: Labels = None, refresh_every: int = 1) -> State:
+        """Begin to sample or score rows.
 
         Args:
             batch: number of rows.
             condition: class labels, or None.
-            capacity: known tokens that a row has room for; None: L.
             refresh_every: encode all known tokens at every so many predictions, and between them only the new
                 ones, which read the stored keys and values of the old (1: exact).
+
+        Returns:
+            A state of rows without known tokens, with room for L of them in each.
 
         Raises:
             CapabilityError: class labels that the model has no vectors for, or reuse by a model that encodes
@@ -356,9 +437,9 @@ class Denoiser(nn.Module, ABC):
                 f"refresh_every: {refresh_every}; {type(self).__name__} keeps no encoder outputs, expected 1"
             )
         self.check_condition(condition, batch)
-        shape = (batch, self.length if capacity is None else capacity)
-        tokens, positions = torch.zeros(2, *shape, dtype=torch.int64, device=self.head.weight.device)
-        return State(tokens, positions, [0] * batch, condition, refresh_every=refresh_every)
+        device = self.head.weight.device
+        tokens, positions = torch.zeros(2, batch, self.length, dtype=torch.int64, device=device)
+        return State(tokens, positions, [0] * batch, condition=condition, refresh_every=refresh_every)
 
     def extend(
         self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]

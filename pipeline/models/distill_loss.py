@@ -88,6 +88,7 @@ class _ChunkedDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: DistillTargets, chunk: int
     ) -> Tensor:
+        """Compute the divergences, keeping no logits."""
         ctx.save_for_backward(hidden, weight, bias)
         ctx.targets, ctx.chunk = targets, chunk
         rows = zip(hidden.split(chunk), targets.hidden.split(chunk), strict=True)
@@ -97,6 +98,7 @@ class _ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute every chunk's logits again, and their gradients."""
         hidden, weight, bias = ctx.saved_tensors
         targets = ctx.targets
         hidden_grad, weight_grad, bias_grad = (torch.zeros_like(t) for t in (hidden, weight, bias))

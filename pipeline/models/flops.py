@@ -56,6 +56,9 @@ def flops(work: Work, backward: bool = False) -> int:
     Args:
         work: the operations of the forward pass.
         backward: add those of the backward pass.
+
+    Returns:
+        The number of operations.
     """
     return sum(op.flops * count for op, count in work.items()) * (1 + BACKWARD * backward)
 
@@ -67,6 +70,9 @@ def training_work(config: ModelConfig, vocab_size: int, groups: Bool[np.ndarray,
         config: the model.
         vocab_size: V.
         groups: True = group 1, as in `Batch`; all positions that the model can learn from are targets.
+
+    Returns:
+        The number of times that each operation runs.
     """
     rows, length = groups.shape
     ones, width = groups.sum(1).tolist(), length + config.registers
@@ -98,6 +104,9 @@ def sampling_work(
         rows: number of rows.
         counts: positions of every row that each step reveals.
         refresh_every: as in `SamplingRequest`; the steps between encode only what is new.
+
+    Returns:
+        The number of times that each operation runs.
     """
     work: Work = Counter()
     known, encoded, width = 0, 0, length + config.registers

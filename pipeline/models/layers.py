@@ -14,23 +14,33 @@ from pipeline.models.distill_loss import DistillTargets, chunked_divergence
 
 MAX_PERIOD = 10_000.0  # of rotary and sinusoidal codes
 # Largest number of logits (rows x V) that are computed together, by device type. On a CPU they fit the caches. On a
-# GPU they are so many that the head's gradient, read and written once a chunk, costs little beside the products.
+# GPU there are so many that reading and writing the head's gradient once a chunk costs little time.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 def chunk_rows(entries: Mapping[str, int], width: int, device: torch.device) -> int:
-    """Return the number of rows to compute together on a device, at least 1.
+    """Choose the number of rows to compute together on a device.
 
     Args:
         entries: largest number of entries that are computed together, by device type; others count as "cpu".
         width: entries of a row.
         device: where they are computed.
+
+    Returns:
+        At least 1.
     """
     return max(1, entries.get(device.type, entries["cpu"]) // width)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Convert to float32, the precision of sums and norms; float64 stays as it is."""
+    """Convert to float32, the precision of sums and norms.
+
+    Args:
+        x: a tensor of any floating-point type.
+
+    Returns:
+        The tensor in float32, or as it is if it is float64.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -41,7 +51,11 @@ def _angles(positions: Int[Tensor, "T"], count: int) -> Float[Tensor, "T count"]
 
 
 def rotary(positions: Int[Tensor, "T"], size: int) -> Complex[Tensor, "T 1 half"]:
-    """Compute the rotary position code of every position for attention heads of `size` entries.
+    """Compute rotary position codes.
+
+    Args:
+        positions: of the tokens.
+        size: entries of an attention head.
 
     Returns:
         [T, 1, size / 2] complex64: cosine + i sine of every angle.
@@ -71,7 +85,15 @@ def rotate(x: Float[Tensor, "T N D"], code: Complex[Tensor, "T 1 half"]) -> Floa
 
 
 def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:
-    """Compute the sinusoidal position code, cosines then sines, [T, size] in float32."""
+    """Compute sinusoidal position codes.
+
+    Args:
+        positions: of the tokens.
+        size: entries of a code.
+
+    Returns:
+        [T, size] float32, cosines then sines.
+    """
     angles = _angles(positions, size // 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -81,7 +103,7 @@ class LayerNorm(nn.Module):
 
     Args:
         size: H.
-        bias: whether there is a bias beside the weight.
+        bias: whether there is a bias in addition to the weight.
     """
 
     def __init__(self, size: int, bias: bool = False):
@@ -130,7 +152,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
-        """Normalise every token, [T, H] in the dtype of x."""
+        """Normalise every token.
+
+        Args:
+            x: tokens.
+
+        Returns:
+            [T, H] in the dtype of x.
+        """
         return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), 1e-5).to(x.dtype)
 
 
@@ -138,7 +167,12 @@ ClassVectors = Float[Tensor, "B H"] | None  # of a batch's rows; None: a model w
 
 
 class Condition(NamedTuple):
-    """Class vectors of a batch's rows, and the row that each packed token belongs to."""
+    """The class of each packed token.
+
+    Attributes:
+        vectors: class vectors of a batch's rows.
+        rows: the row that each token belongs to.
+    """
 
     vectors: ClassVectors
     rows: Int[Tensor, "T"]
@@ -169,7 +203,14 @@ class Modulation(nn.Module):
             self.vectors = nn.Parameter(torch.zeros(count, size))
 
     def forward(self, condition: Condition | None = None) -> tuple[Tensor, ...]:
-        """Return `count` vectors: each [H] for all tokens or, with class vectors, [T, H] for each token."""
+        """Compute the vectors.
+
+        Args:
+            condition: class vectors of the tokens.
+
+        Returns:
+            `count` vectors, each [H] for all tokens or, with class vectors, [T, H] for each token.
+        """
         vectors = None if condition is None else condition.vectors
         assert (vectors is None) == (self.map is None)
         if condition is None or vectors is None or self.map is None:
@@ -182,7 +223,14 @@ class GeluLinear(nn.Linear):
     """A linear map with bias, then tanh-GELU."""
 
     def forward(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
-        """Map every token, [T, O]."""
+        """Map every token.
+
+        Args:
+            x: tokens.
+
+        Returns:
+            [T, O].
+        """
         on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         if on_cpu and not torch.is_grad_enabled():
             # Product, bias and GELU in one kernel, which torch.compile would choose too, but needs a compiler for.
@@ -216,7 +264,15 @@ class FinalNorm(nn.Module):
         self.modulation = Modulation(size, 2, conditional)
 
     def forward(self, x: Float[Tensor, "T H"], condition: Condition | None = None) -> Float[Tensor, "T H"]:
-        """Normalise and modulate every token, [T, H]."""
+        """Normalise and modulate every token.
+
+        Args:
+            x: tokens.
+            condition: class vectors of the tokens.
+
+        Returns:
+            [T, H].
+        """
         return self.norm(x, *self.modulation(condition))
 
 

@@ -41,7 +41,14 @@ class MDLM(Denoiser):
         return self.vocab_size
 
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:
-        """Compute the targets' vectors from one or both maskings; see `Denoiser.target_vectors`."""
+        """Compute the targets' vectors: from one masking, or from both in a doubled batch if both have targets.
+
+        Args:
+            batch: tokens, groups and targets.
+
+        Returns:
+            [Q, H], in the order of `batch.target_index`.
+        """
         canvas, labels = torch.where(batch.groups, self.mask, batch.tokens), batch.condition
         index = batch.target_index
         in_group_0 = ~batch.groups.flatten()[index]
@@ -57,16 +64,24 @@ class MDLM(Denoiser):
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q H"]:
-        """Compute vectors at positions, with all unknown tokens masked; see `Denoiser.hidden`."""
+        """Compute vectors at positions, with all unknown tokens masked.
+
+        Args:
+            state: rows and their known tokens.
+            positions: packed row after row.
+            lengths: number of positions in every row.
+
+        Returns:
+            [Q, H].
+        """
         state, lengths = state.active(lengths)  # the other rows need not be computed
-        width = max(self.length, state.tokens.shape[1])
         vectors = self.class_vectors(state.condition, len(lengths))
         tokens, known = state.known()
-        canvas = torch.full((len(lengths), width), self.mask, device=tokens.device)
+        canvas = torch.full((len(lengths), self.length), self.mask, device=tokens.device)
         canvas[Segments(state.lengths, tokens.device).ids, known] = tokens
         x = self._trunk(canvas, vectors)
         rows = Segments(lengths, positions.device).ids
-        return self.final(x[rows * width + positions], Condition(vectors, rows))
+        return self.final(x[rows * self.length + positions], Condition(vectors, rows))
 
     def _trunk(self, canvas: Int[Tensor, "B L"], vectors: ClassVectors) -> Float[Tensor, "B_times_L H"]:
         """Vectors of all tokens, without the registers, before the final norm."""

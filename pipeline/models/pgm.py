@@ -37,7 +37,7 @@ class EncoderCache:
     Attributes:
         encoder: keys and values of every encoder block, in preallocated rows.
         readers: keys and values for every swap and decoder block, in the order in which they run.
-        vectors: [B, R/2 + capacity, H] encoder outputs.
+        vectors: [B, R/2 + L, H] encoder outputs.
         done: slots of every row that are encoded, registers first.
         age: predictions since all tokens were encoded together.
     """
@@ -83,7 +83,16 @@ class PGM(Denoiser):
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q H"]:
-        """Compute vectors at positions from the known tokens alone; see `Denoiser.hidden`."""
+        """Compute vectors at positions from the known tokens alone.
+
+        Args:
+            state: rows and their known tokens.
+            positions: packed row after row.
+            lengths: number of positions in every row.
+
+        Returns:
+            [Q, H].
+        """
         if state.refresh_every == 1:
             state, lengths = state.active(lengths)  # the other rows need not be encoded
         vectors = self.class_vectors(state.condition, len(state.lengths))
@@ -94,9 +103,8 @@ class PGM(Denoiser):
             tokens, known = packed(filled, ids, places)
             segments = Segments(filled, tokens.device)
             encoded = self._encode(tokens, known, segments, Condition(vectors, segments.ids))
-        extent = max(self.length, state.tokens.shape[1])
         segments = Segments(lengths, positions.device)
-        return self._decode(encoded, positions, extent, segments, Condition(vectors, segments.ids))
+        return self._decode(encoded, positions, segments, Condition(vectors, segments.ids))
 
     def _slots(self, state: State) -> tuple[Int[Tensor, "B slots"], Int[Tensor, "B slots"], list[int]]:
         """Every row's clean tokens after the registers of group 0: ids, positions, and their number."""
@@ -140,7 +148,14 @@ class PGM(Denoiser):
         return readers
 
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:
-        """Compute the targets' vectors in one pass over both groups; see `Denoiser.target_vectors`."""
+        """Compute the targets' vectors in one pass, each group's from the other group's tokens.
+
+        Args:
+            batch: tokens, groups and targets.
+
+        Returns:
+            [Q, H], in the order of `batch.target_index`.
+        """
         rows, length = batch.shape
         cpu = torch.device("cpu")  # where batches are
         in_group_1 = torch.arange(self.registers) < self.registers // 2
@@ -168,7 +183,7 @@ class PGM(Denoiser):
         vectors = self.class_vectors(batch.condition, rows)
         encoded = self._encode(tokens, key_index % width, keys, Condition(vectors, key_index // width))
         condition = Condition(vectors, target_index // length)
-        return self._decode(encoded, target_index % length, length, queries, condition)
+        return self._decode(encoded, target_index % length, queries, condition)
 
     def _encode(
         self,
@@ -182,15 +197,10 @@ class PGM(Denoiser):
         return Encoded(self.run_blocks(self.encoder, tokens, layout, condition), layout)
 
     def _decode(
-        self,
-        encoded: Encoded,
-        positions: Int[Tensor, "Q"],
-        extent: int,
-        segments: Segments,
-        condition: Condition,
+        self, encoded: Encoded, positions: Int[Tensor, "Q"], segments: Segments, condition: Condition
     ) -> Float[Tensor, "Q H"]:
-        """Compute vectors for the head at `positions` below `extent`, which count tokens only."""
-        positions, extent = positions + self.registers, extent + self.registers
+        """Compute vectors for the head at `positions`, which count tokens only."""
+        positions, extent = positions + self.registers, self.length + self.registers
         vectors, keys, stored = encoded
         caches: Iterable[Cache | None] = stored or repeat(None)
         (swap, first), *readers = zip(self._readers(), caches, strict=False)

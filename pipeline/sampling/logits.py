@@ -98,19 +98,19 @@ def draw_tokens(
         Tokens [Q] and, with `certainty`, their log-probabilities and entropies.
     """
     # The head takes as many rows as suit its product; what follows takes fewer, which stay in a CPU's cache.
-    rows, fewer = (
+    head_rows, draw_rows = (
         chunk_rows(entries, head.vocab_size, hidden.device) for entries in (CHUNK_LOGITS, _CHUNK_DOUBLES)
     )
     drawn = [Drawn(noise[:0].long(), noise[:0], noise[:0])]
-    for start in range(0, len(hidden), rows):
-        part = slice(start, start + rows)
+    for start in range(0, len(hidden), head_rows):
+        part = slice(start, start + head_rows)
         logits = head(hidden[part])
         if guidance is not None:
             conditional, free = (
                 x.double().log_softmax(-1) for x in (logits, head(guidance.unconditional[part]))
             )
             logits = (1 + guidance.weight) * conditional - guidance.weight * free
-        for chunk, uniform in zip(logits.split(fewer), noise[part].split(fewer), strict=True):
+        for chunk, uniform in zip(logits.split(draw_rows), noise[part].split(draw_rows), strict=True):
             drawn.append(_draw(_filtered(chunk.double(), filters), uniform, certainty))
     return Drawn(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
 

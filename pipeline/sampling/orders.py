@@ -63,13 +63,16 @@ def check(order: Order, steps: int, unknown: int, length: int) -> None:
 
 
 def step_counts(unknown: int, steps: int, schedule: Schedule) -> Int[np.ndarray, "steps"]:
-    """Return how many positions each step reveals.
+    """Spread positions over steps.
 
     Args:
-        unknown: positions to reveal in all.
+        unknown: number of positions.
         steps: number of steps.
         schedule: "linear": counts that differ by at most one. "arccos": one each (while they last), and the rest
             growing as `arccos(1 - s / steps)`, so that the first steps, which know least, reveal least.
+
+    Returns:
+        The number of positions that each step reveals.
 
     Source:
         arXiv 2503.17076 (arccos schedule); docs/method.md section 4.
@@ -82,12 +85,19 @@ def step_counts(unknown: int, steps: int, schedule: Schedule) -> Int[np.ndarray,
 
 
 def schedule_of(order: Order) -> Schedule:
-    """Return the schedule of an order, or the default one of its name."""
+    """Find the schedule of an order.
+
+    Args:
+        order: the order.
+
+    Returns:
+        Its own schedule, or the default one of its name.
+    """
     return order.schedule or ("arccos" if order.name in ("confidence", "halton") else "linear")
 
 
 def plan(
-    order: Order, unknown: Int[np.ndarray, "U"], steps: int, rng: np.random.Generator, bos: bool
+    order: Order, unknown: Int[np.ndarray, "U"], steps: int, *, rng: np.random.Generator, bos: bool
 ) -> tuple[Int[np.ndarray, "U"], Int[np.ndarray, "steps"]]:
     """Plan the revelation of one row by an order of `PLANNED`.
 
@@ -120,14 +130,15 @@ def plan(
 
 def _halton(cells: Int[np.ndarray, "U"], side: int) -> Int[np.ndarray, "U"]:
     """Cells of a side x side grid, in the order in which a Halton sequence first visits them."""
-    visited: dict[int, None] = {}
-    wanted, index = set(cells.tolist()), 1
-    while len(visited) < len(wanted):
+    order: list[int] = []
+    remaining, index = set(cells.tolist()), 1
+    while remaining:
         row, column = (int(_radical_inverse(index, base) * side) for base in (2, 3))
-        if (cell := row * side + column) in wanted:
-            visited.setdefault(cell)
+        if (cell := row * side + column) in remaining:
+            remaining.remove(cell)
+            order.append(cell)
         index += 1
-    return np.array(list(visited), dtype=np.int64)
+    return np.array(order, dtype=np.int64)
 
 
 def _radical_inverse(index: int, base: int) -> float:

@@ -54,18 +54,21 @@ class SamplingRequest:
 
     @classmethod
     def of(cls, settings: SamplingConfig, bos: int | None) -> "SamplingRequest":
-        """Return the request of a sampling config: its number of samples, steps, seed, order, filters and the like.
+        """Make the request of a sampling config, without class labels.
 
         Args:
             settings: the config.
             bos: id that stands known at position 0, or None.
+
+        Returns:
+            The request for all samples of the config.
         """
         return cls(
             settings.num_samples,
             settings.steps,
             settings.seed,
-            Order(settings.order, settings.schedule, settings.gumbel, settings.gamma),
-            bos,
+            order=Order(settings.order, settings.schedule, gumbel=settings.gumbel, gamma=settings.gamma),
+            bos=bos,
             filters=Filters(settings.temperature, settings.top_k, settings.top_p),
             guidance=settings.guidance,
             refresh_every=settings.refresh_every,
@@ -140,7 +143,7 @@ class _Rows:
                     f"guidance: {request.guidance} without class labels; expected labels, or guidance 0"
                 )
             condition = torch.cat([condition, torch.full_like(condition, model.classes.num_embeddings - 1)])
-        self._state = model.open(self._copies * rows, condition, model.length, request.refresh_every)
+        self._state = model.open(self._copies * rows, condition, request.refresh_every)
         self._unknown, self.tokens = ~given, tokens.to(device)
         self.revealed_at = torch.zeros_like(tokens)
         if given.any():
@@ -155,7 +158,7 @@ class _Rows:
         (rows, length), steps, device = self.tokens.shape, self._request.steps, self.tokens.device
         bos = self._request.bos is not None
         plans = [
-            orders.plan(self.order, np.flatnonzero(unknown), steps, rng, bos)
+            orders.plan(self.order, np.flatnonzero(unknown), steps, rng=rng, bos=bos)
             for unknown, rng in zip(self._unknown.numpy(), self._generators, strict=True)
         ]
         noise = np.stack([rng.random(length) for rng in self._generators]).ravel()
@@ -205,10 +208,8 @@ class _Rows:
 
     def _extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
         """Give the model packed tokens, `lengths[b]` of them in row b."""
-        copies = self._copies
-        self._model.extend(
-            self._state, tokens.repeat(copies), positions.repeat(copies), list(lengths) * copies
-        )
+        n = self._copies
+        self._model.extend(self._state, tokens.repeat(n), positions.repeat(n), list(lengths) * n)
 
     def _draw(
         self,

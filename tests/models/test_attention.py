@@ -47,15 +47,15 @@ def agree(kernel: Kernel, q_segments: Segments, k_segments: Segments) -> None:
 
 
 def agree_in(dtype: torch.dtype, kernel: Kernel, q_segments: Segments, k_segments: Segments) -> None:
-    *mine, direction = inputs(q_segments.total, k_segments.total, dtype)
-    *theirs, _ = inputs(q_segments.total, k_segments.total, torch.float64)
-    out = kernel(*mine, q_segments, k_segments)
-    expected = dense(*theirs, q_segments.lengths, k_segments.lengths)
+    *tensors, direction = inputs(q_segments.total, k_segments.total, dtype)
+    *references, _ = inputs(q_segments.total, k_segments.total, torch.float64)
+    out = kernel(*tensors, q_segments, k_segments)
+    expected = dense(*references, q_segments.lengths, k_segments.lengths)
     close(out, expected)
     blind = torch.tensor(k_segments.lengths).eq(0)[q_segments.ids]
     assert out[blind].eq(0).all()
-    grads = torch.autograd.grad((out * direction).sum(), mine)
-    wanted = torch.autograd.grad((expected * direction).sum(), theirs)
+    grads = torch.autograd.grad((out * direction).sum(), tensors)
+    wanted = torch.autograd.grad((expected * direction).sum(), references)
     for got, want in zip(grads, wanted, strict=True):
         assert got.isfinite().all()
         close(got, want)

@@ -45,13 +45,13 @@ def test_causal_attention(form: str, window: bool, lengths: list[int]) -> None:
         return
     generator = torch.Generator().manual_seed(segments.total)
     shape = (4, segments.total, 2, 4)
-    *mine, direction = torch.randn(shape, generator=generator, dtype=torch.float64).unbind(0)
-    mine = [x.requires_grad_() for x in mine]
+    *tensors, direction = torch.randn(shape, generator=generator, dtype=torch.float64).unbind(0)
+    tensors = [x.requires_grad_() for x in tensors]
     kernel: Callable[..., Tensor] = getattr(attention, form)
-    out, expected = kernel(*mine, segments, segments, True), causal_oracle(*mine, lengths)
+    out, expected = kernel(*tensors, segments, segments, True), causal_oracle(*tensors, lengths)
     torch.testing.assert_close(out, expected, **EXACT)
-    grads = torch.autograd.grad((out * direction).sum(), mine)
-    wanted = torch.autograd.grad((expected * direction).sum(), mine)
+    grads = torch.autograd.grad((out * direction).sum(), tensors)
+    wanted = torch.autograd.grad((expected * direction).sum(), tensors)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, want, **EXACT)
 

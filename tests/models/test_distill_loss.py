@@ -27,7 +27,7 @@ def student(rows: int, dtype: torch.dtype, size: int = 7) -> tuple[Tensor, Tenso
     return hidden, weight, bias
 
 
-def teaching(rows: int, dtype: torch.dtype, kind: Divergence) -> DistillTargets:
+def teacher_targets(rows: int, dtype: torch.dtype, kind: Divergence) -> DistillTargets:
     """A teacher of another width than the student."""
     generator = torch.Generator().manual_seed(1)
     size, vocab_size = TEACHER
@@ -46,13 +46,13 @@ def upstream(rows: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_equal_the_direct_form(kind: Divergence, chunk: int, dtype: torch.dtype, near: float) -> None:
     rows = 9
-    told, results = teaching(rows, dtype, kind), []
+    targets, results = teacher_targets(rows, dtype, kind), []
     for direct in (True, False):
         hidden, weight, bias = inputs = student(rows, dtype)
         if direct:
-            values = divergence(F.linear(hidden, weight, bias), told.head(told.hidden), kind)
+            values = divergence(F.linear(hidden, weight, bias), targets.head(targets.hidden), kind)
         else:
-            values = chunked_divergence(hidden, weight, bias, told, chunk)
+            values = chunked_divergence(hidden, weight, bias, targets, chunk)
         gradients = torch.autograd.grad(values, inputs, upstream(rows, dtype))
         results.append((values.detach(), *gradients))
     for expected, found in zip(*results, strict=True):
@@ -64,7 +64,7 @@ def test_chunks_equal_the_direct_form(kind: Divergence, chunk: int, dtype: torch
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_at_all(kind: Divergence) -> None:
     inputs = student(0, torch.float32)
-    values = chunked_divergence(*inputs, teaching(0, torch.float32, kind), 4)
+    values = chunked_divergence(*inputs, teacher_targets(0, torch.float32, kind), 4)
     assert values.shape == (0,)
     gradients = torch.autograd.grad(values.sum(), inputs)
     assert [g.shape for g in gradients] == [x.shape for x in inputs]
@@ -74,8 +74,8 @@ def test_no_rows_at_all(kind: Divergence) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_differences(kind: Divergence) -> None:
     """Numerically, so that an error that the direct form shares is found too."""
-    told = teaching(4, torch.float64, kind)
-    assert torch.autograd.gradcheck(lambda *x: chunked_divergence(*x, told, 3), student(4, torch.float64))
+    targets = teacher_targets(4, torch.float64, kind)
+    assert torch.autograd.gradcheck(lambda *x: chunked_divergence(*x, targets, 3), student(4, torch.float64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +90,7 @@ def test_zero_at_equality_and_positive_elsewhere(kind: Divergence) -> None:
 
 def test_directions_and_scales() -> None:
     """Student (1/2, 1/2), teacher (1/4, 3/4)."""
-    ours, theirs = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]], dtype=torch.float64).log()
+    student_logits, teacher_logits = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]], dtype=torch.float64).log()
     expected = {
         "reverse_kl": 0.5 * math.log(2) + 0.5 * math.log(2 / 3),  # KL(student || teacher)
         "forward_kl": 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2),  # KL(teacher || student)
@@ -99,20 +99,22 @@ def test_directions_and_scales() -> None:
     }
     assert abs(expected["reverse_kl"] - expected["forward_kl"]) > 0.01
     for kind in KINDS:
-        assert divergence(ours, theirs, kind).item() == pytest.approx(expected[kind], abs=1e-12), kind
+        assert divergence(student_logits, teacher_logits, kind).item() == pytest.approx(
+            expected[kind], abs=1e-12
+        ), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_that_follows_the_gradient_becomes_its_teacher(kind: Divergence) -> None:
-    told = teaching(6, torch.float64, kind)
+    targets = teacher_targets(6, torch.float64, kind)
     hidden = torch.eye(6, dtype=torch.float64)
     weight = torch.zeros(TEACHER[1], 6, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(TEACHER[1], dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=0.1)
-    target = told.head(told.hidden).softmax(-1)
+    target = targets.head(targets.hidden).softmax(-1)
     for step in range(250):
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / 250)
-        loss = chunked_divergence(hidden, weight, bias, told, 4).sum()
+        loss = chunked_divergence(hidden, weight, bias, targets, 4).sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -160,12 +162,12 @@ student, teacher = Head(SIZE, V), Head(SIZE, V).requires_grad_(False)
 for head in (student, teacher):
     torch.nn.init.normal_(head.weight, std=0.2)
 student.weight.grad = torch.zeros_like(student.weight)
-hidden, theirs = torch.randn(ROWS, SIZE, requires_grad=True), torch.randn(ROWS, SIZE)
+hidden, teacher_hidden = torch.randn(ROWS, SIZE, requires_grad=True), torch.randn(ROWS, SIZE)
 before = kib("VmRSS")
 if sys.argv[1] == "direct":
-    loss = divergence(student(hidden), teacher(theirs), "reverse_kl").mean()
+    loss = divergence(student(hidden), teacher(teacher_hidden), "reverse_kl").mean()
 else:
-    loss = student(hidden, distill_targets=DistillTargets(theirs, teacher, "reverse_kl")).mean()
+    loss = student(hidden, distill_targets=DistillTargets(teacher_hidden, teacher, "reverse_kl")).mean()
 loss.backward()
 print(kib("VmHWM") - before, loss.item(), student.weight.grad.norm().item(), hidden.grad.norm().item())
 """

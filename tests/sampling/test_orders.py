@@ -102,7 +102,7 @@ def test_binomial_counts_are_the_posteriors(joint: np.ndarray):
     steps, rows = 5, 4000
     counts = np.stack(
         [
-            orders.plan(Order("binomial"), np.arange(30), steps, np.random.default_rng(i), False)[1]
+            orders.plan(Order("binomial"), np.arange(30), steps, rng=np.random.default_rng(i), bos=False)[1]
             for i in range(rows)
         ]
     )
@@ -121,7 +121,7 @@ def test_steps_that_reveal_nothing_are_not_run(joint: np.ndarray):
 
 
 def test_halton_visits_every_cell_once_and_spreads():
-    order, _ = orders.plan(Order("halton"), np.arange(64), 8, np.random.default_rng(0), False)
+    order, _ = orders.plan(Order("halton"), np.arange(64), 8, rng=np.random.default_rng(0), bos=False)
     assert sorted(order.tolist()) == list(range(64))
     rows, columns = order // 8, order % 8
     quarter = (rows[:16] // 4) * 2 + columns[:16] // 4

@@ -56,9 +56,9 @@ def distance(found: Tensor, expected: Iterable[tuple[float, Tensor]]) -> float:
     mixture = torch.from_numpy(np.random.default_rng(0).random(targets[0].shape))
     names = [(tables * mixture).sum((1, 2)).numpy().round(9) for tables in (found, torch.stack(targets))]
     keys, place = np.unique(np.concatenate(names), return_inverse=True)
-    ours = np.bincount(place[: len(found)], minlength=len(keys)) / len(found)
-    theirs = np.bincount(place[len(found) :], chances, minlength=len(keys))
-    return float(np.abs(ours - theirs).sum() / 2)
+    observed = np.bincount(place[: len(found)], minlength=len(keys)) / len(found)
+    expected_shares = np.bincount(place[len(found) :], chances, minlength=len(keys))
+    return float(np.abs(observed - expected_shares).sum() / 2)
 
 
 def collect(source: Known, form: str, mistake: str | None = None) -> list[tuple[np.ndarray, float, Tensor]]:
@@ -132,7 +132,7 @@ def test_sides_of_a_row_are_rolled_out_independently(
     assert apart > 0.05
 
 
-def teaching_inputs(rows: int, length: int, vocab_size: int) -> tuple[Tensor, ...]:
+def rollout_inputs(rows: int, length: int, vocab_size: int) -> tuple[Tensor, ...]:
     """Tokens, hidden, time, noise; rows with all hidden, nothing hidden, and nothing revealed first."""
     tokens, hidden = random_rows(rows, length, vocab_size)
     generator = torch.Generator().manual_seed(5)
@@ -145,7 +145,7 @@ def teaching_inputs(rows: int, length: int, vocab_size: int) -> tuple[Tensor, ..
 @pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 def test_models_teach_what_two_full_passes_would(config: PGMConfig | MDLMConfig) -> None:
     teacher = randomised(config).double()
-    tokens, hidden, time, noise = teaching_inputs(6, teacher.length, teacher.vocab_size)
+    tokens, hidden, time, noise = rollout_inputs(6, teacher.length, teacher.vocab_size)
     with torch.no_grad():
         vectors = roll_out(teacher, tokens, hidden, time=time, dt=0.15, noise=noise)
         found = teacher.head(vectors).log_softmax(-1)
@@ -166,7 +166,7 @@ def test_models_teach_what_two_full_passes_would(config: PGMConfig | MDLMConfig)
 def test_rows_do_not_know_of_each_other(config: PGMConfig | MDLMConfig) -> None:
     """A row's targets are the same alone, among others, and in front of them."""
     teacher = randomised(config).double()
-    tokens, hidden, time, noise = teaching_inputs(6, teacher.length, teacher.vocab_size)
+    tokens, hidden, time, noise = rollout_inputs(6, teacher.length, teacher.vocab_size)
     together = roll_out(teacher, tokens, hidden, time=time, dt=0.15, noise=noise)
     for row, expected in enumerate(together.split(hidden.sum(1).tolist())):
         own = slice(row, row + 1)
@@ -176,28 +176,28 @@ def test_rows_do_not_know_of_each_other(config: PGMConfig | MDLMConfig) -> None:
 
 
 def test_each_hidden_position_is_asked_for_once(source: Known) -> None:
-    tokens, hidden, time, noise = teaching_inputs(50, L, V)
-    source.asked.clear()
+    tokens, hidden, time, noise = rollout_inputs(50, L, V)
+    source.predicted.clear()
     roll_out(source, tokens, hidden, time=time, dt=0.15, noise=noise)
     first = int((hidden & (noise[:, 0] < 0.15 / time[:, None])).sum())
-    assert source.asked == [first, int(hidden.sum()) - first]
+    assert source.predicted == [first, int(hidden.sum()) - first]
     assert 20 < first < hidden.sum() / 2
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5])
 def test_the_last_step_reveals_everything(source: Known, ratio: float) -> None:
     """From a time of dt or less there is one step left: no token is drawn, and nothing is predicted twice."""
-    tokens, hidden, time, noise = teaching_inputs(50, L, V)
-    source.asked.clear()
+    tokens, hidden, time, noise = rollout_inputs(50, L, V)
+    source.predicted.clear()
     found = roll_out(source, tokens, hidden, time=torch.full_like(time, 0.1), dt=0.1 * ratio, noise=noise)
-    assert source.asked == [int(hidden.sum())]
+    assert source.predicted == [int(hidden.sum())]
     assert torch.equal(found, source.logits(tokens, hidden)[hidden])
 
 
 @pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 def test_nothing_is_hidden_at_all(config: PGMConfig | MDLMConfig) -> None:
     teacher = randomised(config)
-    tokens, hidden, time, noise = teaching_inputs(3, teacher.length, teacher.vocab_size)
+    tokens, hidden, time, noise = rollout_inputs(3, teacher.length, teacher.vocab_size)
     none = torch.zeros_like(hidden)
     found = roll_out(teacher, tokens, none, time=time, dt=0.15, noise=noise)
     assert teacher.head(found).shape == (0, teacher.vocab_size)
@@ -242,8 +242,8 @@ def test_a_student_of_one_context_learns_the_mean_of_its_targets(source: Known, 
     for step in range(steps):
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
         sides = hidden_sides(groups, t, DT, "compatible", EPS, False)
-        told = teach(source, tokens, sides, rng.random((rows, 2, 2, L)), DT)
-        loss = chunked_divergence(place, table, bias, DistillTargets(told, source.head, kind), 4096).mean()
+        vectors = teach(source, tokens, sides, rng.random((rows, 2, 2, L)), DT)
+        loss = chunked_divergence(place, table, bias, DistillTargets(vectors, source.head, kind), 4096).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -61,18 +61,18 @@ def test_every_position_is_revealed_once(bos: int | None, steps: int) -> None:
 
 
 def test_known_tokens_are_the_drawn_ones() -> None:
-    """What the model is told is what the sample shows, so the draws are those of one consistent chain."""
+    """The tokens that the model is given are those of the sample, so the draws form one consistent chain."""
     model = Recording(PGM, V, L).eval()
-    model.steps, told = [], []
+    model.steps, extended = [], []
     original = model.extend
 
     def extend(state: State, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> None:
-        told.append((tokens.clone(), positions.clone()))
+        extended.append((tokens.clone(), positions.clone()))
         original(state, tokens, positions, lengths)
 
     model.extend = extend
     tokens = sample(model, SamplingRequest(2, 4, seed=1))
-    for drawn, positions in told:
+    for drawn, positions in extended:
         assert torch.equal(tokens.gather(1, positions.view(2, -1)), drawn.view(2, -1))
 
 
@@ -195,7 +195,7 @@ def test_orders_are_uniform() -> None:
     rng = np.random.default_rng(0)
     counts = np.zeros((3, 7))
     for _ in range(6000):
-        sequence, sizes = orders.plan(orders.Order(), np.arange(2, 9), 3, rng, bos=False)
+        sequence, sizes = orders.plan(orders.Order(), np.arange(2, 9), 3, rng=rng, bos=False)
         assert sizes.tolist() == [3, 2, 2]
         for step, part in enumerate(np.split(sequence, np.cumsum(sizes)[:-1])):
             counts[step, part - 2] += 1

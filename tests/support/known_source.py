@@ -41,14 +41,14 @@ class Known(Denoiser):
 
     Attributes:
         table: [(V + 1) ** L, L, V] by the code of a context, whose digits are 0 (unknown) or 1 + token.
-        asked: positions asked for, of every call.
+        predicted: number of positions that each call predicts.
     """
 
     def __init__(self, joint: np.ndarray):
         vocab_size, length = joint.shape[0], joint.ndim
         super().__init__(TrunkConfig(hidden=2, heads=1), vocab_size, length, ids=vocab_size)
         self.head = Plain(vocab_size)
-        self.asked: list[int] = []
+        self.predicted: list[int] = []
         self.digits = (vocab_size + 1) ** torch.arange(length)
         table = np.empty(((vocab_size + 1) ** length, length, vocab_size))
         for context in product(range(vocab_size + 1), repeat=length):
@@ -59,7 +59,7 @@ class Known(Denoiser):
             code = sum(d * int(w) for d, w in zip(context, self.digits, strict=True))
             for place in range(length):
                 chances = given.sum(tuple(axis for axis in range(length) if axis != place)) / given.sum()
-                known = len(chances) == 1  # a known position is never asked for
+                known = len(chances) == 1  # a known position is never predicted
                 table[code, place] = np.nan if known else np.log(chances)
         self.table = torch.from_numpy(table)
 
@@ -77,7 +77,7 @@ class Known(Denoiser):
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q V"]:
-        self.asked.append(len(positions))
+        self.predicted.append(len(positions))
         rows = torch.arange(len(state.lengths))
         tokens, places = state.known()
         canvas = torch.zeros(len(rows), self.length, dtype=torch.int64)
