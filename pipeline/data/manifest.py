@@ -160,8 +160,8 @@ def hash_content(content: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=4)
-def image_tokenizer_id(spec: str) -> str:
-    """Return what identifies an image tokenizer, computed once per process.
+def tokenizer_key(spec: str) -> str:
+    """Return what identifies an image tokenizer among the settings, computed once per process.
 
     Args:
         spec: "patch", a file or a folder.
@@ -239,7 +239,7 @@ def _image_pairs(manifest: Manifest, data: ImageDataConfig) -> dict[str, tuple[o
     pairs: dict[str, tuple[object, object]] = {
         "data.classes": (manifest.classes, data.classes),
         "data.size / data.factor": (manifest.grid, data.size // data.factor),
-        "data.tokenizer": (manifest.content.get("tokenizer"), image_tokenizer_id(data.tokenizer)),
+        "data.tokenizer": (manifest.content.get("tokenizer"), tokenizer_key(data.tokenizer)),
     }
     if data.tokenizer == "patch":
         pairs["data.codes"] = (manifest.vocabulary, data.codes)

@@ -1,9 +1,9 @@
 """The order in which training reads rows: deterministic, random access, one for all numbers of workers."""
 
-from collections import OrderedDict
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 
 import numpy as np
@@ -46,14 +46,11 @@ class ReadingOrder:
             raise DataError(
                 f"train.batch: {batch} rows, but the data has {self.rows}; expected at most {self.rows}"
             )
-        self.batch = batch
-        self.streams = streams
-        self.window = window
-        self.seed = seed
+        self.batch, self.streams, self.window, self.seed = batch, streams, window, seed
         self.steps_per_epoch = self.rows // batch
         self._share = batch // streams  # rows of one stream in one batch
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._cached_layout = lru_cache(maxsize=1)(self._layout)
+        self._cached_window = lru_cache(maxsize=2 * streams)(self._window)  # those of a batch or two
 
     def epoch_of(self, step: int) -> int:
         """The epoch that global batch `step` belongs to."""
@@ -61,7 +58,7 @@ class ReadingOrder:
 
     def leftover(self, epoch: int) -> Int64[np.ndarray, "n"]:
         """The rows (fewer than a batch) that this epoch skips."""
-        return self._layout(epoch)[1]
+        return self._cached_layout(epoch)[1]
 
     def rows_of_step(self, step: int) -> Int64[np.ndarray, "batch"]:
         """Global row indices of global batch `step`; entry i comes from stream i // (batch // C)."""
@@ -71,7 +68,7 @@ class ReadingOrder:
         for stream in range(self.streams):
             for window in range(first // self.window, (last - 1) // self.window + 1):
                 start = window * self.window
-                rows = self._shuffled(epoch, stream, window)
+                rows = self._cached_window(epoch, stream, window)
                 parts.append(rows[max(first - start, 0) : last - start])
         return np.concatenate(parts)
 
@@ -92,29 +89,20 @@ class ReadingOrder:
         return np.pad(mine, (0, missing), constant_values=MISSING)
 
     def _layout(self, epoch: int) -> tuple[Int64[np.ndarray, "C n"], Int64[np.ndarray, "skipped"]]:
-        """Rows of every stream before windows are shuffled, and the rows left out."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            starts = np.cumsum(self._sizes) - self._sizes
-            shards = permutation(len(self._sizes), self.seed, epoch, _SHARDS)
-            rows = np.concatenate([np.arange(starts[s], starts[s] + self._sizes[s]) for s in shards])
-            kept = self.steps_per_epoch * self.batch
-            keep = np.ones(self.rows, dtype=bool)
-            if left := self.rows - kept:
-                keys = _bits(self.rows, self.seed, epoch, _LEFTOVER)
-                keep[np.argpartition(keys, left)[:left]] = False
-            self._epoch = (epoch, rows[keep].reshape(self.streams, kept // self.streams), rows[~keep])
-        return self._epoch[1], self._epoch[2]
+        """Return the rows of every stream before windows are shuffled, and the rows left out."""
+        starts = np.cumsum(self._sizes) - self._sizes
+        shards = permutation(len(self._sizes), self.seed, epoch, _SHARDS)
+        rows = np.concatenate([np.arange(starts[s], starts[s] + self._sizes[s]) for s in shards])
+        keep = np.ones(self.rows, dtype=bool)
+        if skipped := self.rows % self.batch:
+            keys = _bits(self.rows, self.seed, epoch, _LEFTOVER)
+            keep[np.argpartition(keys, skipped)[:skipped]] = False
+        return rows[keep].reshape(self.streams, -1), rows[~keep]
 
-    def _shuffled(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, "w"]:
-        """One window of a stream; the windows of a batch or two are remembered."""
-        key = (epoch, stream, window)
-        if key not in self._windows:
-            rows = self._layout(epoch)[0][stream, window * self.window : (window + 1) * self.window]
-            order = permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)
-            self._windows[key] = rows[order]
-            if len(self._windows) > 2 * self.streams:
-                self._windows.popitem(last=False)
-        return self._windows[key]
+    def _window(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, "w"]:
+        """Return one window of a stream, shuffled."""
+        rows = self._cached_layout(epoch)[0][stream, window * self.window : (window + 1) * self.window]
+        return rows[permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
                 sample = {suffix: member for _, suffix, member in group}
                 try:
                     image, label = _sample(sample, tar, data)
-                    yield Ref(path, image.offset_data, image.size, label, image.name)
+                    yield Ref(path, image.offset_data, image.size, label=label, name=image.name)
                 except DataError as error:
                     yield Problem(f"{path}: {stem}", str(error))
     except (ConnectionError, TimeoutError):
@@ -161,7 +161,7 @@ def list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
         if name not in names:
             near = did_you_mean(name, names)
             raise DataError(f"data.{key}: no column {name!r} in {path}; columns: {', '.join(names)}{near}")
-    yield from (Ref(path, row, 0, -1) for row in range(rows))
+    yield from (Ref(path, row, 0, label=-1) for row in range(rows))
 
 
 def read_parquet(
@@ -189,7 +189,7 @@ def read_parquet(
             images, labels = batch.column(data.image_field), batch.column(data.label_field)
             for i in range(len(batch)):
                 if (number := next(numbers)) in wanted:
-                    yield _cell(images[i].as_py(), labels[i].as_py(), f"{path} row {number}", data)
+                    yield _cell(images[i].as_py(), labels[i].as_py(), f"{path} row {number}", data=data)
             if number >= refs[-1].place:
                 return
 

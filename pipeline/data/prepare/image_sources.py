@@ -80,7 +80,7 @@ def open_images(data: ImageDataConfig) -> ImageSource:
     """
     if data.source == DIGITS:
         info = source_files.describe(data, [_digits()[0].tobytes().hex()])
-        return ImageSource((SourceFile(DIGITS, "", 0, info.fingerprint),), info)
+        return ImageSource((SourceFile(DIGITS, "", 0, version=info.fingerprint),), info)
     if data.source.startswith(HUB):
         return _open_hub(data)
     suffixes = tuple(itertools.chain(*_KINDS.values()))
@@ -117,7 +117,7 @@ def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
         problems = [item for item in items if isinstance(item, Problem)]
     else:
         if first == DIGITS:
-            refs = [Ref(DIGITS, i, 0, int(label)) for i, label in enumerate(_digits()[1])]
+            refs = [Ref(DIGITS, i, 0, label=int(label)) for i, label in enumerate(_digits()[1])]
         elif is_a(first, IDX):
             refs = _list_idx(*(file.path for file in source.files))
         else:
@@ -189,7 +189,7 @@ def _list_folders(
             f"expected data.classes={len(names)}"
         )
     labels = {name: label for label, name in enumerate(names)}
-    refs = [Ref(file.path, 0, 0, labels[name]) for file, name in zip(files, classes, strict=True)]
+    refs = [Ref(file.path, 0, 0, label=labels[name]) for file, name in zip(files, classes, strict=True)]
     why = f"no image in this class; expected {', '.join(IMAGES)}"
     return refs, [Problem(f"{root}{name}", why) for name in sorted(empty)], names
 
@@ -227,7 +227,7 @@ def _list_idx(images: str, labels: str) -> list[Ref]:
             f"{images}: {' x '.join(map(str, pixels.shape))} and {labels}: {' x '.join(map(str, classes.shape))}; "
             "expected images x rows x columns, and a label for each image"
         )
-    return [Ref(images, i, 0, int(label)) for i, label in enumerate(classes)]
+    return [Ref(images, i, 0, label=int(label)) for i, label in enumerate(classes)]
 
 
 @lru_cache(maxsize=2)
@@ -271,5 +271,5 @@ def _open_hub(data: ImageDataConfig) -> ImageSource:
     if folder:
         files = [file for path in paths for file in source_files.list_files(path, folder)]
         return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
-    files = [SourceFile(path, path, 0, str(revision)) for path in paths]
+    files = [SourceFile(path, path, 0, version=str(revision)) for path in paths]
     return ImageSource(tuple(files), source_files.describe(data, [str(revision)], revision))

@@ -26,14 +26,7 @@ from jaxtyping import Bool, Int64, UInt8
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.manifest import (
-    Manifest,
-    SpecialIds,
-    Split,
-    TokenizerInfo,
-    hash_content,
-    image_tokenizer_id,
-)
+from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content, tokenizer_key
 from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_archives import Ref
 from pipeline.data.prepare.image_sources import ImageSource, Listing, list_images, read_images
@@ -98,7 +91,7 @@ def content(data: ImageDataConfig) -> dict[str, Any]:
     patch = data.tokenizer == "patch"  # its codes do not depend on how many images are encoded together
     encoding = ("codes", "fit_images") if patch else ("encode_batch", "encode_threads")
     values = {key: getattr(data, key) for key in keys + shape + encoding}
-    return {**values, "tokenizer": image_tokenizer_id(data.tokenizer), "format": FORMAT}
+    return {**values, "tokenizer": tokenizer_key(data.tokenizer), "format": FORMAT}
 
 
 def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> Manifest:
@@ -124,9 +117,9 @@ def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> M
     size = unit_size(data)
     inputs = [refs[start : start + size] for start in range(0, len(refs), size)]
     encode = partial(_encode_units, data=data, images=len(refs), work=work)
-    units = workflow.run_units(inputs, ImageUnit, encode, work, "encoded", "images")
+    units = workflow.run_units(inputs, ImageUnit, encode, work=work, verb="encoded", amounts="images")
     make = partial(_rows, work=work, bos=bos)
-    splits = workflow.write_shards(plan_splits(units, data), make, path, work, "rows")
+    splits = workflow.write_shards(plan_splits(units, data), make, path, work=work, unit="rows")
     _save(tokenizer, storage.join(path, TOKENIZER))
     settings = content(data)
     return Manifest(
@@ -263,7 +256,7 @@ class Encoder:
         sink = io.BytesIO()
         np.savez(sink, codes=self._tokenizer.encode(images).astype("<i4"), labels=labels)
         storage.publish_bytes(workflow.unit_path(self._work, index, "npz"), sink.getvalue())
-        record = ImageUnit(index, pixels.problems, train, len(out) - train)
+        record = ImageUnit(index, pixels.problems, train=train, validation=len(out) - train)
         record.publish(self._work)
         return record
 
@@ -293,7 +286,7 @@ def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, 
             raise DataError(f"data.source: no image of the {name} split can be read")
         rows = documents * (copies if name == "train" else 1)
         split = Split(files=(), documents=documents, tokens=rows * data.length, tokens_dropped=0)
-        shards = workflow.plan_shards(name, np.array(pieces, np.int64), 0, rows, data.shard_rows)
+        shards = workflow.plan_shards(name, np.array(pieces, np.int64), 0, stop=rows, size=data.shard_rows)
         plans[name] = workflow.SplitPlan(split, shards)
     return plans
 
@@ -317,9 +310,7 @@ def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
         if data.on_error == "fatal":
             raise refusal(problem)
         log.warning("skipped %s", problem)
-    workflow.check_held_out(
-        data.source, "data.validation_images", data.validation_images, len(listing.refs), "images"
-    )
+    workflow.check_held_out(data, "images", len(listing.refs))
     return listing
 
 
@@ -337,7 +328,7 @@ def _load(data: ImageDataConfig, spec: str, device: str = "cpu") -> "ImageTokeni
     """Load a tokenizer."""
     from pipeline.models.vq import load_image_tokenizer  # takes seconds, and text does without
 
-    return load_image_tokenizer(spec, data.factor, data.encode_batch, device)
+    return load_image_tokenizer(spec, data.factor, data.encode_batch, device=device)
 
 
 def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
@@ -346,9 +337,9 @@ def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
 
     out = held_out(np.arange(len(refs)), data.validation_images, len(refs)).tolist()
     train = [ref for ref, validation in zip(refs, out, strict=True) if not validation]
+    log.info("fitting %d codes on up to %d images", data.codes, data.fit_images)
     images, _ = read_spread(train, data, data.fit_images)
-    log.info("fitting %d codes on %d images", data.codes, len(images))
-    return fit_patches(images, data.codes, data.factor, _FIT_SEED)
+    return fit_patches(images, data.codes, data.factor, seed=_FIT_SEED)
 
 
 def _save(tokenizer: "ImageTokenizer", folder: str) -> None:

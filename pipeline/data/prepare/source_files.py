@@ -97,7 +97,7 @@ def list_files(source: str, root: str = "") -> list[SourceFile]:
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
     protocol = "" if storage.is_local(source) else fs.unstrip_protocol(inner).removesuffix(inner)
     return [
-        SourceFile(protocol + path, path[len(root) :], info["size"], digest([str(info)]))
+        SourceFile(protocol + path, path[len(root) :], info["size"], version=digest([str(info)]))
         for path, info in sorted(infos.items())
     ]
 
