@@ -1,6 +1,9 @@
-"""Time training, sampling and text preparation on this machine, beside plainer forms and a roofline."""
+"""Time training, sampling and text preparation, compared with simpler implementations and a roofline.
 
-from jobs import command
+python -m jobs.benchmark configs/benchmark/cpu.yaml
+"""
+
+from jobs.cli import command
 from pipeline.benchmarks.benchmark import benchmark
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import parse_section, read_tree
@@ -8,10 +11,14 @@ from pipeline.logs import shown
 
 
 def run(words: list[str]) -> None:
-    """Measure, show the report and say where the files are."""
+    """Measure, print the report and where the files are.
+
+    Args:
+        words: of the command line: the config file, then overrides.
+    """
     path, *overrides = words
-    found = benchmark(parse_section(BenchmarkConfig, read_tree(path), path, overrides))
-    print(f"\n{found.report.to_markdown()}\nfiles   {found.folder}\nMLflow  {shown(found.tracking_uri)}")
+    result = benchmark(parse_section(BenchmarkConfig, read_tree(path), path, overrides))
+    print(f"\n{result.report.to_markdown()}\nfiles   {result.folder}\nMLflow  {shown(result.tracking_uri)}")
 
 
 if __name__ == "__main__":

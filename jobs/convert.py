@@ -1,4 +1,4 @@
-"""Turn weights of any kind into a model folder that `load_model` reads and that can go to the Hugging Face hub.
+"""Convert weights of any kind to a model folder that `load_model` reads and that fits the Hugging Face hub.
 
 SOURCE   a file of released weights (.ckpt, .pth, .pt, .bin, .safetensors), a model folder, or models:/NAME@ALIAS;
          paths may be URLs (s3://, gs://, hf://OWNER/NAME/FILE)
@@ -12,16 +12,19 @@ tokenizer=gpt2.
     hf upload OWNER/pgm_8_8 models/pgm_8_8
 """
 
-from jobs import command
+from jobs.cli import command
 from pipeline.api import export_model
 
 
 def run(words: list[str]) -> None:
-    """Convert, and say how to go on."""
+    """Convert, and print where the model is and how to upload it.
+
+    Args:
+        words: of the command line: source, folder, then `key=value`.
+    """
     source, destination, *rest = words
     export_model(source, destination, rest)
-    print(f"\nmodel      {destination}")
-    print(f"to the hub hf upload OWNER/NAME {destination}")
+    print(f"\nmodel      {destination}\nupload     hf upload OWNER/NAME {destination}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,13 @@
-"""Distil the teacher that a config names: every round halves the steps that sampling needs."""
+"""Distil a teacher into students that need half the sampling steps after every round.
 
-from jobs import main
+    python -m jobs.pretrain configs/text/quickstart.yaml
+    python -m jobs.distill configs/distill/quickstart.yaml
+
+`distill.teacher` names the teacher: a model folder, models:/NAME@ALIAS, or a file of released weights. The same
+command continues an interrupted run.
+"""
+
+from jobs.cli import main
 from jobs.plan import plan
 from jobs.pretrain import report
 from pipeline.config.schema import RunConfig
@@ -8,10 +15,12 @@ from pipeline.training.launch import distill
 
 
 def run(config: RunConfig) -> None:
-    """Distil and say what came out and where it is."""
-    outcome = distill(config)
-    report(outcome)
-    print(f"\n{outcome.quality}")
+    """Distil and print the results.
+
+    Args:
+        config: of the run.
+    """
+    report(distill(config))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,39 @@
-"""Judge a run's model (or `sampling.model`): likelihood, samples, and how far these are from real data.
+"""Evaluate a model: likelihood, samples, and metrics that compare the samples with real data.
 
-With `evaluation.models` several are compared: likelihood, quality against sampling speed, convergence.
+    python -m jobs.evaluate configs/text/quickstart.yaml
+    python -m jobs.evaluate configs/evaluate/compare.yaml
+
+The model is the run's own, or `sampling.model`. With `evaluation.models` several models are compared: likelihood,
+quality against sampling speed, convergence.
 """
 
-from jobs import main
+from jobs.cli import main
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.logs import shown
 from pipeline.reports.measures import Report
-from pipeline.reports.page import HTML, aligned
+from pipeline.reports.page import HTML
+from pipeline.reports.tables import aligned
 
 
 def run(config: RunConfig) -> None:
-    """Evaluate or compare, show the tables and say where the files are."""
+    """Evaluate or compare, print the tables and where the files are.
+
+    Args:
+        config: of the evaluation.
+    """
     if not config.evaluation.models:
-        judged = evaluate(config)
-        _show(judged.report.to_text(), judged.folder, judged.tracking_uri)
+        result = evaluate(config)
+        _show(result.report.to_text(), result.folder, result.tracking_uri)
         return
     compared = compare(config)
-    told = Report(f"comparison {config.name}", {"models": len(compared.likelihoods)}, compared.likelihoods)
-    parts = [told.to_text(), aligned(*frontier.table(compared.points))]
+    about = {"models": len(compared.likelihoods)}
+    parts = [Report(f"comparison {config.name}", about, compared.likelihoods).to_text()]
+    parts += [aligned(frontier.table(compared.points))]
     if compared.curves:
-        parts.append(aligned(*convergence.table(compared.curves, compared.metric)))
+        parts.append(aligned(convergence.table(compared.curves, compared.metric)))
     _show("\n\n".join(parts), compared.folder, compared.tracking_uri)
 
 

@@ -1,28 +1,28 @@
-"""lm-evaluation-harness on a model of this project: lm-eval's own command line, with `--model pgm` (extra `harness`).
+"""Run lm-evaluation-harness on a model of this project (extra `harness`).
+
+The command line is lm-eval's own, with `--model pgm`:
 
     python -m jobs.harness --model pgm --model_args path=runs/quickstart/model --tasks hellaswag
 
 Keys of --model_args: path (a model folder, models:/NAME@ALIAS or a released file, of any kind: pgm, mdlm, ar), draws
-(maskings of a continuation, 32), steps (of writing, 64), rows (of a forward pass, 64) and seed (0). lm-eval's
---batch_size is taken for rows where it is more than its default of 1.
+(maskings of a continuation, 32), steps (of generation, 64), rows (of a forward pass, 64) and seed (0). A --batch_size
+above lm-eval's default of 1 replaces rows.
 """
-
-import sys
 
 import torch
 
+from jobs.cli import fail
 from pipeline.api import load_model
-from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CapabilityError, PipelineError
 
 
 def main() -> None:
-    """Register the model and hand over."""
+    """Register the model and run the command line of lm-eval."""
     try:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.api.registry import register_model
 
-        from pipeline.evaluation.harness import DenoiserLM
+        from pipeline.evaluation.harness import DenoiserLM, HarnessSettings
     except ImportError as error:
         raise CapabilityError(
             f"jobs.harness needs a package that is not installed: {error}; pip install -e '.[harness]'"
@@ -41,13 +41,10 @@ def main() -> None:
             max_batch_size: int | None = None,  # noqa: ARG002
             device: str | None = None,
         ):
-            here = torch.cuda.is_available()  # lm-eval asks for cuda:0 wherever it runs
-            model = load_model(path, (device or "cuda") if here else "cpu")
-            if not isinstance(model.tokenizer, Tokenizer):
-                raise CapabilityError(f"path: {path!r} has no text tokenizer; expected a model of text")
-            asked = int(str(batch_size)) if str(batch_size).isdigit() else 1
-            rows = asked if asked > 1 else rows
-            super().__init__(model.denoiser, model.bos, model.tokenizer, draws, seed, steps, rows)
+            cuda = torch.cuda.is_available()  # lm-eval asks for cuda:0 on every machine
+            batch = int(str(batch_size)) if str(batch_size).isdigit() else 1
+            model = load_model(path, (device or "cuda") if cuda else "cpu")
+            super().__init__(model, HarnessSettings(draws, seed, steps, batch if batch > 1 else rows))
 
     cli_evaluate()
 
@@ -56,5 +53,4 @@ if __name__ == "__main__":
     try:
         main()
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail(str(error))

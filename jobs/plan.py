@@ -1,4 +1,4 @@
-"""What `plan=GPU` behind a training job's config does: tells what the run would need and cost."""
+"""Print what a training job's config would need and cost: `plan=GPU` behind the config."""
 
 import logging
 import os
@@ -11,13 +11,23 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import MANIFEST, Manifest, check_fits
 from pipeline.errors import ConfigError
 from pipeline.models import model_folder
-from pipeline.planning.plan import chosen, report
+from pipeline.planning.gpus import select_gpus
+from pipeline.planning.plan import report
 from pipeline.run import Run
 
 
 def plan(config: RunConfig, gpu: str) -> None:
-    """Print the plan; starts nothing and writes nothing."""
-    gpus = chosen(gpu)
+    """Print the plan of a run. Nothing is started and nothing is written.
+
+    Args:
+        config: the run's config.
+        gpu: a GPU type, or "true" for all types.
+
+    Raises:
+        ConfigError: there is no such type, or the model or the data's vocabulary is not known yet.
+        DataError: the prepared data does not fit the config.
+    """
+    gpus = select_gpus(gpu)
     config = with_model(config)
     path = Run(config).data_path
     manifest = Manifest.read(path) if storage.exists(storage.join(path, MANIFEST)) else None
@@ -27,25 +37,31 @@ def plan(config: RunConfig, gpu: str) -> None:
 
 
 def with_model(config: RunConfig) -> RunConfig:
-    """The config of a distillation with its teacher's model, where it names none of its own.
+    """Give a distillation without a model section its teacher's model.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The config, changed only if it is a distillation without a model section.
 
     Raises:
-        ConfigError: the teacher is not a model folder that is there.
+        ConfigError: the teacher is not an existing model folder.
     """
     if config.distill is None or "model" in config.model_fields_set:
         return config
     teacher = config.distill.teacher
     if teacher.startswith("models:/") or not storage.exists(storage.join(teacher, "model.safetensors")):
         raise ConfigError(
-            f"distill.teacher: {teacher!r} is no model folder, and a plan fetches none; "
-            "expected such a folder, or a model section"
+            f"distill.teacher: {teacher!r} is not a model folder, and a plan downloads no models; "
+            "expected an existing model folder, or a model section in the config"
         )
     model, _ = model_folder.read_config(storage.fetch(teacher))
     return config.model_copy(update={"model": model})
 
 
 def resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster that this process is in (RAY_ADDRESS), or of this machine."""
+    """Count the CPUs and GPUs of the Ray cluster at RAY_ADDRESS, or of this machine where that is not set."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}

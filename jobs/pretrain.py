@@ -1,8 +1,15 @@
-"""Pretrain the model that a config describes, preparing its data first where that is missing."""
+"""Pretrain a model on text or images; prepare the data first if it is missing.
+
+    python -m jobs.pretrain configs/text/quickstart.yaml
+    python -m jobs.pretrain configs/text/quickstart.yaml name=wide model.hidden=256
+
+The run's folder is `cluster.storage`/`name`. The same command continues an interrupted run from its newest
+checkpoint. Ctrl-C saves a checkpoint and ends the run; a second one ends it at once.
+"""
 
 import sys
 
-from jobs import main
+from jobs.cli import main
 from jobs.plan import plan
 from pipeline.config.schema import RunConfig
 from pipeline.logs import shown
@@ -11,21 +18,31 @@ from pipeline.training.launch import pretrain
 
 
 def run(config: RunConfig) -> None:
-    """Train and say what came out and where it is."""
+    """Train and print the results.
+
+    Args:
+        config: of the run.
+    """
     report(pretrain(config))
 
 
-def report(outcome: RunResult) -> None:
-    """Figures, a sample, and where everything is."""
-    print(f"\nvalidation {outcome.metric:<11} {outcome.value:8.2f}")
-    for name, value in outcome.references.items():
-        print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {outcome.value / value:.2f}")
-    for text in outcome.samples[:1]:
-        print(f"\n--- a sample\n{text}\n---")
-    if outcome.pictures:
-        print(f"\nsamples    {outcome.pictures}")
-    print(f"\nmodel      {outcome.model}   ({outcome.version or 'not registered'})")
-    print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {shown(outcome.tracking_uri)}")
+def report(result: RunResult) -> None:
+    """Print the metrics of a run, a sample, and where its files are.
+
+    Args:
+        result: of the run.
+    """
+    print(f"\nvalidation {result.metric:<11} {result.value:8.2f}")
+    for name, value in result.references.items():
+        print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {result.value / value:.2f}")
+    for text in result.samples[:1]:
+        print(f"\n--- sample\n{text}\n---")
+    if result.quality:
+        print(f"\n{result.quality}")
+    print(f"\nmodel      {result.model}   ({result.version or 'not registered'})")
+    if result.pictures:
+        print(f"samples    {result.pictures}")
+    print(f"dashboard  {sys.executable} -m mlflow ui --backend-store-uri {shown(result.tracking_uri)}")
 
 
 if __name__ == "__main__":

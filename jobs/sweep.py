@@ -1,25 +1,33 @@
-"""Run the variants that a sweep's file describes, compare them, and write the best one's config."""
+"""Train the variants of a sweep, compare them, and write the config of the best one.
+
+    python -m jobs.sweep configs/sweep/quickstart.yaml
+
+Results are in `cluster.storage`/`name`: table.md, table.csv, trials.csv, figures, and best.yaml for jobs.pretrain.
+The same command continues an interrupted sweep and trains failed trials again.
+"""
 
 import sys
 
-from jobs import check_kept, check_open, command
-from pipeline.config.sweep import load_sweep
+from jobs.cli import check_locations, command
+from pipeline.config.sweep import SweepConfig, load_sweep
 from pipeline.logs import shown
 from pipeline.sweeps.sweep import sweep
 
 
 def run(words: list[str]) -> None:
-    """Sweep, show the table and say where everything is."""
+    """Run the sweep, print the table and where the files are.
+
+    Args:
+        words: of the command line: the sweep's file, then overrides.
+    """
     plan = load_sweep(words[0], words[1:])
-    check_open(plan.base())
-    check_kept(plan.base())
-    outcome = sweep(plan)
-    print(f"\n{outcome.table}")
-    print(f"folder     {outcome.folder}")
-    if outcome.best is not None:
-        print(f"the best   python -m jobs.pretrain {outcome.best}")
-    print(f"curves     {sys.executable} -m mlflow ui --backend-store-uri {shown(outcome.tracking_uri)}")
+    check_locations(plan.base())
+    result = sweep(plan)
+    print(f"\n{result.table}\nfolder     {result.folder}")
+    if result.best is not None:
+        print(f"best       python -m jobs.pretrain {result.best}")
+    print(f"dashboard  {sys.executable} -m mlflow ui --backend-store-uri {shown(result.tracking_uri)}")
 
 
 if __name__ == "__main__":
-    command(run, "CONFIG.yaml [key=value ...]", least=1)
+    command(run, "CONFIG.yaml [key=value ...]", least=1, config=SweepConfig)

@@ -1,19 +1,19 @@
-"""What a user can get wrong. Every message names key, value, what was expected and the nearest choice."""
+"""Errors that a user can correct. Every message names key, value, what was expected and the nearest valid choice."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class PipelineError(Exception):
-    """Base of all errors that a user can mend; jobs print its message without a traceback."""
+    """Base class of errors that a user can correct; jobs print their message without a traceback."""
 
 
 class ConfigError(PipelineError, ValueError):
-    """A key, a type, a value or a combination in the run's config is wrong."""
+    """A key, a type, a value or a combination of values in a config is wrong."""
 
 
 class DataError(PipelineError, ValueError):
-    """Documents, shards or manifest are missing, damaged or do not fit the model."""
+    """Documents, shards or a manifest are missing, damaged or do not fit the model."""
 
 
 class CheckpointError(PipelineError, RuntimeError):
@@ -21,18 +21,26 @@ class CheckpointError(PipelineError, RuntimeError):
 
 
 class TrainingError(PipelineError, RuntimeError):
-    """Training cannot go on as configured: the loss or the gradient is not finite."""
+    """Training cannot continue as configured."""
 
 
 class StoppedError(TrainingError):
-    """It ended before its time because the user asked; the same command goes on."""
+    """A run was stopped before its end at the user's request; the same command continues it."""
 
 
 class CapabilityError(PipelineError, RuntimeError):
-    """The model, or the machine, cannot do what was asked."""
+    """The model or the machine does not support what was requested."""
 
 
 def did_you_mean(written: object, choices: Iterable[object]) -> str:
-    """``; did you mean 'x'?`` for the choice nearest to what was written, else an empty string."""
+    """Suggest the valid choice that is nearest to what the user wrote.
+
+    Args:
+        written: what the user wrote.
+        choices: valid choices.
+
+    Returns:
+        `; did you mean 'x'?`, or an empty string if no choice is near.
+    """
     near = difflib.get_close_matches(str(written), [str(c) for c in choices], n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""What a job says while it works: one line a fact, from our own loggers only."""
+"""Log output of jobs: lines of the pipeline's own loggers, without credentials."""
 
 import logging
 import re
@@ -11,14 +11,18 @@ _USER = re.compile(r"://[^/@\s]+@")
 
 
 class _Public(logging.Formatter):
-    """Lines without what only the job should know."""
+    """Formats lines without credentials."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record))
 
 
 def shown(text: str) -> str:
-    """The text with user and password cut out of every address in it, fit for logs, files and messages."""
+    """Cut user and password out of every address in a text, for logs, files and messages.
+
+    Args:
+        text: with or without addresses.
+    """
     return _USER.sub("://", text)
 
 
@@ -31,7 +35,7 @@ def show() -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # DeepSpeed's calls into torch.distributed, which no user of ours can change.
+    # Caused by DeepSpeed's calls into torch.distributed, which users cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 

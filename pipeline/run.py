@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline import storage, tracking
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import DistillConfig, RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.errors import CheckpointError
@@ -51,11 +51,19 @@ class Run:
         return cls(config.model_copy(update={"data": data, "cluster": cluster, "distill": distill}))
 
     def replace(self, **changes: Any) -> Self:
-        """Copy the run with some fields changed."""
+        """Copy the run with some fields changed.
+
+        Args:
+            changes: fields with their new values.
+        """
         return replace(self, **changes)
 
     def configured(self, **sections: Any) -> Self:
-        """Copy the run with some sections of its config changed."""
+        """Copy the run with some sections of its config changed.
+
+        Args:
+            sections: of the config, with their new values.
+        """
         return self.replace(config=self.config.model_copy(update=sections))
 
     @cached_property
@@ -79,6 +87,12 @@ class Run:
         return storage.join(self.folder, "model")
 
     @property
+    def distill(self) -> DistillConfig:
+        """The `distill` section of a distillation."""
+        assert self.config.distill is not None
+        return self.config.distill
+
+    @property
     def resources(self) -> Resources:
         """What the cluster gives the job, once the job has joined it."""
         assert self.given_resources is not None
@@ -90,14 +104,6 @@ class Run:
         assert self.given_manifest is not None
         return self.given_manifest
 
-    @property
-    def spill_file(self) -> Path:
-        """File for metrics that MLflow has not taken: in the run's folder if that is local, else on this node."""
-        local = storage.is_local(self.folder)
-        base = Path(self.folder) if local else Path(tempfile.gettempdir()) / self.config.name
-        base.mkdir(parents=True, exist_ok=True)
-        return base / "untracked.jsonl"
-
     def with_data(self) -> Self:
         """Copy the run with the manifest of its data, which is prepared first if it is missing.
 
@@ -105,6 +111,28 @@ class Run:
             DataError: the data cannot be prepared, or its folder holds other data.
         """
         return self.replace(given_manifest=prepare.ensure(self.config.data, self.data_path))
+
+    def fetch_model(self, key: str, reference: str, expected: str) -> Path:
+        """Find the model that a key of the config names, and copy it to this machine unless it lies here.
+
+        Args:
+            key: of the config, for the message.
+            reference: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder or file by path or URL.
+            expected: kinds of folders and files that can be named, for the message.
+
+        Returns:
+            The local folder or file.
+
+        Raises:
+            CheckpointError: there is no such model.
+        """
+        if reference.startswith("models:/"):
+            return tracking.download_model(self.tracking_uri, reference)
+        if not storage.exists(reference):
+            raise CheckpointError(
+                f"{key}: {reference!r}: no such folder or file; expected {expected} or models:/NAME@ALIAS"
+            )
+        return storage.fetch(reference)
 
     def sampled_model(self) -> str:
         """Find the model to sample: `sampling.model`, or the run's own.
@@ -129,7 +157,11 @@ class Run:
             system_metrics: sample this machine's CPU, memory and GPUs too.
         """
         assert self.run_id is not None
-        return tracking.Tracker(self.tracking_uri, self.run_id, self.spill_file, system_metrics)
+        # Metrics that MLflow has not taken are kept in the run's folder if that is local, else on this node.
+        local = storage.is_local(self.folder)
+        spill = Path(self.folder) if local else Path(tempfile.gettempdir()) / self.config.name
+        spill.mkdir(parents=True, exist_ok=True)
+        return tracking.Tracker(self.tracking_uri, self.run_id, spill / "untracked.jsonl", system_metrics)
 
     def __getstate__(self) -> dict[str, Any]:
         """Derive everything that depends on the driver's environment before the run goes to another process."""

@@ -1,11 +1,10 @@
 """A benchmark from its config to its files and its MLflow run."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage, tracking
-from pipeline.benchmarks.preparation import Preparation, data_wait, measure_preparation
+from pipeline.benchmarks.preparation import data_wait, measure_preparation
 from pipeline.benchmarks.report import SpeedReport, machine
 from pipeline.benchmarks.roofline import clock
 from pipeline.benchmarks.speed import first_step, measure
@@ -14,12 +13,17 @@ from pipeline.config.load import flatten
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.reports.figures import png
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A report, and where it lies."""
+    """A report and its places.
+
+    Attributes:
+        report: all figures.
+        folder: of its files.
+        tracking_uri: the MLflow store.
+        run_id: id of the MLflow run.
+    """
 
     report: SpeedReport
     folder: str
@@ -30,43 +34,47 @@ class BenchmarkResult:
 def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
     """Measure everything that a config names, write report, table and picture, and log them.
 
+    Args:
+        config: what to measure.
+
+    Returns:
+        The report, its folder and its MLflow run.
+
     Raises:
-        ConfigError: the tokenizer or the MLflow store cannot be had.
+        ConfigError: the tokenizer is not available, or the MLflow store cannot be reached.
     """
     folder = storage.join(config.storage, "benchmarks", config.name)
     cluster = ClusterConfig(storage=config.storage)
     uri = tracking.tracking_uri(RunConfig(name=config.name, tracking=config.tracking, cluster=cluster))
-    params = flatten(config.model_dump(mode="json"))
-    facts = machine()
-    run_id = tracking.open_run(uri, config.tracking.experiment, config.name, params, facts)
+    params, tags = flatten(config.model_dump(mode="json")), machine()
+    run_id = tracking.open_run(uri, config.tracking.experiment, name=config.name, params=params, tags=tags)
     with tracking.ending(uri, run_id):
-        preparation = _preparation(config)
-        traces = Path(storage.resolve(folder), "traces") if config.trace else None
-        measured, peaks = measure(config, traces)
-        waited = None
-        if preparation is not None and config.training:
-            waited = data_wait(first_step(config), config.batch, config.length, config.repetitions)
-        report = SpeedReport(config, facts, measured, peaks, preparation, waited)
-        _publish(report, folder, uri, run_id)
+        report = _measure(config, tags, Path(storage.resolve(folder), "traces"))
+        figure, markdown, csv = report.picture(), report.to_markdown(), report.to_csv()
+        storage.publish_text(storage.join(folder, "benchmark.md"), markdown)
+        storage.publish_text(storage.join(folder, "benchmark.csv"), csv)
+        storage.publish_bytes(storage.join(folder, "benchmark.png"), png(figure))
+        with tracking.Tracker(uri, run_id) as tracker:
+            tracker.log_metrics(report.metrics(), 0)
+            tracker.log_text(markdown, "benchmark.md")
+            tracker.log_text(csv, "benchmark.csv")
+            tracker.log_figure(figure, "benchmark.png")
+            tracker.flush()
     return BenchmarkResult(report, folder, uri, run_id)
 
 
-def _preparation(config: BenchmarkConfig) -> Preparation | None:
-    """First of all, since a tokenizer that cannot be had should not be told of after an hour."""
-    if config.preparation is None:
-        return None
-    asked, turns = config.preparation, config.repetitions
-    return measure_preparation(asked.tokenizer, asked.megabytes, config.length, turns, clock(config.clock))
-
-
-def _publish(report: SpeedReport, folder: str, uri: str, run_id: str) -> None:
-    figure = report.picture()
-    storage.publish_text(storage.join(folder, "benchmark.md"), report.to_markdown())
-    storage.publish_text(storage.join(folder, "benchmark.csv"), report.to_csv())
-    storage.publish_bytes(storage.join(folder, "benchmark.png"), png(figure))
-    with tracking.Tracker(uri, run_id) as tracker:
-        tracker.log_metrics(report.metrics(), 0)
-        tracker.log_text(report.to_markdown(), "benchmark.md")
-        tracker.log_text(report.to_csv(), "benchmark.csv")
-        tracker.log_figure(figure, "benchmark.png")
-        tracker.flush()
+def _measure(config: BenchmarkConfig, facts: dict[str, str], traces: Path) -> SpeedReport:
+    """Measure. Preparation comes first, so that a missing tokenizer fails at once and not after an hour."""
+    preparation = waited = None
+    if settings := config.preparation:
+        preparation = measure_preparation(
+            settings.tokenizer,
+            settings.megabytes,
+            length=config.length,
+            turns=config.repetitions,
+            now=clock(config.clock),
+        )
+    results, peaks = measure(config, traces if config.trace else None)
+    if preparation is not None and config.training:
+        waited = data_wait(first_step(config), config.batch, length=config.length, steps=config.repetitions)
+    return SpeedReport(config, facts, results, peaks, preparation, waited)

@@ -1,4 +1,4 @@
-"""Plainer forms of the same models that speed is measured against: dense masks, all logits, all positions."""
+"""Simpler implementations of the same models for comparison: dense masks, all logits, all positions."""
 
 import numpy as np
 import torch
@@ -14,9 +14,14 @@ from pipeline.sampling.logits import draw_tokens
 
 
 def dense_loss(model: PGM, batch: Batch) -> Float[Tensor, "B"]:
-    """What `model(batch)` is, from whole rows with a dense mask for attention and with all logits at once.
+    """Compute `model(batch)` from whole rows, with a dense mask for attention and all logits at once.
 
-    For models without registers, classes, pooling and further swaps, and batches whose targets are all positions.
+    Args:
+        model: without registers, classes, pooling and further swaps.
+        batch: with all positions as targets.
+
+    Returns:
+        The weighted loss of every row.
     """
     groups = batch.groups.to(batch.device)
     same = (groups[:, :, None] == groups[:, None, :])[:, None]  # [B, 1, L, L]
@@ -24,55 +29,63 @@ def dense_loss(model: PGM, batch: Batch) -> Float[Tensor, "B"]:
     places = torch.arange(length, device=batch.device)
     code = rotary(places.repeat(rows), model.head_size)
     tokens = batch.tokens.to(batch.device)
-    read = model.embedding(tokens.flatten())  # [B L, H]
+    encoded = model.embedding(tokens.flatten())  # [B L, H]
     for encoder in model.encoder:
         assert isinstance(encoder, SelfBlock)
-        read = _self_block(encoder, read, same, code)
-    x = _swap(model.swap, read, places, ~same, code)
+        encoded = _self_block(encoder, encoded, same, code)
+    x = _swap(model.swap, encoded, places, ~same, code)
     for decoder in model.decoder:
         assert isinstance(decoder, CrossBlock)
-        x = _cross_block(decoder, x, read, ~same, code)
+        x = _cross_block(decoder, x, encoded, ~same, code)
     logits = model.head(model.final(x))  # [B L, V]
     losses = F.cross_entropy(logits, tokens.flatten(), reduction="none").view(rows, length)
     return (losses * batch.weights.to(batch.device)).sum(1)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "B 1 L L"]) -> Float[Tensor, "T H"]:
-    """[B L, N, D] each."""
+    """Attention of all positions of a row; q, k and v are [B L, N, D]."""
     q, k, v = (x.unflatten(0, (len(mask), -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, L, D]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _self_block(block: SelfBlock, x: Tensor, mask: Tensor, code: Rotary) -> Tensor:
-    shift, scale, gate, *second = block.modulation()
-    q, k, v = block.qkv_proj(block.norm1(x, shift, scale)).unflatten(-1, (3, block.heads, -1)).unbind(1)
-    x = x + gate * block.out(_attention(rotate(q, code), rotate(k, code), v, mask))
-    return x + second[2] * block.mlp(block.norm2(x, second[0], second[1]))
+    modulation = block.modulation()
+    q, k, v = block.qkv_proj(block.norm1(x, *modulation[:2])).unflatten(-1, (3, block.heads, -1)).unbind(1)
+    return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulation)
 
 
-def _cross_block(block: CrossBlock, x: Tensor, read: Tensor, mask: Tensor, code: Rotary) -> Tensor:
-    shift, scale, gate, *second = block.modulation()
-    q = block.q_proj(block.q_norm(x, shift, scale)).unflatten(-1, (block.heads, -1))
-    k, v = block.kv_proj(block.kv_norm(read)).unflatten(-1, (2, block.heads, -1)).unbind(1)
-    x = x + gate * block.out(_attention(rotate(q, code), rotate(k, code), v, mask))
-    return x + second[2] * block.mlp(block.norm2(x, second[0], second[1]))
+def _cross_block(block: CrossBlock, x: Tensor, encoded: Tensor, mask: Tensor, code: Rotary) -> Tensor:
+    modulation = block.modulation()
+    q = block.q_proj(block.q_norm(x, *modulation[:2])).unflatten(-1, (block.heads, -1))
+    k, v = block.kv_proj(block.kv_norm(encoded)).unflatten(-1, (2, block.heads, -1)).unbind(1)
+    return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulation)
 
 
-def _swap(module: GroupSwap, read: Tensor, places: Tensor, mask: Tensor, code: Rotary) -> Tensor:
+def _swap(module: GroupSwap, encoded: Tensor, places: Tensor, mask: Tensor, code: Rotary) -> Tensor:
     raw = module.base.expand(len(places), -1)
     if module.positional:
         raw = raw + sinusoid(places, raw.shape[-1])
     q = module.query(module.norm(raw)).repeat(len(mask), 1).unflatten(-1, (module.heads, -1))
-    k, v = module.kv_proj(read).unflatten(-1, (2, module.heads, -1)).unbind(1)
+    k, v = module.kv_proj(encoded).unflatten(-1, (2, module.heads, -1)).unbind(1)
     return module.out(_attention(rotate(q, code), rotate(k, code), v, mask))
 
 
 @torch.inference_mode()
 def sample_every_position(model: Denoiser, rows: int, steps: int, seed: int) -> Int[Tensor, "B L"]:
-    """Ancestral sampling in its plain form: at every step all positions are predicted, everything V wide in float64.
+    """Sample in the plain ancestral form: every step predicts all positions and draws over V in float64.
 
-    Source: arXiv 2406.07524 (the posterior, drawn by Gumbel noise at every position).
+    Args:
+        model: a masked model in eval mode.
+        rows: number of rows.
+        steps: number of steps.
+        seed: of the noise.
+
+    Returns:
+        The tokens.
+
+    Source:
+        arXiv 2406.07524 (the posterior, drawn by Gumbel noise at every position).
     """
     length, vocab_size = model.length, model.vocab_size
     generator = torch.Generator().manual_seed(seed)
@@ -95,18 +108,29 @@ def sample_every_position(model: Denoiser, rows: int, steps: int, seed: int) -> 
 
 @torch.inference_mode()
 def sample_every_hidden(model: Denoiser, rows: int, steps: int, seed: int) -> Int[Tensor, "B L"]:
-    """The uniform order, except that every step predicts and draws all hidden positions and keeps its own."""
+    """Sample in uniform order, but predict and draw all hidden positions at every step and keep those of the step.
+
+    Args:
+        model: in eval mode.
+        rows: number of rows.
+        steps: number of steps.
+        seed: of order and noise.
+
+    Returns:
+        The tokens.
+    """
     length = model.length
     rng = np.random.default_rng(seed)
-    left = torch.from_numpy(np.stack([rng.permutation(length) for _ in range(rows)]))
+    hidden_positions = torch.from_numpy(np.stack([rng.permutation(length) for _ in range(rows)]))
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     state = model.open(rows)
     for step in range(steps):
-        count, asked = length // steps + (step < length % steps), left.shape[1]
-        hidden = model.hidden(state, left.flatten(), [asked] * rows)
-        noise = torch.from_numpy(rng.random(rows * asked))
-        drawn = draw_tokens(model.head, hidden, noise).tokens.view(rows, asked)[:, :count]
-        tokens.scatter_(1, left[:, :count], drawn)
-        model.extend(state, drawn.flatten(), left[:, :count].flatten(), [count] * rows)
-        left = left[:, count:]
+        width = hidden_positions.shape[1]
+        hidden = model.hidden(state, hidden_positions.flatten(), [width] * rows)
+        noise = torch.from_numpy(rng.random(rows * width))
+        count = length // steps + (step < length % steps)
+        revealed, hidden_positions = hidden_positions[:, :count], hidden_positions[:, count:]
+        drawn = draw_tokens(model.head, hidden, noise).tokens.view(rows, width)[:, :count]
+        tokens.scatter_(1, revealed, drawn)
+        model.extend(state, drawn.flatten(), revealed.flatten(), [count] * rows)
     return tokens

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: stamps between a model's parts, in the forward and in the backward pass."""
+"""Where the time of a step goes: time stamps between a model's parts, in the forward and in the backward pass."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,28 +10,35 @@ from torch import Tensor, nn
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.pgm import PGM
 
-PARTS = ("batch", "embedding", "attention", "MLP", "head + loss", "draw", "optimiser")
+PHASES = ("batch", "embedding", "attention", "MLP", "head + loss", "draw", "optimiser")
 
 
 class PhaseTimer:
-    """A stopwatch inside a model. Every mark gives the time since the one before it to a part.
+    """A stopwatch inside a model: every mark assigns the time since the mark before to a phase.
 
-    The backward pass runs the forward pass's operations in reverse, so a stamp that the gradient passes ends
-    what lies behind it. Norms, residual sums and GroupSwap count as attention, the final norm as head, and of
-    sampling everything between head and embedding as draw.
+    The backward pass runs the operations of the forward pass in reverse, so a stamp that the gradient passes ends the
+    phase of what follows it in the forward pass. Norms, residual sums and GroupSwap count as attention, the final
+    norm as head, and in sampling everything between head and embedding as draw.
 
     Args:
-        model: hooks are put into it, which cost microseconds, and do nothing before `start`.
+        model: hooks are registered in it; they cost microseconds, and do nothing before `start`.
         now: the clock.
+
+    Attributes:
+        seconds: by phase, since `start`.
     """
 
     def __init__(self, model: Denoiser, now: Callable[[], float]):
         self._now, self._running = now, False
-        self._last, self._part = 0.0, ""
-        self._ends: list[str] = []  # parts that the stamps of this forward pass end, in its order
+        self._last, self._phase = 0.0, ""
+        self._stamps: list[str] = []  # phases that the stamps of this forward pass end, in its order
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        model.embedding.register_forward_pre_hook(self._before_embedding)
-        model.head.register_forward_pre_hook(self._before_head)
+        model.embedding.register_forward_pre_hook(
+            lambda *_: self.mark("batch" if torch.is_grad_enabled() else "draw")
+        )
+        model.head.register_forward_pre_hook(  # further chunks of rows follow the draws of the chunk before
+            lambda *_: self.mark("draw" if self._phase == "head + loss" else "head + loss")
+        )
         model.head.register_forward_hook(lambda *_: self.mark("head + loss"))
         ends: list[tuple[nn.Module, str]] = [(model.embedding, "embedding")]
         if isinstance(model, PGM):
@@ -39,61 +46,68 @@ class PhaseTimer:
         for module in model.modules():
             if isinstance(getattr(module, "mlp", None), nn.Module):
                 ends += [(module.norm2, "attention"), (module.mlp, "MLP")]  # type: ignore[list-item]
-        for module, part in ends:
-            module.register_forward_hook(self._after(part))
+        for module, phase in ends:
+            module.register_forward_hook(self._after(phase))
 
     def start(self) -> None:
-        """Forget the last run and begin."""
-        self.seconds, self._part, self._running = defaultdict(float), "", True
-        self._ends.clear()
+        """Forget the last run and begin a new one."""
+        self.seconds, self._phase, self._running = defaultdict(float), "", True
+        self._stamps.clear()
         self._last = self._now()
 
-    def stop(self, part: str) -> dict[str, float]:
-        """End the run and its last part; returns seconds by part, which sum to all time since `start`."""
-        self.mark(part)
+    def stop(self, phase: str) -> dict[str, float]:
+        """End the run.
+
+        Args:
+            phase: the run's last phase.
+
+        Returns:
+            Seconds by phase, whose sum is all time since `start`.
+        """
+        self.mark(phase)
         self._running = False
         return dict(self.seconds)
 
-    def mark(self, part: str) -> None:
-        """The time since the last mark was this part's."""
+    def mark(self, phase: str) -> None:
+        """Assign the time since the last mark to a phase."""
         if self._running:
             now = self._now()
-            self.seconds[part] += now - self._last
-            self._last, self._part = now, part
+            self.seconds[phase] += now - self._last
+            self._last, self._phase = now, phase
 
-    def passed(self, index: int) -> None:
-        """The gradient has come to stamp number `index`."""
-        self.mark(self._ends[index + 1] if index + 1 < len(self._ends) else "head + loss")
+    def pass_gradient(self, stamp: int) -> None:
+        """Assign the time since the last mark when the gradient passes a stamp.
 
-    def _before_embedding(self, *_: Any) -> None:
-        self.mark("batch" if torch.is_grad_enabled() else "draw")
+        Args:
+            stamp: its number in the forward pass.
+        """
+        following = self._stamps[stamp + 1 :]
+        self.mark(following[0] if following else "head + loss")
 
-    def _before_head(self, *_: Any) -> None:
-        # Further chunks of rows come straight from the draws of the ones before.
-        self.mark("draw" if self._part == "head + loss" else "head + loss")
+    def _after(self, phase: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        """Build the hook that ends a phase."""
 
-    def _after(self, part: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
             if not self._running:
                 return None
-            self.mark(part)
+            self.mark(phase)
             if not output.requires_grad:
                 return None
-            self._ends.append(part)
-            return _Stamp.apply(output, self, len(self._ends) - 1)
+            self._stamps.append(phase)
+            return _Stamp.apply(output, self, len(self._stamps) - 1)
 
         return hook
 
 
 class _Stamp(torch.autograd.Function):
-    """The identity, which tells when the gradient passes it."""
+    """The identity, which tells the timer when the gradient passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: PhaseTimer, index: int) -> Tensor:
-        ctx.parts, ctx.index = parts, index
+    def forward(ctx: Any, x: Tensor, timer: PhaseTimer, stamp: int) -> Tensor:
+        ctx.timer, ctx.stamp = timer, stamp
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.parts.passed(ctx.index)
+        ctx.timer.pass_gradient(ctx.stamp)
         return gradient, None, None

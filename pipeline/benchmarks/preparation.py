@@ -1,8 +1,7 @@
-"""How fast text becomes shards on one core, beside tokenisers alone, and how long training waits for its rows."""
+"""Speed of text preparation on one core beside plain tokenisers, and how long training waits for its rows."""
 
 import base64
 import json
-import logging
 import statistics
 import tempfile
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -25,19 +23,18 @@ from pipeline.data.reading_order import ReadingOrder, batches
 from pipeline.data.shards import ShardReader, publish_shard
 from pipeline.data.tokenizers import PATTERN, RANK_FILE, ByteTokenizer, Tokenizer
 
-log = logging.getLogger(__name__)
-
-OURS, RAW, MAP = "tokenise + pack + write", "tiktoken alone", "datasets.map"
+PIPELINE, TIKTOKEN, DATASETS = "tokenise + pack + write", "tiktoken alone", "datasets.map"
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """Text preparation, measured on one core.
+class PreparationSpeed:
+    """Speed of text preparation on one core.
 
     Attributes:
+        tokenizer: its name.
         megabytes: of UTF-8 text.
         tokens: ends of documents included.
-        seconds: of every form, a value a turn; datasets.map and tiktoken only tokenise, in memory.
+        seconds: of every form, one per turn; tiktoken and datasets.map only tokenise, in memory.
         note: what was not measured, and why.
     """
 
@@ -47,78 +44,109 @@ class Preparation:
     seconds: Mapping[str, Sequence[float]]
     note: str = ""
 
-    def ratio(self, other: str) -> float:
-        """How many times as fast ours is as another form, by the median over turns."""
-        pairs = zip(self.seconds[other], self.seconds[OURS], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
+    def ratio(self, form: str) -> float:
+        """Return how many times as fast as another form this pipeline is, as a median over turns."""
+        pairs = zip(self.seconds[form], self.seconds[PIPELINE], strict=True)
+        return statistics.median(other / pipeline for other, pipeline in pairs)
 
     def rate(self, form: str) -> float:
-        """Tokens a second."""
+        """Return the tokens per second of a form."""
         return self.tokens / statistics.median(self.seconds[form])
 
 
 def measure_preparation(
     tokenizer: str, megabytes: float, length: int, turns: int, now: Callable[[], float]
-) -> Preparation:
-    """Prepare the embedded corpus, over and over until it is large enough, and time all forms in turn.
+) -> PreparationSpeed:
+    """Time the preparation of a JSON Lines file, and tokenisers alone on the same texts in memory, in turn.
 
-    Source: documents in a .jsonl file, as users bring them; ours reads it, the others have the texts already.
+    Args:
+        tokenizer: as `data.tokenizer`.
+        megabytes: size of the text, which repeats the embedded corpus.
+        length: tokens of a row.
+        turns: number of measurements of each form.
+        now: the clock.
+
+    Returns:
+        The seconds of all forms.
+
+    Raises:
+        ConfigError: there is no such tokenizer.
     """
     with tempfile.TemporaryDirectory() as folder, _one_core():
         data = _corpus(Path(folder), tokenizer, megabytes, length)
         source, known = open_source(data), cached_tokenizer(tokenizer)
         texts = [str(text) for unit in source.units for piece in unit for text in read(piece, data)]
-        forms: dict[str, Callable[[], object]] = {OURS: lambda: None}
-        note = f"{known.name} has no ranks: nothing to compare with"
+        forms: dict[str, Callable[[Path], object]] = {PIPELINE: lambda into: _prepare(data, source, into)}
+        note = f"{known.name} has no ranks, so there is nothing to compare with"
         if not isinstance(known, ByteTokenizer):
-            note = ""
-            forms |= {RAW: _tiktoken_alone(known, texts), MAP: _datasets_map(known, texts)}
+            note, ranks = "", _ranks(known)
+            forms |= {TIKTOKEN: _tiktoken_alone(ranks, texts), DATASETS: _datasets_map(ranks, texts)}
         seconds: dict[str, list[float]] = {form: [] for form in forms}
         tokens = 0
         for turn in range(turns + 1):  # the first warms up
             for form, run in forms.items():
                 with tempfile.TemporaryDirectory() as into:
                     began = now()
-                    if form == OURS:
-                        tokens = _prepare(data, source, Path(into)).tokens
-                    else:
-                        run()
+                    result = run(Path(into))
                     if turn:
                         seconds[form].append(now() - began)
-    return Preparation(known.name, sum(len(t.encode()) for t in texts) / 1e6, tokens, seconds, note)
+                    if isinstance(result, Manifest):
+                        tokens = result.tokens
+    return PreparationSpeed(known.name, sum(len(t.encode()) for t in texts) / 1e6, tokens, seconds, note)
 
 
 def data_wait(step: Callable[[], object], batch: int, length: int, steps: int) -> float:
-    """Share of time in which training waits for rows, which are read ahead from shards on disk.
+    """Measure the share of time in which training waits for rows, which are read ahead from shards on disk.
 
     Args:
-        step: of training; the first one is not counted.
+        step: a training step.
         batch: rows of a step.
         length: tokens of a row.
+        steps: number of steps, after one that is not counted.
+
+    Returns:
+        The share, from 0 to 1.
     """
     waited = total = 0.0
-    rows = batch * (steps + 1) * length / 1e6 + 0.5
+    megabytes = batch * (steps + 1) * length / 1e6 + 0.5
     with tempfile.TemporaryDirectory() as folder:
-        data = _corpus(Path(folder), "bytes", rows, length)
+        data = _corpus(Path(folder), "bytes", megabytes, length)
         manifest = _prepare(data, open_source(data), Path(folder))
         reader = ShardReader(folder, manifest, "train")
         order = ReadingOrder(manifest.rows_per_shard("train"), batch, batch, data.shuffle_window, seed=0)
-        waiting = batches(reader, order, 0, 0, 1, batch)
+        rows = batches(reader, order, 0, 0, 1, batch)
         for turn in range(steps + 1):
             began = time.perf_counter()
-            next(waiting)
-            got = time.perf_counter()
+            next(rows)
+            received = time.perf_counter()
             step()
             if turn:
-                waited += got - began
+                waited += received - began
                 total += time.perf_counter() - began
-        waiting.close()
+        rows.close()
     return waited / total
 
 
+def byte_level_bpe(ranks: Mapping[bytes, int]) -> Any:
+    """Convert the ranks of tiktoken for the `tokenizers` library, which merges given pairs instead.
+
+    Args:
+        ranks: of all tokens.
+
+    Returns:
+        A model of that library that gives the same ids.
+    """
+    from tokenizers.models import BPE
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    converter = TikTokenConverter()
+    converter.load_tiktoken_bpe = lambda _: ranks  # in place of reading a file
+    return BPE(*converter.extract_vocab_merges_from_model(""))
+
+
 def _corpus(folder: Path, tokenizer: str, megabytes: float, length: int) -> TextDataConfig:
-    file = folder / "corpus.jsonl"
-    embedded = TextDataConfig()
+    """Write a JSON Lines file that repeats the embedded corpus."""
+    file, embedded = folder / "corpus.jsonl", TextDataConfig()
     topics = [str(text) for piece in open_source(embedded).units[0] for text in read(piece, embedded)]
     with file.open("w") as out:
         while out.tell() < megabytes * 1e6:
@@ -141,61 +169,30 @@ def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
     return describe(data, source, units, splits=splits)
 
 
-def _tiktoken_alone(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[], object]:
-    encoding = tiktoken.Encoding(
-        "alone", pat_str=PATTERN, mergeable_ranks=_ranks(tokenizer), special_tokens={}
-    )
-    return lambda: [encoding.encode_ordinary(text) for text in texts]
+def _tiktoken_alone(ranks: dict[bytes, int], texts: Sequence[str]) -> Callable[[Path], object]:
+    """Tokenise in memory with tiktoken."""
+    encoding = tiktoken.Encoding("alone", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return lambda _: [encoding.encode_ordinary(text) for text in texts]
 
 
-def _datasets_map(tokenizer: Tokenizer, texts: Sequence[str]) -> Callable[[], object]:
-    """The fast tokenizer of the same ranks, in batches, with one process and one thread."""
-    import datasets  # takes seconds, as its neighbour does
+def _datasets_map(ranks: dict[bytes, int], texts: Sequence[str]) -> Callable[[Path], object]:
+    """Tokenise in memory with the fast tokenizer of the same ranks, in batches, in one process and one thread."""
+    import datasets  # takes seconds, as does the next
     import tokenizers
 
     datasets.disable_progress_bars()
-    fast = tokenizers.Tokenizer(byte_level_bpe(_ranks(tokenizer)))
+    fast = tokenizers.Tokenizer(byte_level_bpe(ranks))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     data = datasets.Dataset.from_dict({"text": list(texts)})
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": [found.ids for found in fast.encode_batch_fast(batch["text"])]}
+        return {"input_ids": [encoding.ids for encoding in fast.encode_batch_fast(batch["text"])]}
 
-    return lambda: data.map(encode, batched=True, remove_columns=["text"], load_from_cache_file=False)
-
-
-def byte_level_bpe(ranks: Mapping[bytes, int]) -> Any:
-    """The same encoding for the `tokenizers` library, which wants pairs to merge in place of ranks."""
-    from tokenizers.models import BPE
-
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in printable)
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
-
-    def spelled(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    merges = [
-        (spelled(left), spelled(right))
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-        if len(token) > 1
-        for left, right in [_last_merge(token, rank, ranks)]
-    ]
-    return BPE({spelled(token): rank for token, rank in ranks.items()}, merges)
-
-
-def _last_merge(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that a token is merged from: what merging by the smaller ranks leaves of it."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-        least = pairs.index(min(pairs))
-        parts[least : least + 2] = [parts[least] + parts[least + 1]]
-    return parts[0], parts[1]
+    return lambda _: data.map(encode, batched=True, remove_columns=["text"], load_from_cache_file=False)
 
 
 def _ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Read the ranks of all tokens."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         lines = (Path(folder) / RANK_FILE).read_bytes().splitlines()
@@ -204,13 +201,13 @@ def _ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Hold the `tokenizers` library to one thread, as the other forms are."""
-    before = environ.get("TOKENIZERS_PARALLELISM")
-    environ["TOKENIZERS_PARALLELISM"] = "false"
+    """Restrict the `tokenizers` library to one thread."""
+    key = "TOKENIZERS_PARALLELISM"
+    before = environ.get(key)
+    environ[key] = "false"
     try:
         yield
     finally:
-        if before is None:
-            del environ["TOKENIZERS_PARALLELISM"]
-        else:
-            environ["TOKENIZERS_PARALLELISM"] = before
+        del environ[key]
+        if before is not None:
+            environ[key] = before

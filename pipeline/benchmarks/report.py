@@ -1,220 +1,191 @@
-"""What a benchmark found, as Markdown, CSV, metrics and a picture."""
+"""The results of a benchmark as Markdown, CSV, metrics and a picture."""
 
-import csv
-import io
 import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from pipeline.benchmarks.phases import PARTS
-from pipeline.benchmarks.preparation import MAP, OURS, RAW, Preparation
-from pipeline.benchmarks.speed import Measured
+from pipeline.benchmarks.phases import PHASES
+from pipeline.benchmarks.preparation import PIPELINE, PreparationSpeed
+from pipeline.benchmarks.speed import CaseResult
 from pipeline.config.benchmark import BenchmarkConfig, Ratio
+from pipeline.reports.tables import markdown, table_of, to_csv
 
-COLUMNS = (
-    "case", "parameters", "s/batch", "min", "max", "sequences/s", "tokens/s", "needed GFLOP", "roofline s",
-    "share of roofline", "share of matmul peak", "peak MiB", "peak MiB, large V",
-)  # fmt: skip
 _COLORS = ("#c9ced4", "#7a828c", "#2563a8", "#7fa8d6", "#c2452d", "#e2a093", "#22262b")
 
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Everything that one run of the benchmark found.
+    """Everything that one run of the benchmark measured.
 
     Attributes:
-        peaks: FLOP/s of the 2048-cube product, one a turn.
-        waited: share of the first training case's time in which it waited for rows.
+        config: what was measured.
+        machine: processor and versions.
+        results: one per case.
+        peaks: FLOP/s of the 2048-cube product, one per turn.
+        preparation: speed of text preparation, or None.
+        data_wait: share of the first training case's time in which it waited for rows, or None.
     """
 
     config: BenchmarkConfig
     machine: Mapping[str, str]
-    measured: Sequence[Measured]
+    results: Sequence[CaseResult]
     peaks: Sequence[float]
-    preparation: Preparation | None = None
-    waited: float | None = None
+    preparation: PreparationSpeed | None = None
+    data_wait: float | None = None
 
     @property
     def peak(self) -> float:
+        """Median FLOP/s of the 2048-cube product."""
         return statistics.median(self.peaks)
 
     def ratio(self, ratio: Ratio) -> list[float]:
-        """Sequences a second of one case over another's, turn by turn."""
-        by_label = {one.label: one for one in self.measured}
+        """Return the sequences per second of one case over another's, turn by turn."""
+        by_label = {result.label: result for result in self.results}
         of, over = by_label[ratio.of], by_label[ratio.over]
         scale = of.sequences / over.sequences
         return [scale * b / a for a, b in zip(of.seconds, over.seconds, strict=True)]
 
-    def rows(self) -> list[dict[str, float | str | None]]:
-        """A row a case, in the columns of `COLUMNS`."""
-        return [
-            dict(
-                zip(
-                    COLUMNS,
-                    (
-                        one.label,
-                        one.parameters,
-                        one.median,
-                        min(one.seconds),
-                        max(one.seconds),
-                        one.sequences / one.median,
-                        one.tokens / one.median,
-                        None if one.flops is None else one.flops / 1e9,
-                        statistics.median(one.roofline) if one.roofline else None,
-                        one.share_of_roofline,
-                        statistics.median(one.share_of_peak) if one.share_of_peak else None,
-                        one.peak_mib,
-                        one.peak_mib_large,
-                    ),
-                    strict=True,
-                )
-            )
-            for one in self.measured
+    def table(self) -> pd.DataFrame:
+        """Return a row per case; missing figures are NaN."""
+        rows = [
+            {
+                "case": result.label,
+                "parameters": result.parameters,
+                "s/batch": result.median,
+                "min": min(result.seconds),
+                "max": max(result.seconds),
+                "sequences/s": result.sequences / result.median,
+                "tokens/s": result.tokens / result.median,
+                "needed GFLOP": None if result.flops is None else result.flops / 1e9,
+                "roofline s": statistics.median(result.roofline) if result.roofline else None,
+                "share of roofline": result.share_of_roofline,
+                "share of matmul peak": statistics.median(result.share_of_peak)
+                if result.share_of_peak
+                else None,
+                "peak MiB": result.peak_mib,
+                "peak MiB, large V": result.peak_mib_large,
+            }
+            for result in self.results
         ]
+        return pd.DataFrame(rows)
+
+    def split(self) -> pd.DataFrame:
+        """Return a row per case: the share of every phase in its time; NaN where a case lacks the phase."""
+        return pd.DataFrame([result.split for result in self.results], columns=PHASES)
 
     def metrics(self) -> dict[str, float]:
-        """Figures by MLflow's metric names."""
-        found = {"benchmark/matmul_gflops": self.peak / 1e9}
-        for row in self.rows():
-            case = str(row["case"]).replace(" ", "_")
-            for column in COLUMNS[1:]:
-                value = row[column]
-                if isinstance(value, (int, float)):
-                    name = column.replace("/", "_per_").replace(" ", "_").replace(",", "")
-                    found[f"benchmark/{case}/{name}"] = float(value)
+        """Return all figures by MLflow's metric names."""
+        metrics = {"matmul_gflops": self.peak / 1e9}
+        for _, row in self.table().iterrows():
+            for column, value in row.dropna().drop("case").items():
+                name = str(column).replace("/", "_per_").replace(",", "")
+                metrics[f"{row['case']}/{name}"] = float(value)
         for ratio in self.config.ratios:
-            name = f"benchmark/ratio/{ratio.of}_over_{ratio.over}".replace(" ", "_")
-            found[name] = statistics.median(self.ratio(ratio))
+            metrics[f"ratio/{ratio.of}_over_{ratio.over}"] = statistics.median(self.ratio(ratio))
         if self.preparation is not None:
             for form in self.preparation.seconds:
-                name = form.replace(" + ", "_").replace(" ", "_")
-                found[f"benchmark/preparation/{name}_tokens_per_s"] = self.preparation.rate(form)
-        if self.waited is not None:
-            found["benchmark/data_wait"] = self.waited
-        return found
+                name = form.replace(" + ", "_")
+                metrics[f"preparation/{name}_tokens_per_s"] = self.preparation.rate(form)
+        if self.data_wait is not None:
+            metrics["data_wait"] = self.data_wait
+        return {f"benchmark/{name.replace(' ', '_')}": value for name, value in metrics.items()}
 
     def to_csv(self) -> str:
-        """The table of cases, full precision, empty where there is no figure."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [*COLUMNS, *(f"part {name}" for name in PARTS)])
-        writer.writeheader()
-        for row, one in zip(self.rows(), self.measured, strict=True):
-            writer.writerow({**row, **{f"part {name}": share for name, share in one.split.items()}})
-        return out.getvalue()
+        """Write the table of cases with full precision; cells without a figure are empty."""
+        return to_csv(self.table().join(self.split().add_prefix("part ")))
 
     def to_markdown(self) -> str:
-        """Machine, cases, parts, ratios and data."""
+        """Write the machine, the cases, their phases, the ratios and the data."""
         config = self.config
         clock = "wall clock" if config.clock == "wall" else "CPU seconds of the process"
-        lines = [
+        blocks = [
             f"# Benchmark {config.name}",
-            "",
             ", ".join(f"{key} {value}" for key, value in self.machine.items()),
-            "",
             f"L {config.length}, V {config.vocabulary}, batch {config.batch}, {config.steps} sampling steps, "
-            f"float32, draws in float64, {config.threads} threads, {clock}; medians of {config.repetitions} "
-            f"(training) and {config.sampling_repetitions} (sampling) turns, each case once a turn. "
-            f"2048-cube product: {self.peak / 1e9:.0f} GFLOP/s.",
-            "",
-            *_table(COLUMNS, [[_cell(row[column]) for column in COLUMNS] for row in self.rows()]),
-            "",
-            "Needed FLOPs are those of matrix products and attention, backward twice forward. Roofline: every "
-            "product, attention, GELU and norm of the same shapes timed alone in the same turn, summed. Peak: "
-            "growth of a fresh process by one step, weights there before; large V is "
-            f"{config.memory_vocabulary}.",
-            "",
+            f"float32, draws in float64, {config.threads} threads, {clock}. Times are medians over "
+            f"{config.repetitions} (training) and {config.sampling_repetitions} (sampling) turns; in a turn every "
+            f"case runs once. 2048-cube product: {self.peak / 1e9:.0f} GFLOP/s.",
+            markdown(self.table().map(_cell)),
+            "Needed FLOP are those of matrix products and attention; the backward pass needs twice those of the "
+            "forward pass. The roofline is the sum of every product, attention, GELU and norm of the same shapes, "
+            "each timed alone in the same turn. Peak is the growth of a fresh process by one step, with its weights "
+            f"allocated before; large V is {config.memory_vocabulary}.",
             "Share of the time:",
-            "",
-            *_table(
-                ("case", *PARTS),
-                [
-                    [one.label, *(f"{one.split[n]:.1%}" if n in one.split else "" for n in PARTS)]
-                    for one in self.measured
-                ],
+            markdown(
+                self.table()[["case"]].join(self.split().map("{:.1%}".format, na_action="ignore").fillna(""))
             ),
         ]
-        return "\n".join([*lines, *self._ratio_lines(), *self._data_lines()]) + "\n"
-
-    def _ratio_lines(self) -> list[str]:
-        if not self.config.ratios:
-            return []
-        rows = []
-        for ratio in self.config.ratios:
-            turns = self.ratio(ratio)
-            middle = statistics.median(turns)
-            goal = "" if ratio.goal is None else f"{ratio.goal:g}"
-            met = "" if ratio.goal is None else "yes" if middle >= ratio.goal else "no"
-            span = f"{min(turns):.2f} to {max(turns):.2f}"
-            rows.append([f"{ratio.of} over {ratio.over}", f"{middle:.2f}", span, goal, met])
-        return ["", *_table(("sequences/s of", "times", "over the turns", "goal", "met"), rows)]
-
-    def _data_lines(self) -> list[str]:
-        lines = []
+        if config.ratios:
+            blocks.append(markdown(table_of(self._ratio_cells(ratio) for ratio in config.ratios)))
         if self.preparation is not None:
-            found = self.preparation
-            lines += [
-                "",
-                f"Text preparation, one core, {found.megabytes:.1f} MB, tokenizer {found.tokenizer}"
-                + (f" ({found.note})" if found.note else "")
-                + ":",
-                "",
-                *_table(
-                    ("form", "tokens/s", "MB/s", "ours over it"),
-                    [
-                        [
-                            form,
-                            f"{found.rate(form):,.0f}",
-                            f"{found.megabytes / statistics.median(found.seconds[form]):.2f}",
-                            "" if form == OURS else f"{found.ratio(form):.2f}",
-                        ]
-                        for form in (OURS, RAW, MAP)
-                        if form in found.seconds
-                    ],
-                ),
-            ]
-        if self.waited is not None:
-            lines += ["", f"Training waits for its rows {self.waited:.2%} of the time."]
-        return lines
+            blocks += self._preparation_blocks(self.preparation)
+        if self.data_wait is not None:
+            blocks.append(f"Training waits for its rows {self.data_wait:.2%} of the time.")
+        return "\n\n".join(blocks) + "\n"
 
     def picture(self) -> Figure:
-        """A bar a case: its seconds split into parts, with a line where its roofline ends."""
-        figure = Figure(figsize=(10, 1.2 + 0.42 * len(self.measured)), dpi=150, layout="constrained")
-        panels = [
-            (title, [one for one in self.measured if one.label.startswith(title.lower())])
-            for title in ("Training", "Sampling")
-        ]
-        panels = [(title, ones) for title, ones in panels if ones]
-        axes = figure.subplots(
-            len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": [len(ones) for _, ones in panels]}
-        )
-        for axis, (title, ones) in zip(axes[:, 0], panels, strict=True):
-            names = [one.label.removeprefix(f"{title.lower()} ") for one in ones]
-            left = [0.0] * len(ones)
-            for part, color in zip(PARTS, _COLORS, strict=True):
-                widths = [one.split.get(part, 0.0) * one.median for one in ones]
-                if any(widths):
-                    axis.barh(names, widths, left=left, color=color, label=part, height=0.7)
-                left = [a + b for a, b in zip(left, widths, strict=True)]
-            for place, one in enumerate(ones):
-                if one.roofline:
-                    end = statistics.median(one.roofline)
-                    axis.plot([end, end], [place - 0.42, place + 0.42], color="black", linewidth=1.6)
+        """Draw a bar per case: its seconds split into phases, with a line at its roofline."""
+        seconds = self.split().fillna(0.0)
+        table, starts = self.table(), seconds.cumsum(axis=1) - seconds
+        groups = {title: table["case"].str.startswith(title.lower()) for title in ("Training", "Sampling")}
+        groups = {title: rows for title, rows in groups.items() if rows.any()}
+        figure = Figure(figsize=(10, 1.2 + 0.42 * len(table)), dpi=150, layout="constrained")
+        heights = [rows.sum() for rows in groups.values()]
+        axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+        for axis, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
+            names, median = table["case"][rows].str.removeprefix(f"{title.lower()} "), table["s/batch"][rows]
+            for phase, color in zip(PHASES, _COLORS, strict=True):
+                if (widths := seconds[phase][rows] * median).any():
+                    left = starts[phase][rows] * median
+                    axis.barh(names, widths, left=left, color=color, label=phase, height=0.7)
+            for place, end in enumerate(table["roofline s"][rows]):
+                axis.plot([end, end], [place - 0.42, place + 0.42], color="black", linewidth=1.6)
             axis.invert_yaxis()
-            axis.set_title(f"{title}, seconds a batch (black line: roofline)", loc="left", fontsize=10)
+            axis.set_title(f"{title}, seconds per batch (black line: roofline)", loc="left", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8.5)
             axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return figure
 
+    def _ratio_cells(self, ratio: Ratio) -> dict[str, str]:
+        """A ratio against its target."""
+        turns = self.ratio(ratio)
+        median = statistics.median(turns)
+        return {
+            "sequences/s of": f"{ratio.of} over {ratio.over}",
+            "measured (median)": f"{median:.2f}",
+            "range": f"{min(turns):.2f} to {max(turns):.2f}",
+            "target": "" if ratio.goal is None else f"at least {ratio.goal:g}",
+            "met": "" if ratio.goal is None else "yes" if median >= ratio.goal else "no",
+        }
+
+    @staticmethod
+    def _preparation_blocks(result: PreparationSpeed) -> list[str]:
+        """Text preparation beside plain tokenisers."""
+        rows = [
+            {
+                "form": form,
+                "tokens/s": f"{result.rate(form):,.0f}",
+                "MB/s": f"{result.megabytes / statistics.median(seconds):.2f}",
+                "this pipeline's speed over it": "" if form == PIPELINE else f"{result.ratio(form):.2f}",
+            }
+            for form, seconds in result.seconds.items()
+        ]
+        note = f" ({result.note})" if result.note else ""
+        title = f"Text preparation, one core, {result.megabytes:.1f} MB, tokenizer {result.tokenizer}{note}:"
+        return [title, markdown(table_of(rows))]
+
 
 def machine() -> dict[str, str]:
-    """Processor, cores and versions."""
+    """Return processor, cores, instruction set and versions of this machine."""
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
@@ -225,14 +196,10 @@ def machine() -> dict[str, str]:
     return {**facts, **packages, "instructions": torch.backends.cpu.get_cpu_capability()}
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(row) + " |" for row in (head, marks, *rows)]
-
-
-def _cell(value: float | str | None) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, int):
-        return f"{value:,}"
+def _cell(value: Any) -> str:
+    """Write a figure with three digits, or with all digits of its whole part."""
+    if isinstance(value, str):
+        return value
+    if pd.isna(value):
+        return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

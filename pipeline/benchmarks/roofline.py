@@ -1,4 +1,4 @@
-"""What a machine can do: the operations of a pass timed alone, and its largest matrix product."""
+"""The most that a machine can reach: the operations of a pass timed alone, and its largest matrix product."""
 
 import time
 from collections.abc import Callable
@@ -10,31 +10,47 @@ from torch import Tensor
 from pipeline.models.flops import Op, Work
 
 CUBE = 2048
-_CALLS = 3  # of one operation in one turn, of which the median counts
+_CALLS = 3  # of one operation in one turn; the median counts
 
 
 def clock(kind: str) -> Callable[[], float]:
-    """Seconds by the wall, or of this process's CPU, which other processes slow down less."""
+    """Return a clock in seconds.
+
+    Args:
+        kind: "wall", or "cpu" for the CPU time of this process, which other processes slow down less.
+    """
     return time.perf_counter if kind == "wall" else time.process_time
 
 
 def matmul_peak(now: Callable[[], float]) -> float:
-    """Floating point operations a second of a float32 product of two 2048-square matrices."""
+    """Measure the FLOP/s of a float32 product of two 2048-square matrices.
+
+    Args:
+        now: the clock.
+    """
     a, b = torch.randn(CUBE, CUBE), torch.randn(CUBE, CUBE)
     return 2 * CUBE**3 / _median(lambda: a @ b, now)
 
 
 def roofline(work: Work, backward: bool, now: Callable[[], float]) -> float:
-    """Seconds of all operations if each ran as fast as it does alone, with warm caches and nothing around it.
+    """Compute the seconds of all operations if each runs as fast as it does alone, with warm caches.
 
     Args:
-        backward: each with its backward pass.
+        work: the operations.
+        backward: include the backward pass of each.
+        now: the clock.
     """
     return sum(seconds(op, backward, now) * count for op, count in work.items())
 
 
 def seconds(op: Op, backward: bool, now: Callable[[], float]) -> float:
-    """Seconds of one operation in float32, alone."""
+    """Measure the seconds of one operation in float32, alone.
+
+    Args:
+        op: the operation.
+        backward: include its backward pass.
+        now: the clock.
+    """
     inputs, function = _prepared(op)
     if not backward:
         with torch.inference_mode():
@@ -45,7 +61,7 @@ def seconds(op: Op, backward: bool, now: Callable[[], float]) -> float:
 
 
 def _prepared(op: Op) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
-    """Random operands, and the call."""
+    """Random operands, and the function that takes them."""
     if op.kind == "gemm":
         rows, inner, outer = op.shape
         return (torch.randn(rows, inner), torch.randn(outer, inner)), F.linear
@@ -53,9 +69,8 @@ def _prepared(op: Op) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
         return (torch.randn(op.shape),), lambda x: F.gelu(x, approximate="tanh")
     if op.kind == "norm":
         width = op.shape[-1:]
-        return (torch.randn(op.shape), torch.ones(width), torch.zeros(width)), (
-            lambda x, weight, bias: F.layer_norm(x, width, weight, bias)
-        )
+        operands = torch.randn(op.shape), torch.ones(width), torch.zeros(width)
+        return operands, lambda x, weight, bias: F.layer_norm(x, width, weight, bias)
     segments, heads, queries, keys, size = op.shape
     q, k, v = (torch.randn(segments, heads, length, size) for length in (queries, keys, keys))
     causal = op.kind == "causal"
@@ -63,7 +78,7 @@ def _prepared(op: Op) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
 
 
 def _median(run: Callable[[], object], now: Callable[[], float]) -> float:
-    """Of a few calls behind one that warms up."""
+    """Median seconds of a few calls after one that warms up."""
     run()
     taken = []
     for _ in range(_CALLS):

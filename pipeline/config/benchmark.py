@@ -1,130 +1,168 @@
-"""The typed form of a benchmark's YAML file: which models are timed, in which settings, beside what."""
+"""A benchmark's config: which models are timed, in which settings, and what they are compared with."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt
 
 from pipeline.config.schema import ModelConfig, TrackingConfig
-from pipeline.config.section import Section
+from pipeline.config.section import Name, PositiveFloat, Section
 from pipeline.errors import did_you_mean
 
 
 class TrainingCase(Section):
-    """One training step: forward, backward, optimiser."""
+    """One training step: forward, backward and optimiser.
+
+    Attributes:
+        model: Name of one of `models`.
+        form: `own` is the pipeline's; `dense` is PGM with dense attention masks and all logits at once.
+    """
 
     model: str
-    form: Literal["own", "dense"] = "own"  # dense: PGM with dense attention masks and all logits at once
+    form: Literal["own", "dense"] = "own"
 
     @property
     def label(self) -> str:
-        """Its name in tables and in `ratios`."""
+        """The case's name in tables and in `ratios`."""
         return f"training {self.model}" + (f" {self.form}" if self.form != "own" else "")
 
 
 class SamplingCase(Section):
-    """Drawing a batch of rows from nothing."""
+    """Drawing a batch of rows from nothing.
+
+    Attributes:
+        model: Name of one of `models`.
+        form: `own` is the pipeline's; `hidden` is MDLM that predicts all hidden positions in every step; `plain` is
+            MDLM that predicts all positions with V-wide float64 distributions.
+        order: As `sampling.order`.
+        refresh_every: As `sampling.refresh_every`.
+    """
 
     model: str
-    # hidden: MDLM that predicts all hidden positions at every step; plain: all positions, V wide in float64
     form: Literal["own", "hidden", "plain"] = "own"
     order: Literal["uniform", "binomial", "confidence", "entropy", "halton"] = "uniform"
     refresh_every: PositiveInt = 1
 
     @property
     def label(self) -> str:
-        """Its name in tables and in `ratios`."""
+        """The case's name in tables and in `ratios`."""
         words: list[str] = [self.form] * (self.form != "own") + [self.order] * (self.order != "uniform")
         words += [f"refresh_every {self.refresh_every}"] * (self.refresh_every > 1)
         return " ".join(["sampling", self.model, *words])
 
 
 class Ratio(Section):
-    """How many times as fast one case is as another, in sequences a second."""
+    """How many times as fast one case is as another, in sequences a second.
+
+    Attributes:
+        of: Label of the case that should be the faster one.
+        over: Label of the case it is compared with.
+        goal: Smallest ratio that is wanted.
+    """
 
     of: str
     over: str
-    goal: Annotated[float, Field(gt=0)] | None = None  # what it should at least be
+    goal: PositiveFloat | None = None
 
 
 class PreparationConfig(Section):
-    """Text preparation on one core beside plain tokenisers, and how long training waits for its rows."""
+    """Text preparation on one core, compared with plain tokenisers, and how long training waits for its rows.
 
-    tokenizer: str = "gpt2"  # as data.tokenizer
-    megabytes: Annotated[float, Field(gt=0)] = 8.0  # of text: the embedded corpus, over and over
+    Attributes:
+        tokenizer: As `data.tokenizer`.
+        megabytes: Amount of text: the embedded corpus, repeated.
+    """
+
+    tokenizer: str = "gpt2"
+    megabytes: PositiveFloat = 8.0
 
 
 class BenchmarkConfig(Section):
-    """A whole benchmark."""
+    """A whole benchmark, as written in one YAML file.
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    Attributes:
+        name: Name of the benchmark and of its folder; never inherited from `base`.
+        models: Model sections by name.
+        length: Tokens of a row, L.
+        vocabulary: Size of the vocabulary, V.
+        batch: Rows of a training step and of a sampling run.
+        steps: Sampling steps.
+        training: Training steps to time.
+        sampling: Sampling runs to time.
+        ratios: Pairs of cases to compare.
+        repetitions: Timed repetitions of all training cases, of which medians are reported; one more warms up.
+        sampling_repetitions: Timed repetitions of all sampling cases.
+        threads: CPU threads.
+        clock: `wall` time, or `cpu` time of this process for machines that others use.
+        memory: Measures peak memory, each case in a process of its own.
+        memory_vocabulary: Size of the vocabulary in a second measurement of training's memory.
+        preparation: Settings of the text preparation benchmark; null leaves it out.
+        trace: Writes profiler traces, for chrome://tracing or Perfetto.
+        storage: The report is written to the folder benchmarks/NAME in this folder.
+        tracking: As in a run, with experiment `benchmark` and without system metrics by default.
+    """
+
+    name: Name
     models: dict[str, ModelConfig]
-    length: PositiveInt = 1024  # L
-    vocabulary: PositiveInt = 8192  # V
-    batch: PositiveInt = 4  # rows of a step and of a sampling run
-    steps: PositiveInt = 64  # of sampling
+    length: PositiveInt = 1024
+    vocabulary: PositiveInt = 8192
+    batch: PositiveInt = 4
+    steps: PositiveInt = 64
     training: tuple[TrainingCase, ...] = ()
     sampling: tuple[SamplingCase, ...] = ()
     ratios: tuple[Ratio, ...] = ()
-    repetitions: PositiveInt = 5  # turns of all training cases, of which medians count; one more warms up
+    repetitions: PositiveInt = 5
     sampling_repetitions: PositiveInt = 3
     threads: PositiveInt = 2
-    clock: Literal["wall", "cpu"] = "wall"  # cpu: seconds of this process, for machines that others load
-    memory: bool = True  # measure peaks, in a process for each case
-    memory_vocabulary: PositiveInt = 50_257  # V of a second look at the memory of training
+    clock: Literal["wall", "cpu"] = "wall"
+    memory: bool = True
+    memory_vocabulary: PositiveInt = 50_257
     preparation: PreparationConfig | None = None
-    trace: bool = False  # also write profiler traces, for chrome://tracing or Perfetto
-    storage: str = "runs"  # the report goes to the folder benchmarks/NAME in it
+    trace: bool = False
+    storage: str = "runs"
     tracking: TrackingConfig = TrackingConfig(experiment="benchmark", system_metrics=False)
 
     @property
     def cases(self) -> tuple[TrainingCase | SamplingCase, ...]:
-        """All that is timed."""
+        """All cases that are timed."""
         return (*self.training, *self.sampling)
 
-    @model_validator(mode="after")
-    def _names_exist(self) -> "BenchmarkConfig":
-        cases = self.cases
-        for case in cases:
-            if case.model not in self.models:
-                known = ", ".join(self.models)
-                raise ValueError(
-                    f"model {case.model!r} of {case.label!r} is none of {known}"
-                    f"{did_you_mean(case.model, self.models)}"
-                )
-            self._check(case)
-        labels = [case.label for case in cases]
-        for label in (name for ratio in self.ratios for name in (ratio.of, ratio.over)):
+    def _conflicts(self) -> Iterator[str]:
+        """Yield the problems between models, cases and ratios, as `key: message` lines."""
+        for case in self.cases:
+            yield from self._case_conflicts(case)
+        labels = [case.label for case in self.cases]
+        for label in [label for ratio in self.ratios for label in (ratio.of, ratio.over)]:
             if label not in labels:
-                raise ValueError(
-                    f"ratio with {label!r}, which is no case; known: {', '.join(labels)}"
-                    f"{did_you_mean(label, labels)}"
-                )
+                known = f"{', '.join(labels)}{did_you_mean(label, labels)}"
+                yield f"ratios: ratio with {label!r}, which is no case; known: {known}"
         if self.sampling and self.steps > self.length:
-            raise ValueError(f"steps {self.steps} for rows of {self.length}; expected at most {self.length}")
-        return self
+            yield f"steps: steps {self.steps} for rows of {self.length}; expected at most {self.length}"
 
-    def _check(self, case: TrainingCase | SamplingCase) -> None:
-        """Refuse what a model cannot do, before anything is timed."""
-        model = self.models[case.model]
+    def _case_conflicts(self, case: TrainingCase | SamplingCase) -> Iterator[str]:
+        """Yield what the model of a case cannot do."""
+        key, model = case.label.partition(" ")[0], self.models.get(case.model)
+        if model is None:
+            near = did_you_mean(case.model, self.models)
+            yield f"{key}: model {case.model!r} of {case.label!r} is none of {', '.join(self.models)}{near}"
+            return
         if model.classes is not None:
-            raise ValueError(f"model {case.model!r} has classes; the benchmark times models without")
-        if case.form == "dense" and (
-            model.kind != "pgm"
-            or model.registers
-            or model.dropout
-            or model.swap.every_block
-            or model.swap.pooling != "none"
-        ):
-            raise ValueError(
-                f"form dense of {case.model!r}; expected a pgm without registers, dropout, pooling, every_block"
-            )
+            yield f"models.{case.model}: classes {model.classes}; expected null; only such models are timed"
         if isinstance(case, TrainingCase):
+            plain = (
+                model.kind == "pgm"
+                and not (model.registers or model.dropout or model.swap.every_block)
+                and model.swap.pooling == "none"
+            )
+            if case.form == "dense" and not plain:
+                wanted = "a pgm without registers, dropout, pooling, every_block"
+                yield f"training: form dense of {case.model!r}; expected {wanted}"
             return
         if model.kind == "ar":
-            raise ValueError(f"{case.label!r}: kind ar samples in other steps; expected pgm or mdlm")
-        if case.form in ("hidden", "plain") and model.kind != "mdlm":
-            raise ValueError(f"{case.label!r}: form {case.form} is of kind mdlm, not of {model.kind}")
+            yield f"sampling: {case.label!r}: kind ar samples in other steps; expected pgm or mdlm"
+        if case.form != "own" and model.kind != "mdlm":
+            yield f"sampling: {case.label!r}: form {case.form} is of kind mdlm, not of {model.kind}"
         if case.form != "own" and (case.order != "uniform" or case.refresh_every > 1):
-            raise ValueError(f"{case.label!r}: form {case.form} has neither order nor refresh_every")
+            yield f"sampling: {case.label!r}: form {case.form} has neither order nor refresh_every"
         if case.refresh_every > 1 and model.kind != "pgm":
-            raise ValueError(f"{case.label!r}: refresh_every is of kind pgm, not of {model.kind}")
+            yield f"sampling: {case.label!r}: refresh_every is of kind pgm, not of {model.kind}"

@@ -1,29 +1,30 @@
-"""YAML + `section.key=value` overrides -> RunConfig, with every problem reported at once."""
+"""Read configs: YAML files that build on each other, and `section.key=value` overrides, as typed sections."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pipeline.config.schema import WORKER_FORMS, RunConfig
 from pipeline.config.section import Section
 from pipeline.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound=Section)
+Tree = dict[str, Any]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key written twice, of which YAML would silently keep the last."""
+    """Refuses a key that is written twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in written if written.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice!r} is written twice", node.start_mark
-            )
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            message = f"key {repeated[0]!r} is written twice"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -31,99 +32,175 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's config.
 
     Args:
-        path: a YAML file with the sections of `RunConfig`.
-        overrides: `section.key=value` words; values are parsed as YAML.
+        path: A YAML file with the sections of `RunConfig`, and optionally a `base`.
+        overrides: `section.key=value` words, applied after composition; values are parsed as YAML.
 
     Raises:
-        ConfigError: names every unknown key, wrong value and conflict at once.
+        ConfigError: A file cannot be read, or keys, values or their combination are wrong; names all of them.
     """
-    tree = read_tree(path)
+    return parse_section(RunConfig, read_tree(path), str(path), overrides)
+
+
+def parse(tree: Tree, origin: str) -> RunConfig:
+    """Validate a nested mapping as a run's config.
+
+    Args:
+        tree: The sections.
+        origin: Where they come from, for the message.
+
+    Raises:
+        ConfigError: Names all problems, one a line.
+    """
+    return parse_section(RunConfig, tree, origin)
+
+
+def parse_section(kind: type[S], tree: Tree, origin: str, overrides: Sequence[str] = ()) -> S:
+    """Validate a nested mapping as a section or a whole config, after applying overrides to it.
+
+    Args:
+        kind: The section's type.
+        tree: The keys and values; overrides change it in place.
+        origin: Where they come from, for the message.
+        overrides: `a.b=value` words.
+
+    Raises:
+        ConfigError: Names all problems, one a line.
+    """
     problems = [problem for word in overrides if (problem := override(tree, word))]
-    return parse(tree, origin=str(path), problems=problems)
+    section, found = check(kind, tree)
+    if section is None or problems or found:
+        raise ConfigError(listed(origin, [*problems, *found]))
+    return section
 
 
-def read_tree(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a nested mapping in which no key is written twice.
-
-    Raises:
-        ConfigError: there is no such file, or it holds something else.
-    """
-    file = Path(path)
-    if not file.is_file():
-        beside = [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-        raise ConfigError(f"config file {str(path)!r} does not exist{did_you_mean(file.name, beside)}")
-    try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {str(path)!r} is not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {str(path)!r} holds a {type(tree).__name__}; expected sections")
-    return tree
-
-
-def parse(tree: dict[str, Any], origin: str, problems: Sequence[str] = ()) -> RunConfig:
-    """Validate a nested mapping; `problems` found earlier are reported together with the new ones.
-
-    Raises:
-        ConfigError: one line a problem.
-    """
-    config, found = check(tree)
-    found = [*problems, *found]
-    if found or config is None:
-        raise ConfigError(listed(origin, found))
-    return config
-
-
-def check(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """The config of a nested mapping, None where it has no typed form, and every problem in it."""
+def check(kind: type[S], tree: Tree) -> tuple[S | None, list[str]]:
+    """Return the typed form of a nested mapping, None where it has none, and all problems in it."""
     # A section whose keys are all commented out reads as null.
     tree = {key: value for key, value in tree.items() if value is not None}
     try:
-        config = RunConfig.model_validate(tree)
+        section = kind.model_validate(tree)
     except ValidationError as error:
-        return None, [explain(item) for item in error.errors()]
-    return config, config.conflicts()
+        return None, [_explain(item, kind) for item in error.errors()]
+    return section, list(section.conflicts())
 
 
 def listed(origin: str, problems: Sequence[str]) -> str:
-    """One message of several problems, a line each."""
+    """Join problems into one message, one a line below their origin and number."""
     count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
     return f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in problems)
 
 
-def parse_section(kind: type[S], tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> S:
-    """Validate a mapping that is not a whole run, with `a.b=value` words applied.
+def read_tree(path: str | Path) -> Tree:
+    """Read a config file and the files it builds on as one nested mapping.
+
+    Args:
+        path: A YAML file; its key `base`, if present, is the path of another one, relative to this file.
 
     Raises:
-        ConfigError: one line a problem.
+        ConfigError: A file is missing or no mapping, or the bases form a cycle.
     """
-    found = [problem for word in overrides if (problem := override(tree, word))]
+    return merged(read_chain(path))
+
+
+def read_chain(path: str | Path, base: str | None = None) -> list[Tree]:
+    """Read a config file and the files it builds on, without merging them.
+
+    Args:
+        path: The YAML file.
+        base: Replaces the file's own `base`.
+
+    Returns:
+        One mapping a file, the given file first; each still has its `base`.
+
+    Raises:
+        ConfigError: A file is missing or no mapping, or the bases form a cycle.
+    """
+    file, files, trees = Path(path), list[Path](), list[Tree]()
+    while True:
+        try:
+            tree = _read(file)
+            if file.resolve() in [other.resolve() for other in files]:
+                raise ConfigError(f"{str(file)!r} builds on itself; expected bases without a cycle")
+        except ConfigError as error:
+            raise ConfigError(": base: ".join([*map(str, files), str(error)])) from None
+        if base is not None and not files:
+            tree["base"] = base
+        files.append(file)
+        trees.append(tree)
+        if tree.get("base") is None:
+            return trees
+        if not isinstance(tree["base"], str):
+            raise ConfigError(f"{file}: base: {tree['base']!r}; expected the path of a config file")
+        file = file.parent / Path(tree["base"]).expanduser()
+
+
+def merged(chain: Sequence[Tree]) -> Tree:
+    """Merge the mappings of a file and the files it builds on.
+
+    Mappings are merged key by key at every depth; other values, lists among them, replace the inherited ones. A
+    mapping with another `kind` replaces the inherited one whole. `name` is never inherited, since two runs would
+    share a folder.
+
+    Args:
+        chain: As `read_chain` returns them.
+    """
+    inherited = [{key: value for key, value in tree.items() if key != "name"} for tree in chain[1:]]
+    tree = reduce(_merge, reversed([chain[0], *inherited]))
+    return {key: value for key, value in tree.items() if key != "base"}
+
+
+def _merge(inherited: Tree, own: Tree) -> Tree:
+    """Merge the mapping of one file over that of the file it builds on."""
+    result = dict(inherited)
+    for key, value in own.items():
+        below = inherited.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            kind = value.get("kind")
+            if kind in (None, below.get("kind", "text" if key == "data" else kind)):
+                value = _merge(below, value)
+        result[key] = value
+    return result
+
+
+def _read(file: Path) -> Tree:
+    """Read one YAML file as a nested mapping."""
+    if not file.is_file():
+        beside = [other.name for other in file.parent.glob("*.yaml")]
+        raise ConfigError(f"config file {str(file)!r} does not exist{did_you_mean(file.name, beside)}")
     try:
-        section = kind.model_validate(tree)
-    except ValidationError as error:
-        found += [explain(item, kind) for item in error.errors()]
-    else:
-        if not found:
-            return section
-    raise ConfigError(listed(origin, found))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(file)!r} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {str(file)!r} holds a {type(tree).__name__}; expected sections")
+    return tree
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved config as YAML; `parse(yaml.safe_load(dump(c)))` equals `c`."""
+    """Write the resolved config as YAML; `parse(yaml.safe_load(dump(c)), ...)` equals `c`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
+def flatten(tree: Tree, prefix: str = "") -> Tree:
+    """Turn `{"a": {"b": 1}}` into `{"a.b": 1}`."""
+    flat: Tree = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
-def override(tree: dict[str, Any], word: str) -> str | None:
-    """Apply one `a.b=value` to the tree; returns a problem, or None."""
+def override(tree: Tree, word: str, path_of: Callable[[str], list[str]] = lambda key: key.split(".")) -> str:
+    """Apply one `a.b=value` word to a nested mapping.
+
+    Args:
+        tree: The mapping, changed in place.
+        word: The key, `=` and the value as YAML.
+        path_of: Gives the keys from the root of `tree` to the value that a dotted key means.
+
+    Returns:
+        What is wrong with the word; empty where nothing is.
+    """
     key, equals, text = word.partition("=")
     if not equals or not all(key.split(".")):
         return f"override {word!r}: expected section.key=value"
@@ -131,87 +208,84 @@ def override(tree: dict[str, Any], word: str) -> str | None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return f"override {word!r}: {text!r} is not a YAML value"
-    problem = put(tree, key, value)
-    return f"override {word!r}: {problem}" if problem else None
+    problem = put(tree, path_of(key), value)
+    return problem and f"override {word!r}: {problem}"
 
 
-def put(tree: dict[str, Any], key: str, value: Any) -> str | None:
-    """Set the dotted key in the tree; returns a problem, or None."""
-    *sections, last = key.split(".")
-    node = tree
-    for section in sections:
-        if node.get(section) is None:
-            node[section] = {}
-        node = node[section]
-        if not isinstance(node, dict):
+def put(tree: Tree, path: Sequence[str], value: Any) -> str:
+    """Set the value at a path of keys.
+
+    Returns:
+        What is wrong with the path; empty where nothing is.
+    """
+    for section in path[:-1]:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
             return f"{section!r} is a value, not a section"
-    node[last] = value
-    return None
+    tree[path[-1]] = value
+    return ""
 
 
-def _fields(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
-    """Names of the keys that exist in the section at `location` (without the key itself)."""
-    models: list[Any] = [root]
-    for part in location:
-        tagged = [
-            m
-            for m in models
-            if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)
-        ]
-        models = (
-            tagged
-            or [
-                inner
-                for m in models
-                if part in m.model_fields
-                for inner in _models(m.model_fields[part].annotation)
-            ]
-            or models
-        )  # a name or a number in a mapping or list of sections
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Every section type named in an annotation, unions unfolded."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """List every section type that an annotation names, in unions and containers too."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
-def _kinds(section: str) -> list[str]:
-    """Values of `model.kind` or `data.kind`."""
-    models = _models(RunConfig.model_fields[section].annotation)
-    return [kind for model in models for kind in get_args(model.model_fields["kind"].annotation)]
+def _resolve(location: Sequence[str | int], root: type[Section]) -> tuple[list[str], list[type[Section]]]:
+    """Return the keys that a pydantic location means, and the possible types of the section of the last one."""
+    keys, sections, in_container = list[str](), [root], False
+    for part in location:
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        kinds = {kind: section for section in sections for kind in kinds_of(section)}
+        if in_container:  # the part is an index, or a key of the user's own
+            in_container = False
+        elif fields:
+            in_container = get_origin(fields[0].annotation) in (dict, tuple)
+            sections = [inner for field in fields for inner in sections_in(field.annotation)] or sections
+        elif part in kinds or part in WORKER_FORMS:  # the part is the tag of a union
+            sections = [kinds[part]] if part in kinds else sections
+            continue
+        keys.append(str(part))
+    return keys, sections
 
 
-def explain(item: Any, root: type[BaseModel] = RunConfig) -> str:
-    """One pydantic problem as `key: what was written; what was expected; nearest choice`."""
-    location = [part for part in item["loc"] if part not in WORKER_FORMS]
-    value, kind = item["input"], item["type"]
-    context = item.get("ctx", {})
-    tagged = (
-        len(location) > 1 and location[0] in ("model", "data") and location[1] in _kinds(str(location[0]))
-    )
-    shown = [part for index, part in enumerate(location) if not (tagged and index == 1)]
-    key = ".".join(str(part) for part in shown)
-    if kind == "extra_forbidden":
-        known = _fields(location[:-1], root)
-        place = f"in {'.'.join(map(str, shown[:-1]))}" if shown[:-1] else "at the top level"
-        return (
-            f"{key}: no such key {place}{did_you_mean(location[-1], known) or '; known: ' + ', '.join(known)}"
-        )
-    if kind == "literal_error":
-        choices = [part.strip(" '") for part in context["expected"].replace(" or ", ", ").split(",")]
-        return f"{key}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
-    if kind == "union_tag_invalid":
-        choices = [part.strip(" '") for part in context["expected_tags"].split(",")]
-        near = did_you_mean(context["tag"], choices)
-        return f"{key}.kind: {context['tag']!r} is not one of {', '.join(choices)}{near}"
-    if kind == "union_tag_not_found":
-        return f"{key}.kind: missing; expected one of {', '.join(_kinds('model'))}"
-    if kind == "missing":
-        return f"{key}: missing"
-    if kind == "value_error":
-        return f"{key}: {context['error']}"
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{key}: {value!r}: {message}"
+def kinds_of(section: type[Section]) -> tuple[str, ...]:
+    """Return the values of a section's `kind`; none where it has no such key."""
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
+
+
+def _not_one_of(value: Any, choices: Sequence[str]) -> str:
+    return f"{value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+
+
+def _explain(item: Any, root: type[Section]) -> str:
+    """Turn one pydantic error into `key: what was written; what was expected; nearest choice`."""
+    keys, sections = _resolve(item["loc"], root)
+    key, value, context = ".".join(keys), item["input"], item.get("ctx", {})
+    kinds = [kind for section in sections for kind in kinds_of(section)]
+    match item["type"]:
+        case "extra_forbidden" if key == "base":
+            return "base: stands in config files only, not in overrides or resolved configs"
+        case "extra_forbidden":
+            known = sorted({name for section in sections for name in section.model_fields})
+            place = f"in {'.'.join(keys[:-1])}" if keys[:-1] else "at the top level"
+            near = did_you_mean(keys[-1], known) or f"; known: {', '.join(known)}"
+            return f"{key}: no such key {place}{near}"
+        case "literal_error":
+            choices = [choice.strip("'") for choice in re.split(", | or ", context["expected"])]
+            return f"{key}: {_not_one_of(value, choices)}"
+        case "union_tag_invalid":
+            return f"{key}.kind: {_not_one_of(context['tag'], kinds)}"
+        case "union_tag_not_found":
+            return f"{key}.kind: missing; expected one of {', '.join(kinds)}"
+        case "missing" if key == "name":
+            return "name: missing; every config needs its own, which is never inherited from base"
+        case "missing":
+            return f"{key}: missing"
+        case "value_error":
+            return f"{key}: {context['error']}"
+    return f"{key}: {value!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

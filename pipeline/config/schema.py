@@ -1,48 +1,75 @@
-"""The typed form of a run's YAML file: one frozen model per section, checks across sections at the end."""
+"""The typed form of a run's config: one frozen model per section, with checks across sections at the end."""
 
+import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
-from pipeline.config.section import NonNegativeInt, Rate, Section
+from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section
 
-Precision = Literal["fp32", "bf16"]  # of weights and of what blocks compute
+Precision = Literal["fp32", "bf16"]
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$")]
 
 
 class SwapConfig(Section):
-    """GroupSwap, the cross-attention through which the two groups exchange places (method.md section 2)."""
+    """GroupSwap, the cross-attention through which the two groups of a PGM exchange places.
 
-    positional: bool = True  # add the sinusoidal position to the learned query
-    pooling: Literal["none", "mean", "logsumexp"] = "none"  # add the pooled encoder outputs that it reads
-    query: Literal["linear", "mlp4"] = "linear"  # the map behind the norm: H -> H, or H -> 4H -> H with SiLU
+    Attributes:
+        positional: Adds the sinusoidal position to the learned query.
+        pooling: How the encoder outputs that the swap reads are pooled and added to the query.
+        query: Map behind the norm: `linear` is H -> H; `mlp4` is H -> 4H -> H with SiLU.
+        norm: Norm in front of the query map.
+        every_block: Places a swap in front of every decoder block instead of the first alone.
+
+    Source: docs/method.md section 2.
+    """
+
+    positional: bool = True
+    pooling: Literal["none", "mean", "logsumexp"] = "none"
+    query: Literal["linear", "mlp4"] = "linear"
     norm: Literal["layer", "rms"] = "layer"
-    every_block: bool = False  # read through a swap in front of every decoder block, not of the first alone
+    every_block: bool = False
 
 
 class TrunkConfig(Section):
-    """What all models have."""
+    """What all models have in common.
 
-    hidden: PositiveInt = 768  # H
-    heads: PositiveInt = 12  # N
-    dropout: Rate = 0.1  # on the residual branches
-    classes: PositiveInt | None = None  # C, labels 0..C-1 as a condition; None: unconditional
-    registers: NonNegativeInt = 0  # vectors of the model's own in front of every row
+    Attributes:
+        hidden: Width of the residual stream, H.
+        heads: Number of attention heads, N.
+        dropout: Dropout rate on the residual branches.
+        classes: Number of classes that condition the model; null is an unconditional model.
+        registers: Number of learned vectors in front of every row.
+    """
+
+    hidden: PositiveInt = 768
+    heads: PositiveInt = 12
+    dropout: Rate = 0.1
+    classes: PositiveInt | None = None
+    registers: NonNegativeInt = 0
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "TrunkConfig":
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+    def _check_heads(self) -> "TrunkConfig":
+        if self.hidden % (2 * self.heads):
             fits = [n for n in range(1, self.hidden + 1) if self.hidden % (2 * n) == 0]
             near = min(fits, key=lambda n: abs(n - self.heads), default=None)
+            hint = f"nearest that does: {near}" if near else "hidden must be even"
             raise ValueError(
-                f"heads {self.heads} does not split hidden {self.hidden} into even heads"
-                + (f"; nearest that does: {near}" if near else "; hidden must be even")
+                f"heads {self.heads} does not split hidden {self.hidden} into even heads; {hint}"
             )
         return self
 
 
 class PGMConfig(TrunkConfig):
-    """Partition Generative Model."""
+    """Partition Generative Model.
+
+    Attributes:
+        kind: Selects the PGM; required in every model section.
+        encoder_blocks: Number of encoder blocks.
+        decoder_blocks: Number of decoder blocks.
+    """
 
     kind: Literal["pgm"] = "pgm"
     encoder_blocks: PositiveInt = 8
@@ -50,25 +77,34 @@ class PGMConfig(TrunkConfig):
     swap: SwapConfig = SwapConfig()
 
     @model_validator(mode="after")
-    def _registers_halve(self) -> "PGMConfig":
+    def _check_registers(self) -> "PGMConfig":
         if self.registers % 2:
-            raise ValueError(
-                f"registers {self.registers} cannot be split between the groups; "
-                f"expected an even number, such as {self.registers + 1}"
-            )
+            even = f"expected an even number, such as {self.registers + 1}"
+            raise ValueError(f"registers {self.registers} cannot be split between the groups; {even}")
         return self
 
 
 class MDLMConfig(TrunkConfig):
-    """Masked diffusion language model, the baseline on the same blocks."""
+    """Masked diffusion language model, the masked baseline on the same blocks; on images MaskGIT.
+
+    Attributes:
+        kind: Selects the masked model.
+        blocks: Number of blocks.
+        complementary: Trains on a masking and its complement in one batch of twice the rows.
+    """
 
     kind: Literal["mdlm"]
     blocks: PositiveInt = 12
-    complementary: bool = False  # learn from both maskings of a row, in one doubled batch
+    complementary: bool = False
 
 
 class ARConfig(TrunkConfig):
-    """Autoregressive language model, the baseline with causal attention on the same blocks."""
+    """Autoregressive language model, the baseline with causal attention on the same blocks.
+
+    Attributes:
+        kind: Selects the autoregressive model.
+        blocks: Number of blocks.
+    """
 
     kind: Literal["ar"]
     blocks: PositiveInt = 12
@@ -78,191 +114,297 @@ ModelConfig = Annotated[PGMConfig | MDLMConfig | ARConfig, Field(discriminator="
 
 
 class DiffusionConfig(Section):
-    """Noise schedule and loss weights."""
+    """Noise schedule and loss weights.
 
-    # loglinear: hidden share t, weighted by loss_weight. arccos: hidden share 2 arccos(r) / pi, weight 1 (images)
+    Attributes:
+        schedule: `loglinear` hides the share t; `arccos` (images) hides 2 arccos(r) / pi, with loss weight 1.
+        eps: Smallest t, and eps of the log-linear schedule alpha(t) = 1 - (1 - eps) t.
+        complement_time: Time of group 0: `matched` is unbiased, `paper` is 1 - t (docs/method.md section 2).
+        loss_weight: `elbo` weights the loss as the likelihood bound does; `uniform` weights all targets alike.
+    """
+
     schedule: Literal["loglinear", "arccos"] = "loglinear"
-    eps: Annotated[float, Field(gt=0, lt=0.1)] = 1e-3  # alpha(t) = 1 - (1 - eps) t, and the smallest t
-    complement_time: Literal["matched", "paper"] = "matched"  # t' of group 0 (method.md section 2)
+    eps: Annotated[float, Field(gt=0, lt=0.1)] = 1e-3
+    complement_time: Literal["matched", "paper"] = "matched"
     loss_weight: Literal["elbo", "uniform"] = "elbo"
 
 
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """AdamW and its learning-rate schedule.
 
-    lr: Annotated[float, Field(gt=0)] = 3e-4
+    Attributes:
+        lr: Learning rate after the warm-up.
+        betas: Decay rates of AdamW's two moments.
+        weight_decay: Weight decay of AdamW.
+        warmup_steps: Updates over which the learning rate grows from 0; must be below `train.steps`.
+        schedule: Learning rate after the warm-up.
+        clip: Largest norm of the whole gradient.
+    """
+
+    lr: PositiveFloat = 3e-4
     betas: tuple[Rate, Rate] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 2500
     schedule: Literal["constant", "cosine"] = "constant"
-    clip: Annotated[float, Field(gt=0)] = 1.0  # global gradient norm
+    clip: PositiveFloat = 1.0
 
 
 class TrainConfig(Section):
-    """Length, batch, numerics and bookkeeping of training."""
+    """Length, batch, numerics and bookkeeping of training.
+
+    Attributes:
+        steps: Number of updates.
+        batch: Rows of a global batch, whatever the number of workers.
+        micro_batch: Rows of one forward pass on one worker.
+        precision: Precision of the weights and of what the blocks compute.
+        zero_stage: DeepSpeed ZeRO stage.
+        persistent_parameters: Parameters with fewer values than this stay whole on every worker in stage 3.
+        offload_optimizer: Keeps the optimiser's state in host memory (stages 1 to 3).
+        activation_checkpointing: Recomputes every block in the backward pass to save memory.
+        class_drop: Share of rows that a model with classes sees without their class, for guidance.
+        init_from: Weights to start from: a model folder, `models:/NAME@ALIAS` or a checkpoint.
+        on_nonfinite: Whether a loss or gradient that is not finite skips the update or stops the run.
+        ema: Decay of the exponential moving average of the weights.
+        log_every: Updates between two log lines.
+        validate_every: Updates between two validations.
+        checkpoint_every: Updates between two checkpoints.
+        keep: Number of newest checkpoints that are kept beside the best one.
+    """
 
     steps: PositiveInt = 1_000_000
-    batch: PositiveInt = 512  # rows of a global batch, whatever the number of workers
-    micro_batch: PositiveInt = 32  # rows of one forward pass on one worker
+    batch: PositiveInt = 512
+    micro_batch: PositiveInt = 32
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    persistent_parameters: NonNegativeInt = 100_000  # stage 3 keeps parameters of fewer values whole
-    offload_optimizer: bool = False  # keep optimiser state in host memory (stages 1 to 3)
-    activation_checkpointing: bool = False  # recompute every block in the backward pass
-    class_drop: Rate = 0.1  # share of rows that a model with classes sees without theirs, for guidance
-    init_from: str | None = None  # start from these weights: a model folder, models:/NAME@ALIAS, a checkpoint
-    on_nonfinite: Literal["skip", "stop"] = "skip"  # a loss or gradient that is not finite
+    persistent_parameters: NonNegativeInt = 100_000
+    offload_optimizer: bool = False
+    activation_checkpointing: bool = False
+    class_drop: Rate = 0.1
+    init_from: str | None = None
+    on_nonfinite: Literal["skip", "stop"] = "skip"
     ema: Rate = 0.9999
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 10_000
     checkpoint_every: PositiveInt = 5_000
-    keep: PositiveInt = 2  # newest checkpoints kept, beside the best
+    keep: PositiveInt = 2
 
 
 class SamplingConfig(Section):
-    """What `jobs.sample` and the pictures of a run draw."""
+    """Sampling by `jobs.sample` and at the end of training.
 
-    model: str | None = None  # consolidated folder or models:/NAME@ALIAS; None: the run's own model
+    Attributes:
+        model: Model folder or `models:/NAME@ALIAS`; null is the run's own model.
+        num_samples: Number of samples.
+        steps: Number of sampling steps.
+        order: Which positions a step reveals.
+        schedule: How many tokens a step reveals; null is the order's own schedule.
+        gumbel: Scale of the Gumbel noise of order `confidence` at the first step.
+        gamma: Bound of order `entropy` on the joint error of a step, in nats.
+        temperature: Temperature of the token distributions.
+        top_k: Number of likeliest tokens that are kept; null keeps all.
+        top_p: Probability mass of the likeliest tokens that are kept; null keeps all.
+        labels: Classes to draw, used in turn; null draws all classes in turn.
+        guidance: Weight w of guidance at the last step: (1 + w) log p(x|c) - w log p(x).
+        refresh_every: Steps between two full encodings of the known tokens (PGM); 1 is exact.
+        precision: Precision of the blocks; `bf16` enables flash attention on GPUs. Draws are float64 in both.
+        batch: Rows that one worker samples together.
+        seed: Seed of the samples.
+    """
+
+    model: str | None = None
     num_samples: PositiveInt = 16
     steps: PositiveInt = 128
     order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
-    schedule: Literal["linear", "arccos"] | None = None  # tokens a step; None: the order's own
-    gumbel: Annotated[float, Field(ge=0)] = 1.0  # confidence: noise at the first step
-    gamma: Annotated[float, Field(ge=0)] = 0.1  # entropy: bound on the joint error, nats
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Literal["linear", "arccos"] | None = None
+    gumbel: NonNegativeFloat = 1.0
+    gamma: NonNegativeFloat = 0.1
+    temperature: PositiveFloat = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    labels: tuple[NonNegativeInt, ...] | None = None  # classes drawn, in turn; None: all in turn
-    guidance: Annotated[float, Field(ge=0)] = 0.0  # w at the last step: (1 + w) log p(x|c) - w log p(x)
-    refresh_every: PositiveInt = 1  # PGM: steps between full encodings of the known tokens; 1 is exact
-    precision: Precision = "fp32"  # bf16 is what fast attention on GPUs needs; draws are float64 in both
-    batch: PositiveInt = 16  # rows sampled together by one actor
+    labels: tuple[NonNegativeInt, ...] | None = None
+    guidance: NonNegativeFloat = 0.0
+    refresh_every: PositiveInt = 1
+    precision: Precision = "fp32"
+    batch: PositiveInt = 16
     seed: int = 0
 
 
 class EvaluationConfig(Section):
-    """Validation during training, and what `jobs.evaluate` measures."""
+    """Validation during training, and what `jobs.evaluate` measures.
+
+    Attributes:
+        estimator: Estimator of the likelihood bound: `count` draws the number of hidden positions, `mdlm` draws t.
+        draws: Maskings of every row.
+        rows: Largest number of validation rows that are used.
+        batch: Rows of one forward pass.
+        data: Folders of other prepared data to evaluate on, beside the run's own.
+        models: Models to compare, as name: model folder or `models:/NAME@ALIAS`; empty evaluates the run's model.
+        steps: Numbers of sampling steps at which models are compared.
+        scorer: Causal language model for generative perplexity (text): hub name, folder or .gguf; null: bigrams.
+        features: Feature net for FID and Inception Score (images): `inception`, `efficientnet`, `classifier` (fitted
+            on the data itself) or `package.module:factory`; null chooses by the size of the images.
+        weights: File of Inception's weights; null downloads them.
+    """
 
     estimator: Literal["count", "mdlm"] = "count"
-    draws: PositiveInt = 1  # maskings of every row
-    rows: PositiveInt = 1024  # validation rows used, at most
+    draws: PositiveInt = 1
+    rows: PositiveInt = 1024
     batch: PositiveInt = 32
-    data: tuple[str, ...] = ()  # folders of other prepared data, judged beside the run's own (zero-shot)
-    # compared with each other in place of judging one: a name for people -> model folder or models:/NAME@ALIAS
-    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$")], str] = Field(
-        default_factory=dict
-    )
-    steps: tuple[PositiveInt, ...] = (8, 16, 32, 64)  # sampling steps at which models are compared
-    # text: the causal language model of generative perplexity, as a hub name, a folder or a .gguf file in one;
-    # None: bigrams of the training rows alone
+    data: tuple[str, ...] = ()
+    models: dict[Label, str] = Field(default_factory=dict)
+    steps: tuple[PositiveInt, ...] = (8, 16, 32, 64)
     scorer: str | None = None
-    # images: "inception", "efficientnet", "classifier" (fitted on the data itself) or package.module:factory;
-    # None: "classifier" where images are small enough for it, else "inception"
     features: str | None = None
-    weights: str | None = None  # file of Inception's weights; None: downloaded
+    weights: str | None = None
 
     @model_validator(mode="after")
-    def _weights_have_a_net(self) -> "EvaluationConfig":
+    def _check_weights(self) -> "EvaluationConfig":
         if self.weights is not None and self.features != "inception":
-            raise ValueError(f"weights {self.weights!r} are of features inception, not of {self.features!r}")
+            raise ValueError(f"weights {self.weights!r} are for features inception, not {self.features!r}")
         return self
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """MLflow.
 
-    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else an SQLite store in cluster.storage
+    Attributes:
+        uri: Address of the tracking store; null uses MLFLOW_TRACKING_URI, else an SQLite file in `cluster.storage`.
+        experiment: Name of the experiment.
+        register_as: Name of the registered model; null uses the run's name.
+        system_metrics: Records the use of CPU, GPU, memory, disk and network.
+    """
+
+    uri: str | None = None
     experiment: str = "pgm"
-    register_as: str | None = None  # registered model's name; None: the run's name
+    register_as: str | None = None
     system_metrics: bool = True
 
 
 class Workers(Section):
-    """A number of workers that may change while a run goes on, as nodes go and come."""
+    """A number of workers that may change during a run, as nodes leave and join.
 
-    min: PositiveInt = 1  # with fewer, the run waits
+    Attributes:
+        min: Number of workers below which the run waits.
+        max: Largest number of workers.
+    """
+
+    min: PositiveInt = 1
     max: PositiveInt
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Workers":
+    def _check_range(self) -> "Workers":
         if self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}; expected at most {self.max}")
         return self
 
 
-def _number_or_range(value: Any) -> str:
-    """Which form of `cluster.workers` is meant, so that a mistake is reported for that form alone."""
+WORKER_FORMS = ("<number>", "<range>")  # tags of the two forms in pydantic's errors; no keys of a config
+
+
+def _worker_form(value: Any) -> str:
+    """Return which form of `cluster.workers` is meant, so that errors are reported for that form alone."""
     return WORKER_FORMS[isinstance(value, dict | Workers)]
 
 
-WORKER_FORMS = ("<number>", "<range>")  # no keys of a config
-
-
 class ClusterConfig(Section):
-    """Where the run lives and on what."""
+    """Where a run is stored and what it runs on.
 
-    storage: str = "runs"  # run folders and prepared data: a local folder, a shared one, s3://, gs://
-    # a number, or {min: 1, max: 4}: as many as the nodes there hold, fewer after a loss, more when nodes come
+    Attributes:
+        storage: Folder of the runs and of prepared data: local, shared, `s3://` or `gs://`.
+        workers: A fixed number of workers, or a range `{min: 1, max: 4}` that follows the nodes of the cluster.
+        accelerator: Device of a worker; `auto` uses GPUs where there are any.
+        cpus_per_worker: CPUs of a worker.
+        max_failures: Restarts of the worker group before the run fails; -1 sets no limit.
+        hang_timeout_s: Seconds that a training step may take before its worker counts as hung; null sets no limit.
+    """
+
+    storage: str = "runs"
     workers: Annotated[
         Annotated[int, Field(gt=0, strict=True), Tag(WORKER_FORMS[0])]
         | Annotated[Workers, Tag(WORKER_FORMS[1])],
-        Discriminator(_number_or_range),
+        Discriminator(_worker_form),
     ] = 1
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs if there are any; on one machine, enough
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     cpus_per_worker: PositiveInt = 1
-    max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the worker group; -1: without bound
-    # Seconds that one training step may take before its worker counts as hung; null: any. The default is far
-    # above a step's time, and below the 30 minutes after which torch gives a collective up without saying why.
-    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 900.0
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    # Far above the time of a step, and below the 30 minutes after which torch aborts a collective without a reason.
+    hang_timeout_s: PositiveFloat | None = 900.0
 
     @property
     def least(self) -> int:
-        """The fewest workers that the run goes on with."""
+        """The smallest number of workers with which the run continues."""
         return self.workers.min if isinstance(self.workers, Workers) else self.workers
 
     @property
     def most(self) -> int:
-        """The most workers that the run uses."""
+        """The largest number of workers that the run uses."""
         return self.workers.max if isinstance(self.workers, Workers) else self.workers
 
 
 class DistillConfig(Section):
-    """Self-Distillation Through Time; `train.steps` are spread over the rounds."""
+    """Self-Distillation Through Time (SDTT); `train.steps` are divided among the rounds.
 
-    teacher: str  # model folder, models:/NAME@ALIAS, or a file of released weights
-    rounds: PositiveInt = 5  # each halves the steps that sampling needs
-    teacher_steps: Annotated[int, Field(ge=2)] = (
-        1024  # 1 / dt of the first round; the teacher takes two steps of dt
-    )
-    form: Literal["compatible", "complementary"] = (
-        "compatible"  # one group distilled, or both in one pass (PGM)
-    )
+    Attributes:
+        teacher: Model folder, `models:/NAME@ALIAS`, or a file of released weights.
+        rounds: Number of rounds; each halves the sampling steps that are needed.
+        teacher_steps: Sampling steps of the teacher in the first round, 1 / dt; the teacher takes two steps of dt.
+        form: `compatible` distils one group; `complementary` distils both in one pass (PGM).
+        divergence: Divergence between the student's and the teacher's distributions.
+        next_teacher: Weights of the student that teach the next round: the raw ones or their moving average.
+        optimizer: Whether the optimiser keeps its state between rounds; a reset one warms up again.
+    """
+
+    teacher: str
+    rounds: PositiveInt = 5
+    teacher_steps: Annotated[int, Field(ge=2)] = 1024
+    form: Literal["compatible", "complementary"] = "compatible"
     divergence: Literal["reverse_kl", "forward_kl", "total_variation", "mse"] = "reverse_kl"
-    next_teacher: Literal["raw", "ema"] = "raw"  # which of the student's weights the next round starts from
-    optimizer: Literal["keep", "reset"] = "reset"  # at a round's end; a reset one warms up again
+    next_teacher: Literal["raw", "ema"] = "raw"
+    optimizer: Literal["keep", "reset"] = "reset"
 
 
 class ImportConfig(Section):
-    """What a file of released weights is; all of it is read from the file where the file says it."""
+    """What a file of released weights is; every key is read from the file where the file states it.
+
+    Attributes:
+        model: Architecture, as in a run's config.
+        length: Tokens of a row with BOS, L.
+        bos: Id of the token that is always known at position 0; null is none.
+        eot: Id of the token that ends a text; null is none.
+        tokenizer: Tokenizer, as in a run's data section; it is written beside the weights.
+    """
 
     model: ModelConfig
-    length: Annotated[int, Field(ge=2)]  # L, BOS included
-    bos: NonNegativeInt | None = None  # id that stands known at position 0
+    length: Annotated[int, Field(ge=2)]
+    bos: NonNegativeInt | None = None
     eot: NonNegativeInt | None = None
-    tokenizer: str | None = None  # as in the data section; written beside the weights
+    tokenizer: str | None = None
 
 
 class CardConfig(Section):
-    """What an exported model's card says beside what the model itself knows."""
+    """What the card of an exported model says beside what the model itself knows.
 
-    license: str = "other"  # as the hub spells it, e.g. apache-2.0; other: the card leaves a line to fill in
-    figures: dict[str, float | str] = Field(default_factory=dict)  # measured, by name
+    Attributes:
+        license: License as the hub spells it, for example apache-2.0; `other` leaves a line to fill in.
+        figures: Measured figures by name.
+    """
+
+    license: str = "other"
+    figures: dict[str, float | str] = Field(default_factory=dict)
 
 
 class RunConfig(Section):
-    """A whole run, as written in one YAML file."""
+    """A whole run, as written in one YAML file.
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    Attributes:
+        name: Name of the run and of its folder in `cluster.storage`; never inherited from `base`.
+        seed: Seed of all randomness of training.
+        data: The data and how they are read.
+        model: The architecture.
+        distill: Distillation, in configs for `jobs.distill`; null elsewhere.
+    """
+
+    name: Name
     seed: NonNegativeInt = 0
     data: AnyDataConfig = TextDataConfig()
     model: ModelConfig = PGMConfig()
@@ -277,113 +419,81 @@ class RunConfig(Section):
 
     @property
     def validation_metric(self) -> str:
-        """What validation reports: the bound's perplexity, or nats per masked token, which are no bound."""
+        """What validation reports: perplexity of the bound, or the loss in nats per masked token (no bound)."""
         return "loss" if self.diffusion.schedule == "arccos" and self.model.kind != "ar" else "perplexity"
 
-    def conflicts(self) -> list[str]:
-        """Problems that no section can see alone, as `key: message` lines."""
-        found = []
-        batch, streams = self.train.batch, self.data.streams
-        if batch % streams:
-            near = min((c for c in range(1, 65) if batch % c == 0), key=lambda c: abs(c - streams))
-            found.append(
-                f"data.streams: {streams} does not divide train.batch {batch}; nearest that does: {near}"
-            )
-        if self.cluster.most > streams:
-            found.append(
-                f"cluster.workers: {self.cluster.most} workers for data.streams {streams}; "
-                "expected at most one worker a stream"
-            )
-        if self.train.offload_optimizer and self.train.zero_stage == 0:
-            found.append(
-                "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
-            )
-        if self.optim.warmup_steps >= self.train.steps:
-            found.append(
-                f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {self.train.steps}"
-            )
-        found += self._image_conflicts() + self._distill_conflicts()
-        predicted = self.data.predicted
-        too_many = [n for n in self.evaluation.steps if n > predicted and self.sampling.order != "binomial"]
-        if self.evaluation.models and (too_many or not self.evaluation.steps):
-            found.append(
-                f"evaluation.steps: {too_many or '[]'} for {predicted} predicted tokens a row; "
-                f"expected numbers of at most {predicted}"
-            )
-        if self.sampling.steps > predicted and self.sampling.order != "binomial" and self.model.kind != "ar":
-            found.append(
-                f"sampling.steps: {self.sampling.steps} steps for {predicted} predicted tokens a row; "
-                f"expected at most {predicted}"
-            )
-        if self.model.kind == "ar" and self.sampling.model is None:
-            if self.sampling.order != "left_to_right":
-                found.append(
-                    f"sampling.order: {self.sampling.order!r} for model.kind ar; expected left_to_right"
-                )
-            if self.sampling.steps != predicted:
-                found.append(
-                    f"sampling.steps: {self.sampling.steps} steps for model.kind ar, which draws one token a step; "
-                    f"expected {predicted}"
-                )
-        return found
+    def _conflicts(self) -> Iterator[str]:
+        """Yield the problems that no section can see alone, as `key: message` lines."""
+        of_data = self._text() if self.data.kind == "text" else self._images()
+        yield from (*self._training(), *of_data, *self._classes(), *self._distillation(), *self._sampling())
 
-    def _image_conflicts(self) -> list[str]:
-        """Problems between images, classes and guidance."""
-        found = []
-        classes, data = self.model.classes, self.data
-        if data.kind == "text":
-            if classes is not None:
-                found.append(f"model.classes: {classes}, but data.kind text has no labels; expected null")
-            if self.diffusion.schedule == "arccos":
-                found.append("diffusion.schedule: arccos gives no bound for text; expected loglinear")
-            if self.evaluation.features is not None:
-                found.append(
-                    f"evaluation.features: {self.evaluation.features!r} looks at images; expected null"
-                )
-        else:
-            if self.evaluation.scorer is not None:
-                found.append(
-                    f"evaluation.scorer: {self.evaluation.scorer!r} reads text; expected null for images"
-                )
-            if classes not in (None, data.classes):
-                found.append(f"model.classes: {classes}; expected data.classes {data.classes}, or null")
-            if self.model.kind == "ar" and self.diffusion.schedule == "arccos":
-                found.append(
-                    "diffusion.schedule: arccos for model.kind ar, which hides nothing; expected loglinear"
-                )
-        if (
-            self.sampling.model is None
-            and classes is None
-            and (self.distill is None or "model" in self.model_fields_set)  # else the teacher's, not read yet
-            and (self.sampling.guidance or self.sampling.labels)
-        ):
-            key = "guidance" if self.sampling.guidance else "labels"
-            found.append(
-                f"sampling.{key}: needs a model with classes; expected model.classes, or no sampling.{key}"
-            )
-        wrong = [label for label in self.sampling.labels or () if classes is not None and label >= classes]
-        if wrong:
-            found.append(f"sampling.labels: {wrong[0]}; expected 0 to {(classes or 0) - 1}")
-        return found
+    def _training(self) -> Iterator[str]:
+        train, streams, most = self.train, self.data.streams, self.cluster.most
+        if train.batch % streams:
+            near = min((c for c in range(1, 65) if train.batch % c == 0), key=lambda c: abs(c - streams))
+            yield f"data.streams: {streams} does not divide train.batch {train.batch}; nearest that does: {near}"
+        if most > streams:
+            expected = "expected at most one worker a stream"
+            yield f"cluster.workers: {most} workers for data.streams {streams}; {expected}"
+        if train.offload_optimizer and train.zero_stage == 0:
+            yield "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
+        if self.optim.warmup_steps >= train.steps:
+            yield f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {train.steps}"
 
-    def _distill_conflicts(self) -> list[str]:
-        """Problems of rounds and steps."""
+    def _sampling(self) -> Iterator[str]:
+        sampling, steps, predicted = self.sampling, self.evaluation.steps, self.data.predicted
+        most = math.inf if sampling.order == "binomial" else predicted
+        too_many = [count for count in steps if count > most]
+        row = f"for {predicted} predicted tokens a row; expected"
+        if self.evaluation.models and (too_many or not steps):
+            yield f"evaluation.steps: {too_many or '[]'} {row} numbers of at most {predicted}"
+        if sampling.steps > most and self.model.kind != "ar":
+            yield f"sampling.steps: {sampling.steps} steps {row} at most {predicted}"
+        if self.model.kind == "ar" and sampling.model is None:
+            if sampling.order != "left_to_right":
+                yield f"sampling.order: {sampling.order!r} for model.kind ar; expected left_to_right"
+            if sampling.steps != predicted:
+                ar = "for model.kind ar, which draws one token a step; expected"
+                yield f"sampling.steps: {sampling.steps} steps {ar} {predicted}"
+
+    def _text(self) -> Iterator[str]:
+        if self.model.classes is not None:
+            yield f"model.classes: {self.model.classes}, but data.kind text has no labels; expected null"
+        if self.diffusion.schedule == "arccos":
+            yield "diffusion.schedule: arccos gives no bound for text; expected loglinear"
+        if self.evaluation.features is not None:
+            yield f"evaluation.features: {self.evaluation.features!r} looks at images; expected null"
+
+    def _images(self) -> Iterator[str]:
+        expected = getattr(self.data, "classes", None)
+        if self.evaluation.scorer is not None:
+            yield f"evaluation.scorer: {self.evaluation.scorer!r} reads text; expected null for images"
+        if self.model.classes not in (None, expected):
+            yield f"model.classes: {self.model.classes}; expected data.classes {expected}, or null"
+        if self.model.kind == "ar" and self.diffusion.schedule == "arccos":
+            yield "diffusion.schedule: arccos for model.kind ar, which hides nothing; expected loglinear"
+
+    def _classes(self) -> Iterator[str]:
+        sampling, classes = self.sampling, self.model.classes
+        # A distillation without a model section has the teacher's model, which is not read yet.
+        known = sampling.model is None and (self.distill is None or "model" in self.model_fields_set)
+        if known and classes is None and (sampling.guidance or sampling.labels):
+            key = "guidance" if sampling.guidance else "labels"
+            yield f"sampling.{key}: needs a model with classes; expected model.classes, or no sampling.{key}"
+        if classes is not None and sampling.labels and max(sampling.labels) >= classes:
+            yield f"sampling.labels: {max(sampling.labels)}; expected 0 to {classes - 1}"
+
+    def _distillation(self) -> Iterator[str]:
         if self.distill is None:
-            return []
-        rounds, steps, first = self.distill.rounds, self.train.steps, self.distill.teacher_steps
-        found = []
+            return
+        rounds, steps, warmup = self.distill.rounds, self.train.steps, self.optim.warmup_steps
+        first = self.distill.teacher_steps
         if steps % rounds:
             near = max(rounds, round(steps / rounds) * rounds)
-            found.append(f"distill.rounds: {rounds} do not divide train.steps {steps}; nearest steps: {near}")
-        warm = self.optim.warmup_steps
-        if self.distill.optimizer == "reset" and steps // rounds <= warm < steps:
-            found.append(
-                f"optim.warmup_steps: {warm}, which come again in every round, are not below the "
-                f"{steps // rounds} steps of a round"
-            )
+            yield f"distill.rounds: {rounds} do not divide train.steps {steps}; nearest steps: {near}"
+        if self.distill.optimizer == "reset" and steps // rounds <= warmup < steps:
+            length = f"the {steps // rounds} steps of a round, in each of which they are repeated"
+            yield f"optim.warmup_steps: {warmup} are not below {length}"
         if first < 2**rounds:
-            found.append(
-                f"distill.rounds: {rounds} rounds from {first} teacher steps end below one step; "
-                f"expected at most {first.bit_length() - 1}"
-            )
-        return found
+            most = f"expected at most {first.bit_length() - 1}"
+            yield f"distill.rounds: {rounds} rounds from {first} teacher steps end below one step; {most}"

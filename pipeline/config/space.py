@@ -1,4 +1,4 @@
-"""The space of a sweep: entries over dotted config keys, and the variants that they make."""
+"""The space of a sweep: entries over dotted config keys, and the variants that they span."""
 
 import hashlib
 import itertools
@@ -19,7 +19,13 @@ _KINDS = ("grid", *_DRAWN)
 
 @dataclass(frozen=True)
 class Option:
-    """One value of a list, or one label of a group: keys that it sets, and entries that exist only with it."""
+    """One value of an entry's list, or one label of its group.
+
+    Attributes:
+        label: The value as text, or the label.
+        values: The keys that it sets.
+        entries: Entries that exist only with this option.
+    """
 
     label: str
     values: Mapping[str, Any]
@@ -28,7 +34,15 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry:
-    """One dimension of the space: a choice between options, or a number between two ends."""
+    """One dimension of the space: a choice between options, or a number in a range.
+
+    Attributes:
+        name: A dotted config key, or a name of the user's own for a group.
+        kind: One of grid, choice, uniform, loguniform.
+        options: The options of a grid or choice.
+        low: The lower end of a range.
+        high: The upper end of a range.
+    """
 
     name: str
     kind: str
@@ -42,9 +56,9 @@ class Variant:
     """One point of the space.
 
     Attributes:
-        choices: label or number by entry, in the space's order.
-        values: what it sets, by dotted key.
-        title: for people; empty: all choices.
+        choices: Label or number by entry, in the space's order.
+        values: What it sets, by dotted key.
+        title: Replaces the choices in the label.
     """
 
     choices: Mapping[str, str | float] = field(default_factory=dict)
@@ -53,28 +67,32 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """For people: `pooling=mean norm=rms`."""
-        return self.title or " ".join(
-            f"{_short(name)}={_shown(value)}" for name, value in self.choices.items()
-        )
+        """The choices as text, for example `pooling=mean norm=rms`."""
+        choices = (f"{name.rpartition('.')[2]}={_text(value)}" for name, value in self.choices.items())
+        return self.title or " ".join(choices)
 
     @property
     def name(self) -> str:
-        """For folders: the label's beginning, and a hash of all values."""
+        """A name for folders: the beginning of the label, and a hash of all values."""
         digest = hashlib.sha256(json.dumps(self.values, sort_keys=True, default=str).encode()).hexdigest()[:6]
         return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.label).strip('-.')[:60]}-{digest}"
 
 
 def assemble(entries: Sequence[Entry], pick: Callable[[Entry], int | float]) -> Variant:
-    """A variant from what `pick` answers: an option's index, or a number."""
+    """Make a variant of one choice per entry.
+
+    Args:
+        entries: The space.
+        pick: Gives the index of an option, or the number of a range.
+    """
     choices: dict[str, str | float] = {}
     values: dict[str, Any] = {}
     for entry in entries:
-        answer = pick(entry)
+        picked = pick(entry)
         if not entry.options:
-            choices[entry.name] = values[entry.name] = float(answer)
+            choices[entry.name] = values[entry.name] = float(picked)
             continue
-        option = entry.options[int(answer)]
+        option = entry.options[int(picked)]
         inner = assemble(option.entries, pick)
         choices |= {entry.name: option.label, **inner.choices}
         values |= {**option.values, **inner.values}
@@ -82,7 +100,7 @@ def assemble(entries: Sequence[Entry], pick: Callable[[Entry], int | float]) -> 
 
 
 def draw(entries: Sequence[Entry], rng: np.random.Generator) -> Variant:
-    """A variant at random."""
+    """Draw a variant at random."""
 
     def pick(entry: Entry) -> int | float:
         if entry.options:
@@ -95,109 +113,110 @@ def draw(entries: Sequence[Entry], rng: np.random.Generator) -> Variant:
 
 
 def product(entries: Sequence[Entry]) -> Iterator[Variant]:
-    """All combinations, the last entry fastest."""
-    for parts in itertools.product(*(list(_alternatives(entry)) for entry in entries)):
-        yield _joined(parts)
+    """Yield all combinations; the last entry changes fastest."""
+    return map(_join, itertools.product(*map(_alternatives, entries)))
 
 
 def one_at_a_time(entries: Sequence[Entry]) -> list[Variant]:
-    """The first alternative of every entry together, then every other one alone in its place."""
-    lists = [list(_alternatives(entry)) for entry in entries]
-    first = [alternatives[0] for alternatives in lists]
-    found = [replace(_joined(first), title="default")]
-    for index, alternatives in enumerate(lists):
-        for other in alternatives[1:]:
-            whole = _joined([*first[:index], other, *first[index + 1 :]])
-            found.append(replace(whole, title=other.label))
-    return found
+    """Return the first alternative of every entry together, then every other one alone in its place."""
+    alternatives = [_alternatives(entry) for entry in entries]
+    first = [variants[0] for variants in alternatives]
+    result = [replace(_join(first), title="default")]
+    for index, variants in enumerate(alternatives):
+        for other in variants[1:]:
+            result.append(replace(_join([*first[:index], other, *first[index + 1 :]]), title=other.label))
+    return result
 
 
-def _alternatives(entry: Entry) -> Iterator[Variant]:
-    for option in entry.options:
-        for inner in product(option.entries):
-            yield _joined([Variant({entry.name: option.label}, option.values), inner])
+def _alternatives(entry: Entry) -> list[Variant]:
+    """List what an entry alone can be."""
+    return [
+        _join([Variant({entry.name: option.label}, option.values), inner])
+        for option in entry.options
+        for inner in product(option.entries)
+    ]
 
 
-def _joined(parts: Sequence[Variant]) -> Variant:
+def _join(parts: Sequence[Variant]) -> Variant:
+    """Join variants of different entries into one."""
     choices = {name: value for part in parts for name, value in part.choices.items()}
     return Variant(choices, {key: value for part in parts for key, value in part.values.items()})
 
 
 def read_entries(space: Mapping[str, Any], where: str, search: str, problems: list[str]) -> Iterator[Entry]:
-    """Typed entries; what is wrong with others goes to `problems`."""
-    kinds = _DRAWN if search in ("random", "optuna") else ("grid",)
+    """Yield the typed entries of a space.
+
+    Args:
+        space: The space as written.
+        where: The key under which it stands, for messages.
+        search: The sweep's search, which determines the kinds of entries that are allowed.
+        problems: Receives what is wrong with the entries that are left out.
+    """
     for name, written in space.items():
-        at = f"{where}.{name}"
-        kind, value = next(iter(written.items())) if _is_entry(written) else (None, None)
-        if kind is None:
-            problems.append(f"{at}: {written!r}; expected one of {', '.join(kinds)} with its values")
-        elif kind not in _KINDS:
-            problems.append(
-                f"{at}.{kind}: no such kind{did_you_mean(kind, _KINDS) or '; known: ' + ', '.join(_KINDS)}"
-            )
-        elif kind not in kinds:
-            problems.append(f"{at}: {kind} with search {search}; expected {', '.join(kinds)}")
-        elif kind in _LISTED:
-            if options := _options(name, value, at, search, problems):
-                yield Entry(name, kind, options)
-        elif ends := _ends(value, kind, at, problems):
-            yield Entry(name, kind, (), *ends)
+        try:
+            yield _entry(name, written, f"{where}.{name}", search, problems)
+        except ValueError as error:
+            problems.append(f"{where}.{name}{error}")
 
 
-def _is_entry(written: Any) -> bool:
-    return isinstance(written, dict) and len(written) == 1
+def _entry(name: str, written: Any, place: str, search: str, problems: list[str]) -> Entry:
+    """Return one typed entry; a ValueError says what is wrong with it as a whole."""
+    kinds = _DRAWN if search in ("random", "optuna") else ("grid",)
+    if not isinstance(written, dict) or len(written) != 1:
+        raise ValueError(f": {written!r}; expected one of {', '.join(kinds)} with its values")
+    ((kind, value),) = written.items()
+    if kind not in _KINDS:
+        near = did_you_mean(kind, _KINDS) or f"; known: {', '.join(_KINDS)}"
+        raise ValueError(f".{kind}: no such kind{near}")
+    if kind not in kinds:
+        raise ValueError(f": {kind} with search {search}; expected {', '.join(kinds)}")
+    if kind not in _LISTED:
+        return Entry(name, kind, (), *_ends(value, kind))
+    options = tuple(_options(name, value, place, search, problems)) if isinstance(value, list | dict) else ()
+    if not options:
+        raise ValueError(f": {value!r} has no values; expected a list, or a group of labels, of at least one")
+    labels = [option.label for option in options]
+    if repeated := [label for label in labels if labels.count(label) > 1]:
+        problems.append(f"{place}: {repeated[0]} is listed twice")
+    return Entry(name, kind, options)
 
 
-def _options(name: str, value: Any, at: str, search: str, problems: list[str]) -> tuple[Option, ...]:
-    if not value or not isinstance(value, list | dict):
-        problems.append(
-            f"{at}: {value!r} has no values; expected a list, or a group of labels, of at least one"
-        )
-        return ()
-    if isinstance(value, list):
-        labels = [_shown(one) for one in value]
-        twice = next((label for label in labels if labels.count(label) > 1), None)
-        if twice is not None:
-            problems.append(f"{at}: {twice} stands in it twice")
-        return tuple(Option(label, {name: one}) for label, one in zip(labels, value, strict=True))
-    options = []
-    for label, keys in value.items():
+def _options(name: str, values: Any, place: str, search: str, problems: list[str]) -> Iterator[Option]:
+    """Yield the options of a list of values, or of a group of labels."""
+    if isinstance(values, list):
+        yield from (Option(_text(value), {name: value}) for value in values)
+        return
+    for label, keys in values.items():
         if not isinstance(keys, dict):
-            problems.append(f"{at}.{label}: {keys!r}; expected dotted keys with their values")
+            problems.append(f"{place}.{label}: {keys!r}; expected dotted keys with their values")
             continue
-        inner = {key: one for key, one in keys.items() if isinstance(one, dict)}
-        fixed = {key: one for key, one in keys.items() if key not in inner}
-        entries = tuple(read_entries(inner, f"{at}.{label}", search, problems))
-        options.append(Option(str(label), fixed, entries))
-    return tuple(options)
+        inner = {key: value for key, value in keys.items() if isinstance(value, dict)}
+        fixed = {key: value for key, value in keys.items() if key not in inner}
+        yield Option(str(label), fixed, tuple(read_entries(inner, f"{place}.{label}", search, problems)))
 
 
-def _ends(value: Any, kind: str, at: str, problems: list[str]) -> tuple[float, float] | None:
+def _ends(value: Any, kind: str) -> tuple[float, float]:
+    """Return the ends of a range."""
     try:
         low, high = (float(end) for end in value)
     except (TypeError, ValueError):
         low, high = math.nan, math.nan
-    if not low < high or not math.isfinite(high - low) or (kind == "loguniform" and low <= 0):
-        above = ", both above 0" if kind == "loguniform" else ""
-        problems.append(f"{at}: {value!r}; expected [low, high] with low < high{above}")
-        return None
-    return low, high
+    if low < high and math.isfinite(high - low) and (kind == "uniform" or low > 0):
+        return low, high
+    above = ", both above 0" if kind == "loguniform" else ""
+    raise ValueError(f": {value!r}; expected [low, high] with low < high{above}")
 
 
 def keys_of(entry: Entry) -> set[str]:
-    """Config keys that an entry may set."""
+    """Return the config keys that an entry may set."""
     if not entry.options:
         return {entry.name}
-    inner = {key for option in entry.options for one in option.entries for key in keys_of(one)}
+    inner = {key for option in entry.options for nested in option.entries for key in keys_of(nested)}
     return inner | {key for option in entry.options for key in option.values}
 
 
-def _short(key: str) -> str:
-    """model.swap.pooling -> pooling."""
-    return key.rpartition(".")[2]
-
-
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
+    """Return a value as it stands in labels."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)

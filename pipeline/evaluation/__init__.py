@@ -1,1 +1,1 @@
-"""What a trained model is worth: likelihood, samples, baselines to hold beside them, and pictures."""
+"""Evaluation and comparison of trained models."""

@@ -1,16 +1,15 @@
 """Convergence: validation of several runs against tokens and seconds of training, from their MLflow histories."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float64
 
+from pipeline.reports import tables
 from pipeline.reports.figures import finite
-from pipeline.reports.measures import short
 
 SPEED = "train/tokens_per_second"
 _MULTIPLES = (2.0, 1.5, 1.0)  # of the best value that all runs reach
@@ -18,9 +17,10 @@ _MULTIPLES = (2.0, 1.5, 1.0)  # of the best value that all runs reach
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's validation.
+    """Validation of one run.
 
     Attributes:
+        model: its name.
         steps, tokens, seconds, values: of every validation. Tokens are those of the rows that were read; seconds
             are those of training steps, without validation, checkpoints and the time between restarts.
     """
@@ -33,71 +33,102 @@ class Curve:
 
 
 def curve(
-    model: str, history: Mapping[str, Sequence[tuple[int, float]]], metric: str, tokens_a_step: int
+    model: str, history: Mapping[str, Sequence[tuple[int, float]]], metric: str, tokens_per_step: int
 ) -> Curve | None:
-    """A run's curve from its history; None where it has no validation or no speed.
+    """Make the curve of a run from its history.
 
     Args:
+        model: name of the curve.
         history: (step, value) points under `metric` and `train/tokens_per_second`, which is the mean since the
             point before.
+        metric: key of the validation.
+        tokens_per_step: tokens of the rows of one update.
+
+    Returns:
+        The curve; None for a history without validation or without speed.
     """
     steps, values = finite(history.get(metric, ()))
     logged, speeds = finite(history.get(SPEED, ()))
     if not steps.size or not logged.size:
         return None
-    passed = np.cumsum(np.diff(logged, prepend=0) * tokens_a_step / speeds)
-    seconds = np.interp(steps, [0, *logged], [0, *passed])
-    return Curve(model, steps, steps * tokens_a_step, seconds, values)
+    elapsed = np.cumsum(np.diff(logged, prepend=0) * tokens_per_step / speeds)
+    seconds = np.interp(steps, [0, *logged], [0, *elapsed])
+    return Curve(model, steps, steps * tokens_per_step, seconds, values)
 
 
 def targets(curves: Sequence[Curve]) -> list[float]:
-    """Values to reach, the easiest first: the best that every run reaches, and multiples of it."""
-    worst = max(float(one.values.min()) for one in curves)
+    """List values to reach, the easiest first: multiples of the best value that every run reaches.
+
+    Args:
+        curves: of the runs.
+    """
+    worst = max(float(curve.values.min()) for curve in curves)
     digits = 2 - math.floor(math.log10(worst))
     rounded = math.ceil(worst * 10**digits) / 10**digits  # up, so that all runs do reach it
     return [rounded * multiple for multiple in _MULTIPLES]
 
 
-def reach(one: Curve, target: float) -> tuple[float, float, float] | None:
-    """Steps, tokens and seconds until a value is reached for the first time, between validations on a line.
+def reach(curve: Curve, target: float) -> tuple[float, float, float] | None:
+    """Find when a value is reached for the first time, on straight lines between validations.
 
-    None where it never is; the first validation's where that is below already.
+    Args:
+        curve: of the run.
+        target: the value.
+
+    Returns:
+        Steps, tokens and seconds (those of the first validation where it is below the target already); None where
+        the target is never reached.
     """
-    below = np.flatnonzero(one.values <= target)
+    below = np.flatnonzero(curve.values <= target)
     if not below.size:
         return None
-    at = int(below[0])
-    share = 1.0
-    if at:
-        share = float((one.values[at - 1] - target) / (one.values[at - 1] - one.values[at]))
-    found = [
-        float(axis[at] if not at else axis[at - 1] + share * (axis[at] - axis[at - 1]))
-        for axis in (one.steps, one.tokens, one.seconds)
-    ]
-    return found[0], found[1], found[2]
+    after = below[0]
+    before = max(after - 1, 0)
+    span = curve.values[before] - curve.values[after]
+    share = (curve.values[before] - target) / span if after else 1.0
+    axes = (curve.steps, curve.tokens, curve.seconds)
+    steps, tokens, seconds = (float(axis[before] + share * (axis[after] - axis[before])) for axis in axes)
+    return steps, tokens, seconds
 
 
-def table(curves: Sequence[Curve], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Head and rows for people: a row for every value to reach and run."""
-    head = [f"validation {metric}", "model", "steps", "tokens", "seconds of training", "best"]
+def table(curves: Sequence[Curve], metric: str) -> pd.DataFrame:
+    """Make a table of texts with a row for every target and run.
+
+    Args:
+        curves: of the runs.
+        metric: perplexity or loss.
+    """
     rows = []
     for target in targets(curves):
-        for one in curves:
-            found = reach(one, target)
-            first = "at most " if found is not None and one.values[0] <= target else ""
-            cells = ["not reached"] * 3
-            if found is not None:
-                cells = [f"{first}{found[0]:,.0f}", f"{first}{found[1]:,.0f}", f"{first}{found[2]:,.0f}"]
-            rows.append([short(target), one.model, *cells, short(float(one.values.min()))])
-    return head, rows
+        for curve in curves:
+            reached = reach(curve, target)
+            bound = "at most " if curve.values[0] <= target else ""
+            cells = ["not reached"] * 3 if reached is None else [f"{bound}{value:,.0f}" for value in reached]
+            rows.append(
+                {
+                    f"validation {metric}": tables.short(target),
+                    "model": curve.model,
+                    "steps": cells[0],
+                    "tokens": cells[1],
+                    "seconds of training": cells[2],
+                    "best": tables.short(float(curve.values.min())),
+                }
+            )
+    return tables.table_of(rows)
 
 
 def to_csv(curves: Sequence[Curve], metric: str) -> str:
-    """The data behind the figure."""
-    out = io.StringIO()
-    write = csv.writer(out, lineterminator="\n")
-    write.writerow(["model", "step", "tokens", "seconds", metric])
-    for one in curves:
-        for step, tokens, seconds, value in zip(one.steps, one.tokens, one.seconds, one.values, strict=True):
-            write.writerow([one.model, int(step), int(tokens), f"{seconds:.3f}", value])
-    return out.getvalue()
+    """Write the points of the curves as CSV.
+
+    Args:
+        curves: of the runs.
+        metric: perplexity or loss.
+    """
+    points = [
+        (curve.model, int(step), int(tokens), f"{seconds:.3f}", value)
+        for curve in curves
+        for step, tokens, seconds, value in zip(
+            curve.steps, curve.tokens, curve.seconds, curve.values, strict=True
+        )
+    ]
+    return tables.to_csv(pd.DataFrame(points, columns=["model", "step", "tokens", "seconds", metric]))

@@ -1,8 +1,8 @@
-"""Figures of drawn images and of what their tokenizer loses, the looking spread over Ray actors."""
+"""Evaluation of sampled images and of the image tokenizer, computed by Ray actors."""
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,44 +11,55 @@ import numpy as np
 import ray
 import torch
 from jaxtyping import Int
+from scipy.stats import binomtest
 
+from pipeline import storage
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.images import read_pixels
-from pipeline.evaluation.source_images import UNIT, SourceImages, dataset_of
+from pipeline.data.prepare.images import TOKENIZER, read_pixels
+from pipeline.errors import ConfigError
+from pipeline.evaluation.source_images import UNIT, dataset_of, load_net, source_images
 from pipeline.logs import Progress
+from pipeline.metrics import images
+from pipeline.metrics.corpora import Corpus
+from pipeline.metrics.draw import GRID, GRID_IMAGES, Samples
 from pipeline.metrics.image_features import FeatureNet, Outputs, accuracy
-from pipeline.metrics.images import (
-    Difference,
-    Gaussian,
-    dataset_outputs,
-    difference,
-    frechet_distance,
-    inception_score,
-    reconstruction,
-    reference_statistics,
-    summarise,
-)
-from pipeline.metrics.likelihood import NORMAL_95
 from pipeline.models.vq import load_image_tokenizer
 from pipeline.reports.measures import Group, Measure
-from pipeline.runtime.actors import Resources, in_order, own_device, started
+from pipeline.reports.page import Block, Picture, picture
+from pipeline.reports.pictures import sample_grid
+from pipeline.run import Run
+from pipeline.runtime.actors import in_order, own_device, started
+from pipeline.training.validation import validation_rows
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ImageMeasurement:
-    """What a net sees in real images, and in what encoding and decoding makes of them."""
+    """A feature net's outputs for real images and for their reconstructions.
+
+    Attributes:
+        real, rebuilt: outputs of the net.
+        labels: of the images.
+        difference: between the images and their reconstructions.
+    """
 
     real: Outputs
     rebuilt: Outputs
     labels: Int[np.ndarray, "n"]
-    difference: Difference
+    difference: images.Difference
 
 
 class ImageMeasurer:
-    """One actor: the feature net and the image tokenizer on its device."""
+    """A feature net and an image tokenizer on one device; one Ray actor holds one.
+
+    Args:
+        net: the feature net.
+        tokenizer: folder of the image tokenizer.
+        data: how images are read.
+        threads: CPU threads.
+    """
 
     def __init__(self, net: FeatureNet, tokenizer: str, data: ImageDataConfig, threads: int):
         torch.set_num_threads(threads)
@@ -57,146 +68,156 @@ class ImageMeasurer:
         self._tokenizer = load_image_tokenizer(tokenizer, data.factor, data.encode_batch, device)
 
     def drawn(self, codes: Int[np.ndarray, "n T"]) -> Outputs:
-        """What the net sees in the images of codes."""
+        """Decode codes and compute the net's outputs.
+
+        Args:
+            codes: of images.
+        """
         return self._net(self._tokenizer.decode(codes))
 
     def held_out(self, refs: Sequence[Ref]) -> ImageMeasurement | None:
-        """What it sees in real images; None if none of them can be read."""
+        """Read real images and compute the outputs for them; None if none of them can be read.
+
+        Args:
+            refs: of the images.
+        """
         pixels = read_pixels(refs, self._data)
         if not len(pixels.images):
             return None
         rebuilt = self._tokenizer.decode(self._tokenizer.encode(pixels.images))
         return ImageMeasurement(
-            self._net(pixels.images), self._net(rebuilt), pixels.labels, difference(pixels.images, rebuilt)
+            self._net(pixels.images),
+            self._net(rebuilt),
+            pixels.labels,
+            images.difference(pixels.images, rebuilt),
         )
 
 
-def reference_of(
-    net: FeatureNet, images: SourceImages, data: ImageDataConfig, count: int, cache: str, resources: Resources
-) -> Gaussian:
-    """Statistics of the training images, computed by a Ray Data job where they are not kept yet.
+class ImageEvaluator:
+    """Evaluates sampled images and compares them with training images.
+
+    The statistics of the training images are computed when the evaluator is made, or read where they were kept.
 
     Args:
-        count: images of the training split that can be read.
-        cache: folder of the prepared data.
-    """
+        run: of the evaluation.
+        corpus: its data.
 
-    def outputs() -> Iterator[Outputs]:
-        log.info("looking at %d training images, once", count)
-        progress = Progress("looked at", "batches", -(-count // net.batch), "images")
-        dataset = dataset_of(images.train, data)
-        for seen in dataset_outputs(dataset, net, resources.actors, resources.cpus, resources.use_gpu):
-            yield seen
-            progress.add(len(seen.features))
-
-    return reference_statistics(outputs, net.name, images.key, count, cache)
-
-
-def image_groups(
-    net: FeatureNet,
-    classifier: bool,
-    reference: Gaussian,
-    codes: Int[np.ndarray, "n T"],
-    labels: Sequence[int] | None,
-    held_out: Sequence[Ref],
-    tokenizer: str,
-    data: ImageDataConfig,
-    how: dict[str, Any],
-    resources: Resources,
-) -> list[Group]:
-    """Figures of drawn images, and beside them of held-out ones and of their reconstructions.
-
-    Args:
-        classifier: whether the net's classes are the data's.
-        reference: of the training images.
-        codes: of the samples.
-        labels: the class that each sample shall show.
-        held_out: validation images.
-        tokenizer: folder of the image tokenizer.
-        how: how the samples were drawn.
+    Attributes:
+        real: metrics of held-out images that every comparison shows; none.
+        notes: remarks on the metrics for the report.
 
     Raises:
-        DataError: fewer than two samples or held-out images.
+        ConfigError: there is no such feature net, or a single sample is to be drawn.
+        DataError: the source of the images is missing or has changed.
     """
-    drawn_tasks = [(codes[i : i + UNIT],) for i in range(0, len(codes), UNIT)]
-    real_tasks = [(list(held_out[i : i + UNIT]),) for i in range(0, len(held_out), UNIT)]
-    tasks = len(drawn_tasks) + len(real_tasks)
-    arguments = (ray.put(net), tokenizer, data, resources.cpus)
-    with started(ImageMeasurer, arguments, resources, tasks) as lookers:
-        seen: list[Outputs] = list(in_order(lookers, "drawn", drawn_tasks))
-        every: list[ImageMeasurement | None] = list(in_order(lookers, "held_out", real_tasks))
-    looked = [part for part in every if part is not None]
-    classes = np.concatenate([np.empty(0, np.int64), *(part.labels for part in looked)])
-    intended = None if labels is None else np.array(labels)
-    lost = reconstruction(part.difference for part in looked)
 
-    def measures(outputs: list[Outputs], right: np.ndarray | None, whose: str) -> list[Measure]:
-        statistics, probabilities = summarise(outputs)
-        by = f"{net.name}, against {reference.count:,} training images"
-        found = [Measure("fid", "FID", frechet_distance(statistics, reference), by=by)]
+    def __init__(self, run: Run, corpus: Corpus):
+        config = run.config
+        data, settings = config.data, config.evaluation
+        assert data.kind == "image"
+        if config.sampling.num_samples < 2:
+            raise ConfigError("sampling.num_samples: 1; expected at least 2, since a covariance needs them")
+        source = source_images(data, corpus.manifest)
+        net = load_net(settings.features, settings.weights, data, source.train, settings.batch)
+        count = corpus.manifest.split("train").documents
+
+        def outputs() -> Iterator[Outputs]:
+            log.info("computing features of %d training images; they are kept for later evaluations", count)
+            progress = Progress("computed features of", "batches", -(-count // net.batch), "images")
+            for part in images.dataset_outputs(dataset_of(source.train, data), net, run.resources):
+                yield part
+                progress.add(len(part.features))
+
+        self.real: list[Measure] = []
+        self.notes: dict[str, str] = {}
+        self._net, self._data = net, data
+        self._reference = images.reference_statistics(outputs, net.name, source.key, count, corpus.path)
+        self._method = f"{net.name}, against {count:,} training images"
+        held_out = source.validation
+        self._held_out = [held_out[i] for i in validation_rows(len(held_out), settings.rows)]
+        self._tokenizer, self._resources = storage.join(corpus.path, TOKENIZER), run.resources
+
+    def measure(self, groups: Sequence[Int[np.ndarray, "n L"]]) -> list[list[Measure]]:
+        """Compute the FID of groups of rows.
+
+        Args:
+            groups: rows of codes, BOS included.
+
+        Raises:
+            DataError: a group has fewer than two rows.
+        """
+        tasks = [(part,) for rows in groups for part in _units(rows[:, 1:])]
+        with self._actors(len(tasks)) as actors:
+            outputs = in_order(actors, "drawn", tasks)
+            return [[self._fid(images.summarise(islice(outputs, len(_units(rows))))[0])] for rows in groups]
+
+    def report(self, samples: Samples, how: dict[str, Any]) -> tuple[list[Group], list[Block]]:
+        """Compute the metrics of samples, of held-out images and of their reconstructions.
+
+        Args:
+            samples: generated images.
+            how: how they were sampled.
+
+        Returns:
+            Metrics of the three, and overviews of samples and held-out images.
+
+        Raises:
+            DataError: there are fewer than two samples or held-out images.
+        """
+        drawn_tasks = [(part,) for part in _units(samples.tokens[:, 1:])]
+        real_tasks = [(part,) for part in _units(self._held_out)]
+        with self._actors(len(drawn_tasks) + len(real_tasks)) as actors:
+            drawn: list[Outputs] = list(in_order(actors, "drawn", drawn_tasks))
+            real = [part for part in in_order(actors, "held_out", real_tasks) if part is not None]
+        classes = np.concatenate([np.empty(0, np.int64), *(part.labels for part in real)])
+        intended = None if samples.labels is None else np.array(samples.labels)
+        lost = images.reconstruction(part.difference for part in real)
+        of_real = {"images": lost.images, "split": "validation"}
+        of_tokenizer = {**of_real, "tokenizer": "/".join(self._tokenizer.rsplit("/", 2)[1:])}
+        rebuilt = [
+            Measure("mse", "mean squared error", lost.mse, by="pixel values 0 to 255"),
+            Measure("psnr", "PSNR, dB", lost.psnr),
+            *self._measures([part.rebuilt for part in real], classes, "true"),
+        ]
+        title = "Reconstructions, which bound the quality of any model of these codes"
+        groups = [
+            Group("samples", "Samples", how, self._measures(drawn, intended, "intended")),
+            Group("tokenizer", title, of_tokenizer, rebuilt),
+            Group(
+                "real", "Held-out images", of_real, self._measures([p.real for p in real], classes, "true")
+            ),
+        ]
+        overview = storage.read_bytes(storage.join(samples.folder, GRID))
+        pixels = read_pixels(self._held_out[:GRID_IMAGES], self._data)
+        grid = sample_grid(pixels.images, pixels.labels.tolist() if samples.labels is not None else None)
+        pictures = [Picture("samples", overview, "Samples"), picture("held_out", grid, "Held-out images")]
+        return groups, [*pictures]
+
+    def _actors(self, tasks: int) -> AbstractContextManager[list[Any]]:
+        arguments = (ray.put(self._net), self._tokenizer, self._data, self._resources.cpus)
+        return started(ImageMeasurer, arguments, self._resources, tasks)
+
+    def _fid(self, statistics: images.Gaussian) -> Measure:
+        return Measure("fid", "FID", images.frechet_distance(statistics, self._reference), by=self._method)
+
+    def _measures(
+        self, outputs: list[Outputs], labels: Int[np.ndarray, "n"] | None, whose: str
+    ) -> list[Measure]:
+        """Compute FID, Inception Score and, under a classifier of the data's own classes, accuracy."""
+        statistics, probabilities = images.summarise(outputs)
+        measures = [self._fid(statistics)]
         if probabilities is not None:
-            score, spread = inception_score(probabilities)
-            by = f"{net.name}, standard deviation of its parts {spread:.2f}"
-            found.append(Measure("inception_score", "Inception Score", score, by=by))
-        if classifier and probabilities is not None and right is not None:
-            name = f"accuracy of the {whose} class"
-            interval = _share_interval(accuracy(probabilities, right), len(right))
-            found.append(Measure("accuracy", name, accuracy(probabilities, right), interval, by=net.name))
-        return found
-
-    lost_by = "/".join(tokenizer.rsplit("/", 2)[1:])
-    of_tokenizer = {"images": lost.images, "split": "validation", "tokenizer": lost_by}
-    pixels = [
-        Measure("mse", "mean squared error", lost.mse, by="pixel values 0 to 255"),
-        Measure("psnr", "PSNR, dB", lost.psnr),
-    ]
-    return [
-        Group("samples", "Samples", how, measures(seen, intended, "intended")),
-        Group(
-            "tokenizer",
-            "Reconstructions, which bound what any model on these codes can reach",
-            of_tokenizer,
-            [*pixels, *measures([part.rebuilt for part in looked], classes, "true")],
-        ),
-        Group(
-            "real",
-            "Held-out images themselves",
-            {"images": lost.images, "split": "validation"},
-            measures([part.real for part in looked], classes, "true"),
-        ),
-    ]
+            score, spread = images.inception_score(probabilities)
+            method = f"{self._net.name}, standard deviation of its parts {spread:.2f}"
+            measures.append(Measure("inception_score", "Inception Score", score, by=method))
+            if self._net.spec == "classifier" and labels is not None:
+                share, name = accuracy(probabilities, labels), f"accuracy of the {whose} class"
+                test = binomtest(round(share * len(labels)), len(labels))
+                low, high = test.proportion_ci(method="wilson")
+                measures.append(Measure("accuracy", name, share, (low, high), by=self._net.name))
+        return measures
 
 
-def distances(
-    net: FeatureNet,
-    reference: Gaussian,
-    groups: Sequence[Int[np.ndarray, "n T"]],
-    tokenizer: str,
-    data: ImageDataConfig,
-    resources: Resources,
-) -> list[Measure]:
-    """FID of every group of codes.
-
-    Raises:
-        DataError: a group of fewer than two samples.
-    """
-    starts = [(codes, i) for codes in groups for i in range(0, len(codes), UNIT)]
-    tasks = [(codes[i : i + UNIT],) for codes, i in starts]
-    by = f"{net.name}, against {reference.count:,} training images"
-    with started(
-        ImageMeasurer, (ray.put(net), tokenizer, data, resources.cpus), resources, len(tasks)
-    ) as lookers:
-        seen = in_order(lookers, "drawn", tasks)
-        found = [summarise(islice(seen, -(-len(codes) // UNIT)))[0] for codes in groups]
-    return [Measure("fid", "FID", frechet_distance(one, reference), by=by) for one in found]
-
-
-def _share_interval(share: float, count: int) -> tuple[float, float]:
-    """95% interval of a share.
-
-    Source: Wilson 1927.
-    """
-    z = NORMAL_95
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
+def _units(items: Any) -> list[Any]:
+    """Cut images or their codes into tasks."""
+    return [items[first : first + UNIT] for first in range(0, len(items), UNIT)]

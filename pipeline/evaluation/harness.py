@@ -1,178 +1,204 @@
 """A model of this project as a model of lm-evaluation-harness (extra `harness`).
 
-Likelihoods are bounds (exact for AR). What is drawn or hidden for an example depends on the example and the seed
-alone, so figures depend neither on the batch size nor on which examples are run.
+Likelihoods are bounds (exact for AR). The random draws of an example depend only on the example and the seed, so
+results depend neither on the batch size nor on which examples are run.
 
-Source: lm_eval.api.model.LM says what each request means.
+Source: lm_eval.api.model.LM describes the requests.
 """
 
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from pipeline.api import Model
 from pipeline.data.tokenizers import Tokenizer
-from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, seed_of, windows
-from pipeline.models.denoiser import Denoiser
+from pipeline.errors import CapabilityError
+from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, windows
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import ragged_known, sample
+from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample
+from pipeline.seeds import text_seed
 
 T = TypeVar("T")
 
-_MAX_NEW = 256  # tokens that are written where a task does not say
+_MAX_NEW = 256  # tokens that are generated where a task does not say
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """Settings of the evaluation.
+
+    Attributes:
+        draws: maskings of every continuation.
+        seed: of all random draws.
+        steps: of generating a row; fewer where fewer tokens are missing.
+        rows: of a forward pass.
+    """
+
+    draws: int = 32
+    seed: int = 0
+    steps: int = 64
+    rows: int = 64
 
 
 class DenoiserLM(LM):
     """Answers the three kinds of requests, batched over examples and draws.
 
     Args:
-        bos: id that stands known at position 0. Without one, the end of the text before stands in front of an
-            example without context.
-        draws: maskings of every continuation.
-        steps: of writing a row; fewer where fewer tokens are missing.
-        rows: of a forward pass.
+        model: of text. Without a BOS, the end of the previous text stands in front of an example without context.
+        settings: of the evaluation.
+
+    Raises:
+        CapabilityError: the model has no text tokenizer.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        bos: int | None,
-        tokenizer: Tokenizer,
-        draws: int,
-        seed: int,
-        steps: int,
-        rows: int,
-    ):
+    def __init__(self, model: Model, settings: HarnessSettings):
         super().__init__()
-        self._model, self._bos, self._tokenizer = denoiser, bos, tokenizer
-        self._draws, self._seed, self._steps, self._rows = draws, seed, steps, rows
-        self._room = denoiser.length - (bos is not None)
-        self._device = denoiser.head.weight.device  # lm-eval gathers its counts there
+        if not isinstance(model.tokenizer, Tokenizer):
+            raise CapabilityError("path: the model has no text tokenizer; expected a model of text")
+        self._model, self._bos, self._tokenizer = model.denoiser, model.bos, model.tokenizer
+        self._settings, self._device = settings, model.device  # lm-eval gathers its counts on the device
+        self._room = model.denoiser.length - (model.bos is not None)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Bound on log p(continuation | context), and whether the model's first choices are the continuation."""
-        asked = [self._pair(*request.args) for request in requests]
-        pieces = [windows(*pair, self._room) if pair[1] else [] for pair in asked]
-        nats = self._nats(pieces)
-        greedy = greedy_matches(self._model, _flat(pieces), self._bos, self._rows)
+        """Compute bounds on log p(continuation | context).
+
+        Args:
+            requests: contexts and continuations.
+
+        Returns:
+            Bounds, and whether the continuation consists of the model's most likely tokens.
+        """
+        pairs = [self._pair(*request.args) for request in requests]
+        pieces = [windows(*pair, self._room) if pair[1] else [] for pair in pairs]
+        greedy = greedy_matches(self._model, [*chain(*pieces)], self._bos, self._settings.rows)
         matches = map(all, _by_example(greedy, pieces))
-        found = [(-total, match) for total, match in zip(nats, matches, strict=True)]
-        for request, answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        return found
+        answers = [(-nats, match) for nats, match in zip(self._nats(pieces), matches, strict=True)]
+        self._cache("loglikelihood", requests, answers)
+        return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
-        """Bound on log p of whole texts, those beyond a row in pieces that see half a row before them."""
-        pieces = []
-        for request in requests:
-            (ids,) = self._encode([request.args[0]])
-            pieces.append(windows(self._prefix, ids, self._room) if ids else [])
-        found = [-total for total in self._nats(pieces)]
-        for request, answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
-        return found
+        """Compute bounds on log p of whole texts; texts beyond a row are cut into pieces that see half a row before.
+
+        Args:
+            requests: texts.
+        """
+        texts = self._encode([request.args[0] for request in requests])
+        pieces = [windows(self._prefix, ids, self._room) if ids else [] for ids in texts]
+        answers = [-nats for nats in self._nats(pieces)]
+        self._cache("loglikelihood_rolling", requests, answers)
+        return answers
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Write behind contexts until a stop text, the end of the text or enough tokens.
+        """Continue contexts until a stop text, the end of the text or enough tokens.
 
-        Without `do_sample`, or at temperature 0, the likeliest tokens are taken, the surest positions first;
-        else positions come in random order. The row behind a context is filled as a whole, and cut.
+        Without `do_sample`, or at temperature 0, the most likely tokens are taken, at the most confident positions
+        first; else positions come in random order. The row behind a context is filled as a whole, and cut.
+
+        Args:
+            requests: contexts and settings.
         """
         by_settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_settings.setdefault(repr(sorted(request.args[1].items())), []).append(number)
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         for numbers in by_settings.values():
-            asked = requests[numbers[0]].args[1]
-            for first in range(0, len(numbers), self._rows):
-                part = numbers[first : first + self._rows]
-                for number, text in zip(
-                    part, self._write([requests[n].args[0] for n in part], asked), strict=True
-                ):
-                    found[number] = text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
-        return found
+            for first in range(0, len(numbers), self._settings.rows):
+                part = numbers[first : first + self._settings.rows]
+                contexts, options = [requests[n].args[0] for n in part], requests[part[0]].args[1]
+                texts = self._generate(contexts, options)
+                self._cache("generate_until", [requests[n] for n in part], texts)
+                for number, text in zip(part, texts, strict=True):
+                    answers[number] = text
+        return answers
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's caches of requests."""
+        """Return a name for lm-eval's caches of requests."""
         return self._tokenizer.hash
 
     @property
     def _prefix(self) -> list[int]:
         return [self._tokenizer.eot] if self._bos is None else []
 
+    def _cache(self, kind: str, requests: Sequence[Instance], answers: Sequence[Any]) -> None:
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial(kind, request.args, answer)
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[*map(int, ids)] for ids in self._tokenizer.encode_batch(texts)]
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """Ids; spaces between the two belong to the continuation, as lm-eval's own models have it."""
+        """Encode; spaces between the two belong to the continuation, as in lm-eval's own models."""
         if not context:
             return self._prefix, self._encode([continuation])[0]
-        kept = context.rstrip()
-        whole, prompt = self._encode([context + continuation, kept])
+        whole, prompt = self._encode([context + continuation, context.rstrip()])
         return prompt, whole[len(prompt) :]
 
     def _nats(self, pieces: Sequence[Sequence[Pair]]) -> list[float]:
-        """The sum of every example's pieces."""
-        found = score_continuations(
-            self._model, _flat(pieces), self._draws, self._seed, self._bos, self._rows
+        """Sum the bounds of every example's pieces."""
+        settings = self._settings
+        scores = score_continuations(
+            self._model, [*chain(*pieces)], settings.draws, settings.seed, self._bos, settings.rows
         )
-        return [sum(one.nats for one in some) for some in _by_example(found, pieces)]
+        return [sum(score.nats for score in example) for example in _by_example(scores, pieces)]
 
-    def _write(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
-        """Continuations of contexts with the same settings."""
-        until = [asked["until"]] if isinstance(asked.get("until"), str) else list(asked.get("until") or [])
-        most = int(asked.get("max_gen_toks", _MAX_NEW))
-        temperature = float(asked.get("temperature", 0.0 if not asked.get("do_sample") else 1.0))
-        order, filters = Order(), Filters(temperature or 1.0, asked.get("top_k"), asked.get("top_p"))
-        if not asked.get("do_sample", temperature > 0) or not temperature:
-            order, filters = Order("confidence", "linear", gumbel=0.0), Filters(top_k=1)
+    def _generate(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+        """Continue contexts with the same options."""
+        until = [options["until"]] if isinstance(options.get("until"), str) else options.get("until") or []
+        max_new = int(options.get("max_gen_toks", _MAX_NEW))
+        temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
+        order, filters = Order("confidence", "linear", gumbel=0.0), Filters(top_k=1)
+        if temperature and options.get("do_sample", temperature > 0):
+            order, filters = Order(), Filters(temperature, options.get("top_k"), options.get("top_p"))
         if self._model.left_to_right:
             order = Order("left_to_right")
         prompts = [ids or self._prefix for ids in self._encode(contexts)]
-        seeds = [seed_of(self._seed, ids) for ids in prompts]
+        seeds = [text_seed(self._settings.seed, ids) for ids in prompts]
         written: list[list[int]] = [[] for _ in prompts]
-        left = list(range(len(prompts)))
-        while left:
-            wholes = {row: [*prompts[row], *written[row]] for row in left}
-            known, new = [], []
-            for row in left:
-                keep = min(len(wholes[row]), max(self._room - (most - len(written[row])), self._room // 2))
-                known.append(wholes[row][len(wholes[row]) - keep :])
-                new.append(min(most - len(written[row]), self._room - keep))
-            rows = self._fill(known, order, filters, [seed_of(seeds[row], written[row]) for row in left])
-            for row, ids, prompt, count in zip(left, rows, known, new, strict=True):
-                written[row] += ids[len(prompt) : len(prompt) + count]
-            left = [row for row in left if len(written[row]) < most and not self._ended(written[row], until)]
+        open_rows = list(range(len(prompts)))
+        while open_rows:
+            known = []
+            for row in open_rows:
+                whole, missing = [*prompts[row], *written[row]], max_new - len(written[row])
+                known.append(whole[-max(self._room - missing, self._room // 2) :])
+            row_seeds = [text_seed(seeds[row], written[row]) for row in open_rows]
+            for row, prompt, ids in zip(
+                open_rows, known, self._fill(known, order, filters, row_seeds), strict=True
+            ):
+                written[row] = [*written[row], *ids[len(prompt) :]][:max_new]
+            open_rows = [
+                row
+                for row in open_rows
+                if len(written[row]) < max_new and not self._ended(written[row], until)
+            ]
         return [_cut(self._text(ids), until) for ids in written]
 
     def _fill(
         self, known: Sequence[Sequence[int]], order: Order, filters: Filters, seeds: Sequence[int]
     ) -> list[list[int]]:
-        """Rows, without BOS, that begin with what is known."""
+        """Draw rows, without BOS, that begin with known tokens."""
         start = int(self._bos is not None)
         given = ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length)
         missing = self._room - min(map(len, known))
-        steps = missing if self._model.left_to_right else min(self._steps, missing)
-        rows = sample(
-            self._model,
-            len(known),
-            steps,
-            self._seed,
-            order,
-            self._bos,
-            first=seeds,
-            filters=filters,
+        request = SamplingRequest(
+            num_samples=len(known),
+            steps=missing if self._model.left_to_right else min(self._settings.steps, missing),
+            seed=self._settings.seed,
+            order=order,
+            bos=self._bos,
             known=given,
+            filters=filters,
+            indices=seeds,
         )
-        return rows[:, start:].tolist()
+        return sample(self._model, request)[:, start:].tolist()
 
     def _text(self, ids: list[int]) -> str:
-        """Up to the end of the text."""
+        """Decode up to the end of the text."""
         eot = self._tokenizer.eot
         return self._tokenizer.decode(ids[: ids.index(eot)] if eot in ids else ids)
 
@@ -181,16 +207,12 @@ class DenoiserLM(LM):
         return self._tokenizer.eot in ids or any(stop in text for stop in until)
 
 
-def _flat(pieces: Sequence[Sequence[Pair]]) -> list[Pair]:
-    return [pair for some in pieces for pair in some]
-
-
 def _by_example(values: Sequence[T], pieces: Sequence[Sequence[Pair]]) -> list[list[T]]:
-    """What was found for all pieces, example by example."""
+    """Split the values of all pieces by example."""
     left = iter(values)
-    return [list(islice(left, len(some))) for some in pieces]
+    return [list(islice(left, len(example))) for example in pieces]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
-    """Up to the first stop text."""
+    """Cut a text at the first stop text."""
     return text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]

@@ -1,8 +1,7 @@
-"""The images behind prepared codes: the source's pixels, cut and sized as the preparation saw them."""
+"""The images that prepared codes were made from, cropped and resized as in the preparation."""
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,26 +13,25 @@ from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare.image_archives import Ref
 from pipeline.data.prepare.image_sources import list_images, open_images
-from pipeline.data.prepare.images import held_out, read_pixels
+from pipeline.data.prepare.images import held_out, read_pixels, read_spread
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics.image_features import (
     CLASSIFIER_IMAGES,
     CLASSIFIER_SIDE,
     FeatureNet,
-    Labelled,
     load_features,
 )
 
 UNIT = 256  # images that are read together
-_READING = 0.25  # CPUs of a task that reads them, so that one fits beside the actors that look at them
-_READERS = 8  # threads that read the images on which a classifier is fitted
+_READ_CPUS = 0.25  # CPUs of a task that reads images, so that it fits beside the actors that compute features
 
 
 @dataclass(frozen=True)
 class SourceImages:
-    """The images of both splits, none of them read yet.
+    """References to the images of both splits.
 
     Attributes:
+        train, validation: the splits.
         key: changes with the images, their split and their size.
     """
 
@@ -43,64 +41,65 @@ class SourceImages:
 
 
 def source_images(data: ImageDataConfig, manifest: Manifest) -> SourceImages:
-    """The images that prepared codes were made from.
+    """List the images that prepared codes were made from.
+
+    Args:
+        data: section of the config.
+        manifest: of the prepared codes.
 
     Raises:
-        DataError: the source is gone, or is not what it was then.
+        DataError: the source is missing, or has changed since.
     """
     source = open_images(data)
     if source.info.fingerprint != manifest.source.fingerprint:
         raise DataError(
-            f"data.source: {data.source!r} has changed since its codes were prepared, so its images are no reference "
-            "for them; expected the same images"
+            f"data.source: {data.source!r} has changed since its codes were prepared; expected the same images, "
+            "which are the reference for samples"
         )
     refs = list_images(source, data).refs
-    out = held_out(np.arange(len(refs)), data.validation_images, len(refs))
-    splits: dict[bool, list[Ref]] = {False: [], True: []}
-    for ref, kept_back in zip(refs, out.tolist(), strict=True):
-        splits[kept_back].append(ref)
-    return SourceImages(splits[False], splits[True], f"{manifest.content_key}-{source.info.fingerprint}")
+    is_held_out = held_out(np.arange(len(refs)), data.validation_images, len(refs))
+    train, validation = ([refs[i] for i in np.flatnonzero(mask)] for mask in (~is_held_out, is_held_out))
+    return SourceImages(train, validation, f"{manifest.content_key}-{source.info.fingerprint}")
 
 
 def load_net(
     spec: str | None, weights: str | None, data: ImageDataConfig, train: Sequence[Ref], batch: int
 ) -> FeatureNet:
-    """The feature net that a config names, on the CPU; "classifier" is fitted on training images.
+    """Load the feature net of a config on the CPU.
 
     Args:
         spec: `evaluation.features`; None: "classifier" where images are small enough for it, else "inception".
+        weights: `evaluation.weights`.
+        data: section of the config.
+        train: training images, on which "classifier" is fitted.
+        batch: images of a forward pass.
 
     Raises:
-        ConfigError: an unknown net, or images too large for "classifier"; and as `load_features`.
+        ConfigError: the net is unknown, or the images are too large for "classifier"; and as `load_features`.
     """
     small = data.size <= CLASSIFIER_SIDE
     spec = spec or ("classifier" if small else "inception")
     if spec == "classifier" and not small:
         raise ConfigError(
-            f"evaluation.features: 'classifier' looks at images of at most {CLASSIFIER_SIDE} pixels, data.size is "
+            f"evaluation.features: 'classifier' takes images of at most {CLASSIFIER_SIDE} pixels, data.size is "
             f"{data.size}; expected 'inception', 'efficientnet' or package.module:factory"
         )
-    labelled = _read_labelled(data, train) if spec == "classifier" else None
-    return load_features(spec, weights, labelled, batch, "cpu")
+    labelled = read_spread(train, data, CLASSIFIER_IMAGES) if spec == "classifier" else None
+    return load_features(spec, weights, labelled, batch)
 
 
 def dataset_of(refs: Sequence[Ref], data: ImageDataConfig) -> ray.data.Dataset:
-    """Images as Ray Data rows with the column `image`, in the order of the refs; what cannot be read is left out."""
+    """Make a Ray dataset with the column `image`, in the order of the refs, without images that cannot be read.
+
+    Args:
+        refs: of the images.
+        data: section of the config.
+    """
     units = [{"refs": json.dumps(refs[i : i + UNIT])} for i in range(0, len(refs), UNIT)]
     rows: ray.data.Dataset = ray.data.from_items(units, override_num_blocks=len(units))
-    return rows.flat_map(partial(_read_unit, data=data), num_cpus=_READING)
+    return rows.flat_map(partial(_read_unit, data=data), num_cpus=_READ_CPUS)
 
 
 def _read_unit(row: dict[str, Any], data: ImageDataConfig) -> list[dict[str, Any]]:
     refs = [Ref(*ref) for ref in json.loads(row["refs"])]
     return [{"image": image} for image in read_pixels(refs, data).images]
-
-
-def _read_labelled(data: ImageDataConfig, refs: Sequence[Ref]) -> Labelled:
-    """Images and labels, evenly spread, at most `CLASSIFIER_IMAGES`."""
-    count = min(len(refs), CLASSIFIER_IMAGES)
-    chosen = [refs[i * len(refs) // count] for i in range(count)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        parts = [chosen[i : i + UNIT] for i in range(0, count, UNIT)]
-        read = list(pool.map(lambda part: read_pixels(part, data), parts))
-    return np.concatenate([part.images for part in read]), np.concatenate([part.labels for part in read])

@@ -1,1 +1,1 @@
-"""What training and evaluation both measure: likelihood, drawn samples, language-model and image figures."""
+"""Metrics of models and their samples, used in training and evaluation."""

@@ -1,42 +1,36 @@
-"""What a model thinks of continuations of prompts: bounds on their likelihood, and whether it would write them."""
+"""Continuations of prompts: bounds on their likelihood, and whether a model would generate them greedily."""
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.errors import ConfigError
 from pipeline.models.autoregressive import AR
 from pipeline.models.denoiser import Batch, Denoiser
-from pipeline.models.layers import LOGITS_AT_ONCE, rows_at_once
+from pipeline.models.layers import CHUNK_LOGITS, chunk_rows
+from pipeline.seeds import text_seed
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its continuation
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model thinks of a continuation of a prompt.
+    """The likelihood of a continuation of a prompt.
 
     Attributes:
         nats: bound on -log p(continuation | prompt), of the whole continuation; exact for AR.
         stderr: standard error over draws.
-        tokens: of the continuation.
+        tokens: number of tokens of the continuation.
     """
 
     nats: float
     stderr: float
     tokens: int
-
-
-def seed_of(seed: int, *texts: Sequence[int]) -> int:
-    """A seed that depends on ids alone, wherever they stand among others."""
-    digest = hashlib.sha256(repr((seed, [[int(i) for i in ids] for ids in texts])).encode())
-    return int.from_bytes(digest.digest()[:8])
 
 
 @torch.inference_mode()
@@ -48,14 +42,20 @@ def score_continuations(
     bos: int | None = None,
     batch: int = 32,
 ) -> list[Continuation]:
-    """The `count` bound of continuations given prompts (the exact value for AR), batched over pairs and draws.
+    """Compute the `count` bound of continuations given prompts (the exact value for AR).
 
-    The prompt is known throughout; n tokens of the continuation are hidden, n uniform and stratified over the
-    draws; what lies behind the continuation is unknown to the model. What is hidden depends on the continuation's
-    ids and the seed: a score does not depend on other pairs, and prompts of one continuation compare with less noise.
+    The prompt is known in all draws; n tokens of the continuation are hidden, n uniform and stratified over the
+    draws; positions behind the continuation are unknown to the model. The masks depend only on the ids of the
+    continuation and the seed: a score does not depend on other pairs, and several prompts of one continuation compare
+    with less noise.
 
     Args:
-        batch: rows of a forward pass, of as many pairs as fit with all their draws.
+        model: in eval mode.
+        pairs: ids of prompts and continuations.
+        draws: maskings of every continuation.
+        seed: of the maskings.
+        bos: id of the token at position 0, if rows begin with one.
+        batch: rows of a forward pass.
 
     Raises:
         ConfigError: an empty continuation, or a pair longer than a row.
@@ -63,61 +63,70 @@ def score_continuations(
     _check(model, pairs, bos)
     draws = 1 if model.left_to_right else draws
     portion = max(1, batch // draws)
-    found: list[Continuation] = []
+    scores = []
     for first in range(0, len(pairs), portion):
         part = pairs[first : first + portion]
-        nats = torch.cat(
-            [model(rows).double().cpu() for rows in _hidden_rows(model, part, draws, seed, bos, batch)]
-        )
-        for (_, continuation), values in zip(part, nats.view(len(part), draws), strict=True):
-            spread = float(values.std()) / math.sqrt(draws) if draws > 1 else 0.0
-            found.append(Continuation(float(values.mean()), spread, len(continuation)))
-    return found
+        batches = _masked_rows(model, part, draws, seed, bos, batch)
+        nats = torch.cat([model(rows).double().cpu() for rows in batches]).view(len(part), draws)
+        for (_, continuation), values in zip(part, nats, strict=True):
+            stderr = float(values.std()) / math.sqrt(draws) if draws > 1 else 0.0
+            scores.append(Continuation(float(values.mean()), stderr, len(continuation)))
+    return scores
 
 
 @torch.inference_mode()
 def greedy_matches(
     model: Denoiser, pairs: Sequence[Pair], bos: int | None = None, batch: int = 32
 ) -> list[bool]:
-    """Whether the likeliest token stands at every position of a continuation, in one pass.
+    """Tell whether every token of a continuation is the model's most likely one, in one pass.
 
-    An autoregressive model sees, at each position, the continuation before it; the others see the prompt alone,
-    as when they draw all of it in one step.
+    An autoregressive model sees, at each position, the continuation before it; other models see only the prompt,
+    as when they draw the whole continuation in one step.
+
+    Args:
+        model: in eval mode.
+        pairs: ids of prompts and continuations.
+        bos: id of the token at position 0, if rows begin with one.
+        batch: rows of a forward pass.
 
     Raises:
         ConfigError: an empty continuation, or a pair longer than a row.
     """
     _check(model, pairs, bos)
-    found: list[bool] = []
+    matches: list[bool] = []
     device = model.head.weight.device
     for first in range(0, len(pairs), batch):
         part = pairs[first : first + batch]
-        given = [([] if bos is None else [bos], *pair) for pair in part]
-        known = [[*start, *prompt] for start, prompt, _ in given]
-        wanted = [list(continuation) for _, _, continuation in given]
+        prompts = [[*([] if bos is None else [bos]), *prompt] for prompt, _ in part]
+        continuations = [continuation for _, continuation in part]
+        lengths = [*map(len, continuations)]
         if isinstance(model, AR):
-            (rows,) = _hidden_rows(model, part, 1, 0, bos, len(part))
+            (rows,) = _masked_rows(model, part, 1, 0, bos, len(part))
             hidden = model.target_vectors(rows)
         else:
-            state = model.open(len(part))
-            model.extend(state, *_packed(known, [range(len(k)) for k in known], device), [*map(len, known)])
-            places = [range(len(k), len(k) + len(w)) for k, w in zip(known, wanted, strict=True)]
-            hidden = model.hidden(state, _packed(places, [], device)[0], [*map(len, wanted)])
-        at_once = rows_at_once(LOGITS_AT_ONCE, model.vocab_size, hidden.device)
-        likeliest = torch.cat([model.head(some).argmax(-1) for some in hidden.split(at_once)])
-        hits = likeliest.cpu() == torch.tensor([token for ids in wanted for token in ids])
-        found += [bool(row.all()) for row in hits.split([*map(len, wanted)])]
-    return found
+            state, starts = model.open(len(part)), [*map(len, prompts)]
+            model.extend(state, _packed(prompts, device), _packed(map(range, starts), device), starts)
+            positions = [range(start, start + n) for start, n in zip(starts, lengths, strict=True)]
+            hidden = model.hidden(state, _packed(positions, device), lengths)
+        chunk = chunk_rows(CHUNK_LOGITS, model.vocab_size, hidden.device)
+        greedy = torch.cat([model.head(vectors).argmax(-1) for vectors in hidden.split(chunk)])
+        hits = greedy == _packed(continuations, device)
+        matches += [bool(row.all()) for row in hits.split(lengths)]
+    return matches
 
 
 def windows(prompt: Sequence[int], continuation: Sequence[int], room: int) -> list[Pair]:
-    """A prompt and a continuation of any length as pairs that fit in `room` tokens.
+    """Cut a prompt and a continuation of any length into pairs that fit in `room` tokens.
 
-    Their bounds add up to one of the whole. A prompt loses its beginning; a continuation that leaves it less
-    than half of the room is cut, and every piece is the prompt of the next, as far back as fits.
+    The bounds of the pairs add up to a bound of the whole. A prompt loses its beginning; a continuation that leaves
+    it less than half of the room is cut, and every piece is the prompt of the next one, as far back as fits.
+
+    Args:
+        prompt, continuation: ids.
+        room: tokens of a row.
     """
     if len(continuation) <= max(room - len(prompt), room // 2):
-        return [(prompt[len(prompt) - min(len(prompt), room - len(continuation)) :], continuation)]
+        return [(prompt[max(0, len(prompt) + len(continuation) - room) :], continuation)]
     whole = [*prompt, *continuation]
     pieces: list[Pair] = []
     done = len(prompt)
@@ -129,6 +138,7 @@ def windows(prompt: Sequence[int], continuation: Sequence[int], room: int) -> li
 
 
 def _check(model: Denoiser, pairs: Sequence[Pair], bos: int | None) -> None:
+    """Refuse pairs that do not fit in a row."""
     room = model.length - (bos is not None)
     for number, (prompt, continuation) in enumerate(pairs):
         if not continuation or len(prompt) + len(continuation) > room:
@@ -138,10 +148,10 @@ def _check(model: Denoiser, pairs: Sequence[Pair], bos: int | None) -> None:
             )
 
 
-def _hidden_rows(
+def _masked_rows(
     model: Denoiser, pairs: Sequence[Pair], draws: int, seed: int, bos: int | None, batch: int
 ) -> list[Batch]:
-    """Every pair `draws` times, some of its continuation hidden and asked, and all that lies behind it hidden."""
+    """Mask every pair `draws` times: some tokens of its continuation, which are targets, and all behind it."""
     start, length = int(bos is not None), model.length
     tokens = np.zeros((len(pairs), draws, length), np.int64)
     groups = np.ones((len(pairs), draws, length), bool)
@@ -154,7 +164,7 @@ def _hidden_rows(
         if model.left_to_right:
             groups[pair, :, begin:end], weights[pair, :, begin:end] = True, 1
             continue
-        rng = np.random.default_rng(seed_of(seed, continuation))
+        rng = np.random.default_rng(text_seed(seed, continuation))
         n = 1 + np.floor(stratified(draws, rng) * len(continuation)).astype(np.int64)
         hidden: Bool[np.ndarray, "draws n"] = draw_subset(rng, n, len(continuation), bos=False)
         groups[pair, :, begin:end] = hidden
@@ -164,9 +174,6 @@ def _hidden_rows(
     return [Batch(t, g, w > 0, w.float(), device=device) for t, g, w in zip(*flat, strict=True)]
 
 
-def _packed(
-    first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ragged rows as packed tensors."""
-    packed = [torch.tensor([i for row in rows for i in row], dtype=torch.int64) for rows in (first, second)]
-    return packed[0].to(device), packed[1].to(device)
+def _packed(rows: Iterable[Sequence[int]], device: torch.device) -> Int[torch.Tensor, "T"]:
+    """Pack ragged rows into one tensor."""
+    return torch.tensor([i for row in rows for i in row], dtype=torch.int64, device=device)

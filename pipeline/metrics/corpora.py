@@ -1,7 +1,7 @@
-"""Likelihood over folders of prepared data, the rows spread over Ray actors.
+"""Likelihood of models on folders of prepared data, computed by Ray actors.
 
-A folder's (row, draw) pairs are cut into parts whose number depends on the data alone, and the parts' sums are added
-in order: the result is the same, bit by bit, for any number of actors.
+A folder's (row, draw) pairs are cut into parts. Their number depends only on the data, and the sums of the parts are
+added in order, so that the result is bitwise the same for any number of actors.
 """
 
 import logging
@@ -20,7 +20,7 @@ from pipeline.data.shards import ShardReader
 from pipeline.errors import DataError
 from pipeline.logs import Progress
 from pipeline.metrics import likelihood
-from pipeline.metrics.likelihood import Estimator, Likelihood
+from pipeline.metrics.likelihood import Likelihood, Masking
 from pipeline.models import model_folder
 from pipeline.reports.measures import Group, Measure
 from pipeline.runtime.actors import Resources, in_order, own_device, started
@@ -32,169 +32,165 @@ _PARTS = 64  # of a folder's batches, at most
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder of prepared data whose validation split is judged.
+    """A folder of prepared data whose validation split is evaluated.
 
     Attributes:
-        key: in the metrics' names.
+        key: the corpus's part of metric names.
+        path: of the folder.
+        manifest: of the data.
     """
 
     key: str
     path: str
     manifest: Manifest
 
+    def reader(self, split: str) -> ShardReader:
+        """Open the rows of a split.
 
-@dataclass(frozen=True)
-class Draws:
-    """How rows are hidden; what `masked_batches` wants to know."""
-
-    estimator: Estimator
-    draws: int
-    seed: int
-    eps: float
-    bos: bool
-    batch: int
+        Args:
+            split: "train" or "validation".
+        """
+        return ShardReader(self.path, self.manifest, split)
 
 
 def open_corpora(paths: Sequence[str]) -> list[Corpus]:
-    """The folders of `evaluation.data`.
+    """Open the folders of `evaluation.data`.
+
+    Args:
+        paths: folders of prepared data; folders of the same name get numbered keys.
 
     Raises:
-        DataError: one has no complete data.
+        DataError: a folder has no complete data.
     """
-    places = [storage.resolve(path).rstrip("/") for path in paths]
-    names = [re.sub(r"[^\w.-]", "_", place.rpartition("/")[2]) for place in places]
+    folders = [storage.resolve(path).rstrip("/") for path in paths]
+    names = [re.sub(r"[^\w.-]", "_", folder.rpartition("/")[2]) for folder in folders]
     keys = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, start=1)]
     return [
-        Corpus(f"zero_shot/{key}", place, Manifest.read(place))
-        for key, place in zip(keys, places, strict=True)
+        Corpus(f"zero_shot/{key}", folder, Manifest.read(folder))
+        for key, folder in zip(keys, folders, strict=True)
     ]
 
 
 def check_fits(corpus: Corpus, facts: model_folder.DataFacts, tokenizer_hash: str) -> None:
-    """Refuse rows that mean something else than the model's.
+    """Refuse rows that do not mean the same to the model.
 
     Args:
-        facts: of the model.
+        corpus: the data.
+        facts: what the model knows about its own data.
         tokenizer_hash: of the tokenizer that the model was trained with.
 
     Raises:
-        DataError: every field that differs, or a validation split without rows.
+        DataError: fields differ (all are named), or the validation split has no rows.
     """
     manifest = corpus.manifest
-    pairs = {
+    fields = {
         "length": (manifest.length, facts.length),
         "vocabulary": (manifest.vocabulary, facts.vocab_size),
         "bos": (manifest.special.bos, facts.bos),
         "tokenizer (hash)": (manifest.tokenizer.hash[:12], tokenizer_hash[:12]),
     }
-    if lines := differences(pairs, "model"):
+    if lines := differences(fields, "model"):
         head = f"evaluation: the model cannot read {corpus.path} (tokenizer {manifest.tokenizer.name!r}):"
         raise DataError("\n".join([head, *lines]))
     if not manifest.rows("validation"):
         raise DataError(f"evaluation: {corpus.path} has no validation rows; expected at least one")
 
 
-def held_out_rows(corpus: Corpus, numbers: Int[np.ndarray, "R"]) -> UInt[np.ndarray, "R L"]:
-    """Validation rows by number."""
-    return ShardReader(corpus.path, corpus.manifest, "validation").rows(numbers)
-
-
 @dataclass(frozen=True)
 class Case:
-    """A likelihood that is asked for.
+    """A likelihood to measure.
 
     Attributes:
         model: consolidated folder that every node can read.
-        rows: which validation rows.
+        corpus: the data.
+        rows: numbers of the validation rows.
         labelled: whether the model is conditioned on the rows' labels.
+        masking: how rows are hidden.
     """
 
     model: str
     corpus: Corpus
     rows: Int[np.ndarray, "R"]
     labelled: bool
-    how: Draws
+    masking: Masking
 
     @property
     def parts(self) -> int:
-        """Tasks that it is cut into."""
-        return min(_PARTS, -(-len(self.rows) * self.how.draws // self.how.batch))
+        """Return the number of tasks that the measurement is cut into."""
+        return min(_PARTS, -(-len(self.rows) * self.masking.draws // self.masking.batch))
 
 
 class _LikelihoodActor:
-    """One actor: the model that it was asked for last, on its device."""
+    """Measure parts of cases; hold the model of the last part on the actor's device."""
 
     def __init__(self, threads: int):
         torch.set_num_threads(threads)
         self._device = own_device()
-        self._model = ""
+        self._folder = ""
 
     def sums(
         self,
         model: str,
+        masking: Masking,
         tokens: UInt[np.ndarray, "R L"],
         labels: Int[np.ndarray, "R"] | None,
-        how: Draws,
-        part: int,
-        parts: int,
+        share: tuple[int, int],
     ) -> Float64[np.ndarray, "R"]:
-        """Every row's sum over its draws in this part."""
-        if model != self._model:
-            self._denoiser = model_folder.read(storage.fetch(model))[0].to(self._device)
-            self._model = model
-        batches = likelihood.masked_batches(
-            tokens,
-            how.estimator,
-            how.draws,
-            how.seed,
-            how.eps,
-            how.bos,
-            how.batch,
-            part,
-            parts,
-            self._device,
-            labels,
-        )
-        return likelihood.row_sums(self._denoiser, batches, len(tokens)).numpy()
+        """Sum every row's estimates over its draws in this part."""
+        if model != self._folder:
+            self._model = model_folder.read(storage.fetch(model))[0].to(self._device)
+            self._folder = model
+        batches = likelihood.masked_batches(masking, tokens, labels, share, self._device)
+        return likelihood.row_sums(self._model, batches, len(tokens)).numpy()
 
 
 def measure_cases(cases: Sequence[Case], resources: Resources) -> list[Likelihood]:
-    """The likelihood of every case, by actors that are started once."""
-    found = []
-    with started(_LikelihoodActor, (resources.cpus,), resources, max(case.parts for case in cases)) as judges:
+    """Measure the likelihood of every case on actors that are started once.
+
+    Args:
+        cases: what to measure.
+        resources: of the actors.
+    """
+    results = []
+    with started(_LikelihoodActor, (resources.cpus,), resources, max(case.parts for case in cases)) as actors:
         for case in cases:
-            corpus, how, parts = case.corpus, case.how, case.parts
-            reader = ShardReader(corpus.path, corpus.manifest, "validation")
+            reader = case.corpus.reader("validation")
             tokens = ray.put(reader.rows(case.rows))
             labels = ray.put(reader.labels(case.rows) if case.labelled else None)
             sums = torch.zeros(len(case.rows), dtype=torch.float64)
-            progress = Progress("judged", "parts", parts, "rows")
-            tasks = [(case.model, tokens, labels, how, part, parts) for part in range(parts)]
-            for part in in_order(judges, "sums", tasks):
+            progress = Progress("measured the likelihood of", "parts", case.parts, "rows")
+            tasks = [(case.model, case.masking, tokens, labels, (i, case.parts)) for i in range(case.parts)]
+            for part in in_order(actors, "sums", tasks):
                 sums += torch.from_numpy(part.copy())
-                progress.add(round(len(case.rows) / parts))
-            found.append(likelihood.summarise(sums, how.estimator, how.draws, how.seed))
-            log.info("%s: %s", corpus.key, found[-1])
-    return found
+                progress.add(round(len(case.rows) / case.parts))
+            results.append(likelihood.summarise(sums, case.masking))
+            log.info("%s: %s", case.corpus.key, results[-1])
+    return results
 
 
-def likelihood_group(corpus: Corpus, title: str, found: Likelihood) -> Group:
-    """One corpus in the report."""
-    how = {
+def likelihood_group(corpus: Corpus, title: str, result: Likelihood) -> Group:
+    """Make the report's group of a likelihood.
+
+    Args:
+        corpus: the data.
+        title: for people.
+        result: the measured likelihood.
+    """
+    method = {
         "data": corpus.path.rpartition("/")[2],
         "split": "validation",
-        "rows": found.rows,
-        "estimator": found.estimator,
-        "draws": found.draws,
-        "seed": found.seed,
+        "rows": result.rows,
+        "estimator": result.estimator,
+        "draws": result.draws,
+        "seed": result.seed,
         "precision": "float32",
     }
-    if found.estimator == "arccos":
-        measures = [Measure("loss", "loss, nats per masked token", found.nats, found.interval)]
+    if result.estimator == "arccos":
+        measures = [Measure("loss", "loss, nats per masked token", result.nats, result.interval)]
     else:
-        bound = "" if found.estimator == "exact" else "upper bound"
+        bound = "" if result.estimator == "exact" else "upper bound"
         measures = [
-            Measure("perplexity", "perplexity", found.perplexity, found.perplexity_interval, bound),
-            Measure("nats", "nats per token", found.nats, found.interval, bound),
+            Measure("perplexity", "perplexity", result.perplexity, result.perplexity_interval, bound),
+            Measure("nats", "nats per token", result.nats, result.interval, bound),
         ]
-    return Group(corpus.key, title, how, measures)
+    return Group(corpus.key, title, method, measures)

@@ -1,14 +1,15 @@
-"""Many samples, drawn in batches by Ray actors that each hold the model."""
+"""Sampling of many rows: in batches, by Ray actors that each hold a model.
+
+Everything that draws rows from a trained model goes through this file: `jobs.sample`, evaluation, comparisons,
+sweeps, and the samples that are shown during training.
+"""
 
 import json
-import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,23 +19,41 @@ from PIL import Image
 from pipeline import storage
 from pipeline.config.schema import Precision, SamplingConfig
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
+from pipeline.logs import Progress
 from pipeline.models import model_folder, vq
-from pipeline.models.denoiser import DTYPES
+from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.reports.pictures import sample_grid
 from pipeline.runtime.actors import Resources, in_order, own_device, started
-from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
-
-log = logging.getLogger(__name__)
+from pipeline.sampling.sampler import SamplingRequest, sample
 
 GRID = "samples.png"
-GRID_IMAGES = 80  # that the overview shows, at most
+GRID_IMAGES = 80  # images of the overview, at most
+
+
+@dataclass(frozen=True)
+class DrawnBatch:
+    """A batch of rows.
+
+    Attributes:
+        tokens: the rows.
+        seconds: that it took to draw them.
+    """
+
+    tokens: Int[np.ndarray, "n L"]
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where the samples are, and the seconds that drawing their tokens took (models loaded before)."""
+    """Rows that `generate` has drawn.
+
+    Attributes:
+        folder: of the files.
+        tokens: the rows.
+        labels: class of every row; None for a model without classes.
+        texts: of the rows; empty for images.
+        seconds: duration of drawing the tokens, models loaded before.
+    """
 
     folder: str
     tokens: Int[np.ndarray, "n L"]
@@ -43,50 +62,117 @@ class Samples:
     seconds: float
 
 
+def draw_rows(
+    model: Denoiser,
+    settings: SamplingConfig,
+    bos: int | None,
+    batch: tuple[int, int],
+    revealed_at: Int[torch.Tensor, "n L"] | None = None,
+) -> Int[torch.Tensor, "n L"]:
+    """Draw a batch of rows in this process.
+
+    Args:
+        model: in eval mode.
+        settings: how to draw.
+        bos: id of the token at position 0, if rows begin with one.
+        batch: index of the first row, and the number of rows. A row depends on its index, not on the batch.
+        revealed_at: receives the step at which every position was drawn.
+
+    Returns:
+        Rows of ids, BOS included.
+    """
+    (first, count), condition = batch, None
+    if model.classes is not None:
+        condition = torch.tensor(labels_of(settings, model.classes.num_embeddings - 1, first, count))
+    request = replace(
+        SamplingRequest.of(settings, bos),
+        num_samples=count,
+        condition=condition,
+        indices=range(first, first + count),
+    )
+    return sample(model, request, revealed_at=revealed_at)
+
+
 class Sampler:
-    """One actor: the model, and the tokenizer of its images, on its device."""
+    """Draws rows from consolidated models on one device; one Ray actor holds one.
 
-    def __init__(self, model: str, threads: int, precision: Precision):
+    Args:
+        threads: CPU threads.
+        capacity: number of models held in memory; the oldest makes room for a new one.
+    """
+
+    def __init__(self, threads: int, capacity: int = 1):
         torch.set_num_threads(threads)
-        local, device = storage.fetch(model), own_device()
-        self._denoiser, _, self._facts = model_folder.read(local)
-        self._denoiser.to(device, DTYPES[precision])
+        self._capacity = capacity
+        self._models: dict[tuple[str, Precision], tuple[Denoiser, int | None]] = {}
+        self._tokenizers: dict[str, vq.ImageTokenizer] = {}
+
+    def load(self, folder: str, precision: Precision) -> None:
+        """Load a model, unless it is in memory.
+
+        Args:
+            folder: of the model, readable on every node.
+            precision: of its weights.
+        """
         torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"  # which has all bits of bf16: see Engine
-        self._images: vq.ImageTokenizer | None = None
-        if (local / vq.INFO_FILE).is_file():
-            self._images = vq.load_image_tokenizer(str(local), None, IMAGES_AT_ONCE, device)
+        if (folder, precision) not in self._models:
+            if len(self._models) == self._capacity:
+                del self._models[next(iter(self._models))]
+            model, _, facts = model_folder.read(storage.fetch(folder))
+            self._models[folder, precision] = model.to(own_device(), DTYPES[precision]), facts.bos
 
-    def classes(self) -> int | None:
-        """Classes that the model knows; returns once the model is there."""
-        embedding = self._denoiser.classes
-        return None if embedding is None else embedding.num_embeddings - 1
+    def draw(self, folder: str, settings: SamplingConfig, first: int, count: int) -> DrawnBatch:
+        """Draw rows `first` to `first + count - 1` from a model; loading it is not part of the time.
 
-    def parameters(self) -> int:
-        """Of the model."""
-        return sum(value.numel() for value in self._denoiser.parameters())
+        Args:
+            folder: of the model, readable on every node.
+            settings: how to draw.
+            first: index of the first row.
+            count: number of rows.
+        """
+        self.load(folder, settings.precision)
+        model, bos = self._models[folder, settings.precision]
+        began = time.perf_counter()
+        tokens = draw_rows(model, settings, bos, (first, count)).cpu().numpy()
+        return DrawnBatch(tokens, time.perf_counter() - began)
 
-    def draw(self, settings: SamplingConfig, first: int, count: int) -> Int[np.ndarray, "count L"]:
-        """Samples `first` to `first + count - 1`."""
-        s, classes = settings, self.classes()
-        labels = None if classes is None else labels_of(s, classes, first, count)
-        tokens = sample(
-            self._denoiser,
-            count,
-            s.steps,
-            s.seed,
-            Order.of(s),
-            self._facts.bos,
-            first=first,
-            condition=None if labels is None else torch.tensor(labels),
-            filters=Filters.of(s),
-            refresh_every=s.refresh_every,
-            guidance=s.guidance,
-        )
-        return tokens.cpu().numpy()
+    def decode(self, folder: str, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"]:
+        """Turn rows into images with the tokenizer of a model's folder.
 
-    def pictures(self, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"] | None:
-        """The images of rows; None from a model that draws none."""
-        return None if self._images is None else self._images.decode(tokens[:, 1:])
+        Args:
+            folder: of the model.
+            tokens: rows, BOS included.
+        """
+        if folder not in self._tokenizers:
+            local = str(storage.fetch(folder))
+            self._tokenizers[folder] = vq.load_image_tokenizer(local, None, IMAGES_AT_ONCE, own_device())
+        return self._tokenizers[folder].decode(tokens[:, 1:])
+
+
+def batches_of(settings: SamplingConfig) -> list[tuple[int, int]]:
+    """Split `num_samples` into batches.
+
+    Args:
+        settings: of the sampling.
+
+    Returns:
+        Index of the first row and number of rows, for every batch.
+    """
+    count = settings.num_samples
+    return [(first, min(settings.batch, count - first)) for first in range(0, count, settings.batch)]
+
+
+def labels_of(settings: SamplingConfig, classes: int, first: int, count: int) -> list[int]:
+    """List the classes of rows `first` to `first + count - 1`: those of the settings, or all, in turn.
+
+    Args:
+        settings: of the sampling.
+        classes: number of classes of the model.
+        first: index of the first row.
+        count: number of rows.
+    """
+    labels = settings.labels or range(classes)
+    return [labels[(first + i) % len(labels)] for i in range(count)]
 
 
 def generate(model: str, settings: SamplingConfig, resources: Resources, into: str) -> Samples:
@@ -94,37 +180,48 @@ def generate(model: str, settings: SamplingConfig, resources: Resources, into: s
 
     Args:
         model: consolidated folder that every node can read.
+        settings: how to draw.
         resources: of the actors, which draw batches at the same time.
         into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`.
     """
-    starts = range(0, settings.num_samples, settings.batch)
-    parts = [(settings, first, min(settings.batch, settings.num_samples - first)) for first in starts]
-    with started(Sampler, (model, resources.cpus, settings.precision), resources, len(parts)) as samplers:
-        # Waits until the models are there, so that the rate below is of sampling alone.
-        classes, *_ = in_order(samplers, "classes", [()] * len(samplers))
-        began, done, drawn = time.perf_counter(), 0, []
-        for rows in in_order(samplers, "draw", parts):
-            drawn.append(rows)
-            done += len(rows)
-            rate = done * rows.shape[1] / (time.perf_counter() - began)
-            log.info("sampled %d of %d rows, %s tokens/s", done, settings.num_samples, f"{rate:,.0f}")
+    local, parts = storage.fetch(model), batches_of(settings)
+    classes, tokenizer = model_folder.read_config(local)[0].classes, saved_tokenizer(local)
+    with started(Sampler, (resources.cpus,), resources, len(parts)) as samplers:
+        list(in_order(samplers, "load", [(model, settings.precision)] * len(samplers)))
+        progress = Progress("sampled", "batches", len(parts), "tokens")
+        began, drawn = time.perf_counter(), []
+        for batch in in_order(samplers, "draw", [(model, settings, *part) for part in parts]):
+            drawn.append(batch.tokens)
+            progress.add(batch.tokens.size)
         seconds = time.perf_counter() - began
+        images = in_order(samplers, "decode", [(model, rows) for rows in drawn])
         tokens = np.concatenate(drawn)
         labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
-        pictures = in_order(samplers, "pictures", [(rows,) for rows in drawn])
-        return Samples(into, tokens, labels, _write(model, tokens, labels, pictures, into), seconds)
-
-
-def labels_of(settings: SamplingConfig, classes: int, first: int, count: int) -> list[int]:
-    """Classes of samples `first` to `first + count - 1`: those that were asked for, or all, in turn."""
-    asked = settings.labels or range(classes)
-    return [asked[(first + i) % len(asked)] for i in range(count)]
+        texts = [tokenizer.decode(row) for row in tokens.tolist()] if isinstance(tokenizer, Tokenizer) else []
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            np.save(folder / "tokens.npy", tokens)
+            columns = {"index": range(len(tokens)), "label": labels, "text": texts}
+            columns = {name: values for name, values in columns.items() if values}
+            rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+            if texts:
+                blocks = [f"--- sample {i}\n{text}\n" for i, text in enumerate(texts)]
+                (folder / "samples.txt").write_text("\n".join(blocks), encoding="utf-8")
+            elif tokenizer is not None:
+                _write_images(images, labels, folder)
+            storage.publish_folder(folder, into)
+    return Samples(into, tokens, labels, texts, seconds)
 
 
 def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
-    """How samples were drawn, for reports; settings without effect are left out."""
-    told: dict[str, object] = {"samples": count, "order": settings.order, "steps": settings.steps}
-    told |= {"temperature": settings.temperature}
+    """Describe for a report how rows were drawn; settings without effect are left out.
+
+    Args:
+        settings: of the sampling.
+        count: number of rows.
+    """
     optional = {
         "schedule": settings.schedule,
         "gumbel": settings.gumbel if settings.order == "confidence" else None,
@@ -135,47 +232,22 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
         "refresh_every": settings.refresh_every if settings.refresh_every > 1 else None,
         "labels": settings.labels,
     }
-    told |= {key: value for key, value in optional.items() if value is not None}
-    return told | {"seed": settings.seed, "precision": str(DTYPES[settings.precision]).removeprefix("torch.")}
-
-
-def _write(
-    model: str,
-    tokens: Int[np.ndarray, "n L"],
-    labels: list[int] | None,
-    pictures: Iterable[UInt8[np.ndarray, "n S S 3"] | None],
-    into: str,
-) -> list[str]:
-    tokenizer, texts = saved_tokenizer(storage.fetch(model)), []
-    with tempfile.TemporaryDirectory() as temporary:
-        np.save(os.path.join(temporary, "tokens.npy"), tokens)
-        lines: list[dict[str, Any]] = [{"index": i} for i in range(len(tokens))]
-        if labels is not None:
-            lines = [{**line, "label": label} for line, label in zip(lines, labels, strict=True)]
-        if isinstance(tokenizer, Tokenizer):
-            texts = [tokenizer.decode(row) for row in tokens.tolist()]
-            lines = [{**line, "text": text} for line, text in zip(lines, texts, strict=True)]
-            blocks = [f"--- sample {i}\n{text}\n" for i, text in enumerate(texts)]
-            Path(temporary, "samples.txt").write_text("\n".join(blocks), encoding="utf-8")
-        elif tokenizer is not None:
-            _write_images(pictures, labels, Path(temporary))
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        Path(temporary, "samples.jsonl").write_text(text, encoding="utf-8")
-        storage.publish_folder(temporary, into)
-    return texts
+    how: dict[str, object] = {"samples": count, "order": settings.order, "steps": settings.steps}
+    how |= {"temperature": settings.temperature}
+    how |= {key: value for key, value in optional.items() if value is not None}
+    return how | {"seed": settings.seed, "precision": str(DTYPES[settings.precision]).removeprefix("torch.")}
 
 
 def _write_images(
-    batches: Iterable[UInt8[np.ndarray, "n S S 3"] | None], labels: list[int] | None, into: Path
+    batches: Iterable[UInt8[np.ndarray, "n S S 3"]], labels: list[int] | None, into: Path
 ) -> None:
-    """A PNG for every image as they come, and one of the first."""
+    """Write a PNG of every image, and an overview of the first ones."""
     (into / "images").mkdir()
-    first: list[np.ndarray] = []
+    overview: list[np.ndarray] = []
     index = 0
     for images in batches:
-        assert images is not None, "a model folder with a tokenizer of images"
         for image in images:
             Image.fromarray(image).save(into / "images" / f"{index:06d}.png")
             index += 1
-        first += list(images[: GRID_IMAGES - len(first)])
-    sample_grid(np.stack(first), labels and labels[:GRID_IMAGES]).savefig(into / GRID)
+        overview += list(images[: GRID_IMAGES - len(overview)])
+    sample_grid(np.stack(overview), labels and labels[:GRID_IMAGES]).savefig(into / GRID)

@@ -1,8 +1,8 @@
-"""Generative perplexity: what a causal language model of others thinks of texts."""
+"""Generative perplexity: the score of texts under a pretrained causal language model."""
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline import storage
 from pipeline.data.tokenizers import END_OF_TEXT
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GGUF, GGUF_READERS = ".gguf", ("gguf", "accelerate")
-_TEXTS_A_TASK = 64
-_LOGITS = 1 << 28  # of one forward pass, 1 GiB in float32
+_TEXTS_PER_TASK = 64
+_MAX_LOGITS = 1 << 28  # of one forward pass, 1 GiB in float32
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Sums over texts.
+    """Sums over scored texts.
 
     Attributes:
-        nats: minus log-probability of all scored tokens.
-        tokens: that were scored: of every text all but the first, which nothing precedes.
+        nats: minus the log-probability of all scored tokens.
+        tokens: number of scored tokens: all but the first of every text, which has no context.
         cut: tokens beyond the scorer's context, left out.
         features: the scorer's last hidden state at the end of every scored text.
     """
@@ -44,16 +45,18 @@ class Scored:
 
     @property
     def perplexity(self) -> float:
-        """exp of the nats of a token."""
+        """Return exp(nats per token)."""
         return math.exp(min(self.nats / self.tokens, 700.0))
 
 
 @dataclass(frozen=True)
 class ScorerTokenizer:
-    """A scorer's tokenizer and the longest text that the scorer reads (None: any).
+    """A scorer's tokenizer and context length.
 
     Attributes:
         spec: the scorer's name in the config.
+        tokenizer: from transformers.
+        context: the longest text that the scorer reads, in tokens; None: unlimited.
     """
 
     spec: str
@@ -61,16 +64,23 @@ class ScorerTokenizer:
     context: int | None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text; its ends of text become the scorer's own."""
+        """Encode texts; the pipeline's end-of-text marks become the scorer's own.
+
+        Args:
+            texts: to encode.
+        """
         end = self.tokenizer.eos_token or ""
-        told = [text.replace(END_OF_TEXT, end) for text in texts]
-        return self.tokenizer(told, verbose=False)["input_ids"] if told else []
+        texts = [text.replace(END_OF_TEXT, end) for text in texts]
+        return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
     def check_context(self, texts: Sequence[str]) -> None:
-        """Refuse a scorer that cannot read such texts whole.
+        """Refuse a scorer whose context is shorter than the texts.
+
+        Args:
+            texts: as long as those that will be scored.
 
         Raises:
-            ConfigError: says how long the texts are.
+            ConfigError: names the length of the texts and a context that suffices.
         """
         longest = max(map(len, self.encode(texts)), default=0)
         if self.context is not None and longest > self.context:
@@ -82,7 +92,7 @@ class ScorerTokenizer:
 
 
 def load_scorer_tokenizer(spec: str) -> ScorerTokenizer:
-    """What can be known of a scorer without its weights.
+    """Load a scorer's tokenizer and config, without its weights.
 
     Args:
         spec: hub name, folder, or a `.gguf` file in either.
@@ -93,126 +103,129 @@ def load_scorer_tokenizer(spec: str) -> ScorerTokenizer:
     """
     from transformers import AutoConfig, AutoTokenizer  # takes seconds
 
-    config = _pretrained(AutoConfig, spec)
-    tokenizer = _pretrained(AutoTokenizer, spec)
+    config, tokenizer = (_pretrained(kind, spec, {}) for kind in (AutoConfig, AutoTokenizer))
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return ScorerTokenizer(spec, tokenizer, context)
 
 
 class Scorer:
-    """A causal language model in float32, one of the actors.
+    """A causal language model in float32; one Ray actor holds one.
 
     Args:
-        batch: texts of one forward pass, at most; fewer where all their logits would take too much memory.
+        spec: as in `load_scorer_tokenizer`.
+        batch: texts of a forward pass, at most; fewer where their logits would take too much memory.
         threads: CPU threads.
     """
 
     def __init__(self, spec: str, batch: int, threads: int):
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as noise
+        from transformers.utils.logging import disable_progress_bar
 
-        noise.disable_progress_bar()
+        disable_progress_bar()
         torch.set_num_threads(threads)
-        self._tokenizer = load_scorer_tokenizer(spec)
-        self._device = own_device()
-        self._model = _pretrained(AutoModelForCausalLM, spec, dtype=torch.float32).to(self._device).eval()
-        self._batch = batch
+        self._tokenizer, self._device, self._batch = load_scorer_tokenizer(spec), own_device(), batch
+        model = _pretrained(AutoModelForCausalLM, spec, {"dtype": torch.float32})
+        self._model = model.to(self._device).eval()
 
     @torch.no_grad()
     def score(self, texts: Sequence[str]) -> Scored:
-        """Sums over the texts; padding is behind them, where a causal model does not see it."""
+        """Score texts. Padding stands behind the texts, where a causal model does not see it.
+
+        Args:
+            texts: to score; those without two tokens are left out.
+        """
         ids = self._tokenizer.encode(texts)
         kept = [text[: self._tokenizer.context] for text in ids]
         cut = sum(map(len, ids)) - sum(map(len, kept))
         kept = sorted((text for text in kept if len(text) > 1), key=len)
         embedding = self._model.get_input_embeddings()
-        nats, vocabulary, first = 0.0, embedding.num_embeddings, 0
+        nats, first = 0.0, 0
         features = [np.empty((0, embedding.embedding_dim), np.float32)]
         while first < len(kept):
-            fits = max(1, _LOGITS // (vocabulary * len(kept[min(first + self._batch, len(kept)) - 1])))
-            part = kept[first : first + min(self._batch, fits)]
-            found, seen = self._judge(part)
-            nats += found
-            features.append(seen)
-            first += len(part)
+            longest = len(kept[min(first + self._batch, len(kept)) - 1])
+            count = max(1, min(self._batch, _MAX_LOGITS // (embedding.num_embeddings * longest)))
+            batch_nats, batch_features = self._score_batch(kept[first : first + count])
+            nats += batch_nats
+            features.append(batch_features)
+            first += count
         return Scored(nats, sum(len(text) - 1 for text in kept), cut, np.concatenate(features))
 
-    def _judge(self, part: list[list[int]]) -> tuple[float, Float[np.ndarray, "n H"]]:
-        """Nats of all texts, and the hidden state at the end of each."""
-        width = max(map(len, part))
-        tokens = torch.tensor([text + [0] * (width - len(text)) for text in part], device=self._device)
-        real = torch.tensor(
-            [[1] * len(text) + [0] * (width - len(text)) for text in part], device=self._device
-        )
-        out = self._model(input_ids=tokens, attention_mask=real, output_hidden_states=True)
-        ends = torch.tensor([len(text) - 1 for text in part], device=self._device)
-        features = out.hidden_states[-1][torch.arange(len(part), device=self._device), ends]
+    def _score_batch(self, texts: list[list[int]]) -> tuple[float, Float[np.ndarray, "n H"]]:
+        """Return the nats of all texts and the hidden state at the end of each."""
+        rows = [torch.tensor(text, device=self._device) for text in texts]
+        tokens = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        out = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+        features = out.hidden_states[-1][torch.arange(len(rows), device=self._device), mask.sum(1) - 1]
         nats = sum(
-            float(F.cross_entropy(row[: len(text) - 1].float(), ids[1 : len(text)], reduction="sum"))
-            for row, ids, text in zip(out.logits, tokens, part, strict=True)  # logits [B, width, V]
+            float(F.cross_entropy(logits[: len(row) - 1].float(), row[1:], reduction="sum"))
+            for logits, row in zip(out.logits, rows, strict=True)
         )
         return nats, features.float().cpu().numpy()
 
 
 def score_texts(spec: str, groups: Sequence[Sequence[str]], batch: int, resources: Resources) -> list[Scored]:
-    """Score groups of texts on Ray actors that each hold the scorer; sums do not depend on how many there are.
+    """Score groups of texts on Ray actors; the sums do not depend on the number of actors.
+
+    Args:
+        spec: the scorer, as in `load_scorer_tokenizer`.
+        groups: texts whose sums are kept apart.
+        batch: texts of a forward pass, at most.
+        resources: of the actors, each of which holds the scorer.
 
     Raises:
         DataError: no text of a group has a token to score.
     """
-    starts = [(texts, first) for texts in groups for first in range(0, len(texts), _TEXTS_A_TASK)]
-    tasks = [(list(texts[first : first + _TEXTS_A_TASK]),) for texts, first in starts]
+    tasks = [
+        (list(texts[first : first + _TEXTS_PER_TASK]),)
+        for texts in groups
+        for first in range(0, len(texts), _TEXTS_PER_TASK)
+    ]
     with started(Scorer, (spec, batch, resources.cpus), resources, len(tasks)) as scorers:
         parts = in_order(scorers, "score", tasks)
-        return [total(islice(parts, -(-len(texts) // _TEXTS_A_TASK))) for texts in groups]
+        return [total(islice(parts, -(-len(texts) // _TEXTS_PER_TASK))) for texts in groups]
 
 
-def total(parts: Any) -> Scored:
-    """Sums of sums.
+def total(parts: Iterable[Scored]) -> Scored:
+    """Add sums up.
+
+    Args:
+        parts: sums of parts of the texts.
 
     Raises:
         DataError: no text has a token to score.
     """
-    found = list(parts)
-    tokens = sum(part.tokens for part in found)
+    parts = list(parts)
+    tokens = sum(part.tokens for part in parts)
     if not tokens:
         raise DataError("generative perplexity: no text of at least two tokens; expected samples")
-    features = np.concatenate([part.features for part in found])
-    cut = sum(part.cut for part in found)
-    return Scored(math.fsum(part.nats for part in found), tokens, cut, features)
+    features = np.concatenate([part.features for part in parts])
+    return Scored(math.fsum(part.nats for part in parts), tokens, sum(part.cut for part in parts), features)
 
 
-def _pretrained(kind: Any, spec: str, **settings: Any) -> Any:
-    """`kind.from_pretrained` of a scorer, its failures told as what they are."""
-    place, name = spec, None
+def _pretrained(kind: Any, spec: str, settings: dict[str, Any]) -> Any:
+    """Call `kind.from_pretrained` for a scorer and turn its failures into errors that name the config key."""
+    source, file, key = spec, None, f"evaluation.scorer: {spec!r}"
     if spec.endswith(GGUF):
-        place, _, name = spec.rpartition("/")
+        source, _, file = spec.rpartition("/")
         missing = [package for package in GGUF_READERS if find_spec(package) is None]
         if missing:
-            raise CapabilityError(
-                f"evaluation.scorer: {spec!r} needs packages that are not installed: {', '.join(missing)}"
-            )
-    local = storage.resolve(place)
+            raise CapabilityError(f"{key} needs packages that are not installed: {', '.join(missing)}")
+    local = storage.resolve(source)
     try:
-        if storage.exists(local):
-            place = str(storage.fetch(local))
-        if name is not None:
-            settings["gguf_file"] = name
-        return kind.from_pretrained(place, **settings)
+        source = str(storage.fetch(local)) if storage.exists(local) else source
+        return kind.from_pretrained(source, **settings, **({"gguf_file": file} if file else {}))
     except ImportError as error:
-        raise CapabilityError(
-            f"evaluation.scorer: {spec!r} needs a package that is not installed: {_line(error)}"
-        ) from None
+        raise CapabilityError(f"{key} needs a package that is not installed: {_first_line(error)}") from None
     except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
-        folder, _, last = storage.resolve(spec).rpartition("/")
-        near = (
-            did_you_mean(last, storage.listing(folder)) if not storage.exists(storage.resolve(spec)) else ""
-        )
+        path = storage.resolve(spec)
+        folder, _, name = path.rpartition("/")
+        near = "" if storage.exists(path) else did_you_mean(name, storage.listing(folder))
         raise ConfigError(
-            f"evaluation.scorer: {spec!r} cannot be loaded: {_line(error)}; expected a causal language model's hub "
-            f"name, its folder, or a {GGUF} file{near}"
+            f"{key} cannot be loaded: {_first_line(error)}; expected the hub name or folder of a causal language "
+            f"model, or a {GGUF} file{near}"
         ) from None
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

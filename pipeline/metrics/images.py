@@ -1,4 +1,4 @@
-"""Figures of images: FID, Inception Score, and what a tokenizer loses."""
+"""Metrics of images: FID, Inception Score, and the loss of an image tokenizer."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.metrics.image_features import FeatureNet, Outputs
-from pipeline.runtime.actors import own_device
+from pipeline.runtime.actors import Resources, own_device
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,12 @@ Images = UInt8[np.ndarray, "n S S 3"]
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean and covariance of the features of `count` images."""
+    """Statistics of image features.
+
+    Attributes:
+        count: number of images.
+        mean, covariance: of the features.
+    """
 
     count: int
     mean: Float64[np.ndarray, "D"]
@@ -35,7 +40,12 @@ class Gaussian:
 
 
 class Difference(NamedTuple):
-    """Sums over pixel values, whole numbers, so that totals are exact for any batches."""
+    """Sums over the pixel values of a batch; whole numbers, so that totals do not depend on the batches.
+
+    Attributes:
+        images, values: number of images and of pixel values.
+        squares, absolute: sums of squared and absolute errors.
+    """
 
     images: int
     values: int
@@ -45,12 +55,13 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What encoding and decoding changes, in pixel values 0 to 255.
+    """Error of encoding and decoding, in pixel values 0 to 255.
 
     Attributes:
+        images: number of images.
         mse: mean squared error.
         mae: mean absolute error.
-        psnr: 10 log10(255^2 / mse), in dB; infinite where nothing changes.
+        psnr: 10 log10(255^2 / mse), in dB; infinite without error.
     """
 
     images: int
@@ -60,10 +71,15 @@ class Reconstruction:
 
 
 def gaussian(blocks: Iterable[Float[np.ndarray, "n D"]]) -> Gaussian:
-    """Statistics of features that arrive in blocks, in float64, by the update of Chan, Golub and LeVeque 1979.
+    """Compute mean and covariance of features that arrive in blocks, in float64.
+
+    Args:
+        blocks: features.
 
     Raises:
         DataError: fewer than two rows, blocks of different widths, or a feature that is not finite.
+
+    Source: Chan, Golub and LeVeque 1979.
     """
     count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
     for block in blocks:
@@ -87,10 +103,13 @@ def gaussian(blocks: Iterable[Float[np.ndarray, "n D"]]) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians with covariances A and B.
+    """Compute |mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians with covariances A and B.
 
-    A B has the eigenvalues of the symmetric R B R with R = A^(1/2), so that no root of a matrix without symmetry
-    is needed, and none turns out complex.
+    A B has the eigenvalues of the symmetric R B R with R = A^(1/2), so that only roots of symmetric matrices are
+    needed, which are never complex.
+
+    Args:
+        a, b: statistics of two sets of images.
 
     Raises:
         DataError: features of different widths.
@@ -106,12 +125,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(probabilities: Float[np.ndarray, "n K"], splits: int = 10) -> tuple[float, float]:
-    """exp of the mean KL divergence of an image's classes from the classes of all images.
+    """Compute exp of the mean KL divergence of an image's classes from the classes of all images.
 
-    Images are dealt out at random, since samples often come sorted by class.
+    Images are assigned to the parts at random, since samples often come sorted by class.
 
     Args:
-        splits: parts that are scored by themselves; at most one for two images.
+        probabilities: of the classes of every image.
+        splits: parts that are scored separately; at most one for two images.
 
     Returns:
         Mean and standard deviation over the parts.
@@ -134,37 +154,43 @@ def inception_score(probabilities: Float[np.ndarray, "n K"], splits: int = 10) -
 
 
 def summarise(outputs: Iterable[Outputs]) -> tuple[Gaussian, Float[np.ndarray, "n K"] | None]:
-    """Statistics of the features, and all class probabilities; None from a net without classes.
+    """Summarise a net's outputs.
+
+    Args:
+        outputs: of all images, in blocks.
+
+    Returns:
+        Statistics of the features, and all class probabilities; None for a net without classes.
 
     Raises:
         DataError: as `gaussian`.
     """
-    probabilities: list[np.ndarray] = []
+    probabilities = []
 
     def features() -> Iterator[np.ndarray]:
         for out in outputs:
-            if out.probabilities is not None:
-                probabilities.append(out.probabilities)
+            probabilities.append(out.probabilities)
             yield out.features
 
     statistics = gaussian(features())
-    return statistics, np.concatenate(probabilities) if probabilities else None
+    known = [part for part in probabilities if part is not None]
+    return statistics, np.concatenate(known) if known else None
 
 
 def reference_statistics(
     outputs: Callable[[], Iterable[Outputs]], net: str, data: str, count: int, cache: str
 ) -> Gaussian:
-    """Statistics of real images, computed once and kept.
+    """Compute the statistics of real images, or read them where they were kept.
 
     Args:
-        outputs: gives what the net makes of exactly `count` images; called only where nothing is kept yet.
-        net: the feature net's name.
+        outputs: gives the net's outputs for exactly `count` images; called only where nothing is kept yet.
+        net: name of the feature net.
         data: a key of the images, such as the hash of a manifest.
-        count: how many of them.
+        count: number of images.
         cache: folder, or URL of one, that keeps statistics.
 
     Raises:
-        DataError: another number of images, or what is kept is damaged.
+        DataError: the number of images differs, or the kept file is damaged.
     """
     key = hashlib.sha256(f"{data}\n{net}\n{count}".encode()).hexdigest()
     path = storage.join(cache, f"features-{key[:32]}.safetensors")
@@ -176,46 +202,51 @@ def reference_statistics(
         raise DataError(f"reference statistics: {statistics.count} images of {data}; expected {count}")
     tensors = {"mean": statistics.mean, "covariance": statistics.covariance, "count": np.array([count])}
     storage.publish_bytes(path, safetensors.numpy.save(tensors))
-    log.info("features of %d reference images by %s are kept in %s", count, net, path)
+    log.info("wrote the statistics of %d reference images under %s to %s", count, net, path)
     return statistics
 
 
-def dataset_outputs(
-    images: ray.data.Dataset, net: FeatureNet, actors: int, cpus: int, use_gpu: bool
-) -> Iterator[Outputs]:
-    """What a net makes of a dataset's images, on a pool of Ray actors.
+def dataset_outputs(images: ray.data.Dataset, net: FeatureNet, resources: Resources) -> Iterator[Outputs]:
+    """Compute a net's outputs for a dataset's images on a pool of Ray actors.
 
     The order is the dataset's, so that statistics are the same for any number of actors.
 
     Args:
         images: with the column `image`, uint8 arrays [S, S, 3] of one size.
-        net: on the CPU; every actor gets a copy, and moves it to its GPU.
-        actors: processes that look at the same time.
-        cpus: threads of an actor. A quarter of all CPUs is left to what makes the images, or neither could go on.
+        net: on the CPU; every actor gets a copy and moves it to its GPU.
+        resources: of the actors. They take at most three quarters of all CPUs, since reading the images needs some.
     """
-    reserved = min(cpus, 0.75 * ray.cluster_resources()["CPU"] / actors)
+    reserved = min(resources.cpus, 0.75 * ray.cluster_resources()["CPU"] / resources.actors)
     images.context.execution_options.preserve_order = True
     images.context.enable_progress_bars = images.context.print_on_execution_start = False
-    looked = images.map_batches(
-        _Actor,
-        fn_constructor_args=(ray.put(net), cpus),
+    outputs = images.map_batches(
+        _FeatureActor,
+        fn_constructor_args=(ray.put(net), resources.cpus),
         batch_size=net.batch,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(size=resources.actors),
         num_cpus=reserved,
-        num_gpus=int(use_gpu),
+        num_gpus=int(resources.use_gpu),
     )
-    for rows in looked.iter_batches(batch_size=net.batch, batch_format="numpy"):
+    for rows in outputs.iter_batches(batch_size=net.batch, batch_format="numpy"):
         yield Outputs(rows["features"], rows.get("probabilities"))
 
 
 def difference(images: Images, rebuilt: Images) -> Difference:
-    """How far images are from what a tokenizer makes of them."""
+    """Sum the errors of reconstructed images.
+
+    Args:
+        images: the originals.
+        rebuilt: their reconstructions.
+    """
     error = rebuilt.astype(np.int64) - images
     return Difference(len(images), error.size, int((error**2).sum()), int(np.abs(error).sum()))
 
 
 def reconstruction(parts: Iterable[Difference]) -> Reconstruction:
-    """What a tokenizer's codes lose of images.
+    """Average the errors of all batches.
+
+    Args:
+        parts: sums over batches of images.
 
     Raises:
         DataError: there are no images.
@@ -229,21 +260,21 @@ def reconstruction(parts: Iterable[Difference]) -> Reconstruction:
     return Reconstruction(images, mse, sizes / values, 10 * math.log10(255**2 / mse) if mse else math.inf)
 
 
-class _Actor:
-    """The net in one process."""
+class _FeatureActor:
+    """A feature net in one process."""
 
     def __init__(self, net: Any, threads: int):
         torch.set_num_threads(threads)
-        self._net: FeatureNet = ray.get(net)
-        self._net.to(own_device())
+        self._net: FeatureNet = ray.get(net).to(own_device())
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         out = self._net(rows["image"])
-        found = {"features": out.features}
-        return found if out.probabilities is None else found | {"probabilities": out.probabilities}
+        classes = {} if out.probabilities is None else {"probabilities": out.probabilities}
+        return {"features": out.features, **classes}
 
 
 def _read(path: str, count: int) -> Gaussian:
+    """Read kept statistics and check them."""
     try:
         tensors = safetensors.numpy.load(storage.read_bytes(path))
         kept = Gaussian(int(tensors["count"][0]), tensors["mean"], tensors["covariance"])
@@ -259,4 +290,6 @@ def _read(path: str, count: int) -> Gaussian:
 
 def _check_widths(known: int, new: int) -> None:
     if known != new:
-        raise DataError(f"features of {new} values beside statistics of {known}: of another feature net")
+        raise DataError(
+            f"features of {new} values, statistics of {known}; expected those of the same feature net"
+        )

@@ -1,18 +1,19 @@
 """Validation: two estimators of the negative log-likelihood bound, on draws that are fixed by the seed.
 
-For an autoregressive model the likelihood is exact, and the estimator "exact" is its only one. Image models that
-are trained with arccos masking are judged by what they are trained for, the estimator "arccos": no bound.
+For an autoregressive model the likelihood is exact, and "exact" is its only estimator. Image models that are trained
+with arccos masking are measured by their training loss, the estimator "arccos", which is not a bound.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from pipeline.config.schema import RunConfig
 from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
 from pipeline.errors import CapabilityError
@@ -20,7 +21,51 @@ from pipeline.models.denoiser import Batch, Denoiser
 
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
 NORMAL_95 = 1.959964  # standard errors from the mean to either end of a 95% interval
+CPU = torch.device("cpu")
 Scorer = Callable[[Batch], torch.Tensor]  # Batch -> weighted sum of cross-entropies of every row
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How rows are hidden to measure a likelihood.
+
+    Attributes:
+        estimator: "count": n uniform in 1..L', a uniform subset of n positions, weight 1/n; exactly unbiased for the
+            any-order bound. "mdlm": t uniform in [eps, 1], positions hidden with probability 1 - alpha(t), weight
+            w(t) / L' (as in the papers; its expectation carries a factor 1 - eps). "exact": all positions, weight
+            1 / L', for models that predict each position from those before it. "arccos": positions hidden with
+            probability 2 arccos(u) / pi, weight 1 / (L' 2 / pi), the expected number of hidden positions.
+        draws: maskings of every row.
+        seed: fixes all maskings.
+        eps: the smallest t of "mdlm".
+        bos: whether every row begins with a token that is never hidden.
+        batch: rows of a forward pass.
+
+    Source: docs/method.md, "Validation"; L' is the number of positions without BOS.
+    """
+
+    estimator: Estimator
+    draws: int
+    seed: int
+    eps: float = 1e-3
+    bos: bool = False
+    batch: int = 32
+
+    @classmethod
+    def of(cls, config: RunConfig, model: Denoiser, bos: bool) -> Self:
+        """Make the masking that a config asks for, with the estimator that suits a model.
+
+        Args:
+            config: of the run.
+            model: to measure.
+            bos: whether every row begins with a token that is never hidden.
+
+        Returns:
+            The masking.
+        """
+        settings, diffusion = config.evaluation, config.diffusion
+        estimator, draws = estimator_for(model, settings.estimator, settings.draws, diffusion.schedule)
+        return cls(estimator, draws, config.seed, diffusion.eps, bos, settings.batch)
 
 
 @dataclass(frozen=True)
@@ -30,7 +75,8 @@ class Likelihood:
     Attributes:
         nats: per predicted token.
         stderr: standard error of `nats` over rows.
-        estimator, draws, rows, seed: how it was measured.
+        estimator, draws, seed: as in `Masking`.
+        rows: number of rows.
     """
 
     nats: float
@@ -42,33 +88,28 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token)."""
+        """Return exp(nats per token)."""
         return _exp(self.nats)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% confidence interval of `nats`: normal over rows, unbounded for a single one."""
+        """Return the 95% confidence interval of `nats`: normal over rows, unbounded for a single row."""
         return self.nats - NORMAL_95 * self.stderr, self.nats + NORMAL_95 * self.stderr
 
     @property
     def perplexity_interval(self) -> tuple[float, float]:
-        """95% confidence interval of the perplexity."""
+        """Return the 95% confidence interval of the perplexity."""
         low, high = self.interval
         return _exp(low), _exp(high)
 
     def __str__(self) -> str:
+        method = f"{self.estimator} estimator, {self.rows} rows x {self.draws} draws, seed {self.seed}"
         if self.estimator == "arccos":
-            return f"{self.nats:.4f} +- {self.stderr:.4f} nats per masked token, {self._how}"
+            return f"{self.nats:.4f} +- {self.stderr:.4f} nats per masked token, {method}"
         low, high = self.perplexity_interval
-        within = f"95% interval {low:.2f} to {high:.2f}; " if math.isfinite(self.stderr) else ""
-        return (
-            f"perplexity {self.perplexity:.2f} ({within}{self.nats:.4f} +- {self.stderr:.4f} nats per token, "
-            f"{self._how})"
-        )
-
-    @property
-    def _how(self) -> str:
-        return f"{self.estimator} estimator, {self.rows} rows x {self.draws} draws, seed {self.seed}"
+        interval = f"95% interval {low:.2f} to {high:.2f}; " if math.isfinite(self.stderr) else ""
+        nats = f"{self.nats:.4f} +- {self.stderr:.4f} nats per token"
+        return f"perplexity {self.perplexity:.2f} ({interval}{nats}, {method})"
 
 
 def _exp(nats: float) -> float:
@@ -76,65 +117,57 @@ def _exp(nats: float) -> float:
 
 
 def masked_batches(
+    masking: Masking,
     tokens: Int[np.ndarray, "R L"],
-    estimator: Estimator,
-    draws: int,
-    seed: int,
-    eps: float,
-    bos: bool,
-    batch: int,
-    rank: int,
-    workers: int,
-    device: torch.device,
     labels: Int[np.ndarray, "R"] | None = None,
+    share: tuple[int, int] = (0, 1),
+    device: torch.device = CPU,
 ) -> Iterator[tuple[Int[np.ndarray, "b"], Batch]]:
-    """This worker's share of all (row, draw) pairs, as batches with their row indices.
+    """Mask every row `masking.draws` times and yield one worker's share of the (row, draw) pairs in batches.
 
-    Group 1 is hidden and predicted. `count`: n uniform in 1..L', a uniform subset of n positions, weight 1/n;
-    exactly unbiased for the any-order bound. `mdlm`: t uniform in [eps, 1], positions hidden with probability
-    1 - alpha(t), weight w(t) / L' (as in the papers; its expectation carries a factor 1 - eps). n and t are
-    stratified over all pairs. `exact`: all positions, weight 1 / L', for models that predict each from those
-    before it. `arccos`: positions hidden with probability 2 arccos(u) / pi, weight 1 / (L' 2 / pi), the expected
-    number of them. Nothing depends on the number of workers; every worker gets the same number of
-    batches, the last ones filled up with rows of weight 0, whose index is -1.
+    Group 1 of a batch is hidden and predicted. The levels n and t are stratified over all pairs. The masks do not
+    depend on the number of workers. Every worker gets the same number of batches; the last ones are filled up with
+    rows of weight 0.
 
-    Source: method.md section 2, "Validation has two estimators".
+    Args:
+        masking: how rows are hidden.
+        tokens: the rows.
+        labels: the rows' classes, for models that are conditioned on them.
+        share: index of the worker and the number of workers.
+        device: where the batches are put.
+
+    Returns:
+        Pairs of row indices (-1 for a row that only fills up a batch) and the batch.
     """
     count, length = tokens.shape
-    predicted = length - bos
-    rng = np.random.default_rng([seed, draws])
-    levels = stratified(count * draws, rng)
-    every = -(-count * draws // (batch * workers))  # batches of one worker
-    for index in range(every):
-        first = (index * workers + rank) * batch
+    (index, workers), batch, bos = share, masking.batch, masking.bos
+    predicted, num_pairs = length - bos, count * masking.draws
+    levels = stratified(num_pairs, np.random.default_rng([masking.seed, masking.draws]))
+    for first in range(index * batch, -(-num_pairs // (batch * workers)) * batch * workers, batch * workers):
         pairs = np.arange(first, first + batch)
-        real = pairs < count * draws
+        real = pairs < num_pairs
         pairs = np.where(real, pairs, 0)
-        rows = pairs // draws
-        own = np.random.default_rng([seed, draws, first])
-        if estimator == "count":
+        rows = pairs // masking.draws
+        rng = np.random.default_rng([masking.seed, masking.draws, first])
+        weights: np.ndarray | float = 1 / predicted
+        if masking.estimator == "count":
             n = 1 + np.floor(levels[pairs] * predicted).astype(np.int64)
-            groups = draw_subset(own, n, length, bos)
-            weights = np.repeat(1 / n[:, None], length, axis=1)
-        elif estimator == "exact":
-            groups = np.repeat(np.arange(length)[None] >= bos, batch, axis=0)
-            weights = np.full((batch, length), 1 / predicted)
+            groups, weights = draw_subset(rng, n, length, bos), 1 / n[:, None]
+        elif masking.estimator == "exact":
+            groups = np.ones((batch, length), bool)
         else:
-            schedule = "arccos" if estimator == "arccos" else "loglinear"
-            t = eps + (1 - eps) * levels[pairs]
-            groups = own.random((batch, length)) < hidden_share(levels[pairs], schedule, eps)[:, None]
-            groups[:, :bos] = False
-            weights = np.full((batch, length), np.pi / 2 / predicted)
-        if estimator == "mdlm":
-            weights = np.repeat(weight(t)[:, None] / predicted, length, axis=1)
-        weights = weights * groups * real[:, None]
+            schedule = "arccos" if masking.estimator == "arccos" else "loglinear"
+            groups = rng.random((batch, length)) < hidden_share(levels[pairs], schedule, masking.eps)[:, None]
+            t = masking.eps + (1 - masking.eps) * levels[pairs]
+            weights = (np.pi / 2 if schedule == "arccos" else weight(t)[:, None]) / predicted
+        groups[:, :bos] = False
         yield (
             np.where(real, rows, -1),
             Batch(
                 tokens=torch.from_numpy(tokens[rows].astype(np.int64)),
                 groups=torch.from_numpy(groups),
                 targets=torch.from_numpy(groups),
-                weights=torch.from_numpy(weights.astype(np.float32)),
+                weights=torch.from_numpy((weights * groups * real[:, None]).astype(np.float32)),
                 condition=None if labels is None else torch.from_numpy(labels[rows]),
                 device=device,
             ),
@@ -145,7 +178,16 @@ def masked_batches(
 def row_sums(
     score: Scorer, batches: Iterator[tuple[Int[np.ndarray, "b"], Batch]], rows: int
 ) -> Float[torch.Tensor, "R"]:
-    """Sum over draws of every row's estimate, float64 on the CPU; zero for rows of other workers."""
+    """Sum every row's estimates over its draws.
+
+    Args:
+        score: the model, or any function that gives the weighted sum of cross-entropies of every row.
+        batches: from `masked_batches`.
+        rows: number of rows, those of other workers included.
+
+    Returns:
+        Float64 sums on the CPU; 0 for rows of other workers.
+    """
     sums = torch.zeros(rows, dtype=torch.float64)
     for index, batch in batches:
         real = torch.from_numpy(index >= 0)
@@ -155,44 +197,51 @@ def row_sums(
 
 
 def estimator_for(
-    model: Denoiser, asked: Estimator, draws: int, schedule: str = "loglinear"
+    model: Denoiser, estimator: Estimator, draws: int, schedule: str = "loglinear"
 ) -> tuple[Estimator, int]:
-    """The estimator and the draws that a model is measured with: an exact likelihood is measured once."""
+    """Choose the estimator and the number of draws that suit a model.
+
+    Args:
+        model: an autoregressive one has an exact likelihood, which is measured once.
+        estimator: "count" or "mdlm", as configured.
+        draws: as configured.
+        schedule: of training; "arccos" has its own estimator.
+    """
     if model.left_to_right:
         return "exact", 1
-    return ("arccos" if schedule == "arccos" else asked), draws
+    return ("arccos" if schedule == "arccos" else estimator), draws
 
 
-def summarise(sums: Float[torch.Tensor, "R"], estimator: Estimator, draws: int, seed: int) -> Likelihood:
-    """The bound from all workers' row sums; the standard error is over rows, each averaged over its draws."""
-    per_row = sums / draws
-    rows = len(per_row)
+def summarise(sums: Float[torch.Tensor, "R"], masking: Masking) -> Likelihood:
+    """Average the row sums of all workers; the standard error is over rows, each averaged over its draws.
+
+    Args:
+        sums: of the estimates of every row over its draws.
+        masking: that they were measured with.
+    """
+    per_row, rows = sums / masking.draws, len(sums)
     stderr = float(per_row.std(unbiased=True)) / math.sqrt(rows) if rows > 1 else math.inf
-    return Likelihood(float(per_row.mean()), stderr, estimator, draws, rows, seed)
+    return Likelihood(float(per_row.mean()), stderr, masking.estimator, masking.draws, rows, masking.seed)
 
 
 def measure(
     score: Scorer,
+    masking: Masking,
     tokens: Int[np.ndarray, "R L"],
-    estimator: Estimator,
-    draws: int,
-    seed: int,
-    eps: float = 1e-3,
-    bos: bool = False,
-    batch: int = 32,
-    device: torch.device | None = None,
     labels: Int[np.ndarray, "R"] | None = None,
 ) -> Likelihood:
-    """The bound, or the exact value, on one machine.
+    """Measure the bound, or the exact value, in this process.
+
+    Args:
+        score: as in `row_sums`.
+        masking, tokens, labels: as in `masked_batches`.
 
     Raises:
         CapabilityError: "exact" for a model that is not autoregressive, or another estimator for one that is.
     """
-    if isinstance(score, Denoiser) and (estimator == "exact") != score.left_to_right:
+    if isinstance(score, Denoiser) and (masking.estimator == "exact") != score.left_to_right:
         raise CapabilityError(
-            f"estimator {estimator!r} does not fit {type(score).__name__}; "
+            f"estimator {masking.estimator!r} does not fit {type(score).__name__}; "
             f"expected {'exact' if score.left_to_right else 'count or mdlm'}"
         )
-    device = device or torch.device("cpu")
-    batches = masked_batches(tokens, estimator, draws, seed, eps, bos, batch, 0, 1, device, labels)
-    return summarise(row_sums(score, batches, len(tokens)), estimator, draws, seed)
+    return summarise(row_sums(score, masked_batches(masking, tokens, labels), len(tokens)), masking)

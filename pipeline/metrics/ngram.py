@@ -1,4 +1,4 @@
-"""Unigram and bigram perplexities: what counting alone achieves on the rows that a model is judged by."""
+"""Perplexities of unigram and bigram models, which count tokens in training rows."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -11,100 +11,84 @@ Rows = Integer[np.ndarray, "n L"]
 _PORTION = 1 << 22  # tokens counted at a time
 
 
-def unigram_perplexity(
-    train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
-) -> float:
-    """Perplexity of rows whose tokens are predicted by how often each occurs in the training rows, plus one.
+def unigram_perplexity(train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int) -> float:
+    """Compute the perplexity of rows under add-one counts of the training rows' tokens.
 
     Args:
         train_rows: blocks of training rows.
-        rows: blocks of the rows to judge; they never enter the counts.
+        rows: blocks of the rows to score; they never enter the counts.
         vocabulary: V, the number of token ids.
-        max_train_rows: count in the first so many training rows only.
     """
     counts = np.zeros(vocabulary, np.int64)
-    for portion in _portions(train_rows, max_train_rows):
+    for portion in _portions(train_rows):
         counts += np.bincount(portion.ravel(), minlength=vocabulary)
-    logs = np.log(_add_one(counts))
-    return _perplexity(logs[portion] for portion in _portions(rows))
+    log_probs = np.log(_add_one(counts))
+    return _perplexity(log_probs[portion] for portion in _portions(rows))
 
 
-def bigram_perplexity(
-    train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
-) -> float:
-    """`bigram_model` for rows that are judged once.
+def bigram_perplexity(train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int) -> float:
+    """Compute the perplexity of rows under `bigram_model`.
 
     Args:
         train_rows: blocks of training rows.
-        rows: blocks of the rows to judge; they never enter the counts.
+        rows: blocks of the rows to score; they never enter the counts.
         vocabulary: V, the number of token ids.
-        max_train_rows: count in the first so many training rows only.
     """
-    return bigram_model(train_rows, vocabulary, max_train_rows)(rows)
+    return bigram_model(train_rows, vocabulary)(rows)
 
 
-def bigram_model(
-    train_rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
-) -> Callable[[Iterable[Rows]], float]:
-    """Perplexity, as a function of blocks of rows, of tokens that are predicted from the one before.
+def bigram_model(train_rows: Iterable[Rows], vocabulary: int) -> Callable[[Iterable[Rows]], float]:
+    """Count token pairs in training rows and return the perplexity as a function of blocks of rows.
 
-    The first token of a row is predicted by the unigram, the others by Witten-Bell interpolation, all of it from
-    the training rows: with `c(a, b)` the count of a pair, `c(a)` of its first token and `d(a)` of the different
-    tokens seen after `a`, `p(b | a) = (c(a, b) + d(a) p(b)) / (c(a) + d(a))`, where `p(b)` is the add-one unigram,
-    which also stands alone after a token that the training rows never follow up. Only pairs that occur are stored,
-    never V x V.
+    The first token of a row is predicted by the unigram, the others by Witten-Bell interpolation: with `c(a, b)` the
+    count of a pair, `c(a)` of its first token and `d(a)` the number of different tokens seen after `a`,
+    `p(b | a) = (c(a, b) + d(a) p(b)) / (c(a) + d(a))`, where `p(b)` is the add-one unigram. After a token that has no
+    successor in the training rows, the unigram alone is used. Only pairs that occur are stored, never V x V.
 
     Args:
-        train_rows: blocks of training rows; the rows to judge never enter the counts.
+        train_rows: blocks of training rows.
         vocabulary: V, the number of token ids.
-        max_train_rows: count in the first so many training rows only.
 
     Source: Witten and Bell 1991, method C.
     """
     counts = np.zeros(vocabulary, np.int64)
     pairs: np.ndarray = np.empty(0, np.int64)  # codes a V + b, sorted
     pair_counts: np.ndarray = np.empty(0, np.int64)  # c(a, b)
-    for portion in _portions(train_rows, max_train_rows):
+    for portion in _portions(train_rows):
         counts += np.bincount(portion.ravel(), minlength=vocabulary)
-        found, found_counts = np.unique(_codes(portion, vocabulary), return_counts=True)
-        pairs, place = np.unique(np.concatenate([pairs, found]), return_inverse=True)
-        pair_counts = np.bincount(place, np.concatenate([pair_counts, found_counts])).astype(np.int64)
+        new_pairs, new_counts = np.unique(_codes(portion, vocabulary), return_counts=True)
+        pairs, index = np.unique(np.concatenate([pairs, new_pairs]), return_inverse=True)
+        pair_counts = np.bincount(index, np.concatenate([pair_counts, new_counts])).astype(np.int64)
     unigram = _add_one(counts)
-    followed = np.bincount(pairs // vocabulary, pair_counts, minlength=vocabulary)  # c(a)
-    different = np.bincount(pairs // vocabulary, minlength=vocabulary)  # d(a)
+    first_counts = np.bincount(pairs // vocabulary, pair_counts, minlength=vocabulary)  # c(a)
+    successors = np.bincount(pairs // vocabulary, minlength=vocabulary)  # d(a)
 
-    def logs(portion: Rows) -> Float[np.ndarray, "n L"]:
-        before, after = portion[:, :-1], portion[:, 1:]
-        wanted = _codes(portion, vocabulary)  # [n, L - 1]
-        place = np.searchsorted(pairs, wanted)
-        seen = np.append(pair_counts, 0)[place] * (np.append(pairs, -1)[place] == wanted)
-        with np.errstate(invalid="ignore"):  # 0 / 0 after a token without a follower
-            share = (seen + different[before] * unigram[after]) / (followed + different)[before]
-        share = np.where(followed[before] > 0, share, unigram[after])
-        return np.log(np.concatenate([unigram[portion[:, :1]], share], axis=1))
+    def log_probs(portion: Rows) -> Float[np.ndarray, "n L"]:
+        a, b, codes = portion[:, :-1], portion[:, 1:], _codes(portion, vocabulary)  # each [n, L - 1]
+        index = np.searchsorted(pairs, codes)
+        seen = np.append(pair_counts, 0)[index] * (np.append(pairs, -1)[index] == codes)
+        with np.errstate(invalid="ignore"):  # 0 / 0 after a token without a successor
+            bigram = (seen + successors[a] * unigram[b]) / (first_counts + successors)[a]
+        bigram = np.where(first_counts[a] > 0, bigram, unigram[b])
+        return np.log(np.concatenate([unigram[portion[:, :1]], bigram], axis=1))
 
-    return lambda rows: _perplexity(logs(portion) for portion in _portions(rows))
+    return lambda rows: _perplexity(log_probs(portion) for portion in _portions(rows))
 
 
-def _portions(blocks: Iterable[Rows], max_rows: int | None = None) -> Iterator[Rows]:
-    """The same rows in portions of about `_PORTION` tokens, cut off after `max_rows`, as indices."""
-    left = math.inf if max_rows is None else max_rows
-    held: list[Rows] = []
+def _portions(blocks: Iterable[Rows]) -> Iterator[Rows]:
+    """Yield the rows in portions of about `_PORTION` tokens, as indices."""
+    portion: list[Rows] = []
     for block in blocks:
-        kept = block[: int(min(left, len(block)))]
-        left -= len(kept)
-        held.append(kept)
-        if sum(part.size for part in held) >= _PORTION:
-            yield np.concatenate(held).astype(np.int64)
-            held = []
-        if left <= 0:
-            break
-    if held:
-        yield np.concatenate(held).astype(np.int64)
+        portion.append(block)
+        if sum(part.size for part in portion) >= _PORTION:
+            yield np.concatenate(portion).astype(np.int64)
+            portion = []
+    if portion:
+        yield np.concatenate(portion).astype(np.int64)
 
 
 def _codes(rows: Rows, vocabulary: int) -> Integer[np.ndarray, "n L-1"]:
-    """One number for each pair of neighbours."""
+    """Encode each pair of neighbours as one number."""
     return rows[:, :-1] * vocabulary + rows[:, 1:]
 
 
@@ -112,10 +96,10 @@ def _add_one(counts: Integer[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
     return (counts + 1) / (counts.sum() + len(counts))
 
 
-def _perplexity(logs: Iterable[np.ndarray]) -> float:
-    """exp of minus the mean log-probability over all portions."""
+def _perplexity(log_probs: Iterable[np.ndarray]) -> float:
+    """Return exp of minus the mean log-probability over all portions."""
     total, count = 0.0, 0
-    for portion in logs:
+    for portion in log_probs:
         total += float(portion.sum())
         count += portion.size
     return math.exp(-total / count)

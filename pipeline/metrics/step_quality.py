@@ -1,35 +1,31 @@
-"""How good a teacher's and its students' samples are, by the number of sampling steps."""
+"""Quality of samples of a teacher and its students by the number of sampling steps."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
-import ray
-import torch
+import pandas as pd
 from jaxtyping import Integer
 
-from pipeline import storage
 from pipeline.config.schema import SamplingConfig
-from pipeline.metrics.draw import labels_of
+from pipeline.metrics.draw import Sampler, batches_of
 from pipeline.metrics.text import unigram_entropy
-from pipeline.models import model_folder
-from pipeline.models.denoiser import DTYPES, Denoiser
-from pipeline.runtime.actors import own_device
-from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
+from pipeline.reports.tables import markdown
+from pipeline.runtime.actors import Resources, in_order, started
 
 Rows = Integer[np.ndarray, "n L"]
-Judge = Callable[[Iterable[Rows]], float]
+Perplexity = Callable[[Iterable[Rows]], float]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Samples of one model at one number of steps.
+    """Quality of the samples of one model at one number of steps.
 
     Attributes:
         model: "teacher", "round 1", and so on.
-        perplexity: under a bigram model of the training rows; low ones may come from rows without variety.
+        steps: number of sampling steps.
+        perplexity: under a bigram model of the training rows; a low one may come from rows without diversity.
         entropy: mean over rows of the entropy of the row's own token frequencies, nats.
     """
 
@@ -40,40 +36,26 @@ class Quality:
 
 
 def step_counts(teacher_steps: int, rounds: int, positions: int) -> list[int]:
-    """Steps that the last four models of teacher and students are made for, the fewest first.
+    """List the numbers of steps that the last four of teacher and students are trained for, the fewest first.
 
     Args:
+        teacher_steps: steps of the teacher; every round halves them.
+        rounds: number of rounds.
         positions: tokens of a row that are drawn; no order takes more steps.
     """
-    made_for = [min(positions, teacher_steps // 2**done) for done in range(rounds + 1)]
-    return sorted(set(made_for[-4:]))
+    counts = [min(positions, teacher_steps // 2**done) for done in range(rounds + 1)]
+    return sorted(set(counts[-4:]))
 
 
-def draw(model: Denoiser, bos: int | None, settings: SamplingConfig, steps: int) -> Rows:
-    """`settings.num_samples` rows as `settings` draws them, in so many steps, without BOS."""
-    classes = None if model.classes is None else model.classes.num_embeddings - 1
-    drawn = []
-    for first in range(0, settings.num_samples, settings.batch):
-        count = min(settings.batch, settings.num_samples - first)
-        labels = None if classes is None else labels_of(settings, classes, first, count)
-        rows = sample(
-            model,
-            count,
-            steps,
-            settings.seed,
-            Order.of(settings),
-            bos,
-            None if labels is None else torch.tensor(labels),
-            first,
-            filters=Filters.of(settings),
-            guidance=settings.guidance,
-        )
-        drawn.append(rows.cpu().numpy()[:, int(bos is not None) :])
-    return np.concatenate(drawn)
+def measure(model: str, steps: int, rows: Rows, perplexity: Perplexity) -> Quality:
+    """Measure drawn rows.
 
-
-def judge(model: str, steps: int, rows: Rows, perplexity: Judge) -> Quality:
-    """Measure drawn rows."""
+    Args:
+        model: name of the model.
+        steps: number of sampling steps.
+        rows: without BOS.
+        perplexity: from `ngram.bigram_model`.
+    """
     return Quality(model, steps, perplexity([rows]), unigram_entropy(rows))
 
 
@@ -81,42 +63,58 @@ def compare(
     models: Mapping[str, str],
     counts: Sequence[int],
     settings: SamplingConfig,
-    perplexity: Judge,
-    cpus: int,
-    use_gpu: bool,
+    bos: bool,
+    perplexity: Perplexity,
+    resources: Resources,
 ) -> list[Quality]:
-    """Every model at every number of steps, as many at the same time as the cluster holds.
+    """Sample from every model at every number of steps, and measure the rows.
 
     Args:
         models: folders that every node can read, by name.
-        cpus: of one that draws.
+        counts: numbers of steps.
+        settings: how to draw.
+        bos: whether rows begin with BOS.
+        perplexity: from `ngram.bigram_model`.
+        resources: of the actors that draw.
     """
-    remote = ray.remote(_draw_from).options(num_cpus=cpus, num_gpus=int(use_gpu))
-    asked = [(name, steps) for name in models for steps in counts]
-    drawn = ray.get([remote.remote(models[name], settings, steps, cpus) for name, steps in asked])
-    return [judge(*key, rows, perplexity) for key, rows in zip(asked, drawn, strict=True)]
+    points = [(name, steps) for name in models for steps in counts]
+    parts = batches_of(settings)
+    tasks = [
+        (models[name], settings.model_copy(update={"steps": steps}), *part)
+        for name, steps in points
+        for part in parts
+    ]
+    with started(Sampler, (resources.cpus,), resources, len(tasks)) as samplers:
+        drawn = in_order(samplers, "draw", tasks)
+        rows = [np.concatenate([batch.tokens for batch in islice(drawn, len(parts))]) for _ in points]
+    return [
+        measure(*point, tokens[:, int(bos) :], perplexity) for point, tokens in zip(points, rows, strict=True)
+    ]
 
 
-def _draw_from(path: str, settings: SamplingConfig, steps: int, threads: int) -> Rows:
-    torch.set_num_threads(threads)
-    model, _, facts = model_folder.read(storage.fetch(path))
-    return draw(model.to(own_device(), DTYPES[settings.precision]), facts.bos, settings, steps)
+def points(qualities: Sequence[Quality]) -> dict[str, list[tuple[int, float, float]]]:
+    """Group qualities by model, as `figures.quality_against_steps` takes them.
 
-
-def points(found: Sequence[Quality]) -> dict[str, list[tuple[int, float, float]]]:
-    """What was found as `figures.quality_against_steps` takes it."""
+    Args:
+        qualities: of all models.
+    """
     return {
-        model: [(q.steps, q.perplexity, q.entropy) for q in found if q.model == model]
-        for model in dict.fromkeys(one.model for one in found)
+        model: [(q.steps, q.perplexity, q.entropy) for q in qualities if q.model == model]
+        for model in dict.fromkeys(q.model for q in qualities)
     }
 
 
-def table(found: Sequence[Quality]) -> str:
-    """Markdown: a row a model, a column a number of steps, each `perplexity (entropy)`."""
-    counts = sorted({one.steps for one in found})
-    lines = ["| bigram perplexity (entropy) | " + " | ".join(f"{n} steps" for n in counts) + " |"]
-    lines.append("|---" * (len(counts) + 1) + "|")
-    for model, measured in points(found).items():
-        cells = {steps: f"{perplexity:.2f} ({entropy:.2f})" for steps, perplexity, entropy in measured}
-        lines.append(f"| {model} | " + " | ".join(cells[n] for n in counts) + " |")
-    return "\n".join(lines)
+def table(qualities: Sequence[Quality]) -> str:
+    """Make a Markdown table: a row per model, a column per number of steps, each `perplexity (entropy)`.
+
+    Args:
+        qualities: of all models.
+    """
+    counts = sorted({q.steps for q in qualities})
+    cells = {(q.model, q.steps): f"{q.perplexity:.2f} ({q.entropy:.2f})" for q in qualities}
+    return markdown(
+        pd.DataFrame(
+            {"bigram perplexity (entropy)": model, **{f"{n} steps": cells[model, n] for n in counts}}
+            for model in dict.fromkeys(q.model for q in qualities)
+        )
+    )

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what was measured, how to load it and where to put it."""
+"""Write the README.md of an exported model: what it is, what was measured, how to load and to upload it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +14,9 @@ KINDS = {
     "mdlm": "masked diffusion language model (arXiv 2406.07524)",
 }
 LICENSE = "other"  # the hub's word for a licence that it has no word for
+NO_LICENSE = (
+    "To be filled in: say here, and in the header above, under which terms these weights may be used."
+)
 FIGURES = "none given: name them as figures.NAME=VALUE when exporting"
 
 
@@ -26,40 +29,31 @@ def card(
     license_name: str,
     origin: str,
 ) -> str:
-    """Model card in Markdown, with the header that the Hugging Face hub reads.
+    """Return a model card in Markdown, with the header that the Hugging Face hub reads.
 
     Args:
-        parameters: their number.
+        name: name of the model, which is that of its folder.
+        model: config of the model.
+        facts: what the model knows about its data.
+        parameters: number of parameters.
         figures: what was measured, by name.
         license_name: as the hub spells it; "other" leaves a line to fill in.
         origin: what the weights were made from, for people.
     """
-    header = yaml.safe_dump(
-        {
-            "license": license_name,
-            "library_name": "partition-pipeline",
-            "tags": ["partition-generative-model", "discrete-diffusion", model.kind],
-        },
-        sort_keys=False,
-    )
+    tags = ["partition-generative-model", "discrete-diffusion", model.kind]
+    header = {"license": license_name, "library_name": "partition-pipeline", "tags": tags}
     section = model.model_dump(mode="json")
-    sizes = {key: value for key, value in section.items() if key != "swap"} | section.get("swap", {})
-    rows = {**sizes, "parameters": f"{parameters:,}", "vocabulary": facts.vocab_size, "length": facts.length}
-    rows |= {
-        key: value for key, value in (("BOS", facts.bos), ("end of text", facts.eot)) if value is not None
-    }
-    licence = (
-        "To be filled in: say here, and in the header above, under which terms these weights may be used."
-        if license_name == LICENSE
-        else f"{license_name}."
-    )
+    sizes = section | section.pop("swap", {})
+    sizes |= {"parameters": f"{parameters:,}", "vocabulary": facts.vocab_size, "length": facts.length}
+    special_ids = {"BOS": facts.bos, "end of text": facts.eot}
+    sizes |= {key: value for key, value in special_ids.items() if value is not None}
     return f"""---
-{header}---
+{yaml.safe_dump(header, sort_keys=False)}---
 # {name}
 
 A {KINDS.get(model.kind, model.kind)}. Made from {origin}.
 
-{_table("size", rows)}
+{_table("size", sizes)}
 
 ## Measured
 
@@ -83,13 +77,14 @@ Logits cover ids 0..{facts.vocab_size - 1}. The loader reads `config.yaml`; `con
 
 ## Licence
 
-{licence}
+{NO_LICENSE if license_name == LICENSE else f"{license_name}."}
 """
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
+    """Return a table in Markdown, one row for each key."""
     lines = [f"| {title} | |", "|---|---|"]
     for key, value in rows.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        lines.append(f"| {key.replace('_', ' ')} | {shown} |")
+        cell = f"{value:.4g}" if isinstance(value, float) else str(value)
+        lines.append(f"| {key.replace('_', ' ')} | {cell} |")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""A consolidated model: a folder that is enough to sample, evaluate, fine-tune or distil from.
+"""Read and write model folders, which are enough to sample, evaluate, fine-tune or distil from.
 
 model.safetensors   EMA weights, float32
-config.yaml         the model section, what the data fixed (V, L, BOS), and where known figures and the run's config
+config.yaml         the model section and the facts of the data (V, L, BOS); figures and the run's config where known
 config.json         the first two again, where the Hugging Face hub looks for them
 tokenizer files     written by the tokenizer itself
 """
@@ -29,7 +29,14 @@ WEIGHTS, CONFIG, HUB_CONFIG = "model.safetensors", "config.yaml", "config.json"
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a model must know about the data it was trained on."""
+    """What a model must know about the data it was trained on.
+
+    Attributes:
+        vocab_size: V, without mask and BOS.
+        length: L, BOS included.
+        bos: id of BOS, or None.
+        eot: id of the end of a text, or None.
+    """
 
     vocab_size: int
     length: int
@@ -51,30 +58,40 @@ class Background:
 
 
 def write(
-    folder: Path,
-    model: ModelConfig,
-    facts: DataFacts,
-    tensors: Mapping[str, Tensor],
-    background: Background,
+    folder: Path, model: ModelConfig, facts: DataFacts, tensors: Mapping[str, Tensor], background: Background
 ) -> None:
-    """Write weights and configs; the tokenizer's files are the caller's."""
+    """Write weights and configs; the caller adds the tokenizer's files.
+
+    Args:
+        folder: where to write; it is made if it does not exist.
+        model: config of the model.
+        facts: what the model must know about its data.
+        tensors: the model's state dict.
+        background: where the model comes from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}  # which libraries of the hub ask for
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, metadata)
-    section = model.model_dump(mode="json")
-    tree = {"model": section, "data": asdict(facts)}
-    tree |= {key: dict(value) for key, value in asdict(background).items() if value}
+    section, data = model.model_dump(mode="json"), asdict(facts)
+    known = {key: dict(value) for key, value in asdict(background).items() if value}
+    tree = {"model": section, "data": data} | known
     (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    hub = {"model_type": model.kind, "library_name": "partition-pipeline", **section, **asdict(facts)}
+    hub = {"model_type": model.kind, "library_name": "partition-pipeline", **section, **data}
     (folder / HUB_CONFIG).write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> tuple[Denoiser, ModelConfig, DataFacts]:
-    """The model in eval mode on the CPU, its config and its data's facts.
+    """Read a model folder.
+
+    Args:
+        folder: a folder that `write` wrote.
+
+    Returns:
+        The model in eval mode on the CPU, its config, and what it knows about its data.
 
     Raises:
         CheckpointError: a file is missing or damaged, or tensors do not fit the config; every one is named.
-        ConfigError: the model section is one that this version does not have.
+        ConfigError: this version does not have the model section or one of its keys.
     """
     config, facts = read_config(folder)
     with torch.device("meta"):
@@ -84,71 +101,91 @@ def read(folder: Path) -> tuple[Denoiser, ModelConfig, DataFacts]:
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, DataFacts]:
-    """The model's section and its data's facts, without the weights.
+    """Read the config of a model folder, without the weights.
+
+    Args:
+        folder: a folder that `write` wrote.
+
+    Returns:
+        The model's config, and what the model knows about its data.
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        ConfigError: the model section is one that this version does not have.
+        ConfigError: this version does not have the model section or one of its keys.
     """
-    tree = _tree(folder)
-    # Folders written by earlier versions name the model only in their run.
-    section = tree.get("model") or tree["run"]["model"]
+    tree = _read_tree(folder)
     try:
         facts = DataFacts(**tree["data"])
     except TypeError as error:
         raise CheckpointError(
             f"{folder / CONFIG} is damaged ({error}); expected the sections model and data"
         ) from None
-    told = {"model": section, "length": facts.length}
-    return parse_section(ImportConfig, told, origin=str(folder / CONFIG)).model, facts
+    # Folders written by earlier versions name the model only in their run.
+    section = {"model": tree.get("model") or tree["run"]["model"], "length": facts.length}
+    return parse_section(ImportConfig, section, origin=str(folder / CONFIG)).model, facts
 
 
 def read_background(folder: Path) -> Background:
-    """Figures and run of a model folder.
+    """Read where the model of a model folder comes from.
+
+    Args:
+        folder: a folder that `write` wrote.
+
+    Returns:
+        Its figures and its run.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    tree = _tree(folder)
+    tree = _read_tree(folder)
     return Background(tree.get("figures") or {}, tree.get("run") or {})
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors alone.
+    """Read the tensors of a model folder by name.
+
+    Args:
+        folder: a folder that holds `model.safetensors`.
 
     Raises:
-        CheckpointError: there are none, or the file is damaged.
+        CheckpointError: the file is missing or damaged.
     """
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder}: no {WEIGHTS}; expected a consolidated model folder or a checkpoint")
+    path = _existing(folder, WEIGHTS)
     try:
-        return load_file(folder / WEIGHTS)
+        return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}") from None
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def load_weights(model: Denoiser, tensors: dict[str, Tensor], origin: str) -> None:
-    """Put tensors into a model of exactly their names and shapes (the model may be on the meta device).
+    """Put tensors into a model.
+
+    Args:
+        model: the model, which may be on the meta device.
+        tensors: its state dict; the model takes these tensors without a copy.
+        origin: where they are from, for messages.
 
     Raises:
-        CheckpointError: names every missing, extra and misshapen tensor.
+        CheckpointError: tensors are missing, extra or misshapen; every one is named.
     """
     check_shapes({name: tuple(value.shape) for name, value in model.state_dict().items()}, tensors, origin)
     model.load_state_dict(tensors, assign=True)
 
 
 def check_shapes(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Compare names and shapes.
+    """Check that tensors have exactly the expected names and shapes.
+
+    Args:
+        expected: shapes by name.
+        tensors: what to check.
+        origin: where the tensors are from, for messages.
 
     Raises:
-        CheckpointError: names every missing, extra and misshapen tensor.
+        CheckpointError: tensors are missing, extra or misshapen; every one is named.
     """
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
-    problems += [
-        f"extra {name}{did_you_mean(name, expected.keys() - tensors.keys())}"
-        for name in tensors
-        if name not in expected
-    ]
+    missing = expected.keys() - tensors.keys()
+    problems += [f"extra {name}{did_you_mean(name, missing)}" for name in tensors if name not in expected]
     problems += [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
@@ -158,19 +195,23 @@ def check_shapes(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Te
         raise CheckpointError(f"{origin} does not fit the model:\n" + "\n".join(f"  {p}" for p in problems))
 
 
-def _tree(folder: Path) -> dict[str, Any]:
-    """The content of config.yaml."""
-    for name in (WEIGHTS, CONFIG):
-        if not (folder / name).is_file():
-            there = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
-            raise CheckpointError(
-                f"{folder}: no {name}; expected a consolidated model folder"
-                + (f", found {', '.join(there[:8])}" if there else ", but it does not exist")
-            )
+def _existing(folder: Path, name: str) -> Path:
+    """Return the path of a file in a model folder, which must exist."""
+    if not (folder / name).is_file():
+        contents = sorted(path.name for path in folder.glob("*"))[:8] if folder.is_dir() else None
+        detail = "but it does not exist" if contents is None else f"found {', '.join(contents) or 'nothing'}"
+        raise CheckpointError(f"{folder}: no {name}; expected a consolidated model folder, {detail}")
+    return folder / name
+
+
+def _read_tree(folder: Path) -> dict[str, Any]:
+    """Return the content of config.yaml."""
+    _existing(folder, WEIGHTS)
+    path = _existing(folder, CONFIG)
     try:
-        tree = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is not YAML: {error}") from None
+        raise CheckpointError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict) or "data" not in tree or not {"model", "run"} & tree.keys():
-        raise CheckpointError(f"{folder / CONFIG}: expected the sections model and data")
+        raise CheckpointError(f"{path}: expected the sections model and data")
     return tree

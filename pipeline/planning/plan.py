@@ -1,93 +1,45 @@
-"""What a run would need and cost, before anything is started: parameters, memory of a GPU, arithmetic, time.
+"""Predict what a run needs before it starts: parameters, memory of a GPU, arithmetic and time.
 
-Nothing here is measured on the machine and nothing is written. Parameters are counted on the model itself, built
-without storage; states follow from how DeepSpeed lays them out; activations are an estimate, whose formula is told.
+Nothing is measured and nothing is written. Parameters are counted on the model itself, built without storage for
+them. Model states follow from how DeepSpeed lays them out, activations from `pipeline.planning.memory`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 
-from pipeline.config.schema import RunConfig, TrainConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.diffusion import partition
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.flops import flops, training_work
-from pipeline.models.layers import LOGITS_AT_ONCE
 from pipeline.models.model_folder import DataFacts
+from pipeline.planning.gpus import GPU
+from pipeline.planning.memory import Activations, Memory, activations, states
+from pipeline.reports.tables import aligned, table_of
 
 SHARE_OF_PEAK = 0.35  # of the dense peak that a step is assumed to reach
 RESERVE = 0.9  # share of a GPU's memory that tensors can have; the rest is CUDA's and fragmentation
-# Bytes that a block keeps for every token and unit of width, with dropout; counted on saved tensors.
-KEPT = {"fp32": 92, "bf16": 52}
-_ROWS = 512  # rows whose groups are drawn for the mean sizes of segments
-
-
-@dataclass(frozen=True)
-class GPU:
-    """One GPU type; rates in dense TFLOP/s, without sparsity."""
-
-    memory_gib: float
-    bf16: float
-    fp32: float  # without TF32, as torch computes by default
-
-
-# Source: NVIDIA's data sheets of the products (L4, A10, L40S, RTX 4090 Ada whitepaper, A100, H100, H200, HGX B200).
-GPUS = {
-    "l4": GPU(24, 121, 30.3),
-    "a10": GPU(24, 125, 31.2),
-    "rtx4090": GPU(24, 165, 82.6),
-    "l40s": GPU(48, 362, 91.6),
-    "a100-40gb": GPU(40, 312, 19.5),
-    "a100-80gb": GPU(80, 312, 19.5),
-    "h100": GPU(80, 989, 67),
-    "h200": GPU(141, 989, 67),
-    "b200": GPU(180, 2250, 80),
-}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU at the fullest moment of a step."""
-
-    weights: float
-    gradients: float
-    optimiser: float
-    ema: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimiser + self.ema + self.activations
-
-
-def chosen(name: str) -> Mapping[str, GPU]:
-    """The GPU types that `plan=NAME` means; "true" means all.
-
-    Raises:
-        ConfigError: there is no such type in the table.
-    """
-    if name.lower() == "true":
-        return GPUS
-    if name.lower() not in GPUS:
-        raise ConfigError(
-            f"plan: {name!r} is no GPU in the table{did_you_mean(name.lower(), GPUS)}; "
-            f"known: {', '.join(GPUS)}, or true for all"
-        )
-    return {name.lower(): GPUS[name.lower()]}
+_ROWS = 512  # rows whose groups are drawn for mean sizes of segments
 
 
 def data_facts(config: RunConfig) -> DataFacts | None:
-    """What the model will be told about its data; None where only preparing it can say (a tokenizer's file).
+    """Read vocabulary, length and special ids from the config.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The facts, or None for images whose tokenizer must be read first, which preparing the data does.
 
     Raises:
-        ConfigError: no such tokenizer.
+        ConfigError: there is no such text tokenizer.
     """
     data = config.data
     if data.kind == "text":
@@ -99,181 +51,185 @@ def data_facts(config: RunConfig) -> DataFacts | None:
     return None
 
 
-def empty_model(config: RunConfig, facts: DataFacts) -> Denoiser:
-    """The run's model without storage for its parameters."""
-    with torch.device("meta"):
-        return build(config.model, facts.vocab_size, facts.length, facts.bos)
-
-
 def parameters(config: RunConfig, facts: DataFacts) -> dict[str, int]:
-    """Numbers of parameters by part of the model, exactly."""
-    model = empty_model(config, facts)
+    """Count the parameters exactly.
+
+    Args:
+        config: the run's config.
+        facts: vocabulary and length of its data.
+
+    Returns:
+        The number of parameters of each part of the model.
+    """
+    model = _empty_model(config, facts)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()} | {
         name: p.numel() for name, p in model.named_parameters(recurse=False)
     }
 
 
-def states(count: int, train: TrainConfig, workers: int, kept_whole: int = 0) -> Memory:
-    """Bytes of weights, gradients, optimiser and average on one GPU; activations 0.
-
-    Per parameter, in float32: weights 4, gradients 4, Adam's moments 8, average 4, and from stage 1 on a float32
-    copy of the weights, 4. In bf16: weights 2, gradients 2, float32 weights 4, moments 8, average 4. Stage 1
-    divides optimiser and average by the workers, stage 2 gradients too, stage 3 weights too. Offloaded, optimiser
-    and average are on the host.
+def forward_flops(config: RunConfig, facts: DataFacts) -> float:
+    """Count the floating-point operations of one row's forward pass, two for each multiply-add.
 
     Args:
-        count: parameters.
-        kept_whole: of them, those in tensors of fewer values than `train.persistent_parameters` (stage 3).
+        config: the run's config.
+        facts: vocabulary and length of its data.
+
+    Returns:
+        The mean over random groups.
     """
-    stage, low = train.zero_stage, 4 if train.precision == "fp32" else 2
-    masters = 0 if stage == 0 and train.precision == "fp32" else 4
-    shared = workers if stage >= 1 else 1
-    return Memory(
-        weights=count * low if stage < 3 else kept_whole * low + (count - kept_whole) * low / workers,
-        gradients=count * low / (workers if stage >= 2 else 1),
-        optimiser=0 if train.offload_optimizer else count * (8 + masters) / shared,
-        ema=0 if train.offload_optimizer else count * 4 / shared,
-        activations=0,
-    )
-
-
-def _groups(config: RunConfig, facts: DataFacts) -> Bool[np.ndarray, "B L"]:
-    """Groups of some rows, drawn as training draws them."""
-    bos = facts.bos is not None
-    settings = config.diffusion
-    return partition.draw(config.seed, 0, _ROWS, facts.length, settings.eps, bos, settings.schedule)[1]
-
-
-def forward_flops(config: RunConfig, facts: DataFacts) -> float:
-    """Floating-point operations of one row's forward pass: 2 for each multiply-add of the matrix products."""
     return flops(training_work(config.model, facts.vocab_size, _groups(config, facts))) / _ROWS
 
 
 def step_flops(config: RunConfig, facts: DataFacts) -> float:
-    """Of one update of the global batch: forward, backward (twice forward), and what recomputing adds.
+    """Count the floating-point operations of one update of the global batch.
 
-    A distillation adds the teacher's two rollout steps, each about a forward pass.
-    """
-    forward = forward_flops(config, facts)
-    again = 1 if config.train.activation_checkpointing else 0
-    teacher = 2 if config.distill is not None else 0
-    return config.train.batch * forward * (3 + again + teacher)
-
-
-def activations(config: RunConfig, facts: DataFacts) -> float:
-    """Bytes that the backward pass of one micro-batch needs, an estimate.
-
-    For every token that a block or a swap runs, it keeps about 92 H bytes in float32 and 52 H in bf16, where norms
-    and rotations still work in float32; with recomputing one vector a block, and all of one block. The loss holds
-    up to three chunks of 2^27 float32 logits.
-    """
-    model, train = config.model, config.train
-    rows = min(train.micro_batch, train.batch)
-    each = model.hidden * KEPT[train.precision]
-    encoded, asked = float(facts.length + model.registers), float(facts.length - (facts.bos is not None))
-    if model.kind == "pgm":
-        swaps = model.decoder_blocks if model.swap.every_block else 1
-        runs = [encoded] * model.encoder_blocks + [asked] * (model.decoder_blocks + swaps)
-    else:
-        if model.kind == "mdlm":
-            encoded *= 2 if model.complementary else 1
-            asked = asked if model.complementary else float(_groups(config, facts).sum(1).mean())
-        runs = [encoded] * model.blocks
-    kept = sum(runs) * each
-    if train.activation_checkpointing:
-        kept = sum(runs) * model.hidden * (4 if train.precision == "fp32" else 2) + max(runs) * each
-    return rows * kept + 3 * 4 * min(rows * asked * facts.vocab_size, LOGITS_AT_ONCE["cuda"])
-
-
-def report(
-    config: RunConfig, gpus: Mapping[str, GPU], manifest: Manifest | None, there: Mapping[str, float]
-) -> str:
-    """The plan in words, for people.
+    The backward pass costs two forward passes, activation checkpointing one more. Distillation adds the teacher's
+    two rollout steps, each about a forward pass.
 
     Args:
-        gpus: types to tell memory and time of, from `chosen`.
-        manifest: of the prepared data; None: not prepared yet.
-        there: resources ("CPU", "GPU") of the cluster, or of this machine.
+        config: the run's config.
+        facts: vocabulary and length of its data.
 
-    Raises:
-        ConfigError: only preparing the data tells how many codes there are.
+    Returns:
+        The operations of all workers together.
     """
-    facts, train, rows = data_facts(config), config.train, None
-    if manifest is not None:
-        rows, special = manifest.rows("train"), manifest.special
-        facts = DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
-    if facts is None:
-        raise ConfigError(
-            f"data.tokenizer: {config.data.tokenizer!r} must be read to know how many codes there are; "
-            "prepare the data first (`python -m jobs.prepare CONFIG`)"
-        )
-    counts = parameters(config, facts)
-    total, workers = sum(counts.values()), config.cluster.most
-    tokens = train.steps * train.batch * facts.length
-    parts = -(-train.batch // (workers * train.micro_batch))
-    needed = step_flops(config, facts)
-    lines = [
-        f"parameters   {total:,} ({', '.join(f'{name} {n:,}' for name, n in counts.items() if n)})",
-        f"tokens       {tokens:,} in {train.steps:,} steps of {train.batch} rows of {facts.length}",
-        "epochs       "
-        + (
-            f"{train.steps * train.batch / rows:,.2f} of {rows:,} training rows"
-            if rows
-            else "unknown until the data is prepared"
-        ),
-        f"workers      {workers}, each {parts} micro-batches of up to {train.micro_batch} rows a step; "
-        f"{config.data.streams} streams of data",
-        f"arithmetic   {needed:.3g} FLOPs a step, {needed * train.steps:.3g} in all",
-        "",
-        f"memory of one GPU, GiB, {train.precision} (the run's: ZeRO stage {train.zero_stage})",
-        "  stage  weights  gradients  optimiser    EMA  activations (estimate)  all",
-    ]
-    for stage in (0, 1, 2, 3):
-        m = memory(config, facts, stage)
-        gib = [
-            value / 2**30 for value in (m.weights, m.gradients, m.optimiser, m.ema, m.activations, m.total)
-        ]
-        lines.append(
-            "{:>7}  {:7.2f}  {:9.2f}  {:9.2f}  {:5.2f}  {:22.2f}  {:.2f}".format(
-                f"{stage}{'*' if stage == train.zero_stage else ''}", *gib
-            )
-        )
-    need = memory(config, facts, train.zero_stage).total
-    lines += [
-        "",
-        f"time at {SHARE_OF_PEAK:.0%} of each type's dense {train.precision} peak, on {workers} GPUs",
-    ]
-    for name, gpu in gpus.items():
-        seconds = needed / (
-            workers * SHARE_OF_PEAK * 1e12 * (gpu.bf16 if train.precision == "bf16" else gpu.fp32)
-        )
-        fits = "fits" if need <= RESERVE * gpu.memory_gib * 2**30 else "DOES NOT FIT"
-        lines.append(
-            f"  {name:<10} {seconds:9.3g} s a step, {seconds * train.steps / 3600:9.3g} hours; "
-            f"{need / 2**30:.1f} of {gpu.memory_gib:g} GiB: {fits}"
-        )
-    return "\n".join([*lines, "", *_against(config, workers, there)])
+    passes = 3 + config.train.activation_checkpointing + (2 if config.distill is not None else 0)
+    return config.train.batch * forward_flops(config, facts) * passes
+
+
+def step_activations(config: RunConfig, facts: DataFacts) -> Activations:
+    """Count what the backward pass of the run's micro-batches needs.
+
+    Args:
+        config: the run's config.
+        facts: vocabulary and length of its data.
+
+    Returns:
+        The bytes per row and per micro-batch.
+    """
+    targets = float(facts.length - (facts.bos is not None))
+    if config.model.kind == "mdlm" and not config.model.complementary:
+        targets = float(_groups(config, facts).sum(1).mean())  # only masked positions are predicted
+    return activations(config.model, facts, config.train, targets)
 
 
 def memory(config: RunConfig, facts: DataFacts, stage: int) -> Memory:
-    """Of one GPU, had the run this ZeRO stage."""
+    """Predict the memory of one GPU.
+
+    Args:
+        config: the run's config.
+        facts: vocabulary and length of its data.
+        stage: ZeRO stage, in place of the config's.
+
+    Returns:
+        The bytes of each part.
+    """
     train = config.train.model_copy(update={"zero_stage": stage})
-    counts = [parameter.numel() for parameter in empty_model(config, facts).parameters()]
+    counts = [parameter.numel() for parameter in _empty_model(config, facts).parameters()]
     whole = sum(count for count in counts if count < train.persistent_parameters)
-    kept = states(sum(counts), train, config.cluster.most, whole)
-    teacher = 0.0 if config.distill is None else sum(counts) * (4 if train.precision == "fp32" else 2)
-    return replace(kept, weights=kept.weights + teacher, activations=activations(config, facts))
+    held = states(sum(counts), train, config.cluster.most, whole)
+    teacher = sum(counts) * (2 if train.precision == "bf16" else 4) if config.distill is not None else 0
+    peak = step_activations(config, facts).peak(min(train.micro_batch, train.batch))
+    return replace(held, weights=held.weights + teacher, activations=peak)
 
 
-def _against(config: RunConfig, workers: int, there: Mapping[str, float]) -> list[str]:
-    """Resources asked for beside those there."""
-    asked = {"GPU": 0 if config.cluster.accelerator == "cpu" else workers}
-    asked["CPU"] = workers * config.cluster.cpus_per_worker
+def report(
+    config: RunConfig, gpus: Mapping[str, GPU], manifest: Manifest | None, available: Mapping[str, float]
+) -> str:
+    """Write the plan as text.
+
+    Args:
+        config: the run's config.
+        gpus: types whose memory and time are shown, from `select_gpus`.
+        manifest: of the prepared data; None if it is not prepared yet.
+        available: resources ("CPU", "GPU") of the cluster or of this machine.
+
+    Returns:
+        The lines to print.
+
+    Raises:
+        ConfigError: the number of image codes is not known before the data is prepared.
+    """
+    facts, epochs = data_facts(config), "unknown until the data is prepared"
+    train, workers = config.train, config.cluster.most
+    if manifest is not None:
+        facts = DataFacts(manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot)
+        rows = manifest.rows("train")
+        epochs = f"{train.steps * train.batch / rows:,.2f} of {rows:,} training rows"
+    if facts is None:
+        raise ConfigError(
+            f"data.tokenizer: the number of codes of {config.data.tokenizer!r} is not known yet; "
+            "prepare the data first (`python -m jobs.prepare CONFIG`)"
+        )
+    counts = parameters(config, facts)
+    micro_batches = -(-train.batch // (workers * train.micro_batch))
+    needed_flops = step_flops(config, facts)
+    by_stage = [memory(config, facts, stage) for stage in (0, 1, 2, 3)]
+    needed = by_stage[train.zero_stage].total
+    lines = [
+        f"parameters   {sum(counts.values()):,} ({', '.join(f'{k} {n:,}' for k, n in counts.items() if n)})",
+        f"tokens       {train.steps * train.batch * facts.length:,} in {train.steps:,} steps of {train.batch} rows "
+        f"of {facts.length}",
+        f"epochs       {epochs}",
+        f"workers      {workers}, each with {micro_batches} micro-batches of up to {train.micro_batch} rows per "
+        f"step; {config.data.streams} data streams",
+        f"compute      {needed_flops:.3g} FLOP per step, {needed_flops * train.steps:.3g} FLOP in total",
+        "",
+        f"memory per GPU, GiB, {train.precision} (* is the run's ZeRO stage)",
+        aligned(
+            table_of(
+                {"stage": f"{stage}{'*' * (stage == train.zero_stage)}"}
+                | {name: f"{value / 2**30:.2f}" for name, value in (asdict(m) | {"total": m.total}).items()}
+                for stage, m in enumerate(by_stage)
+            )
+        ),
+        "",
+        f"time on {workers} GPUs at {SHARE_OF_PEAK:.0%} of their dense {train.precision} peak",
+        aligned(table_of(_gpu_cells(config, name, gpu, needed_flops, needed) for name, gpu in gpus.items())),
+        "",
+    ]
+    return "\n".join([*lines, *_resource_lines(config, available)])
+
+
+def _empty_model(config: RunConfig, facts: DataFacts) -> Denoiser:
+    """Build the run's model without storage for its parameters."""
+    with torch.device("meta"):
+        return build(config.model, facts.vocab_size, facts.length, facts.bos)
+
+
+def _groups(config: RunConfig, facts: DataFacts) -> Bool[np.ndarray, "B L"]:
+    """Draw the groups of some rows as training draws them."""
+    bos, shape = facts.bos is not None, (_ROWS, facts.length)
+    return partition.draw(config.diffusion, seed=config.seed, step=0, shape=shape, bos=bos).groups
+
+
+def _gpu_cells(config: RunConfig, name: str, gpu: GPU, step: float, needed: float) -> dict[str, str]:
+    """Write the time and memory of a run on GPUs of one type, from its FLOP per step and its bytes."""
+    rate = SHARE_OF_PEAK * 1e12 * (gpu.bf16 if config.train.precision == "bf16" else gpu.fp32)
+    seconds = step / (config.cluster.most * rate)
+    fits = needed <= RESERVE * gpu.memory * 2**30
+    return {
+        "GPU": name,
+        "s per step": f"{seconds:.3g}",
+        "hours": f"{seconds * config.train.steps / 3600:.3g}",
+        "GiB needed": f"{needed / 2**30:.1f}",
+        "GiB": f"{gpu.memory:g}",
+        "memory": "fits" if fits else "DOES NOT FIT",
+    }
+
+
+def _resource_lines(config: RunConfig, available: Mapping[str, float]) -> list[str]:
+    """Compare the resources that the run needs with those available."""
+    cluster = config.cluster
+    needed = {
+        "GPU": 0 if cluster.accelerator == "cpu" else cluster.most,
+        "CPU": cluster.most * cluster.cpus_per_worker,
+    }
     lines = []
-    for name, count in asked.items():
-        have = there.get(name, 0)
+    for name, count in needed.items():
+        have = available.get(name, 0)
         verdict = "enough" if have >= count else f"{count - have:g} TOO FEW"
-        if name == "GPU" and config.cluster.accelerator == "auto" and have < count:
+        if name == "GPU" and cluster.accelerator == "auto" and have < count:
             verdict = "one machine takes CPUs, a cluster refuses the run" if have else "the run takes CPUs"
-        lines.append(f"{name}s         {count} asked for, {have:g} there: {verdict}")
+        lines.append(f"{name}s         {count} needed, {have:g} available: {verdict}")
     return lines

@@ -1,118 +1,115 @@
-"""Step time, memory and communication of training on 1 to 1,024 GPUs, predicted.
+"""Predict step time, memory and communication of training on 1 to 1,024 GPUs.
 
-`python -m pipeline.planning.scaling` prints the tables of docs/scaling.md. They follow from the operations that a
-step needs, published rates of GPUs and links, and one measured number: the share of a GPU's peak that training
-reaches. Nothing here was run on that many GPUs.
+`python -m pipeline.planning.scaling` prints the tables of docs/scaling.md. They follow from the operations of a step,
+published rates of GPUs and links, and one measured number: the share of a GPU's peak that training reaches. Nothing
+was run on that many GPUs.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
-import numpy as np
-import torch
-
-from pipeline.config.schema import MDLMConfig, PGMConfig, TrainConfig
-from pipeline.models import build
-from pipeline.models.flops import flops, training_work
-from pipeline.models.layers import LOGITS_AT_ONCE
-from pipeline.planning.plan import GPUS, states
+from pipeline.config.schema import PGMConfig, RunConfig, TrainConfig
+from pipeline.models.model_folder import DataFacts
+from pipeline.planning import plan
+from pipeline.planning.gpus import GPU, GPUS
+from pipeline.planning.memory import Activations, states
+from pipeline.reports.tables import markdown, table_of
 
 Stage = Literal[0, 1, 2, 3]
 
-HOP = (
-    10e-6  # seconds for a message to the next GPU, an assumption; matters for small models on many GPUs only
-)
-# Bytes that a block keeps for its backward pass, for a token and an entry of the hidden size, in bf16 with
-# attention that keeps no scores (arXiv 2205.05198, table 2: 34 s b h). Cross-attention keeps as much.
-KEPT = 34
-DRAWS = 64  # batches of random groups that a mean number of operations is taken over
+HOP = 10e-6  # seconds of a message to the next GPU, an assumption; matters for small models on many GPUs only
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A GPU and the links of its server.
+class Server:
+    """A type of server.
 
     Attributes:
-        flops: dense bf16 FLOP/s.
-        bandwidth: of its memory, bytes/s.
-        inside: to its neighbours in the server, bytes/s a direction.
-        outside: of all network adapters of the server together, bytes/s a direction.
-        servers: GPUs of a server.
+        name: as shown in tables.
+        gpu: its GPUs.
+        network: all network adapters of the server together, in one direction, GB/s.
+        size: number of GPUs.
     """
 
     name: str
-    flops: float
-    bandwidth: float
-    inside: float
-    outside: float
-    servers: int = 8
+    gpu: GPU
+    network: float
+    size: int = 8
 
 
-# Links from NVIDIA's data sheets: A100 80GB SXM and DGX A100 (8 adapters of 200 Gb/s); H100 SXM and DGX H100
-# (8 of 400 Gb/s).
-A100 = Gpu("A100 80GB", GPUS["a100-80gb"].bf16 * 1e12, 2039e9, 600e9 / 2, 8 * 25e9)
-# The same GPUs behind one 100 Gb/s Ethernet adapter a server, as clouds without InfiniBand rent them.
-A100_ETHERNET = Gpu("A100 80GB, 100 Gb/s a server", A100.flops, 2039e9, 600e9 / 2, 12.5e9)
-H100 = Gpu("H100 80GB", GPUS["h100"].bf16 * 1e12, 3350e9, 900e9 / 2, 8 * 50e9)
+# Source: NVIDIA's data sheets of the DGX A100 (8 adapters of 200 Gb/s) and the DGX H100 (8 of 400 Gb/s).
+A100 = Server("A100 80GB", GPUS["a100-80gb"], network=8 * 25)
+# The same GPUs behind one 100 Gb/s Ethernet adapter, as clouds without InfiniBand rent them.
+A100_ETHERNET = Server("A100 80GB, 100 Gb/s per server", GPUS["a100-80gb"], network=12.5)
+H100 = Server("H100 80GB", GPUS["h100"], network=8 * 50)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is trained.
+class Workload:
+    """What is trained, in bf16.
 
     Attributes:
-        measured: sequences/s of one A100 at batch 32, as arXiv 2505.18883 reports of the authors' code.
+        name: as shown in tables.
+        parameters: number of parameters.
+        row_flops: floating-point operations of a row's forward and backward pass.
+        activations: memory of a micro-batch.
+        rows_per_second: measured throughput of one A100.
     """
 
     name: str
-    model: PGMConfig | MDLMConfig
-    vocabulary: int
-    length: int
-    measured: float
-
-    @cached_property
-    def parameters(self) -> int:
-        with torch.device("meta"):  # shapes without values
-            return sum(p.numel() for p in build(self.model, self.vocabulary, self.length).parameters())
-
-    @cached_property
-    def flops_of_a_row(self) -> float:
-        """Needed for forward and backward, mean over random groups of the log-linear schedule."""
-        rng = np.random.default_rng(0)
-        times = (np.arange(DRAWS) + 0.5) / DRAWS
-        groups = rng.random((DRAWS, self.length)) < times[:, None]
-        return flops(training_work(self.model, self.vocabulary, groups), backward=True) / DRAWS
+    parameters: int
+    row_flops: float
+    activations: Activations
+    rows_per_second: float
 
     @property
     def share(self) -> float:
-        """Of an A100's peak, by needed operations, that the reported throughput reaches."""
-        return self.measured * self.flops_of_a_row / A100.flops
+        """Share of a GPU's peak rate that training reaches."""
+        return self.rows_per_second * self.row_flops / (A100.gpu.bf16 * 1e12)
 
 
-def _pgm(encoder: int, decoder: int, hidden: int, heads: int) -> PGMConfig:
-    return PGMConfig(encoder_blocks=encoder, decoder_blocks=decoder, hidden=hidden, heads=heads)
+def paper_workloads() -> tuple[Workload, Workload]:
+    """Describe PGM 8/8 and PGM 6/6, with the throughput of the authors' code at batch 32.
+
+    Source:
+        arXiv 2505.18883.
+    """
+    return (
+        _workload(
+            "PGM 8/8, H 768", PGMConfig(encoder_blocks=8, decoder_blocks=8, hidden=768, heads=12), 68.0
+        ),
+        _workload(
+            "PGM 6/6, H 1024", PGMConfig(encoder_blocks=6, decoder_blocks=6, hidden=1024, heads=16), 62.9
+        ),
+    )
 
 
-PGM_8_8 = Recipe("PGM 8/8, H 768", _pgm(8, 8, 768, 12), 50_257, 1024, 68.0)
-PGM_6_6 = Recipe("PGM 6/6, H 1024", _pgm(6, 6, 1024, 16), 50_257, 1024, 62.9)
+def _workload(name: str, model: PGMConfig, rows_per_second: float) -> Workload:
+    """Count parameters, operations and activations of a model on OpenWebText in GPT-2 tokens."""
+    config = RunConfig(name="scaling", model=model, train=TrainConfig(precision="bf16"))
+    facts = DataFacts(50_257, 1024, None, None)
+    return Workload(
+        name,
+        parameters=sum(plan.parameters(config, facts).values()),
+        row_flops=3 * plan.forward_flops(config, facts),
+        activations=plan.step_activations(config, facts),
+        rows_per_second=rows_per_second,
+    )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One step on so many GPUs; times in seconds.
+    """One training step; times in seconds.
 
     Attributes:
-        rows: of a GPU in one step.
-        compute: forward and backward at the share of the peak.
+        compute: forward and backward pass at the reached share of the peak.
         communication: gradients and weights, not overlapped with anything.
         optimiser: reading and writing a GPU's part of the optimiser's state.
-        memory: bytes a GPU.
+        memory: bytes per GPU.
     """
 
-    gpus: int
-    rows: float
     compute: float
     communication: float
     optimiser: float
@@ -120,135 +117,134 @@ class Prediction:
 
     @property
     def step(self) -> float:
+        """Total time of the step."""
         return self.compute + self.communication + self.optimiser
 
     @property
     def largest(self) -> str:
-        terms = {name: getattr(self, name) for name in ("compute", "communication", "optimiser")}
-        return max(terms, key=lambda name: terms[name])
+        """Name of the term that takes longest."""
+        return max(("compute", "communication", "optimiser"), key=lambda name: getattr(self, name))
 
     @property
     def efficiency(self) -> float:
-        """Sequences a second of a GPU over those of one that does nothing but compute."""
+        """Sequences per second and GPU, relative to a GPU that only computes."""
         return self.compute / self.step
 
 
 def predict(
-    parameters: int,
-    flops_of_a_row: float,
-    kept_of_a_row: float,
-    logits_of_a_row: float,
-    rows: float,
+    workload: Workload,
+    server: Server,
     gpus: int,
-    gpu: Gpu,
-    share: float,
+    rows: float,
     stage: Stage = 1,
-    micro_batch: int = 32,
 ) -> Prediction:
-    """A step of `rows` rows a GPU.
+    """Predict one training step in bf16 with micro-batches of 32 rows.
 
     Communication is a ring's: a reduce-scatter or an all-gather of b bytes over n GPUs moves b (n - 1) / n through
-    every link. Stages 0 to 2 need two of them a step (gradients, then weights), stage 3 a third (weights again in
-    the backward pass) and all three for every micro-batch; bf16, two bytes a value.
+    every link. Stages 0 to 2 need two of them per step (gradients, then weights). Stage 3 needs a third one (weights
+    again in the backward pass) and all three for every micro-batch. A value takes two bytes.
 
     Args:
-        kept_of_a_row: bytes of activations that a row keeps for the backward pass.
-        logits_of_a_row: entries, of which there are no more than a chunk at a time.
-        share: of the GPU's peak.
-        stage: of ZeRO.
-        micro_batch: rows of a GPU in one forward pass.
+        workload: what is trained.
+        server: the type of all servers.
+        gpus: number of GPUs.
+        rows: rows per GPU and step.
+        stage: ZeRO stage.
+
+    Returns:
+        Times and memory of one GPU.
     """
-    passes = math.ceil(rows / micro_batch)
-    collectives = 3 * passes if stage == 3 else 2
-    link = gpu.inside if gpus <= gpu.servers else gpu.outside
-    moved = 2 * parameters * (gpus - 1) / gpus
-    communication = collectives * (moved / link + math.log2(gpus) * HOP)
-    held = states(parameters, TrainConfig(precision="bf16", zero_stage=stage), gpus)
-    together = min(rows, micro_batch)
-    logits = 2 * 4 * min(LOGITS_AT_ONCE["cuda"], together * logits_of_a_row)
-    memory = held.total + logits + together * kept_of_a_row
+    train = TrainConfig(precision="bf16", zero_stage=stage)
+    collectives = 3 * math.ceil(rows / train.micro_batch) if stage == 3 else 2
+    link = 1e9 * (server.gpu.link if gpus <= server.size else server.network)
+    moved = 2 * workload.parameters * (gpus - 1) / gpus
+    held = states(workload.parameters, train, gpus)
     return Prediction(
-        gpus=gpus,
-        rows=rows,
-        compute=rows * flops_of_a_row / (gpu.flops * share),
-        communication=communication,
-        optimiser=2 * (held.optimiser + held.ema) / gpu.bandwidth,
-        memory=memory,
+        compute=rows * workload.row_flops / (server.gpu.bf16 * 1e12 * workload.share),
+        communication=collectives * (moved / link + math.log2(gpus) * HOP),
+        optimiser=2 * (held.optimiser + held.ema) / (server.gpu.bandwidth * 1e9),
+        memory=held.total + workload.activations.peak(min(rows, train.micro_batch)),
     )
 
 
-def break_even(recipe: Recipe, gpu: Gpu, share: float, gpus: int) -> float:
-    """Rows a GPU below which communication takes longer than computing."""
-    found = predict(recipe.parameters, recipe.flops_of_a_row, 0.0, 0.0, 1.0, gpus, gpu, share)
-    return found.communication / found.compute
+def break_even(workload: Workload, server: Server, gpus: int) -> float:
+    """Compute the rows per GPU below which communication takes longer than computing.
 
+    Args:
+        workload: what is trained, with ZeRO 1.
+        server: the type of all servers.
+        gpus: number of GPUs.
 
-def kept_of_a_row(recipe: Recipe) -> float:
-    """Bytes of activations of a row, from `KEPT`."""
-    model = recipe.model
-    blocks = (
-        model.blocks if isinstance(model, MDLMConfig) else model.encoder_blocks + model.decoder_blocks + 1
-    )
-    return KEPT * blocks * model.hidden * recipe.length
-
-
-def table(
-    recipe: Recipe, gpu: Gpu, share: float, batch: int | None, rows: int | None, stage: Stage = 1
-) -> list[str]:
-    """Markdown rows for 1 to 1,024 GPUs, of one `batch` whatever their number, or of `rows` rows a GPU."""
-    lines = [
-        "| GPUs | rows a GPU | compute ms | communication ms | optimiser ms | step ms | sequences/s | efficiency "
-        "| GB a GPU | largest term |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    facts = recipe.parameters, recipe.flops_of_a_row, kept_of_a_row(recipe), recipe.vocabulary * recipe.length
-    for gpus in _COUNTS:
-        each = batch / gpus if batch is not None else float(rows or 1)
-        if each < 1:
-            continue  # a row is on one GPU
-        found = predict(*facts, each, gpus, gpu, share, stage)
-        lines.append(
-            f"| {gpus:,} | {each:g} | {found.compute * 1e3:,.1f} | {found.communication * 1e3:,.1f} "
-            f"| {found.optimiser * 1e3:.1f} | {found.step * 1e3:,.1f} | {each * gpus / found.step:,.0f} "
-            f"| {found.efficiency:.0%} | {found.memory / 1e9:.1f} | {found.largest} |"
-        )
-    return lines
+    Returns:
+        The number of rows, in general not whole.
+    """
+    prediction = predict(workload, server, gpus, rows=1.0)
+    return prediction.communication / prediction.compute
 
 
 def report() -> str:
-    """All tables of the page on scaling."""
-    lines: list[str] = []
-    for recipe in (PGM_8_8, PGM_6_6):
-        lines += [
-            f"**{recipe.name}**: {recipe.parameters / 1e6:.1f}M parameters, "
-            f"{recipe.flops_of_a_row / 1e12:.2f} TFLOP a row; {recipe.measured} sequences/s on an A100 are "
-            f"{recipe.share:.0%} of its peak.",
-            "",
-        ]
-    lines += ["Rows a GPU in a step below which communication outlasts computing, ZeRO 1:", ""]
-    lines += ["| | 8 GPUs | 64 GPUs | 1,024 GPUs |", "|---|---:|---:|---:|"]
-    for recipe in (PGM_8_8, PGM_6_6):
-        for gpu in (A100, A100_ETHERNET, H100):
-            found = (f"{break_even(recipe, gpu, recipe.share, gpus):.2g}" for gpus in (8, 64, 1024))
-            lines.append(f"| {recipe.name} on {gpu.name} | {' | '.join(found)} |")
-    lines.append("")
-    for recipe, gpu, batch, rows, stage in _TABLES:
-        spread = f"{batch} rows a step, however many GPUs" if batch else f"{rows} rows a GPU"
-        title = f"{recipe.name} on {gpu.name}, {spread}, ZeRO {stage}, at {recipe.share:.0%} of the peak"
-        lines += [f"### {title}", "", *table(recipe, gpu, recipe.share, batch, rows, stage), ""]
-    return "\n".join(lines)
+    """Write all tables of docs/scaling.md."""
+    workloads = pgm_8_8, pgm_6_6 = paper_workloads()
+    models = [
+        {
+            "Model": work.name,
+            "Parameters, M": f"{work.parameters / 1e6:.1f}",
+            "TFLOP per row": f"{work.row_flops / 1e12:.2f}",
+            "Sequences/s, A100": f"{work.rows_per_second}",
+            "Share of peak": f"{work.share:.0%}",
+            "Activations, GB per row": f"{work.activations.per_row / 1e9:.2f}",
+        }
+        for work in workloads
+    ]
+    limits = [
+        {"Model": work.name, "Server": server.name}
+        | {f"{gpus:,} GPUs": f"{break_even(work, server, gpus):.2g}" for gpus in (8, 64, 1024)}
+        for work in workloads
+        for server in (A100, A100_ETHERNET, H100)
+    ]
+    blocks = [
+        markdown(table_of(models)),
+        "### Rows per GPU below which communication takes longer than computing, ZeRO 1",
+        markdown(table_of(limits)),
+    ]
+    tables: tuple[tuple[Workload, Server, int | None, Stage], ...] = (
+        (pgm_8_8, A100, 512, 1),
+        (pgm_8_8, A100, None, 1),
+        (pgm_8_8, A100, None, 3),
+        (pgm_8_8, A100_ETHERNET, 512, 1),
+        (pgm_8_8, A100_ETHERNET, None, 1),
+        (pgm_8_8, H100, 512, 1),
+        (pgm_6_6, A100, 512, 1),
+    )
+    for work, server, batch, stage in tables:
+        spread = f"{batch} rows per step" if batch else "32 rows per GPU"
+        blocks.append(
+            f"### {work.name} on {server.name}, {spread}, ZeRO {stage}, {work.share:.0%} of the peak"
+        )
+        blocks.append(markdown(table_of(_steps(work, server, batch, stage))))
+    return "\n\n".join(blocks)
 
 
-_COUNTS = (1, 4, 8, 16, 64, 128, 256, 512, 1024)
-_TABLES: tuple[tuple[Recipe, Gpu, int | None, int | None, Stage], ...] = (
-    (PGM_8_8, A100, 512, None, 1),
-    (PGM_8_8, A100, None, 32, 1),
-    (PGM_8_8, A100, None, 32, 3),
-    (PGM_8_8, A100_ETHERNET, 512, None, 1),
-    (PGM_8_8, A100_ETHERNET, None, 32, 1),
-    (PGM_8_8, H100, 512, None, 1),
-    (PGM_6_6, A100, 512, None, 1),
-)
+def _steps(workload: Workload, server: Server, batch: int | None, stage: Stage) -> Iterator[dict[str, str]]:
+    """Predict steps on 1 to 1,024 GPUs that share a batch, or that take 32 rows each."""
+    for gpus in (1, 4, 8, 16, 64, 128, 256, 512, 1024):
+        rows = batch / gpus if batch is not None else 32.0
+        if rows < 1:
+            continue  # a row is not split over GPUs
+        step = predict(workload, server, gpus, rows, stage)
+        yield {
+            "GPUs": f"{gpus:,}",
+            "Rows per GPU": f"{rows:g}",
+            "Compute, ms": f"{step.compute * 1e3:,.1f}",
+            "Communication, ms": f"{step.communication * 1e3:,.1f}",
+            "Optimiser, ms": f"{step.optimiser * 1e3:.1f}",
+            "Step, ms": f"{step.step * 1e3:,.1f}",
+            "Sequences/s": f"{rows * gpus / step.step:,.0f}",
+            "Efficiency": f"{step.efficiency:.0%}",
+            "GB per GPU": f"{step.memory / 1e9:.1f}",
+            "Largest term": step.largest,
+        }
+
 
 if __name__ == "__main__":
     print(report())  # noqa: T201

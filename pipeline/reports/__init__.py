@@ -1,1 +1,1 @@
-"""Tables, figures and pages of results, and the figures that the papers report."""
+"""Tables, figures and pages of results, and published results."""

@@ -1,23 +1,27 @@
-"""What an evaluation found: figures in groups, each with how it was measured, as JSON and plain text."""
+"""Results of an evaluation: metrics in groups, each with how it was measured, as JSON and plain text."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from typing import Any
 
-HEAD = ("", "value", "95% interval", "measured by")
+import pandas as pd
+
+from pipeline.reports.tables import aligned, short
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure.
+    """A measured metric.
 
     Attributes:
-        key: its metric's name within the group.
+        key: name of the metric within the group.
         name: for people, with the unit.
-        interval: 95%, where it is known.
-        by: what measured it, beside what the group says.
+        value: of the metric.
+        interval: 95% confidence interval, where it is known.
+        by: how it was measured, beyond what the group says.
     """
 
     key: str
@@ -29,12 +33,13 @@ class Measure:
 
 @dataclass(frozen=True)
 class Group:
-    """Figures that were measured in the same way.
+    """Metrics that were measured in the same way.
 
     Attributes:
         key: of the metrics, `evaluation/KEY/...`.
         title: for people.
-        how: what all of its figures have in common.
+        how: conditions of the measurement that all metrics have in common.
+        measures: the metrics.
     """
 
     key: str
@@ -44,17 +49,18 @@ class Group:
 
     @property
     def heading(self) -> str:
-        """Title, and how it was measured, on one line."""
-        return f"{self.title}: " + ", ".join(f"{key} {value}" for key, value in self.how.items())
+        """Return title and conditions on one line."""
+        return f"{self.title}: {_listed(self.how)}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """All figures of a model.
+    """All metrics of a model.
 
     Attributes:
         model: folder or registered name.
-        about: what it is: kind, parameters, training step.
+        about: kind, parameters, training step.
+        groups: the metrics.
     """
 
     model: str
@@ -62,32 +68,23 @@ class Report:
     groups: Sequence[Group] = ()
 
     def metrics(self) -> dict[str, float]:
-        """Finite figures, and the ends of their intervals, by metric name."""
-        found: dict[str, float] = {}
+        """Return finite values, and the ends of their intervals, by metric name."""
+        values: dict[str, float] = {}
         for group in self.groups:
-            for one in group.measures:
-                key = f"evaluation/{group.key}/{one.key}"
-                low, high = one.interval or (math.nan, math.nan)
-                found |= {key: one.value, f"{key}_low": low, f"{key}_high": high}
-        return {key: value for key, value in found.items() if math.isfinite(value)}
+            for measure in group.measures:
+                key = f"evaluation/{group.key}/{measure.key}"
+                low, high = measure.interval or (math.nan, math.nan)
+                values |= {key: measure.value, f"{key}_low": low, f"{key}_high": high}
+        return {key: value for key, value in values.items() if math.isfinite(value)}
 
     def to_json(self) -> str:
-        """Everything, with null for what is not finite."""
+        """Write everything as JSON, with null for what is not finite."""
         groups = [
             {
                 "key": group.key,
                 "title": group.title,
                 "how": dict(group.how),
-                "figures": [
-                    {
-                        "key": one.key,
-                        "name": one.name,
-                        "value": _finite(one.value),
-                        "interval": one.interval and [_finite(end) for end in one.interval],
-                        "by": one.by,
-                    }
-                    for one in group.measures
-                ],
+                "figures": [_null_infinite(asdict(measure)) for measure in group.measures],
             }
             for group in self.groups
         ]
@@ -95,41 +92,41 @@ class Report:
         return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
 
     def to_text(self) -> str:
-        """Columns aligned over all groups."""
-        rows = [cells(one) for group in self.groups for one in group.measures]
-        name, value, interval = (max(len(row[i]) for row in [HEAD, *rows]) for i in range(3))
-
-        def line(row: tuple[str, ...]) -> str:
-            return f"  {row[0]:<{name}}  {row[1]:>{value}}  {row[2]:<{interval}}  {row[3]}".rstrip()
-
-        def lines() -> Iterator[str]:
-            yield f"{self.model}: {self.told}"
-            yield line(HEAD)
-            for group in self.groups:
-                yield f"{group.heading}"
-                yield from (line(cells(one)) for one in group.measures)
-
-        return "\n".join(lines())
+        """Write a table with columns that are aligned over all groups."""
+        head, *rows = aligned(measure_table(chain(*(group.measures for group in self.groups)))).splitlines()
+        lines, left = [f"{self.model}: {self.description}", head], iter(rows)
+        for group in self.groups:
+            lines += [group.heading, *islice(left, len(group.measures))]
+        return "\n".join(lines)
 
     @property
-    def told(self) -> str:
-        """What it is, on one line."""
-        return ", ".join(f"{key} {value}" for key, value in self.about.items())
+    def description(self) -> str:
+        """Return kind, parameters and training step on one line."""
+        return _listed(self.about)
 
 
-def cells(one: Measure) -> tuple[str, str, str, str]:
-    """A figure under `HEAD`."""
-    interval = "" if one.interval is None else f"{short(one.interval[0])} to {short(one.interval[1])}"
-    return one.name, short(one.value), interval, one.by
+def measure_table(measures: Iterable[Measure]) -> pd.DataFrame:
+    """Make a table of texts with a row per metric."""
+    rows = [
+        (
+            measure.name,
+            short(measure.value),
+            "" if measure.interval is None else " to ".join(map(short, measure.interval)),
+            measure.by,
+        )
+        for measure in measures
+    ]
+    return pd.DataFrame(rows, columns=["", "value", "95% interval", "measured by"])
 
 
-def short(value: float) -> str:
-    """Four decimals below 10, two below 1,000, none above."""
-    if not math.isfinite(value):
-        return str(value)
-    size = abs(value)
-    return f"{value:.4f}" if size < 10 else f"{value:.2f}" if size < 1000 else f"{value:,.0f}"
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _null_infinite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, also inside dicts and tuples."""
+    if isinstance(value, dict):
+        return {key: _null_infinite(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_null_infinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Pictures of what image models draw: labelled grids, and the order in which tokens were revealed."""
+"""Figures of sampled images: labelled grids, and the order in which tokens were revealed."""
 
 from collections.abc import Sequence
 
@@ -7,64 +7,61 @@ from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
 _INK, _GREY = "#22262b", "#7a828c"
-_HIDDEN = 208  # grey level of what is not revealed yet
+_HIDDEN = 208  # grey level of tokens that are not revealed yet
+_COLUMNS = 8  # of a grid without labels
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the steps, at which a sample is shown
 
 
-def sample_grid(
-    images: UInt8[np.ndarray, "n S S 3"], labels: Sequence[int] | None = None, columns: int = 8
-) -> Figure:
-    """Images side by side; with labels, one column of pictures a class under its number.
+def sample_grid(images: UInt8[np.ndarray, "n S S 3"], labels: Sequence[int] | None = None) -> Figure:
+    """Arrange images in a grid; with labels, in one column per class under its number.
 
     Args:
+        images: of one size.
         labels: class of every image, None for unconditional samples.
-        columns: of the grid, without labels.
     """
     if labels is None:
-        groups, names = [images[i::columns] for i in range(min(columns, len(images)))], [""] * columns
+        groups, names = [images[i::_COLUMNS] for i in range(min(_COLUMNS, len(images)))], [""] * _COLUMNS
     else:
         classes = list(dict.fromkeys(labels))
-        groups = [images[np.asarray(labels) == one] for one in classes]
-        names = [str(one) for one in classes]
+        groups, names = [images[np.asarray(labels) == label] for label in classes], [*map(str, classes)]
     height = max(map(len, groups))
     figure = Figure(figsize=(0.9 * len(groups), 0.9 * height + 0.3), dpi=150)
     axes = figure.subplots(height, len(groups), squeeze=False)
     top = 1 - 0.28 / (0.9 * height + 0.3)
     figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=0.01, wspace=0.06, hspace=0.06)
-    for column, pictures, name in zip(axes.T, groups, names, strict=False):
-        for cell in column:
-            cell.set_axis_off()
-        for cell, picture in zip(column, pictures, strict=False):
-            cell.imshow(picture, interpolation="nearest")
+    for cell in axes.flat:
+        cell.set_axis_off()
+    for column, group, name in zip(axes.T, groups, names, strict=False):
         column[0].set_title(name, fontsize=10, color=_INK, pad=3)
+        for cell, image in zip(column, group, strict=False):
+            cell.imshow(image, interpolation="nearest")
     return figure
 
 
 def unmasking_order(
     images: UInt8[np.ndarray, "n S S 3"], revealed_at: Int[np.ndarray, "n T"], most: int = 5
 ) -> Figure:
-    """How samples came about: what was known after a quarter of the steps, a half, ..., and when each token came.
+    """Show which tokens of samples were known after a quarter of the steps, a half, ..., and when each was revealed.
 
     Args:
+        images: the samples.
         revealed_at: step of every token of the grid, row by row, from 1.
-        most: samples shown.
+        most: largest number of samples that are shown.
     """
     images, revealed_at = images[:most], revealed_at[:most]
     grid, steps = round(revealed_at.shape[1] ** 0.5), int(revealed_at.max())
-    when = revealed_at.reshape(-1, grid, grid)
-    factor = images.shape[1] // grid
-    figure = Figure(
-        figsize=(1.3 * (len(_SHARES) + 1) + 0.6, 1.3 * len(images) + 0.3), dpi=150, layout="constrained"
-    )
+    orders, factor = revealed_at.reshape(-1, grid, grid), images.shape[1] // grid
+    size = (1.3 * (len(_SHARES) + 1) + 0.6, 1.3 * len(images) + 0.3)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots(len(images), len(_SHARES) + 1, squeeze=False)
-    for line, image, order in zip(axes, images, when, strict=True):
+    for line, image, order in zip(axes, images, orders, strict=True):
         for cell, share in zip(line, _SHARES, strict=False):
             hidden = (order > np.ceil(share * steps)).repeat(factor, 0).repeat(factor, 1)
             cell.imshow(np.where(hidden[..., None], _HIDDEN, image).astype(np.uint8), interpolation="nearest")
         shown = line[-1].imshow(order, cmap="viridis", vmin=1, vmax=steps, interpolation="nearest")
-        for cell in line:
-            cell.set(xticks=[], yticks=[])
-            cell.spines[:].set_visible(False)
+    for cell in axes.flat:
+        cell.set(xticks=[], yticks=[])
+        cell.spines[:].set_visible(False)
     for cell, share in zip(axes[0], _SHARES, strict=False):
         cell.set_title(f"step {int(np.ceil(share * steps))}", fontsize=9, color=_INK)
     axes[0, -1].set_title("revealed at", fontsize=9, color=_INK)

@@ -1,4 +1,4 @@
-"""Parts of reports: what was run on which data, figures in groups, and what the papers report at the same size."""
+"""Sections of reports: metrics in groups, data and config, and published results for models of the same size."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,13 +6,19 @@ import yaml
 
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.reports.measures import HEAD, Group, cells
-from pipeline.reports.page import Folded, Section, Table, Text
+from pipeline.reports.measures import Group, measure_table
+from pipeline.reports.page import Block, Folded, Section, Table, Text
 from pipeline.reports.published import SOURCE, published
+from pipeline.reports.tables import table_of
 
 
 def setting_sections(config: RunConfig, manifest: Manifest) -> list[Section]:
-    """The data, and the config; without where things are kept, which is nobody's affair."""
+    """Describe the data and the config, without the places where things are kept.
+
+    Args:
+        config: of the run.
+        manifest: of its data.
+    """
     facts = {
         "source": manifest.source.name,
         "tokenizer": manifest.tokenizer.name,
@@ -25,36 +31,40 @@ def setting_sections(config: RunConfig, manifest: Manifest) -> list[Section]:
         "content": manifest.content_key[:12],
     }
     tree = config.model_dump(mode="json", exclude={"cluster", "tracking"})
-    told = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    table = table_of({"property": key, "value": value} for key, value in facts.items())
     return [
-        Section("Data", [Table(["", ""], [[key, value] for key, value in facts.items()])]),
-        Section("Config", [Folded("the whole config", told)]),
+        Section("Data", [Table(table)]),
+        Section("Config", [Folded("all keys", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))]),
     ]
 
 
-def figures_section(title: str, groups: Sequence[Group]) -> Section:
-    """A table a group, under how it was measured."""
-    blocks: list[Text | Table] = []
+def metrics_section(title: str, groups: Sequence[Group]) -> Section:
+    """Show a table per group, under how it was measured.
+
+    Args:
+        title: of the section.
+        groups: of metrics.
+    """
+    blocks: list[Block] = []
     for group in groups:
-        blocks += [Text(group.heading), Table(HEAD, [cells(one) for one in group.measures])]
+        blocks += [Text(group.heading), Table(measure_table(group.measures))]
     return Section(title, blocks)
 
 
 def paper_section(models: Mapping[str, ModelConfig], manifest: Manifest) -> Section:
-    """What is published for models of these sizes.
+    """Show what is published for models of these sizes.
 
     Args:
-        models: the model section of each, by name.
-        manifest: of the rows that they read.
+        models: model sections by name.
+        manifest: of the rows that the models read.
     """
     length = manifest.length - (manifest.grid is not None)  # of images without BOS
     rows = [
-        [name, row.name, row.data, figure, value]
+        {"model": name, "in the paper": row.name, "its data": row.data, "metric": metric, "value": value}
         for name, section in models.items()
         for row in published(section, length)
-        for figure, value in row.figures.items()
+        for metric, value in row.results.items()
     ]
     if not rows:
-        return Section("Beside the paper", [Text("The paper has no model of these sizes.")])
-    head = ["model here", "in the paper", "its data", "figure", "value"]
-    return Section("Beside the paper", [Text(f"Source: {SOURCE}."), Table(head, rows)])
+        return Section("Published results", [Text("The paper has no model of these sizes.")])
+    return Section("Published results", [Text(f"Source: {SOURCE}."), Table(table_of(rows))])

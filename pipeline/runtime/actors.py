@@ -1,4 +1,4 @@
-"""Work spread over Ray actors: answers in the order of the questions, users' mistakes raised as what they are."""
+"""Work spread over Ray actors: results come in the order of the tasks, and our own errors are raised as they are."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from pipeline.errors import CapabilityError, PipelineError
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job's actors get.
+    """What the actors or workers of a job get.
 
     Attributes:
-        actors: processes that work at the same time, at most.
-        cpus: CPUs of each, which is also its threads.
+        actors: largest number of processes that work at the same time.
+        cpus: CPUs of each, which is also its number of threads.
         use_gpu: whether each has a GPU of its own.
     """
 
@@ -28,10 +28,10 @@ class Resources:
 
 
 def own_device() -> torch.device:
-    """The GPU that this actor or task was given, else the CPU: Ray hides GPUs from nobody.
+    """Return the GPU that Ray gave this actor or task, or the CPU; a process may see GPUs that are not its own.
 
     Raises:
-        CapabilityError: it was given a GPU that torch cannot use.
+        CapabilityError: Ray gave it a GPU that torch cannot use.
     """
     if not ray.is_initialized() or not ray.get_gpu_ids():
         return torch.device("cpu")
@@ -44,41 +44,59 @@ def own_device() -> torch.device:
 
 
 class _Actor:
-    """Makes what it holds at the first call: what fails then reaches the caller like any other failure."""
+    """Holds an object made at the first call, so that a failure of its constructor reaches the caller."""
 
     def __init__(self, kind: type, *arguments: Any):
-        self._kind, self._arguments, self._held = kind, arguments, None
+        self._kind, self._arguments, self._object = kind, arguments, None
 
     def call(self, method: str, *task: Any) -> Any:
-        if self._held is None:
-            self._held = self._kind(*self._arguments)
-        return getattr(self._held, method)(*task)
+        if self._object is None:
+            self._object = self._kind(*self._arguments)
+        return getattr(self._object, method)(*task)
 
 
 @contextmanager
 def started(kind: type, arguments: Sequence[Any], resources: Resources, tasks: int) -> Iterator[list[Any]]:
-    """Processes that each hold one `kind(*arguments)`, never more of them than tasks; they end with the block."""
+    """Start actors that each hold one `kind(*arguments)`; they end with the block.
+
+    Args:
+        kind: class of the held object.
+        arguments: of its constructor.
+        resources: how many actors, and what each gets.
+        tasks: number of tasks; no more actors than tasks are started.
+
+    Returns:
+        A context manager that gives the actors, for `in_order`.
+    """
     remote: Any = ray.remote(_Actor).options(num_cpus=resources.cpus, num_gpus=int(resources.use_gpu))
-    ready = [remote.remote(kind, *arguments) for _ in range(max(1, min(resources.actors, tasks)))]
+    actors = [remote.remote(kind, *arguments) for _ in range(max(1, min(resources.actors, tasks)))]
     try:
-        yield ready
+        yield actors
     finally:
-        for one in ready:  # at once, since who comes next may need their CPUs and GPUs
-            ray.kill(one)
+        for (
+            actor
+        ) in actors:  # also while a traceback holds them, since the next user may need their CPUs and GPUs
+            ray.kill(actor)
 
 
-def in_order(ready: list[Any], method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """`method(*task)` of every task on whichever actor is free, one at a time on each.
+def in_order(actors: list[Any], method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """Call `method(*task)` for every task on whichever actor is free, one call at a time on each.
 
-    As many tasks as there are actors reach each of them once.
+    If there are as many tasks as actors, every actor gets one.
+
+    Args:
+        actors: from `started`.
+        method: name of the held objects' method.
+        tasks: arguments of every call.
+
+    Returns:
+        An iterator over the results, in the order of the tasks.
 
     Raises:
-        PipelineError: what an actor raised, without Ray's traceback.
+        PipelineError: raised by an actor; given without Ray's traceback.
     """
-    pool: Any = ActorPool(ready)
+    pool: Any = ActorPool(actors)
     try:
-        yield from pool.map(lambda one, task: one.call.remote(method, *task), tasks)
+        yield from pool.map(lambda actor, task: actor.call.remote(method, *task), tasks)
     except ray.exceptions.RayTaskError as error:
-        for one in ready:  # the error's traceback holds them, and they would keep their CPUs
-            ray.kill(one)
         raise error.cause if isinstance(error.cause, PipelineError) else error from None

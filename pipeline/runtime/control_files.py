@@ -1,4 +1,4 @@
-"""Control files of a run: requests to stop or save, and errors that no restart can mend."""
+"""Control files of a run: requests to stop or save, and errors that no restart can fix."""
 
 import logging
 import threading
@@ -8,49 +8,58 @@ from pipeline import storage
 
 log = logging.getLogger(__name__)
 
-STOP = "stop"  # file in the run's folder: finish the step, save, and end
-SAVE = "save"  # likewise: finish the step, save, and go on
-FATAL = "fatal.json"  # in the run's folder: an error that no restart can mend
+# Names in the run's folder.
+STOP = "stop"  # finish the step, save a checkpoint, and end
+SAVE = "save"  # finish the step, save a checkpoint, and continue
+FATAL = "fatal.json"  # an error that no restart can fix
 
 
 class Requests:
-    """What rank 0's loop is asked to do between two steps.
+    """Requests to rank 0's training loop, collected between two steps.
 
-    A thread looks for the files STOP and SAVE every second, so that no step waits for storage.
+    A thread checks for the files STOP and SAVE every second, so that no step waits for storage.
+
+    Args:
+        folder: of the run.
     """
 
-    EVERY_S = 1.0
-    LOOK_S = 5.0  # between questions to Ray, each of which costs a round trip
+    INTERVAL_S = 1.0
+    NOTICE_INTERVAL_S = 5.0  # between questions to Ray, each of which costs a round trip
 
-    def __init__(self, run: str):
+    def __init__(self, folder: str):
         self._stop = self._save = False
-        self._looked = time.monotonic()
-        self._files = [storage.join(run, name) for name in (STOP, SAVE)]
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="requests", daemon=True)
+        self._last_notice_check = time.monotonic()
+        self._files = [storage.join(folder, name) for name in (STOP, SAVE)]
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="requests", daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
+        """Check for the files until the end."""
         stop, save = self._files
-        while not self._over.wait(self.EVERY_S):
+        while not self._closed.wait(self.INTERVAL_S):
             try:
                 self._stop = self._stop or storage.exists(stop)
                 if storage.exists(save):
                     storage.remove(save)
                     self._save = True
-            except Exception as error:  # storage's troubles are over sooner or later
-                log.warning("no look at the run's folder for requests: %s", error)
+            except Exception as error:  # an outage of the storage passes
+                log.warning("could not check the run folder for stop or save requests; retrying: %s", error)
 
     def take(self) -> tuple[bool, bool, bool]:
-        """Whether to stop, to save, and to call `notice`."""
+        """Take the requests that have arrived since the last call.
+
+        Returns:
+            Whether to stop, whether to save, and whether it is time to call `Session.notice`.
+        """
         save, self._save = self._save, False
         now = time.monotonic()
-        look = now - self._looked > self.LOOK_S
-        if look:
-            self._looked = now
-        return self._stop, save, look
+        check_notice = now - self._last_notice_check > self.NOTICE_INTERVAL_S
+        if check_notice:
+            self._last_notice_check = now
+        return self._stop, save, check_notice
 
     def close(self) -> None:
         """End the thread."""
-        self._over.set()
+        self._closed.set()
         self._thread.join()

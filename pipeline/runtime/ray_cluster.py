@@ -1,4 +1,4 @@
-"""The Ray cluster that a job runs on: joining it, what it can hold, what all its nodes see, being stopped."""
+"""The Ray cluster of a job: joining it, its resources, what all of its nodes can see, and stop requests."""
 
 import logging
 import os
@@ -23,132 +23,150 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def joined_cluster(config: ClusterConfig) -> Iterator[None]:
-    """Join the cluster that this job runs in (RAY_ADDRESS), else start a local Ray for the job."""
-    mine = not ray.is_initialized()
-    if mine:
-        address = os.environ.get("RAY_ADDRESS")
-        if address:
-            ray.init(address=address, logging_level=logging.WARNING)
-        else:
-            cpus = max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
-            ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
-        if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a word
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray, for the time of the block.
+
+    Args:
+        config: a local Ray gets CPUs for its smallest number of workers, or those of the machine if they are more.
+    """
+    if ray.is_initialized():  # by the caller, who also shuts it down
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    cpus = None if address else max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
+    ray.init(address=address or "local", num_cpus=cpus, logging_level=logging.WARNING)
+    if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a message
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        if mine:
-            ray.shutdown()
-
-
-def check_resources(config: ClusterConfig) -> bool:
-    """Whether the workers get a GPU each.
-
-    Raises:
-        CapabilityError: the cluster is too small for the fewest workers; without this, Ray would wait for ever.
-    """
-    there, asked = ray.cluster_resources(), config
-    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
-    auto = asked.accelerator == "auto"
-    use_gpu = gpus > 0 if auto else asked.accelerator == "gpu"
-    mine = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
-    if auto and mine and 0 < gpus < asked.least:  # a cluster is refused: nodes may have gone, or not come yet
-        use_gpu = False
-        log.warning("%d GPUs for %d workers: CPUs are used (cluster.accelerator: auto)", gpus, asked.least)
-    if use_gpu and gpus < asked.least:
-        raise CapabilityError(
-            f"cluster.workers: {asked.least} workers of one GPU, the cluster has {gpus} GPUs; "
-            f"expected {f'at most {gpus}, or ' if gpus else ''}cluster.accelerator=cpu"
-        )
-    if cpus < asked.least * asked.cpus_per_worker:
-        raise CapabilityError(
-            f"cluster.workers: {asked.least} workers of {asked.cpus_per_worker} CPUs, the cluster has {cpus}"
-        )
-    room = places(ray.nodes(), asked.cpus_per_worker, use_gpu)
-    if room < asked.least:
-        each = f"{asked.cpus_per_worker} CPUs{' and a GPU' if use_gpu else ''}"
-        raise CapabilityError(
-            f"cluster.workers: {asked.least} workers of {each}, the cluster's nodes have room for {room}"
-        )
-    return use_gpu
+        ray.shutdown()
 
 
 def places(nodes: Sequence[Mapping[str, Any]], cpus: int, use_gpu: bool) -> int:
-    """Workers of so many CPUs, and perhaps a GPU, that fit: each is on one node.
+    """Count the workers that fit the nodes; a worker must fit one node.
 
     Args:
-        nodes: what `ray.nodes()` says.
+        nodes: as `ray.nodes()` gives them.
+        cpus: CPUs of a worker.
+        use_gpu: whether a worker has a GPU as well.
+
+    Returns:
+        The number of workers.
     """
-    there = [node["Resources"] for node in nodes if node["Alive"]]
-    fit = [(int(one.get("CPU", 0)) // cpus, int(one.get("GPU", 0))) for one in there]
-    return sum(min(both) if use_gpu else both[0] for both in fit)
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    by_node = [(int(node.get("CPU", 0)) // cpus, int(node.get("GPU", 0))) for node in resources]
+    return sum(min(by_cpu, by_gpu) if use_gpu else by_cpu for by_cpu, by_gpu in by_node)
+
+
+def fitting_workers(config: ClusterConfig) -> tuple[int, bool]:
+    """Count the workers of a job that fit the joined cluster.
+
+    Args:
+        config: CPUs and accelerator of a worker; its bounds decide whether `auto` means GPUs.
+
+    Returns:
+        Number of workers, and whether each of them gets a GPU.
+    """
+    gpus, auto = int(ray.cluster_resources().get("GPU", 0)), config.accelerator == "auto"
+    use_gpu = gpus > 0 if auto else config.accelerator == "gpu"
+    one_machine = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
+    # On a cluster, too few GPUs are an error: nodes may have gone, or not come yet.
+    if auto and one_machine and 0 < gpus < config.least:
+        use_gpu = False
+        log.warning("%d GPUs for %d workers: CPUs are used (cluster.accelerator: auto)", gpus, config.least)
+    return places(ray.nodes(), config.cpus_per_worker, use_gpu), use_gpu
 
 
 def available_resources(config: ClusterConfig) -> Resources:
-    """What a job without an elastic group, such as sampling, starts with: as many actors as fit now, in bounds.
+    """Find what a job starts with; refuse a cluster without room for it, for which Ray would wait for ever.
+
+    Args:
+        config: bounds of the number of workers, CPUs and accelerator of each.
+
+    Returns:
+        As many actors as fit now, within the bounds of `cluster.workers`.
 
     Raises:
-        CapabilityError: the cluster is too small.
+        CapabilityError: the smallest number of workers does not fit.
     """
-    use_gpu = check_resources(config)
-    fit = places(ray.nodes(), config.cpus_per_worker, use_gpu)
-    return Resources(max(config.least, min(config.most, fit)), config.cpus_per_worker, use_gpu)
+    count, use_gpu = fitting_workers(config)
+    if count < config.least:
+        cluster = ray.cluster_resources()
+        each = f"{config.cpus_per_worker} CPUs{' and a GPU' if use_gpu else ''}"
+        advice = f"; expected {f'at most {count}, or ' if count else ''}cluster.accelerator=cpu"
+        raise CapabilityError(
+            f"cluster.workers: {config.least} workers of {each}, the cluster has room for {count} "
+            f"({cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs){advice if use_gpu else ''}"
+        )
+    return Resources(min(config.most, count), config.cpus_per_worker, use_gpu)
 
 
-def check_visible(run: str, uri: str) -> None:
-    """Refuse a store or a folder that only this machine can see, if the cluster has others.
+def check_visible(folder: str, uri: str) -> None:
+    """Refuse an MLflow store or a run folder that only this machine can see, if the cluster has others.
+
+    Args:
+        folder: of the run.
+        uri: of the MLflow store.
 
     Raises:
         ConfigError: names the key.
     """
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    machines = {node["NodeManagerAddress"] for node in alive}
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    machines = {node["NodeManagerAddress"] for node in nodes}
     if len(machines) < 2:
         return
-    nodes = [node["NodeID"] for node in alive]
     if uri.startswith("sqlite"):
         raise ConfigError(
             f"tracking.uri: {uri} is one machine's SQLite file and the cluster has {len(machines)} machines; "
             "expected the address of an MLflow server"
         )
-    if not storage.is_local(run):
+    if not storage.is_local(folder):
         return
-    probe = storage.join(run, f"seen-{uuid.uuid4().hex}")
+    probe = storage.join(folder, f"seen-{uuid.uuid4().hex}")
     storage.publish_bytes(probe, b"")
-    look = ray.remote(num_cpus=0)(storage.exists)
-    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    seen = ray.get([look.options(scheduling_strategy=place).remote(probe) for place in places])
+    exists = ray.remote(num_cpus=0)(storage.exists)
+    on_node = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    seen = ray.get([exists.options(scheduling_strategy=strategy).remote(probe) for strategy in on_node])
     storage.remove(probe)
     if not all(seen):
         raise ConfigError(
-            f"cluster.storage: {run!r} is not the same folder on {seen.count(False)} of {len(nodes)} nodes; "
+            f"cluster.storage: {folder!r} is not the same folder on {seen.count(False)} of {len(nodes)} nodes; "
             "expected a shared folder, s3:// or gs://"
         )
 
 
 @contextmanager
-def stoppable(run: str) -> Iterator[threading.Event]:
-    """SIGTERM and Ctrl-C ask the workers to save and end; the second one ends this process at once."""
-    asked = threading.Event()
-    file = storage.join(run, STOP)
+def stoppable(folder: str) -> Iterator[threading.Event]:
+    """Turn SIGTERM and Ctrl-C into a request to save and end; the second one ends this process at once.
+
+    Args:
+        folder: in which the request is left for the workers.
+
+    Returns:
+        A context manager that gives an event, which is set once the request was made.
+
+    Raises:
+        KeyboardInterrupt: at the second signal.
+    """
+    requested = threading.Event()
+    file = storage.join(folder, STOP)
     storage.remove(file)
 
-    def ask(number: int, _: object) -> None:
-        if asked.is_set():
+    def request(number: int, _: object) -> None:
+        if requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
-        log.warning(
-            "%s: saving a checkpoint and ending; once more to end at once", signal.Signals(number).name
-        )
+        requested.set()
+        name = signal.Signals(number).name
+        log.warning("%s: saving a checkpoint and ending; send it again to end at once", name)
         storage.publish_bytes(file, b"")
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield asked
+        yield requested
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield requested
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         storage.remove(file)

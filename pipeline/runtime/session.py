@@ -1,4 +1,4 @@
-"""What one worker's loop needs from whatever started it: Ray Train, or plain processes."""
+"""A training worker's place in its group: the interface to Ray Train or to plain processes, and the hang watch."""
 
 import faulthandler
 import logging
@@ -17,15 +17,16 @@ from pipeline.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-HANGS = "hangs"  # folder in the run's folder: what workers were doing whose step did not finish
+HANGS = "hangs"  # folder in the run's folder with the stacks of workers whose step did not finish
 
 
 class Session(Protocol):
     """A worker's place in its group.
 
     Attributes:
-        rank, workers: this worker's index and the size of the group.
-        device: where it computes.
+        rank: index of this worker.
+        workers: size of the group.
+        device: device that this worker computes on.
     """
 
     rank: int
@@ -33,120 +34,147 @@ class Session(Protocol):
     device: torch.device
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Show metrics wherever this kind of session has a place for them."""
+        """Show metrics wherever this kind of session shows them.
+
+        Args:
+            metrics: values by name.
+            step: number of updates done.
+        """
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        """Move this rank's part of a checkpoint to the run's folder, in the background if possible."""
+        """Move this rank's part of a checkpoint to the run's folder, in the background if possible.
+
+        Args:
+            folder: local folder with the part; it is removed.
+            name: of the checkpoint's folder in the run's folder.
+            metrics: reported with the checkpoint.
+        """
 
     def settle(self) -> None:
-        """Return once all that was given to `publish` is in the run's folder; all ranks call it together."""
+        """Wait until everything given to `publish` is in the run's folder; all ranks call it together."""
 
     def notice(self) -> str | None:
-        """What is known of nodes that will soon be taken away, once for each; all ranks call it together."""
+        """Describe nodes that will soon be taken away; each notice is given once.
+
+        All ranks call it together and get the same answer.
+
+        Returns:
+            The notice, or None if there is no new one.
+        """
 
 
 class PlainSession:
-    """Processes that share a file system and have set torch.distributed up themselves."""
+    """A session of processes that share a file system and have set up torch.distributed themselves.
 
-    def __init__(self, rank: int, workers: int, run: str):
+    Args:
+        rank: index of this worker.
+        workers: size of the group.
+        folder: of the run.
+
+    Attributes:
+        history: (step, metrics) of every call of `log`.
+    """
+
+    def __init__(self, rank: int, workers: int, folder: str):
         self.rank, self.workers, self.device = rank, workers, torch.device("cpu")
         self.history: list[tuple[int, dict[str, float]]] = []
-        self._run = Path(run)
+        self._folder = Path(folder)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Remember them."""
+        """Append the metrics to `history`.
+
+        Args:
+            metrics: values by name.
+            step: number of updates done.
+        """
         self.history.append((step, metrics))
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:  # noqa: ARG002
-        """Copy at once, the list of files last.
+        """Copy this rank's part of a checkpoint to the run's folder, the list of its files last.
+
+        Args:
+            folder: local folder with the part; it is removed.
+            name: of the checkpoint's folder in the run's folder.
+            metrics: not used.
 
         Raises:
             CheckpointError: the run's folder cannot be written.
         """
-        target = self._run / name
+        target = self._folder / name
         try:
             shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("files_*"))
             for listing in folder.glob("files_*"):
                 shutil.copy(listing, target / listing.name)
         except OSError as error:
-            why = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first of many
-            raise CheckpointError(f"{target}: the checkpoint cannot be written: {why}") from error
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first of many
+            raise CheckpointError(f"{target}: the checkpoint cannot be written: {reason}") from error
         finally:
             shutil.rmtree(folder)
 
     def settle(self) -> None:
-        """Copies are made at once, but every rank must have made its own."""
+        """Wait until every rank has made its copies."""
         torch.distributed.barrier()
 
     def notice(self) -> str | None:
-        """Nobody tells plain processes."""
+        """Return None: plain processes get no notices."""
         return None
 
 
 class HangWatch:
-    """Ends this process if a step does not finish in time, after writing down what all its threads do.
+    """Ends this process if a step does not finish in time, after logging the stacks of all its threads.
 
-    Ray then starts the group again, and the loop resumes. The others of the group wait in a collective for the
-    one that hangs, so every worker has its own watch. Only what lies between `begin` and `end` counts.
+    Ray then restarts the group, and the loop resumes. The other workers wait in a collective operation for the
+    one that hangs, so every worker has its own watch. Only the time between `begin` and `end` counts.
 
     Args:
-        run: folder under whose `hangs/` the stacks are written; they also go to the log.
+        folder: of the run; the stacks are written to its `hangs/` and to the log.
         rank: of this worker, for the file's name.
-        seconds: that a step may take; None: any time.
+        seconds: longest time of a step; None: no limit.
     """
 
-    LINGER = 3.0  # seconds in which the other workers, whose time is up too, can write theirs
-    LAST = 60.0  # seconds after which the process ends even if nothing of Python runs in it any more
+    LINGER_S = 3.0  # time for the other workers, whose time is up as well, to write their stacks
+    LAST_S = 60.0  # after this time more, the process ends even if no Python thread can run
 
-    def __init__(self, run: str, rank: int, seconds: float | None):
-        self._folder, self._rank, self._seconds = storage.join(run, HANGS), rank, seconds
-        self._began: float | None = None
-        self._step = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="hang-watch", daemon=True)
-        if seconds is not None:
-            self._thread.start()
+    def __init__(self, folder: str, rank: int, seconds: float | None):
+        self._folder, self._rank, self._seconds = storage.join(folder, HANGS), rank, seconds
+        self._timer: threading.Timer | None = None
 
     def begin(self, step: int) -> None:
-        """A step starts."""
-        self._step, self._began = step, time.monotonic()
-        if self._seconds is not None:  # a thread of C, for a call that never lets Python's threads run again
-            faulthandler.dump_traceback_later(self._seconds + self.LAST, exit=True, file=2)
+        """Start the time of a step.
+
+        Args:
+            step: number of updates done before it.
+        """
+        if self._seconds is None:
+            return
+        self._timer = threading.Timer(self._seconds, self._give_up, [step])
+        self._timer.daemon = True
+        self._timer.start()
+        # A C thread, for a call that never lets Python's threads run again.
+        faulthandler.dump_traceback_later(self._seconds + self.LAST_S, exit=True, file=2)
 
     def end(self) -> None:
-        """It is done, or failed."""
-        self._began = None
-        if self._seconds is not None:
+        """Stop the time: the step is done, or has failed."""
+        if self._timer is not None:
+            self._timer.cancel()
             faulthandler.cancel_dump_traceback_later()
+            self._timer = None
 
-    def _look(self) -> None:
-        assert self._seconds is not None
-        while not self._over.wait(min(1.0, self._seconds / 10)):
-            began = self._began
-            if began is not None and time.monotonic() - began > self._seconds:
-                self._give_up()
-
-    def _give_up(self) -> None:
-        what = (
-            f"worker {self._rank}: step {self._step + 1} has not finished in {self._seconds:g} s "
+    def _give_up(self, step: int) -> None:
+        """Write the stacks and end the process."""
+        message = (
+            f"worker {self._rank}: step {step + 1} has not finished in {self._seconds:g} s "
             "(cluster.hang_timeout_s); this worker ends, so that the group starts again"
         )
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
             file.seek(0)
             stacks = file.read()
-        log.error("%s. Its threads:\n%s", what, stacks)
-        name = f"step_{self._step + 1:08d}_worker_{self._rank:05d}.txt"
+        log.error("%s. Its threads:\n%s", message, stacks)
+        name = f"step_{step + 1:08d}_worker_{self._rank:05d}.txt"
         try:
-            storage.publish_text(storage.join(self._folder, name), f"{what}\n\n{stacks}")
-        except Exception as error:  # storage may be what hangs
+            storage.publish_text(storage.join(self._folder, name), f"{message}\n\n{stacks}")
+        except Exception as error:  # the storage may be what hangs
             log.error("the stacks cannot be written to %s: %s", self._folder, error)
-        time.sleep(self.LINGER)
+        time.sleep(self.LINGER_S)
         os._exit(1)
-
-    def close(self) -> None:
-        """End the thread."""
-        self.end()
-        self._over.set()
-        if self._seconds is not None:
-            self._thread.join()

@@ -1,4 +1,6 @@
-"""Files by path or URL (anything fsspec opens), read with retries and written whole or not at all."""
+"""Files by path or URL (anything that fsspec opens), read with retries and written completely or not at all."""
+
+# ruff: noqa: F401  these imports are the package's interface
 
 from pipeline.storage.cache import read_cached
 from pipeline.storage.files import (
@@ -18,6 +20,7 @@ from pipeline.storage.files import (
     publish_folder,
     publish_text,
     read_bytes,
+    read_json,
     read_text,
     remove,
     resolve,
@@ -25,32 +28,4 @@ from pipeline.storage.files import (
     size,
     sweep,
 )
-from pipeline.storage.retries import retry, transient
-
-__all__ = [
-    "COMPLETE",
-    "arrow",
-    "check_writable",
-    "exists",
-    "fetch",
-    "filesystem",
-    "folder_complete",
-    "is_local",
-    "join",
-    "listing",
-    "open_read",
-    "publish_bytes",
-    "publish_file",
-    "publish_folder",
-    "publish_text",
-    "read_bytes",
-    "read_cached",
-    "read_text",
-    "remove",
-    "resolve",
-    "retry",
-    "sha256",
-    "size",
-    "sweep",
-    "transient",
-]
+from pipeline.storage.retries import retry

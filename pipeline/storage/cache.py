@@ -1,6 +1,6 @@
-"""A node's cache of files in object stores: bounded, shared by all workers of the node, whole files or none.
+"""A node's cache of files in object stores: bounded, and shared by all workers of the node.
 
-Entries are named by their SHA-256, so a file that changed is another entry, and what is damaged never becomes one.
+Entries are named by their SHA-256. A file that changed is another entry, and damaged content is never kept.
 """
 
 import contextlib
@@ -19,32 +19,36 @@ from pipeline.storage import files
 
 log = logging.getLogger(__name__)
 
-LIMIT = "PIPELINE_CACHE_GIB"  # a fact about nodes, hence in their environment and in no run's config
+LIMIT = "PIPELINE_CACHE_GIB"  # a property of the node, hence in its environment and not in a run's config
 _GIB = 50.0
-_LOCKS = 64  # files that readers of the same entry wait at
+_LOCKS = 64  # lock files, over which entries are spread
 
 
 def read_cached(path: str, sha256: str) -> bytes:
-    """A file's bytes; of a remote one from this node's cache, where it stays until room is needed.
+    """Read a file; a remote one through this node's cache, where it stays until the room is needed.
 
-    What does not have the SHA-256 is returned as it is, and not kept; nor is anything where the disk is full.
+    Content that does not have the expected hash is returned and not kept. Nothing is kept on a full disk.
 
     Args:
-        sha256: what the content's hash should be.
+        path: the file.
+        sha256: expected hash of its content, in hexadecimal.
+
+    Returns:
+        The content.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: the limit in the environment is no number.
+        ConfigError: the limit in the environment is not a number.
     """
     if files.is_local(path):
         return files.read_bytes(path)
     folder = files.node_folder() / "shards"
     entry = folder / sha256
-    if (data := _entry(entry)) is not None:
+    if (data := _read_entry(entry)) is not None:
         return data
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f".lock-{int(sha256[:8], 16) % _LOCKS}"):  # one worker downloads, the others wait
-        if (data := _entry(entry)) is not None:
+    with _lock(folder / f".lock-{int(sha256[:8], 16) % _LOCKS}"):  # one worker downloads, the others wait
+        if (data := _read_entry(entry)) is not None:
             return data
         data = files.read_bytes(path)
         if hashlib.sha256(data).hexdigest() == sha256:
@@ -52,11 +56,11 @@ def read_cached(path: str, sha256: str) -> bytes:
     return data
 
 
-def _entry(entry: Path) -> bytes | None:
-    """An entry's bytes, if it is (still) there. One that is removed while it is read stays readable."""
+def _read_entry(entry: Path) -> bytes | None:
+    """Read an entry if it exists; one that is removed meanwhile stays readable."""
     try:
         with entry.open("rb") as file:
-            now = time.time_ns()  # finer than the kernel's own stamps
+            now = time.time_ns()  # finer than the kernel's own timestamps
             os.utime(file.fileno(), ns=(now, now))
             return file.read()
     except FileNotFoundError:
@@ -64,31 +68,31 @@ def _entry(entry: Path) -> bytes | None:
 
 
 def _keep(entry: Path, data: bytes) -> None:
-    """Make room and write an entry; a cache that cannot be written is none, and no reason to stop."""
+    """Make room and write an entry; a cache that cannot be written does not stop the reader."""
     part = entry.with_name(f".part-{uuid.uuid4().hex}")
     try:
-        with _locked(entry.with_name(".lock-room")):
+        with _lock(entry.with_name(".lock-room")):
             if _make_room(entry.parent, len(data)):
                 part.write_bytes(data)
                 os.replace(part, entry)
     except OSError as error:
         part.unlink(missing_ok=True)
-        log.warning("%s is not cached: %s", entry, error)
+        log.warning("%s could not be cached: %s", entry, error)
 
 
-def _make_room(folder: Path, wanted: int) -> bool:
-    """Remove the entries used longest ago until `wanted` bytes fit under the limit; False if they never do."""
-    for part in folder.glob(".part-*"):  # of writers that were killed: all others write under this lock
+def _make_room(folder: Path, needed: int) -> bool:
+    """Remove the least recently used entries until `needed` bytes fit; False if they never do."""
+    for part in folder.glob(".part-*"):  # of killed writers: live ones hold the lock that this one holds
         part.unlink(missing_ok=True)
-    found = sorted(
-        (s.st_mtime_ns, s.st_size, e.path) for e in os.scandir(folder) if (s := e.stat()) and s.st_size
+    entries = sorted(
+        (s.st_mtime_ns, s.st_size, e.path) for e in os.scandir(folder) if (s := e.stat()).st_size
     )
-    held = sum(size for _, size, _ in found)
+    held = sum(size for _, size, _ in entries)
     limit = _limit(folder, held)
-    if wanted > limit:
+    if needed > limit:
         return False
-    for _, size, path in found:
-        if held + wanted <= limit:
+    for _, size, path in entries:
+        if held + needed <= limit:
             break
         os.unlink(path)
         held -= size
@@ -96,19 +100,19 @@ def _make_room(folder: Path, wanted: int) -> bool:
 
 
 def _limit(folder: Path, held: int) -> float:
-    """Bytes that the cache may have: the environment's, else 50 GiB or half of what the disk could give it."""
-    written = os.environ.get(LIMIT)
-    if written is None:
+    """Bytes that the cache may hold: the environment's limit, else 50 GiB or half of the disk's free space."""
+    limit = os.environ.get(LIMIT)
+    if limit is None:
         return min(_GIB * 2**30, (shutil.disk_usage(folder).free + held) / 2)
     try:
-        return float(written) * 2**30
+        return float(limit) * 2**30
     except ValueError:
-        raise ConfigError(f"{LIMIT}: {written!r} in the environment; expected a number of GiB") from None
+        raise ConfigError(f"{LIMIT}: {limit!r} in the environment; expected a number of GiB") from None
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Alone among the processes and threads of this node; the lock of one that dies is free."""
+def _lock(file: Path) -> Iterator[None]:
+    """Exclude the other processes and threads of this node; a process that dies releases its lock."""
     with file.open("ab") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

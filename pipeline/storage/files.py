@@ -1,8 +1,9 @@
-"""Files by path or URL (anything fsspec opens), read with retries and written whole or not at all."""
+"""Files by path or URL (anything that fsspec opens), read with retries and written completely or not at all."""
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -18,27 +19,33 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.storage.retries import retry
 
 COMPLETE = "_COMPLETE"  # last file of a folder on a store that cannot rename folders
-_TEMPORARY = ".part-"  # how names of unfinished files begin
+_TEMPORARY = ".part-"  # start of the names of unfinished files
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
 def is_local(path: str) -> bool:
-    """True for a plain path or `file://`, False for every other URL."""
+    """Return whether a path is a plain path or starts with `file://`."""
     return "://" not in path or path.startswith("file://")
 
 
 def resolve(path: str) -> str:
-    """A local path made absolute (`~` and `file://` included); a URL unchanged."""
+    """Make a local path absolute (`~` and `file://` included); URLs are returned unchanged."""
     return os.path.abspath(os.path.expanduser(path.removeprefix("file://"))) if is_local(path) else path
 
 
 def join(path: str, *parts: str) -> str:
-    """`path/part/part`, for paths and URLs alike."""
+    """Return `path/part/part`, for paths and URLs alike."""
     return "/".join([path[:-1] if path.endswith("://") else path.rstrip("/"), *parts])
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a path or URL, and the path inside it.
+    """Open the fsspec filesystem of a path or URL.
+
+    Args:
+        path: file or folder, which need not exist.
+
+    Returns:
+        The filesystem, and the path inside it.
 
     Raises:
         DataError: the URL's scheme is unknown or its driver is not installed.
@@ -48,16 +55,25 @@ def filesystem(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(resolve(path))
     except ImportError as error:
         driver = _DRIVERS.get(scheme)
-        how = f"; `pip install {driver}` on every node" if driver else ""
-        raise DataError(f"{path}: {scheme}:// needs a driver that is not installed{how} ({error})") from None
+        how = f"; run `pip install {driver}` on every node" if driver else ""
+        raise DataError(f"{path}: {scheme}:// needs a driver that is not installed ({error}){how}") from None
     except ValueError as error:
         raise DataError(f"{path}: cannot be opened: {error}") from None
 
 
 def arrow(path: str) -> tuple[FileSystem | None, str]:
-    """The same filesystem and path for those who write through Arrow; None: Arrow's own, of a local path.
+    """Open the filesystem of a path or URL for libraries that write through Arrow.
 
-    Arrow's driver of S3 asks Amazon for the bucket's region, whatever endpoint the environment names.
+    Arrow's own driver of S3 asks Amazon for the bucket's region, whatever endpoint the environment names.
+
+    Args:
+        path: file or folder, which need not exist.
+
+    Returns:
+        The filesystem (None stands for Arrow's own, of local paths), and the path inside it.
+
+    Raises:
+        DataError: the URL's scheme is unknown or its driver is not installed.
     """
     if is_local(path):
         return None, resolve(path)
@@ -67,22 +83,29 @@ def arrow(path: str) -> tuple[FileSystem | None, str]:
 
 @retry
 def exists(path: str) -> bool:
-    """Whether there is a file or folder."""
-    with _named(path):
+    """Return whether there is a file or folder at a path.
+
+    Raises:
+        DataError: the store refuses access.
+    """
+    with _explained(path):
         fs, inner = filesystem(path)
-        fs.invalidate_cache()  # another process may have written since we looked
+        fs.invalidate_cache()  # another process may have written since the last call
         return fs.exists(inner)
 
 
 @retry
 def listing(path: str) -> list[str]:
-    """Sorted names in a folder; empty if there is no such folder."""
+    """Return the sorted names in a folder; empty if there is no such folder.
+
+    Raises:
+        DataError: the store refuses access.
+    """
     fs, inner = filesystem(path)
     fs.invalidate_cache()
     try:
-        with _named(path):
-            found = fs.ls(inner, detail=False)
-        names = [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
+        with _explained(path):
+            names = [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in names if name and not name.startswith(_TEMPORARY))
@@ -90,46 +113,66 @@ def listing(path: str) -> list[str]:
 
 @retry
 def size(path: str) -> int:
-    """Bytes of a file."""
+    """Return the number of bytes of a file."""
     fs, inner = filesystem(path)
     return fs.size(inner)
 
 
 @retry
 def read_bytes(path: str) -> bytes:
-    """A file's bytes."""
-    with _named(path):
+    """Return the bytes of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: the store refuses access.
+    """
+    with _explained(path):
         fs, inner = filesystem(path)
         return fs.cat_file(inner)
 
 
 def read_text(path: str) -> str:
-    """A file's UTF-8 text."""
+    """Return the UTF-8 text of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: the store refuses access.
+    """
     return read_bytes(path).decode("utf-8")
+
+
+def read_json(path: str, default: Any = None) -> Any:
+    """Read a JSON file; `default` if there is no such file."""
+    return json.loads(read_text(path)) if exists(path) else default
 
 
 @retry
 def open_read(path: str) -> IO[bytes]:
-    """An open binary file; seekable."""
+    """Open a seekable binary file for reading.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     fs, inner = filesystem(path)
     return open(inner, "rb") if is_local(path) else fs.open(inner, "rb")
 
 
 @retry
 def sha256(path: str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open_read(path) as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def check_writable(path: str, key: str) -> None:
-    """Create the folder and write a file in it, before any time is spent on what it shall hold.
+    """Create a folder and write a file into it, before time is spent on what it will hold.
+
+    Args:
+        path: the folder.
+        key: the config's key that names the folder.
 
     Raises:
-        ConfigError: names the config's key and the path.
+        ConfigError: the folder cannot be written; names key and path.
     """
     probe = join(path, f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
@@ -141,36 +184,64 @@ def check_writable(path: str, key: str) -> None:
 
 
 def publish_bytes(path: str, data: bytes) -> None:
-    """Write a file whole or not at all, replacing what was there.
+    """Write a file completely or not at all, replacing an earlier one.
+
+    Args:
+        path: the file; missing folders are created.
+        data: its content.
 
     Raises:
-        DataError: it cannot be written; what was there before is intact.
+        DataError: it cannot be written; an earlier file is intact.
     """
     if is_local(path):
-        with _replacing(path) as part, open(part, "wb") as file:
-            file.write(data)
+        with _replacing(path) as part:
+            part.write_bytes(data)
     else:
-        _put(path, lambda fs, inner: fs.pipe_file(inner, data))
+        _upload(path, lambda fs, inner: fs.pipe_file(inner, data))
 
 
 def publish_text(path: str, text: str) -> None:
-    """`publish_bytes` of UTF-8 text."""
+    """Write a UTF-8 text file completely or not at all, replacing an earlier one.
+
+    Args:
+        path: the file; missing folders are created.
+        text: its content.
+
+    Raises:
+        DataError: it cannot be written; an earlier file is intact.
+    """
     publish_bytes(path, text.encode("utf-8"))
 
 
 def publish_file(local: str | Path, path: str) -> None:
-    """`publish_bytes` of a local file's content, without holding it in memory."""
+    """Copy a local file completely or not at all, replacing an earlier one and without holding it in memory.
+
+    Args:
+        local: the file to copy.
+        path: where to; missing folders are created.
+
+    Raises:
+        DataError: it cannot be written; an earlier file is intact.
+    """
     if is_local(path):
         with _replacing(path) as part:
             shutil.copyfile(local, part)
     else:
-        _put(path, lambda fs, inner: fs.put_file(str(local), inner))
+        _upload(path, lambda fs, inner: fs.put_file(str(local), inner))
 
 
 def publish_folder(local: str | Path, path: str) -> None:
-    """Copy a local folder to `path`, complete or absent, replacing what was there.
+    """Copy a local folder completely or not at all, replacing an earlier one.
 
-    Object stores cannot rename a folder: there, a marker file is written last (`folder_complete`).
+    Object stores cannot rename a folder. There, a marker file is written last (see `folder_complete`), and a failed
+    copy leaves an incomplete folder.
+
+    Args:
+        local: the folder to copy.
+        path: where to.
+
+    Raises:
+        DataError: it cannot be written.
     """
     if is_local(path):
         with _replacing(path) as part:
@@ -186,38 +257,48 @@ def publish_folder(local: str | Path, path: str) -> None:
 
 
 def folder_complete(path: str) -> bool:
-    """Whether `publish_folder` finished writing this folder."""
+    """Return whether `publish_folder` finished writing a folder."""
     return os.path.isdir(resolve(path)) if is_local(path) else exists(join(path, COMPLETE))
 
 
 def remove(path: str) -> None:
-    """Remove a file or folder, if it is there."""
-    if is_local(path):
-        target = Path(resolve(path))
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                target.unlink()
+    """Remove a file or folder if it exists."""
+    if not is_local(path):
+        if exists(join(path, COMPLETE)):
+            _delete(join(path, COMPLETE))  # first, so that an interrupted removal never looks complete
+        _delete(path)
         return
-    if exists(join(path, COMPLETE)):
-        _delete(join(path, COMPLETE))  # first, so that a removal cut short never looks complete
-    _delete(path)
+    target = Path(resolve(path))
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target, ignore_errors=True)
+    else:
+        target.unlink(missing_ok=True)
 
 
 def sweep(path: str) -> None:
-    """Remove what writers that were killed left in a local folder; no other may be writing there now."""
+    """Remove what killed writers left in a folder, if it is local; no other process may be writing there."""
     for part in Path(resolve(path)).glob(f"{_TEMPORARY}*") if is_local(path) else ():
         remove(str(part))
 
 
 def node_folder() -> Path:
-    """Where this node keeps copies of remote files, under the temporary folder (TMPDIR)."""
+    """Return the folder of this node's copies of remote files, inside the temporary folder (TMPDIR)."""
     return Path(tempfile.gettempdir()) / f"partition-pipeline-{os.getuid()}"
 
 
 def fetch(path: str) -> Path:
-    """A local path with the content: the path itself, or a copy in this node's cache of a remote one."""
+    """Make a file or folder available locally.
+
+    Args:
+        path: local, or remote in any form.
+
+    Returns:
+        The path itself if it is local, else a copy of its present version in this node's cache.
+
+    Raises:
+        FileNotFoundError: there is no such remote file or folder.
+        DataError: the copy cannot be written.
+    """
     if is_local(path):
         return Path(resolve(path))
     fs, inner = filesystem(path)
@@ -238,14 +319,14 @@ def fetch(path: str) -> Path:
 
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[Path]:
-    """A temporary name beside a local path; on success it takes the path's place, on failure it goes."""
+    """Give a temporary name beside a local path, and rename it to the path if the block succeeds."""
     target = Path(resolve(path))
     part = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield part
         _sync(part)
-        if target.is_dir() and part.is_dir():  # a folder cannot be renamed over a full one
+        if target.is_dir() and part.is_dir():  # a folder cannot be renamed over one that is not empty
             old = part.with_name(f"{part.name}-old")
             os.replace(target, old)
             os.replace(part, target)
@@ -253,16 +334,15 @@ def _replacing(path: str) -> Iterator[Path]:
         else:
             os.replace(part, target)
         _sync(target.parent)
-    except OSError as error:
+    except BaseException as error:
         remove(str(part))
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    except BaseException:
-        remove(str(part))
+        if isinstance(error, OSError):
+            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -273,19 +353,19 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _put(path: str, write: Callable[[Any, str], None]) -> None:
-    """One upload: object stores show an object only once it is whole."""
+def _upload(path: str, write: Callable[[Any, str], None]) -> None:
+    """Write one object; object stores show it only once it is complete."""
     fs, inner = filesystem(path)
     try:
-        with _named(path):
+        with _explained(path):
             retry(write)(fs, inner)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Let a store's refusal name the path and what decides about access; other errors pass."""
+def _explained(path: str) -> Iterator[None]:
+    """Name the path and the source of credentials where a store refuses access; other errors pass."""
     try:
         yield
     except Exception as error:
@@ -299,6 +379,7 @@ def _named(path: str) -> Iterator[None]:
 
 @retry
 def _delete(path: str) -> None:
+    """Remove a remote file or folder if it exists."""
     fs, inner = filesystem(path)
     with contextlib.suppress(FileNotFoundError):
         fs.rm(inner, recursive=True)

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: learning curves, parallel coordinates, quality against sampling speed."""
+"""Figures of a sweep: learning curves, parallel coordinates, quality against sampling speed."""
 
 import math
 from collections.abc import Sequence
@@ -7,31 +7,35 @@ from typing import Literal
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from pipeline.reports.figures import GREY, INK, label_right, style
+from pipeline.reports.figures import INK, label_right, panels
 from pipeline.sweeps.report import Row
 
-_NAMED = 12  # variants that are named beside a picture
-_COLORS = "viridis"
+_NAMED = 12  # variants that are named beside a figure
+_SIZE = (8.5, 4.6)
 
 
 def learning_curves(table: Sequence[Row], metric: str) -> Figure:
-    """The metric by step: the mean over seeds as a line, from the least to the greatest as a band."""
-    figure = Figure(figsize=(8.5, 4.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    style(axes, "Variants while they learn", metric)
+    """Draw the metric by step: the mean over seeds as a line, from the least to the greatest as a band.
+
+    Args:
+        table: rows of the sweep.
+        metric: name of the metric.
+    """
+    figure, (axes,) = panels(("Learning curves of the variants", metric, "step"), size=_SIZE)
     ends = []
     for row, color in zip(table, _colors(len(table)), strict=True):
-        curves = [dict(trial.curve) for trial in row.trials if trial.curve]
+        curves = [dict(trial.curve) for trial in row.trials]
         steps = sorted({step for curve in curves for step in curve})
         if not steps:
             continue
         values = [[curve[step] for curve in curves if step in curve] for step in steps]
-        means = [float(np.mean(there)) for there in values]
+        means = [float(np.mean(at_step)) for at_step in values]
         axes.plot(steps, means, color=color, linewidth=1.6, marker="o", markersize=3)
         axes.fill_between(
-            steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12, linewidth=0
+            steps, [*map(min, values)], [*map(max, values)], color=color, alpha=0.12, linewidth=0
         )
         ends.append((means[-1], row.variant, color))
     label_right(axes, ends[:_NAMED])
@@ -39,42 +43,47 @@ def learning_curves(table: Sequence[Row], metric: str) -> Figure:
 
 
 def parallel_coordinates(table: Sequence[Row], metric: str, mode: Literal["min", "max"]) -> Figure:
-    """An axis a dimension of the space and the metric last; a line a variant, the best one thick."""
+    """Draw an axis per dimension of the space, the metric last, and a line per variant, the best one thick.
+
+    Args:
+        table: rows of the sweep.
+        metric: name of the metric.
+        mode: whether lower ("min") or higher ("max") values of the metric are better.
+    """
     entries = list(dict.fromkeys(entry for row in table for entry in row.choices))
     shown = [row for row in table if not math.isnan(row.metric.mean)]
     figure = Figure(figsize=(1.8 * (len(entries) + 1) + 1, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    columns = [_heights(axes, index, entry, shown) for index, entry in enumerate(entries)]
+    columns = [
+        _heights(axes, index, [row.choices.get(entry) for row in shown])
+        for index, entry in enumerate(entries)
+    ]
     finals = [row.metric.mean for row in shown]
-    low, high = (min(finals), max(finals)) if finals else (0.0, 1.0)
-    columns.append([(value - low) / (high - low or 1) for value in finals])
-    for value in dict.fromkeys((low, high)):
-        axes.text(
-            len(entries) + 0.04, (value - low) / (high - low or 1), f"{value:.4g}", fontsize=8, color=INK
-        )
+    columns.append(_heights(axes, len(entries), finals))
     order = sorted(range(len(shown)), key=lambda i: finals[i], reverse=mode == "min")
-    colors = _colors(len(shown))
-    for rank, index in enumerate(order):  # the best last, on top
+    for index, color in zip(order, reversed(_colors(len(shown))), strict=True):  # the best last, on top
         heights = [column[index] for column in columns]
-        color, thick = colors[len(order) - 1 - rank], rank == len(order) - 1
-        axes.plot(range(len(columns)), heights, color=color, linewidth=2.6 if thick else 1.2, alpha=0.85)
-    names = [*(entry.rpartition(".")[2] for entry in entries), metric.rpartition("/")[2]]
-    axes.set_xticks(range(len(columns)), names, fontsize=9, color=INK)
+        width = 2.6 if index == order[-1] else 1.2
+        axes.plot(range(len(columns)), heights, color=color, linewidth=width, alpha=0.85)
+    names = [name.rpartition(".")[2] for name in entries]
+    axes.set_xticks(range(len(columns)), [*names, metric.rpartition("/")[2]], fontsize=9, color=INK)
     axes.set_yticks([])
     axes.set_xlim(-0.3, len(columns) - 0.6)
     axes.spines[:].set_visible(False)
-    for place in range(len(columns)):
-        axes.axvline(place, color="#c9ced4", linewidth=1, zorder=0)
-    axes.set_title("Choices and what they lead to", loc="left", fontsize=11, fontweight="bold", color=INK)
+    for index in range(len(columns)):
+        axes.axvline(index, color="#c9ced4", linewidth=1, zorder=0)
+    axes.set_title("Variants and their results", loc="left", fontsize=11, fontweight="bold", color=INK)
     return figure
 
 
 def quality_against_speed(table: Sequence[Row], metric: str) -> Figure:
-    """The metric against the tokens that a variant draws a second, with the spread over seeds."""
-    figure = Figure(figsize=(8.5, 4.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    style(axes, "Quality and sampling speed", metric)
-    axes.set_xlabel("tokens/s when sampling", fontsize=9, color=GREY)
+    """Draw the metric against the tokens that a variant samples per second, with the spread over seeds.
+
+    Args:
+        table: rows of the sweep.
+        metric: name of the metric.
+    """
+    figure, (axes,) = panels(("Quality and sampling speed", metric, "sampling tokens/s"), size=_SIZE)
     ends = []
     for row, color in zip(table, _colors(len(table)), strict=True):
         speed, quality = row.sample_rate, row.metric
@@ -88,21 +97,22 @@ def quality_against_speed(table: Sequence[Row], metric: str) -> Figure:
     return figure
 
 
-def _heights(axes: Axes, place: int, entry: str, table: Sequence[Row]) -> list[float]:
-    """Where each variant crosses the axis of one dimension, from 0 to 1; nan where it has none."""
-    values = [row.choices.get(entry) for row in table]
-    numbers = [value for value in values if isinstance(value, float)]
-    if numbers and len(numbers) == sum(value is not None for value in values):
-        logs = min(numbers) > 0 and max(numbers) / min(numbers) > 10
-        scale = math.log if logs else float
-        low, high = scale(min(numbers)), scale(max(numbers))
-        ticks = {f"{min(numbers):.3g}": 0.0, f"{max(numbers):.3g}": 1.0}
+def _heights(axes: Axes, place: int, values: Sequence[str | float | None]) -> list[float]:
+    """Label one axis and place every variant's value on it, from 0 to 1; nan where it has none."""
+    known = [value for value in values if value is not None]
+    numbers = [value for value in known if isinstance(value, float)]
+    if numbers and len(numbers) == len(known):
+        low, high = min(numbers), max(numbers)
+        scale = math.log if low > 0 and high / low > 10 else float
+        ticks = {f"{low:.4g}": 0.0, f"{high:.4g}": 1.0}
         heights = [
-            (scale(value) - low) / (high - low or 1) if isinstance(value, float) else math.nan
+            (scale(value) - scale(low)) / (scale(high) - scale(low) or 1)
+            if isinstance(value, float)
+            else math.nan
             for value in values
         ]
     else:
-        labels = list(dict.fromkeys(str(value) for value in values if value is not None))
+        labels = list(dict.fromkeys(map(str, known)))
         ticks = {label: index / max(1, len(labels) - 1) for index, label in enumerate(labels)}
         heights = [math.nan if value is None else ticks[str(value)] for value in values]
     for text, height in ticks.items():
@@ -111,7 +121,5 @@ def _heights(axes: Axes, place: int, entry: str, table: Sequence[Row]) -> list[f
 
 
 def _colors(count: int) -> list[str]:
-    """From the best variant's dark colour to the last one's light one."""
-    scale = colormaps[_COLORS]
-    shades = [scale(0.9 * index / max(1, count - 1)) for index in range(count)]
-    return ["#" + "".join(f"{round(255 * part):02x}" for part in shade[:3]) for shade in shades]
+    """List colours from the best variant's dark one to the last one's light one."""
+    return [to_hex(colormaps["viridis"](0.9 * index / max(1, count - 1))) for index in range(count)]

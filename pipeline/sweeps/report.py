@@ -1,13 +1,13 @@
-"""What a sweep found: a row a variant, its seeds averaged, as Markdown and CSV."""
+"""Results of a sweep: a row per variant, averaged over seeds, as Markdown and CSV."""
 
-import csv
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from pipeline.reports import tables
 
 Status = Literal["finished", "stopped", "failed"]
 
@@ -19,12 +19,14 @@ class Trial:
     Attributes:
         variant: its label.
         choices: label or number by entry of the space.
-        step: updates done, of `steps`.
-        curve: (step, metric) as judged during training, ascending.
-        parameters: None where it left no model; so are the rates.
+        seed: of the run.
+        status: how it ended.
+        step: number of updates done.
+        curve: (step, metric) points from training, ascending.
+        parameters: of the model; None where the trial left none; so are the rates.
         train_rate, sample_rate: tokens/s.
-        run_id: MLflow's.
-        error: of a failed one.
+        run_id: of the MLflow run.
+        error: of a failed trial.
     """
 
     variant: str
@@ -32,7 +34,6 @@ class Trial:
     seed: int
     status: Status
     step: int
-    steps: int
     curve: Sequence[tuple[int, float]] = ()
     parameters: int | None = None
     train_rate: float | None = None
@@ -42,220 +43,216 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        """The metric at the trial's end."""
+        """Return the metric at the end of the trial."""
         return self.curve[-1][1] if self.curve else None
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation; the latter is nan of one value, both of none."""
+    """Spread of a figure over seeds.
+
+    Attributes:
+        mean: nan without a value.
+        deviation: sample standard deviation; nan with fewer than two values.
+    """
 
     mean: float
     deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Spread":
+        """Average the values that are neither None nor infinite.
+
+        Args:
+            values: of the seeds.
+        """
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        mean = float(np.mean(known)) if known else math.nan
+        return cls(mean, float(np.std(known, ddof=1)) if len(known) > 1 else math.nan)
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return ""
         digits = max(0, min(4, 3 - math.floor(math.log10(abs(self.mean))))) if self.mean else 2
-        shown = f"{self.mean:,.{digits}f}"
-        return shown if math.isnan(self.deviation) else f"{shown} ± {self.deviation:,.{digits}f}"
+        deviation = "" if math.isnan(self.deviation) else f" ± {self.deviation:,.{digits}f}"
+        return f"{self.mean:,.{digits}f}{deviation}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: what its trials have in common, and their averages.
+    """One variant, averaged over its trials.
 
     Attributes:
+        variant: its label.
+        choices: label or number by entry of the space.
         trials: by seed.
-        metric: over the seeds that finished; of the others where none did.
-        against: the metric's difference to the first variant at the same seeds, None for that one itself.
+        metric: over the finished trials; over all where none finished.
+        difference: of the metric to the first variant at the same seeds; None for the first variant.
+        parameters: of the model; None where no trial left one.
+        train_rate, sample_rate: tokens/s.
     """
 
     variant: str
     choices: Mapping[str, str | float]
     trials: Sequence[Trial]
     metric: Spread
-    against: Spread | None = None
-    parameters: int | None = None
-    train_rate: Spread = field(default=Spread(math.nan, math.nan))
-    sample_rate: Spread = field(default=Spread(math.nan, math.nan))
+    difference: Spread | None
+    parameters: int | None
+    train_rate: Spread
+    sample_rate: Spread
 
     @property
     def finished(self) -> bool:
-        """Whether all of its trials went to the end."""
+        """Tell whether all trials finished."""
         return all(trial.status == "finished" for trial in self.trials)
 
     @property
     def state(self) -> str:
-        """`3 finished`, `stopped at step 100`, ..."""
-        found = []
-        finished = [trial for trial in self.trials if trial.status == "finished"]
-        if finished:
-            found.append(f"{len(finished)} finished")
-        found += [f"stopped at step {t.step}" for t in self.trials if t.status == "stopped"]
-        failed = [trial for trial in self.trials if trial.status == "failed"]
-        found += [f"failed at step {t.step}" for t in failed]
-        return ", ".join(dict.fromkeys(found))
-
-
-def spread(values: Sequence[float | None]) -> Spread:
-    """Of the values that are there and finite."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    mean = float(np.mean(known)) if known else math.nan
-    return Spread(mean, float(np.std(known, ddof=1)) if len(known) > 1 else math.nan)
+        """Summarise the trials: `3 finished`, `stopped at step 100`, ..."""
+        finished = sum(trial.status == "finished" for trial in self.trials)
+        parts = [f"{finished} finished"] if finished else []
+        for status in ("stopped", "failed"):
+            parts += [f"{status} at step {t.step}" for t in self.trials if t.status == status]
+        return ", ".join(dict.fromkeys(parts))
 
 
 def rows(trials: Sequence[Trial], mode: Literal["min", "max"]) -> list[Row]:
-    """A row a variant: those that finished first, the best first; then those that went furthest.
+    """Make a row per variant: finished variants first, the best first; then those that went furthest.
 
-    The first variant among `trials` is what the others are compared with, seed by seed.
+    Args:
+        trials: of all variants. The variant of the first one is what the others are compared with, seed by seed.
+        mode: whether lower ("min") or higher ("max") values of the metric are better.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.variant, []).append(trial)
+    table: list[Row] = []
     reference: dict[int, float] = {}
-    found: list[Row] = []
-    for variant, ones in groups.items():
-        counted = [one for one in ones if one.status == "finished"] or ones
-        finals = {one.seed: one.value for one in ones if one.status == "finished" and one.value is not None}
-        first = not found
-        reference = finals if first else reference
-        paired: list[float | None] = [finals[seed] - reference[seed] for seed in finals if seed in reference]
-        found.append(
-            Row(
-                variant,
-                ones[0].choices,
-                ones,
-                spread([one.value for one in counted]),
-                None if first else spread(paired),
-                next((one.parameters for one in ones if one.parameters is not None), None),
-                spread([one.train_rate for one in ones]),
-                spread([one.sample_rate for one in ones]),
-            )
+    for name, group in groups.items():
+        finished = [trial for trial in group if trial.status == "finished"]
+        finals = {trial.seed: trial.value for trial in finished if trial.value is not None}
+        reference = reference if table else finals
+        pairs = [value - reference[seed] for seed, value in finals.items() if seed in reference]
+        row = Row(
+            variant=name,
+            choices=group[0].choices,
+            trials=group,
+            metric=Spread.of([trial.value for trial in finished or group]),
+            difference=Spread.of(pairs) if table else None,
+            parameters=next((trial.parameters for trial in group if trial.parameters is not None), None),
+            train_rate=Spread.of([trial.train_rate for trial in group]),
+            sample_rate=Spread.of([trial.sample_rate for trial in group]),
         )
-    sign = 1 if mode == "min" else -1
+        table.append(row)
 
-    def place(row: Row) -> tuple[bool, int, bool, float]:
+    def rank(row: Row) -> tuple[bool, int, bool, float]:
         unknown = math.isnan(row.metric.mean)
         reached = 0 if row.finished else -min(trial.step for trial in row.trials)
-        return not row.finished, reached, unknown, 0.0 if unknown else sign * row.metric.mean
+        value = row.metric.mean if mode == "min" else -row.metric.mean
+        return not row.finished, reached, unknown, 0.0 if unknown else value
 
-    return sorted(found, key=place)
+    return sorted(table, key=rank)
 
 
 def best(table: Sequence[Row]) -> Row | None:
-    """The best variant all of whose trials finished; where none did, the best that was judged."""
-    judged = [row for row in table if not math.isnan(row.metric.mean)]
-    return judged[0] if judged else None
+    """Return the best finished variant; where none finished, the best of those with a value; else None.
+
+    Args:
+        table: from `rows`.
+    """
+    return next((row for row in table if not math.isnan(row.metric.mean)), None)
 
 
 def markdown(table: Sequence[Row], metric: str, about: str) -> str:
-    """The table, with what failed and why below it.
+    """Write the table, and the failed trials with their errors below it.
 
     Args:
-        about: a paragraph above the table: how the figures came about.
+        table: from `rows`.
+        metric: name of the metric.
+        about: a paragraph above the table: how the results were measured.
     """
-    entries = _entries(table)
-    name = metric.rpartition("/")[2]
-    reference = next((row.variant for row in table if row.against is None), "")
-    columns: dict[str, Callable[[Row], str]] = {
-        **{_short(entry): _chosen(entry) for entry in entries},
-        name: lambda row: str(row.metric),
-        "against the first": lambda row: "first" if row.against is None else _signed(row.against),
-        "parameters": lambda row: "" if row.parameters is None else f"{row.parameters:,}",
-        "training tokens/s": lambda row: str(row.train_rate),
-        "sampling tokens/s": lambda row: str(row.sample_rate),
-        "trials": lambda row: row.state,
-    }
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in table]
-    text = f"{about}\n\nThe first is {reference}.\n\n" + "\n".join(lines) + "\n"
+    reference = next((row.variant for row in table if row.difference is None), "")
+    text = tables.markdown(
+        tables.table_of(
+            {
+                **{entry.rpartition(".")[2]: _choice(row, entry) for entry in _entries(table)},
+                metric.rpartition("/")[2]: str(row.metric),
+                "difference to the first": "first" if row.difference is None else _signed(row.difference),
+                "parameters": "" if row.parameters is None else f"{row.parameters:,}",
+                "training tokens/s": str(row.train_rate),
+                "sampling tokens/s": str(row.sample_rate),
+                "trials": row.state,
+            }
+            for row in table
+        )
+    )
     failed = [trial for row in table for trial in row.trials if trial.status == "failed"]
-    if failed:
-        text += "\nFailed:\n" + "".join(f"- {t.variant} seed {t.seed}: {t.error}\n" for t in failed)
-    return text
-
-
-def variants_csv(table: Sequence[Row], metric: str) -> str:
-    """The table in full precision."""
-    entries = _entries(table)
-    name = metric.rpartition("/")[2]
-    head = [*entries, name, f"{name}_std", f"{name}_against_first", f"{name}_against_first_std", "parameters"]
-    head += ["train_tokens_per_second", "train_tokens_per_second_std"]
-    head += ["sampling_tokens_per_second", "sampling_tokens_per_second_std", "trials"]
-    lines = [
-        [
-            *(row.choices.get(entry, "") for entry in entries),
-            *row.metric,
-            *(row.against or ("", "")),
-            row.parameters,
-            *row.train_rate,
-            *row.sample_rate,
-            row.state,
-        ]
-        for row in table
-    ]
-    return _csv(head, lines)
-
-
-def trials_csv(table: Sequence[Row], metric: str) -> str:
-    """A line a trial."""
-    entries = _entries(table)
-    head = [
-        *entries,
-        "seed",
-        "status",
-        "step",
-        metric.rpartition("/")[2],
-        "train_tokens_per_second",
-        "run_id",
-    ]
-    lines = [
-        [
-            *(trial.choices.get(entry, "") for entry in entries),
-            trial.seed,
-            trial.status,
-            trial.step,
-            trial.value,
-            trial.train_rate,
-            trial.run_id,
-            trial.error,
-        ]
-        for row in table
-        for trial in row.trials
-    ]
-    return _csv([*head, "error"], lines)
-
-
-def _csv(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(head)
-    for line in lines:
-        empty = (value is None or (isinstance(value, float) and math.isnan(value)) for value in line)
-        writer.writerow(["" if gone else value for gone, value in zip(empty, line, strict=True)])
-    return stream.getvalue()
-
-
-def _entries(table: Sequence[Row]) -> list[str]:
-    """Every dimension that any variant has, in the order of their first appearance."""
-    return list(dict.fromkeys(entry for row in table for entry in row.choices))
-
-
-def _chosen(entry: str) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
-        value = row.choices.get(entry, "")
-        return f"{value:.4g}" if isinstance(value, float) else value
-
-    return cell
-
-
-def _signed(against: Spread) -> str:
-    return (
-        ""
-        if math.isnan(against.mean)
-        else f"{'+' if against.mean >= 0 else '-'}{against._replace(mean=abs(against.mean))}"
+    errors = "".join(f"- {t.variant} seed {t.seed}: {t.error}\n" for t in failed)
+    return f"{about}\n\nThe first variant is {reference}.\n\n{text}\n" + (
+        f"\nFailed:\n{errors}" if failed else ""
     )
 
 
-def _short(key: str) -> str:
-    return key.rpartition(".")[2]
+def variants_csv(table: Sequence[Row], metric: str) -> str:
+    """Write the table as CSV in full precision.
+
+    Args:
+        table: from `rows`.
+        metric: name of the metric.
+    """
+    name, entries, none = metric.rpartition("/")[2], _entries(table), Spread.of([])
+    lines = (
+        {
+            **{entry: row.choices.get(entry) for entry in entries},
+            name: row.metric.mean,
+            f"{name}_std": row.metric.deviation,
+            f"{name}_against_first": (row.difference or none).mean,
+            f"{name}_against_first_std": (row.difference or none).deviation,
+            "parameters": row.parameters,
+            "train_tokens_per_second": row.train_rate.mean,
+            "train_tokens_per_second_std": row.train_rate.deviation,
+            "sampling_tokens_per_second": row.sample_rate.mean,
+            "sampling_tokens_per_second_std": row.sample_rate.deviation,
+            "trials": row.state,
+        }
+        for row in table
+    )
+    return tables.to_csv(tables.table_of(lines))
+
+
+def trials_csv(table: Sequence[Row], metric: str) -> str:
+    """Write a CSV line per trial.
+
+    Args:
+        table: from `rows`.
+        metric: name of the metric.
+    """
+    lines = (
+        {
+            **{entry: trial.choices.get(entry) for entry in _entries(table)},
+            "seed": trial.seed,
+            "status": trial.status,
+            "step": trial.step,
+            metric.rpartition("/")[2]: trial.value,
+            "train_tokens_per_second": trial.train_rate,
+            "run_id": trial.run_id,
+            "error": trial.error,
+        }
+        for row in table
+        for trial in row.trials
+    )
+    return tables.to_csv(tables.table_of(lines))
+
+
+def _entries(table: Sequence[Row]) -> list[str]:
+    """List every dimension that any variant has, in the order of first appearance."""
+    return list(dict.fromkeys(entry for row in table for entry in row.choices))
+
+
+def _choice(row: Row, entry: str) -> str:
+    value = row.choices.get(entry, "")
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _signed(difference: Spread) -> str:
+    text = str(difference)
+    return text if not text or text.startswith("-") else f"+{text}"

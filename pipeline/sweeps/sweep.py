@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
@@ -19,35 +18,44 @@ from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
 from pipeline.config.space import Entry, Variant, assemble
 from pipeline.config.sweep import Sweep
-from pipeline.errors import CapabilityError, StoppedError
+from pipeline.errors import StoppedError
 from pipeline.run import Run
 from pipeline.runtime.control_files import STOP
-from pipeline.runtime.ray_cluster import check_resources, check_visible, joined_cluster, places, stoppable
-from pipeline.sweeps.summary import Planned, SweepResult, summarise
-from pipeline.sweeps.trial import in_one_process, read_ended, run_trial
+from pipeline.runtime.ray_cluster import check_visible, fitting_workers, joined_cluster, stoppable
+from pipeline.sweeps.summary import SweepResult, summarise
+from pipeline.sweeps.trial import PlannedTrial, in_one_process, kept_end, read_end, run_trial
 from pipeline.training import resume
 
 log = logging.getLogger(__name__)
 
-DRAWS = 64  # of a space, to see whether all of its variants have a number in them
-SUGGESTED = "suggested.json"  # in the sweep's folder: what a model-based search has asked for, in order
+DRAWS = 64  # number of variants of a space that are drawn to see whether all of them contain a number
+SUGGESTED = "suggested.json"  # file in the sweep's folder: the choices of a model-based search, in order
+
+Choices = dict[str, Any]  # what Ray Tune gives a trial: its name, or the choices of a search
+Find = Callable[[Choices], PlannedTrial]
 
 
 def sweep(plan: Sweep) -> SweepResult:
-    """Run every trial to its end, and compare the variants; the same call again goes on where it was.
+    """Run every trial to its end and compare the variants; the same call again continues an interrupted sweep.
+
+    Args:
+        plan: the sweep's config and space.
+
+    Returns:
+        The table of the variants, and where the files are.
 
     Raises:
         ConfigError, DataError, CheckpointError: before any trial starts.
-        StoppedError: it was stopped before the end.
+        StoppedError: the user stopped the sweep.
     """
     base = Run.of(plan.base())
     folder = storage.join(base.config.cluster.storage, plan.config.name)
     storage.check_writable(folder, "cluster.storage")
-    trials = [planned(plan, v, seed) for v in plan.variants() for seed in plan.config.seeds]
-    for one in trials:
-        check_same(one)
-    # What a model-based search will ask for is not known, but what its trials need is.
-    examples = [one.run for one in trials] or [planned(plan, plan.draws(1)[0], plan.config.seeds[0]).run]
+    trials = [planned(plan, variant, seed) for variant in plan.variants() for seed in plan.config.seeds]
+    for trial in trials:
+        check_same(trial.run)
+    # What a model-based search will choose is not known, but what its trials need is.
+    examples = [trial.run for trial in trials] or [planned(plan, plan.draws(1)[0], plan.config.seeds[0]).run]
     with joined_cluster(base.config.cluster):
         uri = base.tracking_uri
         check_visible(folder, uri)
@@ -56,165 +64,160 @@ def sweep(plan: Sweep) -> SweepResult:
         run_id = _open_parent(plan, folder, uri, len(trials))
         with tracking.ending(uri, run_id), stoppable(folder):
             began = time.monotonic()
-            tried, whole = _run_trials(plan, folder, trials, examples, run_id)
-            if not whole:
-                raise StoppedError("stopped as asked, after checkpoints; the same command goes on")
+            started, complete = _run_trials(plan, folder, trials, examples, run_id)
+            if not complete:
+                raise StoppedError(
+                    "stopped on request after checkpoints; the same command continues the sweep"
+                )
             log.info("all trials ended after %.0f minutes", (time.monotonic() - began) / 60)
-            return summarise(plan, base.replace(run_id=run_id), folder, tried)
+            return summarise(plan, base.replace(run_id=run_id), folder, started)
 
 
-def planned(plan: Sweep, variant: Variant, seed: int) -> Planned:
-    """The run of a variant and a seed, in the sweep's folder, on data and in a store that all trials share."""
-    run = Run.of(plan.trial(variant, seed))
+def planned(plan: Sweep, variant: Variant, seed: int) -> PlannedTrial:
+    """Make the run of a variant and a seed, in the sweep's folder; all trials share data and MLflow store.
+
+    Args:
+        plan: the sweep's config and space.
+        variant: the point of the space.
+        seed: of the run.
+
+    Returns:
+        The trial.
+    """
+    run, name = Run.of(plan.trial(variant, seed)), plan.config.name
     config = run.config
-    data = config.data.model_copy(update={"path": run.data_path})
-    shared = {
-        "uri": run.tracking_uri,
-        "register_as": config.tracking.register_as or plan.config.name,
-    }
-    folder = storage.join(config.cluster.storage, plan.config.name)
+    shared = {"uri": run.tracking_uri, "register_as": config.tracking.register_as or name}
+    folder = storage.join(config.cluster.storage, name)
     run = run.configured(
-        data=data,
+        data=config.data.model_copy(update={"path": run.data_path}),
         tracking=config.tracking.model_copy(update=shared),
         cluster=config.cluster.model_copy(update={"storage": folder}),
     )
-    return Planned(variant, seed, run)
+    return PlannedTrial(variant, seed, run)
 
 
-def check_same(trial: Planned) -> None:
-    """Refuse to go on with a trial that has become another.
+def check_same(run: Run) -> None:
+    """Refuse to continue a trial whose config has changed.
+
+    Args:
+        run: of the trial.
 
     Raises:
         CheckpointError: lists every difference.
     """
-    run = trial.run
-    ended = read_ended(run.folder)
-    if ended is not None and ended.counts(run.config):
-        resume.check_same(ended.config, run.config, run.folder)
+    if end := kept_end(run):
+        resume.check_same(end.config, run.config, run.folder)
     else:
         resume.precheck(run)
 
 
 def _open_parent(plan: Sweep, folder: str, uri: str, trials: int) -> str:
-    """The sweep's own MLflow run, the same at every start."""
+    """Open, or continue, the sweep's own MLflow run."""
     base, own = plan.base(), plan.config
     written = own.model_dump(mode="json")
-    run_id = tracking.open_recorded_run(
-        folder,
-        uri,
-        base.tracking.experiment,
-        own.name,
-        params={**{f"sweep.{key}": value for key, value in written.items()}, **flatten(base.model_dump())},
-        tags={"trials": str(trials or own.num_samples)},
-    )
+    params = {f"sweep.{key}": value for key, value in written.items()} | flatten(base.model_dump())
+    tags = {"trials": str(trials or own.num_samples)}
+    run_id = tracking.open_recorded_run(folder, uri, base.tracking.experiment, own.name, params, tags)
     storage.publish_text(storage.join(folder, "sweep.json"), json.dumps(written, indent=2) + "\n")
     return run_id
 
 
 def _run_trials(
-    plan: Sweep,
-    folder: str,
-    trials: Sequence[Planned],
-    examples: Sequence[Run],
-    parent: str,
-) -> tuple[list[Planned], bool]:
-    """All trials that were tried, and whether each has come to an end.
+    plan: Sweep, folder: str, trials: Sequence[PlannedTrial], examples: Sequence[Run], parent: str
+) -> tuple[list[PlannedTrial], bool]:
+    """Run all trials.
 
     Args:
+        plan: the sweep's config and space.
+        folder: of the sweep.
         trials: those that are known beforehand; none of a model-based search.
         examples: runs that need what the trials will need.
         parent: id of the sweep's own MLflow run.
+
+    Returns:
+        The trials that were started, and whether each of them, and all that were planned, have ended.
     """
     own = plan.config
-    by_name = {one.run.config.name: one for one in trials}
+    by_name = {trial.name: trial for trial in trials}
 
-    def find(choice: dict[str, Any]) -> Planned:
-        if "trial" in choice:
-            return by_name[choice["trial"]]
-        return planned(plan, assemble(plan.entries, lambda entry: choice[entry.name]), own.seeds[0])
+    def find(choices: Choices) -> PlannedTrial:
+        if "trial" in choices:
+            return by_name[choices["trial"]]
+        return planned(plan, assemble(plan.entries, lambda entry: choices[entry.name]), own.seeds[0])
 
-    def trial(config: dict[str, Any]) -> None:
-        found = find(config)
-        choices = {f"choice.{name}": str(value) for name, value in found.variant.choices.items()}
-        tags = {**tracking.child_of(parent), "variant": found.variant.label, **choices}
-        run_trial(found.run, own.metric, tags)
+    def train(choices: Choices) -> None:
+        trial = find(choices)
+        tags = {f"choice.{name}": str(value) for name, value in trial.variant.choices.items()}
+        tags |= {**tracking.child_of(parent), "variant": trial.variant.label}
+        run_trial(trial.run, own.metric, tags)
 
     search = _optuna(plan, folder) if own.search == "optuna" else None
     count = (own.num_samples or 1) if search else len(trials)
-    ended = sum(_counts(one.run) for one in trials)
-    at_most = own.max_concurrent or _fitting(examples)
-    if search and not all(_has_number(variant) for variant in plan.draws(DRAWS)):
-        at_most = 1  # the search may ask for the same variant twice, which has one folder
-    log.info("%d trials, %d of them ended before, at most %d at the same time", count, ended, at_most)
-    # A fresh experiment at every start, since trials remember by themselves.
+    ended = sum(kept_end(trial.run) is not None for trial in trials)
+    # A search of a space without numbers may choose a variant twice, which has one folder.
+    concurrent = 1 if search and _repeats(plan) else own.max_concurrent or _concurrent(examples)
+    log.info("%d trials, %d of them ended before, at most %d at the same time", count, ended, concurrent)
+    # A fresh experiment at every start, since trials record their own reports.
     storage.remove(storage.join(folder, "tune"))
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in the config are relative to the driver's folder
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end trials without a checkpoint
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials have MLflow; no warning that files lack
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials log to MLflow
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(
+        logging.ERROR
+    )  # misses those loggers' files
     tuner = tune.Tuner(
-        tune.with_resources(trial, lambda config: _resources(find(config).run.config)),
+        tune.with_resources(train, lambda choices: _resources(find(choices).run.config)),
         param_space={} if search else {"trial": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=scheduler_of(plan, max(one.config.train.steps for one in examples)),
+            scheduler=scheduler_of(plan, max(run.config.train.steps for run in examples)),
             num_samples=count if search else 1,
-            max_concurrent_trials=at_most,
+            max_concurrent_trials=concurrent,
             reuse_actors=True,
-            trial_name_creator=lambda one: find(one.config).run.config.name,
-            trial_dirname_creator=lambda one: find(one.config).run.config.name,
+            trial_name_creator=lambda trial: find(trial.config).name,
+            trial_dirname_creator=lambda trial: find(trial.config).name,
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=folder,
             verbose=0,
-            callbacks=[_Progress(find, own.metric, count, ended, folder), _Stopping(find, folder)],
+            callbacks=[_Progress(find, own.metric, count, ended, folder), _StopRequests(find, folder)],
             failure_config=tune.FailureConfig(max_failures=examples[0].config.cluster.max_failures),
         ),
     )
     results = tuner.fit()
-    tried = {one.run.config.name: one for one in trials}
-    lost = set()
-    for result in (results[at] for at in range(len(results))):
-        found = find(result.config or {})
-        tried[found.run.config.name] = found
+    started, complete = dict(by_name), len(results) >= count
+    for result in (results[index] for index in range(len(results))):
+        trial = find(result.config or {})
+        started[trial.name] = trial
         if result.error is not None:
-            lost.add(found.run.config.name)
-            log.warning("%s: its process was lost: %s", found.run.config.name, result.error)
-    over = [name for name, one in tried.items() if name in lost or read_ended(one.run.folder) is not None]
-    return list(tried.values()), len(over) == len(tried) and len(results) >= count
+            log.warning("%s: its process was lost: %s", trial.name, result.error)
+        elif read_end(trial.run.folder) is None:
+            complete = False
+    return list(started.values()), complete
 
 
-def _has_number(variant: Variant) -> bool:
-    return any(isinstance(value, float) for value in variant.choices.values())
+def _repeats(plan: Sweep) -> bool:
+    """Whether the space has variants without a number, which a search may choose twice."""
+    choices = [variant.choices.values() for variant in plan.draws(DRAWS)]
+    return not all(any(isinstance(value, float) for value in values) for values in choices)
 
 
-def _counts(run: Run) -> bool:
-    ended = read_ended(run.folder)
-    return ended is not None and ended.counts(run.config)
+def _concurrent(runs: Sequence[Run]) -> int:
+    """Count how many of the largest trials fit the cluster at the same time, so that none waits for another's part.
 
-
-def _fits(config: RunConfig) -> bool:
-    """Whether the cluster can hold this trial at all; one that it cannot says so itself, at once."""
-    try:
-        check_resources(config.cluster)
-    except CapabilityError:
-        return False
-    return True
-
-
-def _fitting(runs: Sequence[Run]) -> int:
-    """How many of the largest trials fit the cluster at the same time, so that none waits for another's part."""
-    most = []
-    for config in filter(_fits, (run.config for run in runs)):
-        asked = config.cluster
-        most.append(places(ray.nodes(), asked.cpus_per_worker, check_resources(asked)) // asked.most)
-    return max(1, min(most, default=1))
+    Trials that do not fit at all are not counted: they fail at once with a message of their own.
+    """
+    clusters = [run.config.cluster for run in runs]
+    counts = [(cluster, fitting_workers(cluster)[0]) for cluster in clusters]
+    fitting = [count // cluster.most for cluster, count in counts if count >= cluster.least]
+    return max(1, min(fitting, default=1))
 
 
 def _resources(config: RunConfig) -> tune.PlacementGroupFactory:
-    """What Ray Tune reserves: the worker's CPUs, or next to nothing beside the workers that a trial starts."""
-    if _fits(config) and in_one_process(config, check_resources(config.cluster)):
+    """Reserve the worker's CPUs in Ray Tune, or next to nothing beside the workers that a trial starts."""
+    count, use_gpu = fitting_workers(config.cluster)
+    if count >= config.cluster.least and in_one_process(config, use_gpu):
         return tune.PlacementGroupFactory([{"CPU": config.cluster.cpus_per_worker}])
     return tune.PlacementGroupFactory([{"memory": 1}])
 
@@ -230,7 +233,15 @@ class _Halving(AsyncHyperBandScheduler):
 
 
 def scheduler_of(plan: Sweep, steps: int) -> TrialScheduler:
-    """What decides which trials go on to `steps`, the most that any has."""
+    """Make the scheduler that decides which trials continue.
+
+    Args:
+        plan: the sweep's config.
+        steps: largest number of steps of a trial.
+
+    Returns:
+        The scheduler of Ray Tune.
+    """
     own = plan.config
     if own.scheduler == "none":
         return FIFOScheduler()
@@ -246,21 +257,18 @@ def scheduler_of(plan: Sweep, steps: int) -> TrialScheduler:
 
 
 def _optuna(plan: Sweep, folder: str) -> OptunaSearch:
-    """A searcher that first asks again for what it asked for in earlier starts."""
-
-    own, file = plan.config, storage.join(folder, SUGGESTED)
-    earlier = json.loads(storage.read_text(file)) if storage.exists(file) else []
+    """Make a searcher that first repeats its choices of earlier starts."""
     return OptunaSearch(
         partial(_suggest, plan.entries),  # not a closure: Ray Tune pickles its searcher
-        metric=own.metric,
-        mode=own.mode,
-        points_to_evaluate=earlier,
-        seed=own.seeds[0],
+        metric=plan.config.metric,
+        mode=plan.config.mode,
+        points_to_evaluate=storage.read_json(storage.join(folder, SUGGESTED), []),
+        seed=plan.config.seeds[0],
     )
 
 
 def _suggest(entries: Sequence[Entry], trial: Any) -> None:
-    """Optuna's choice of every entry that this variant has."""
+    """Let Optuna choose a value of every entry that this variant has."""
 
     def pick(entry: Entry) -> int | float:
         if entry.options:
@@ -270,94 +278,61 @@ def _suggest(entries: Sequence[Entry], trial: Any) -> None:
     assemble(entries, pick)
 
 
-class _Stopping(tune.Callback):
-    """Passes the user's wish on to the trials that run; those that have not begun see it in the sweep's folder."""
+class _StopRequests(tune.Callback):
+    """Passes a request to stop the sweep on to the running trials; later ones find it in the sweep's folder."""
 
-    def __init__(self, find: Callable[[dict[str, Any]], Planned], folder: str):
-        self._find, self._file, self._looked = find, storage.join(folder, STOP), 0.0
+    def __init__(self, find: Find, folder: str):
+        self._find, self._file, self._last_check = find, storage.join(folder, STOP), 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Called by Ray Tune several times a second; told again, since a trial forgets what came before it."""
-        if time.monotonic() - self._looked < 1:
+        """Check for the request once a second; it is repeated, since a trial removes earlier ones when it starts."""
+        if time.monotonic() - self._last_check < 1:
             return
-        self._looked = time.monotonic()
+        self._last_check = time.monotonic()
         if storage.exists(self._file):
-            for trial in (one for one in trials if one.status == Trial.RUNNING):
-                run = self._find(trial.config).run
-                storage.publish_bytes(storage.join(run.folder, STOP), b"")
+            for trial in trials:
+                if trial.status == Trial.RUNNING:
+                    storage.publish_bytes(storage.join(self._find(trial.config).run.folder, STOP), b"")
 
 
 class _Progress(tune.Callback):
-    """A line for every judgement and every end; and what a search suggested, for the next start."""
+    """Logs every validation and every end of a trial; records what a search suggested, for the next start."""
 
-    def __init__(
-        self, find: Callable[[dict[str, Any]], Planned], metric: str, count: int, ended: int, folder: str
-    ):
+    def __init__(self, find: Find, metric: str, count: int, ended: int, folder: str):
         self._find, self._metric, self._count, self._ended = find, metric, count, ended
         self._before, self._began = ended, time.monotonic()
         self._file = storage.join(folder, SUGGESTED)
-        self._suggested: list[dict[str, Any]] = []
-        self._quiet: set[str] = set()
+        self._suggested: list[Choices] = []
+        self._repeated: set[str] = set()  # names of trials that had ended before
 
-    def on_trial_start(
-        self,
-        iteration: int,
-        trials: list[Any],
-        trial: Any,
-        **info: Any,
-    ) -> None:
-        """Remember what was suggested."""
-        found = self._find(trial.config)
-        if _counts(found.run):
-            self._quiet.add(found.run.config.name)
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record what was suggested."""
+        planned_trial = self._find(trial.config)
+        if kept_end(planned_trial.run):
+            self._repeated.add(planned_trial.name)
         if "trial" not in trial.config and trial.config not in self._suggested:
             self._suggested.append(trial.config)
             storage.publish_text(self._file, json.dumps(self._suggested))
 
     def on_trial_result(
-        self,
-        iteration: int,
-        trials: list[Any],
-        trial: Any,
-        result: dict[str, Any],
-        **info: Any,
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """One judgement."""
-        found = self._find(trial.config)
+        """Log a validation."""
         if self._metric in result and not result.get("repeated"):
-            log.info(
-                "%s: step %d/%d  %s %.4g",
-                _title(found),
-                result["step"],
-                found.run.config.train.steps,
-                self._metric,
-                result[self._metric],
-            )
+            planned_trial, value = self._find(trial.config), result[self._metric]
+            steps = planned_trial.run.config.train.steps
+            log.info(f"{planned_trial}: step {result['step']}/{steps}  {self._metric} {value:.4g}")
 
-    def on_trial_complete(
-        self,
-        iteration: int,
-        trials: list[Any],
-        trial: Any,
-        **info: Any,
-    ) -> None:
-        """One end, and how long the rest may take."""
-        found = self._find(trial.config)
-        if found.run.config.name in self._quiet:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Log an end, and how long the remaining trials may take."""
+        planned_trial = self._find(trial.config)
+        if planned_trial.name in self._repeated:
             return
         self._ended += 1
-        ended, left = read_ended(found.run.folder), self._count - self._ended
-        how = f"{ended.status} at step {ended.step}" if ended else "lost"
-        a_trial = (time.monotonic() - self._began) / (self._ended - self._before)
+        end = read_end(planned_trial.run.folder)
+        state = f"{end.status} at step {end.step}" if end else "its process was lost"
+        minutes_per_trial = (time.monotonic() - self._began) / 60 / (self._ended - self._before)
+        left = minutes_per_trial * (self._count - self._ended)
         log.info(
-            "%s: %s  (%d of %d trials, about %.0f minutes left)",
-            _title(found),
-            how,
-            self._ended,
-            self._count,
-            a_trial * left / 60,
+            f"{planned_trial}: {state}  ({self._ended} of {self._count} trials, about {left:.0f} minutes left)"
         )
-
-
-def _title(trial: Planned) -> str:
-    return f"{trial.variant.label} seed {trial.seed}"

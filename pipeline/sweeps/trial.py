@@ -1,181 +1,214 @@
-"""One trial of a sweep: a pretraining run that tells Ray Tune how it does, and remembers what it told.
+"""One trial of a sweep: a pretraining run that reports its metric to Ray Tune and records its reports and its end.
 
-Ray Tune knows nothing of an earlier start of a sweep. A trial's folder does: it repeats its reports, so that
-the scheduler sees again what it saw, and then ends if it had ended, or goes on from its checkpoint.
+Ray Tune remembers nothing of an earlier start of a sweep, but a trial's folder does. A trial repeats its recorded
+reports, so that the scheduler sees them again, and then ends if it had ended, or continues from its checkpoint.
 """
 
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from ray import tune
-from ray.train import Checkpoint
-from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
+from pipeline.config.space import Variant
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.run import Run
 from pipeline.runtime.control_files import STOP
 from pipeline.runtime.session import PlainSession
+from pipeline.sweeps.report import Status
 from pipeline.training import checkpoint, launch, worker_group
 from pipeline.training.loop import train
 
 log = logging.getLogger(__name__)
 
-RECORD = "trial.json"  # in the trial's folder: how it ended
-REPORTS = "reports.json"  # and what it told Ray Tune
+# Files in the trial's folder.
+RECORD = "trial.json"  # how it ended
+REPORTS = "reports.json"  # what it has reported to Ray Tune
 
 
 @dataclass(frozen=True)
-class Ended:
+class PlannedTrial:
+    """A trial: a variant with a seed, and its run."""
+
+    variant: Variant
+    seed: int
+    run: Run
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.run.config.name
+
+    def __str__(self) -> str:
+        return f"{self.variant.label} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class TrialEnd:
     """How a trial ended.
 
     Attributes:
-        step: updates done.
-        version: of its registered model.
-        error: of a failed one.
+        status: finished, stopped by the scheduler, or failed.
+        step: number of updates done.
+        config: of the run, as JSON values.
+        version: its registered model, models:/NAME/VERSION.
+        error: message of a failed one.
     """
 
-    status: Literal["finished", "stopped", "failed"]
+    status: Status
     step: int
     config: dict[str, Any]
     version: str | None = None
     error: str | None = None
 
-    def counts(self, config: RunConfig) -> bool:
-        """Whether a sweep that is started again leaves this trial as it is."""
-        return self.status == "stopped" or (self.status == "finished" and self.step >= config.train.steps)
+
+def read_end(folder: str) -> TrialEnd | None:
+    """Read how a trial ended.
+
+    Args:
+        folder: of the trial.
+
+    Returns:
+        The end, or None of a trial that has not ended.
+    """
+    fields = storage.read_json(storage.join(folder, RECORD))
+    return fields and TrialEnd(**fields)
 
 
-def read_ended(folder: str) -> Ended | None:
-    """The trial's end, if it has come."""
-    record = storage.join(folder, RECORD)
-    return Ended(**json.loads(storage.read_text(record))) if storage.exists(record) else None
+def kept_end(run: Run) -> TrialEnd | None:
+    """Read the end of a trial that a restarted sweep does not run again.
+
+    Args:
+        run: of the trial.
+
+    Returns:
+        The end, or None of a trial that failed, has not ended, or has fewer steps than its config says now.
+    """
+    end = read_end(run.folder)
+    finished = end is not None and end.status == "finished" and end.step >= run.config.train.steps
+    return end if finished or (end is not None and end.status == "stopped") else None
 
 
-def read_reports(run: str) -> list[dict[str, float]]:
-    """What a trial has told so far, by step."""
-    file = storage.join(run, REPORTS)
-    return json.loads(storage.read_text(file)) if storage.exists(file) else []
+def read_reports(folder: str) -> list[dict[str, float]]:
+    """Read what a trial has reported so far, in the order of the steps.
+
+    Args:
+        folder: of the trial.
+    """
+    return storage.read_json(storage.join(folder, REPORTS), [])
 
 
 def in_one_process(config: RunConfig, use_gpu: bool) -> bool:
-    """Whether the trial's process is its only worker: a group of one would only cost its start."""
+    """Decide whether the trial's process is its only worker; a group of one would only cost its start.
+
+    Args:
+        config: of the trial.
+        use_gpu: whether a worker gets a GPU.
+    """
     return config.cluster.workers == 1 and not use_gpu and storage.is_local(config.cluster.storage)
 
 
 def run_trial(run: Run, metric: str, tags: dict[str, str]) -> None:
-    """Train one trial to its end, inside a function that Ray Tune runs; its failure is written down, not raised.
+    """Train one trial to its end, inside a function that Ray Tune runs; a failure is recorded, not raised.
 
     Args:
         run: with the sweep's folder as `cluster.storage`.
-        metric: what is reported, by name.
+        metric: name of the metric that is reported.
         tags: of its MLflow run.
     """
     config, folder = run.config, run.folder
     for report in read_reports(folder):
         tune.report({**report, "folder": folder, "repeated": True})
-    ended = read_ended(folder)
-    if (ended is not None and ended.counts(config)) or _sweep_stops(config):
+    if kept_end(run) or _sweep_stops(config):
         return
     record = storage.join(folder, RECORD)
     storage.remove(record)
-    facts, status, error, version = config.model_dump(mode="json"), "failed", None, None
+    status: Status = "failed"
+    error = version = None
     try:
         version = launch.train_to_end(run, tags, partial(_train, metric)).version
         status = "finished" if _last_step(folder) >= config.train.steps else "stopped"
     except StoppedError:
         return
-    except Exception as failure:  # the sweep goes on; its summary names this trial
-        told = isinstance(failure, PipelineError)
-        error = str(failure) if told else f"{type(failure).__name__}: {failure}"
-        log.warning("%s failed: %s", config.name, error, exc_info=None if told else failure)
-    ended = Ended(status, _last_step(folder), facts, version, error)  # type: ignore[arg-type]
-    storage.publish_text(record, json.dumps(asdict(ended)))
+    except Exception as failure:  # the sweep continues; its summary names this trial
+        expected = isinstance(failure, PipelineError)
+        error = str(failure) if expected else f"{type(failure).__name__}: {failure}"
+        log.warning("%s failed: %s", config.name, error, exc_info=None if expected else failure)
+    end = TrialEnd(status, _last_step(folder), config.model_dump(mode="json"), version, error)
+    storage.publish_text(record, json.dumps(asdict(end)))
 
 
 def _sweep_stops(config: RunConfig) -> bool:
+    """Whether the user has requested that the sweep stops."""
     return storage.exists(storage.join(config.cluster.storage, STOP))
 
 
-def _last_step(run: str) -> int:
-    newest = checkpoint.newest(run)
+def _last_step(folder: str) -> int:
+    """Step of the trial's newest checkpoint."""
+    newest = checkpoint.newest(folder)
     return checkpoint.read_state(newest).step if newest else 0
 
 
 def _train(metric: str, run: Run) -> None:
-    """The loop, in this process or in a worker group; ended early by the user, the trial is to go on another time."""
+    """Run the training loop in this process or in a worker group; an error if the sweep is stopped meanwhile."""
     if in_one_process(run.config, run.resources.use_gpu):
-        _train_here(metric, run)
+        if not dist.is_initialized():  # Ray Tune uses this process for one trial after the other
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        torch.set_num_threads(run.config.cluster.cpus_per_worker)
+        train(run, _TrialSession(run.folder, metric))
     else:
         worker_group.run_group(run, [_GroupReports(run.folder, metric)])
     if _sweep_stops(run.config) and _last_step(run.folder) < run.config.train.steps:
         raise StoppedError("stopped with its sweep")
 
 
-def _train_here(metric: str, run: Run) -> None:
-    """Ray Tune uses this process for one trial after the other."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    torch.set_num_threads(run.config.cluster.cpus_per_worker)
-    train(run, _TrialSession(run.folder, metric))
-
-
 class _TrialSession(PlainSession):
-    """The only worker, in the process that reports."""
+    """Session of the only worker, in the process that reports to Ray Tune."""
 
-    def __init__(self, run: str, metric: str):
-        super().__init__(0, 1, run)
-        self._folder, self._metric = run, metric
+    def __init__(self, folder: str, metric: str):
+        super().__init__(0, 1, folder)
+        self._metric = metric
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        """Save, then report, so that what the scheduler has seen can be gone back to."""
+        """Save, then report, so that the trial can continue from every step that the scheduler has seen."""
         super().publish(folder, name, metrics)
-        report = _report(self._folder, name, self._metric, metrics)
-        if report is not None:
-            tune.report(report)
+        _report(str(self._folder / name), self._metric, metrics, tune.report)
 
 
 class _GroupReports(TuneReportCallback):
-    """Takes reports of a worker group to Ray Tune; runs in Ray Train's controller."""
+    """Passes the reports of a worker group to Ray Tune; runs in Ray Train's controller."""
 
-    def __init__(self, run: str, metric: str):
+    def __init__(self, folder: str, metric: str):
         super().__init__()
-        self._folder, self._metric = run, metric
+        self._folder, self._metric = folder, metric
 
-    def after_report(
-        self,
-        run_context: TrainRunContext,  # noqa: ARG002
-        metrics: list[dict[str, Any]],
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        """Report a checkpoint of a judged step, once it is whole."""
-        if checkpoint is None:
-            return
-        name = checkpoint.path.rstrip("/").rpartition("/")[2]
-        report = _report(self._folder, name, self._metric, metrics[0])
-        if report is not None:
-            self._training_actor_item_queue.put(report)
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:  # noqa: ARG002
+        """Report a checkpoint of a validated step, once it is complete."""
+        if checkpoint is not None:
+            path = storage.join(self._folder, checkpoint.path.rstrip("/").rpartition("/")[2])
+            _report(path, self._metric, metrics[0], self._training_actor_item_queue.put)
 
 
-def _report(run: str, name: str, metric: str, metrics: dict[str, float]) -> dict[str, Any] | None:
-    """What to tell of a saved step, which is remembered; None of one that was not judged, or told before."""
-    state = checkpoint.read_state(storage.join(run, name))
-    if state.validation is None or metric not in metrics:
-        return None
-    told = read_reports(run)
-    if told and told[-1]["step"] >= state.step:
-        return None
-    report = {"step": state.step, metric: metrics[metric]}
-    storage.publish_text(storage.join(run, REPORTS), json.dumps([*told, report]))
-    return {**report, "folder": run}
+def _report(
+    path: str, metric: str, metrics: dict[str, float], send: Callable[[dict[str, Any]], object]
+) -> None:
+    """Record and send the metric of a checkpoint's step, if the step was validated and not reported before."""
+    state, folder = checkpoint.read_state(path), path.rpartition("/")[0]
+    reports = read_reports(folder)
+    reported = bool(reports) and reports[-1]["step"] >= state.step
+    if state.validation is not None and metric in metrics and not reported:
+        report = {"step": state.step, metric: metrics[metric]}
+        storage.publish_text(storage.join(folder, REPORTS), json.dumps([*reports, report]))
+        send({**report, "folder": folder})

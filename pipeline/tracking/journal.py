@@ -1,5 +1,7 @@
-"""The worker's side of MLflow: a log that never blocks training and survives an outage of the store."""
+"""Metrics and artifacts of a worker: delivered in the background, and kept during an outage of the MLflow store."""
 
+import base64
+import json
 import logging
 import os
 import tempfile
@@ -7,19 +9,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.tracking.items import Content, Item, Point, Upload, from_line, label, size, to_line
 from pipeline.tracking.runs import connect, first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _MEMORY = 64 * 2**20  # bytes that may wait: a week of metrics, or hundreds of pictures
 _BATCH = 1000  # metric points of one request, MLflow's limit
@@ -28,34 +29,117 @@ _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _SAMPLES = 3  # machine samples (10 s apart) averaged into one logged point
 
 
-class _Gone(Exception):
+class _MissingArtifact(Exception):
     """An artifact was removed before it could be sent."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of one metric.
+
+    Attributes:
+        key: the metric's name.
+        value: its value.
+        step: training step.
+        timestamp: of the measurement, milliseconds.
+    """
+
+    key: str
+    value: float
+    step: int
+    timestamp: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """An artifact that exists in memory only.
+
+    Attributes:
+        file: path in the run's artifacts.
+        data: content.
+    """
+
+    file: str
+    data: bytes
+
+    def send(self, client: "MlflowClient", run_id: str) -> None:
+        """Log the content to a run."""
+        folder, _, name = self.file.rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary, name)
+            file.write_bytes(self.data)
+            client.log_artifact(run_id, str(file), folder or None)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An artifact that is a file or folder on disk.
+
+    Attributes:
+        path: local path.
+        folder: folder in the run's artifacts; empty for their root.
+    """
+
+    path: str
+    folder: str
+
+    def send(self, client: "MlflowClient", run_id: str) -> None:
+        """Log the file or folder to a run."""
+        if not Path(self.path).exists():
+            raise _MissingArtifact("the file no longer exists")
+        send = client.log_artifacts if Path(self.path).is_dir() else client.log_artifact
+        send(run_id, self.path, self.folder or None)
+
+
+Item = Point | Content | Upload
+_KINDS: dict[str, Any] = {"point": Point, "content": Content, "upload": Upload}
+
+
+def to_line(item: Item) -> str:
+    """Write an item as a line of the spill file (JSON)."""
+    fields = asdict(item)
+    if isinstance(item, Content):
+        fields["data"] = base64.b64encode(item.data).decode()
+    return json.dumps({"kind": type(item).__name__.lower()} | fields) + "\n"
+
+
+def from_line(line: str) -> Item:
+    """Read an item from a line that `to_line` wrote.
+
+    Raises:
+        ValueError: the line is damaged (so do KeyError and TypeError).
+    """
+    fields = json.loads(line)
+    kind = fields.pop("kind")
+    if kind == "content":
+        fields["data"] = base64.b64decode(fields["data"])
+    return _KINDS[kind](**fields)
 
 
 class Tracker:
     """Logs into a run that the driver opened; used by one worker, rank 0.
 
-    Calls return at once: a background thread delivers in order. While the store does not answer, everything
-    waits in memory (up to 64 MiB) and is tried again with growing pauses; metrics keep the step and time of
-    their call, so the history is complete afterwards. Nothing here raises into training: what goes wrong is
-    a warning. A point delivered twice (a retry, a replay) is one point in MLflow; a step that a restart
-    redoes has two, of which `metric_history` gives the later.
+    Calls return at once, and a background thread delivers in order. While the store does not answer, everything waits
+    in memory (up to 64 MiB) and is sent again after growing pauses. Metrics keep the step and time of their call, so
+    that the history is complete afterwards. No method raises: problems are logged as warnings. A point that is
+    delivered twice (a retry, a replay) is one point in MLflow. A step that a restart repeats has two, of which
+    `metric_history` returns the later.
 
     Args:
         uri: from `tracking_uri`.
         run_id: from `open_run`.
-        spill: file (JSON lines) that keeps what is undelivered during an outage and after `close`; the next
-            Tracker given the same file delivers that first.
+        spill: file (JSON lines) of what is not delivered yet during an outage and after `close`; the next Tracker
+            with the same file delivers that first.
         system_metrics: sample this machine (CPU, memory, disk, network, GPUs) as MLflow's `system/` metrics.
     """
 
     def __init__(
         self, uri: str, run_id: str, spill: Path | None = None, system_metrics: bool = False
     ) -> None:
-        # The thread below has its own patience; MLflow's (minutes within one call) would only delay `close`.
+        # The thread below repeats calls itself; MLflow's own retries (minutes in one call) would only delay `close`.
         self._set_retries = _RETRIES not in os.environ
         os.environ.setdefault(_RETRIES, "0")
-        import mlflow  # noqa: F401  here, not in the thread, where it would race the worker's other imports
+        import mlflow  # noqa: F401  not in the thread, where it would race the worker's other imports
 
         self._uri, self._run_id, self._spill = uri, run_id, spill
         self._client: MlflowClient | None = None
@@ -63,63 +147,91 @@ class Tracker:
         self._change = threading.Condition()  # guards the fields below
         self._waiting: deque[Item] = deque()
         self._memory = 0
-        self._lost = 0
+        self._dropped = 0
         self._hurry = self._closing = self._abandoned = False
         self._spill_lock = threading.Lock()
         self._replay()
         self._sampling_over = threading.Event()
         self._thread = threading.Thread(target=self._deliver, name="tracker", daemon=True)
         self._thread.start()
-        self._sampler: threading.Thread | None = None
+        self._sampler = threading.Thread(target=self._sample, name="tracker-system", daemon=True)
         if system_metrics:
-            self._sampler = threading.Thread(target=self._sample, name="tracker-system", daemon=True)
             self._sampler.start()
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log values measured now, at a training step."""
+        """Log values measured now.
+
+        Args:
+            metrics: values by name.
+            step: training step.
+        """
         now = int(time.time() * 1000)
         self._step = step
         for key, value in metrics.items():
             self._put(Point(key, float(value), step, now))
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Log a local file or folder, which must stay in place until it is delivered (see `flush`)."""
+        """Log a local file or folder.
+
+        Args:
+            path: must exist until it is delivered (see `flush`).
+            folder: folder in the run's artifacts; empty for their root.
+        """
         self._put(Upload(str(path), folder))
 
     def log_text(self, text: str, file: str) -> None:
-        """Log a text under a file name, such as `samples/step_1000.txt`."""
+        """Log a text.
+
+        Args:
+            text: the content.
+            file: path in the run's artifacts, such as `samples/step_1000.txt`.
+        """
         self._put(Content(file, text.encode()))
 
     def log_figure(self, figure: "Figure", file: str) -> None:
-        """Log a picture under a file name with a suffix; it is rendered before this returns."""
+        """Log a picture; it is rendered before this returns.
+
+        Args:
+            figure: the picture.
+            file: path in the run's artifacts; its suffix is the format.
+        """
         buffer = BytesIO()
         try:
             figure.savefig(buffer, format=Path(file).suffix[1:])
         except Exception as error:
-            _log.warning("figure %s was not drawn: %s", file, error)
+            log.warning("figure %s could not be drawn: %s", file, error)
             return
         self._put(Content(file, buffer.getvalue()))
 
     def flush(self, timeout: float = 60.0) -> bool:
-        """Wait until everything logged so far is delivered; False if it is not after `timeout` seconds."""
+        """Wait until everything logged so far is delivered.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Returns:
+            Whether everything is delivered.
+        """
         with self._change:
             self._hurry = True
             self._change.notify_all()
             return self._change.wait_for(lambda: not self._waiting, timeout)
 
     def close(self, timeout: float = 60.0) -> None:
-        """Deliver what waits, in at most `timeout` seconds; what is left goes to the spill file."""
+        """Deliver what waits; what is not delivered in time goes to the spill file.
+
+        Args:
+            timeout: seconds to wait at most.
+        """
         deadline = time.monotonic() + timeout
-        if self._sampler is not None:
-            self._sampling_over.set()
+        self._sampling_over.set()
+        if self._sampler.is_alive():
             self._sampler.join(timeout)
         with self._change:
             self._closing = self._hurry = True
@@ -132,33 +244,34 @@ class Tracker:
             left = len(self._waiting)
         if left:
             kept = f"kept in {self._spill} for the next start" if self._save() else "lost"
-            _log.warning("MLflow at %s still does not answer: %d items are %s", self._uri, left, kept)
+            log.warning("MLflow at %s still does not answer: %d items are %s", self._uri, left, kept)
         if self._set_retries:
             os.environ.pop(_RETRIES, None)
-        if self._lost:
-            _log.warning(
-                "%d items never sent to MLflow, for want of memory or because the tracker was closed",
-                self._lost,
+        if self._dropped:
+            log.warning(
+                "%d items were not sent to MLflow: too many were waiting, or the tracker was closed",
+                self._dropped,
             )
 
     def _put(self, item: Item) -> None:
+        """Queue an item, if there is room."""
         with self._change:
-            full = self._memory + size(item) > _MEMORY
+            full = self._memory + _size(item) > _MEMORY
             if self._closing or full:
-                if not self._lost:
-                    why = "too much is waiting" if full else "the tracker is closed"
-                    _log.warning("not sent to MLflow (%s): %s and what follows", why, label(item))
-                self._lost += 1
+                if not self._dropped:
+                    why = "too many items are waiting" if full else "the tracker is closed"
+                    log.warning("not sent to MLflow (%s): %s and all later items", why, _label(item))
+                self._dropped += 1
                 return
             self._waiting.append(item)
-            self._memory += size(item)
+            self._memory += _size(item)
             self._change.notify_all()
 
     def _deliver(self) -> None:
-        """The thread: take from the head, send, remove; so that nothing is lost between the two."""
+        """Run the thread: send from the head of the queue, then remove, so that nothing is lost in between."""
         delay = _FIRST_DELAY
         failing = False
-        one_by_one = 0  # items of a refused batch still to be tried alone, to find the bad ones
+        one_by_one = 0  # items of a refused batch that are still to be sent alone, to find the bad ones
         refused: set[str] = set()
         while batch := self._head(1 if one_by_one else _BATCH):
             try:
@@ -166,11 +279,8 @@ class Tracker:
             except Exception as error:  # whatever it is, training goes on
                 if not _is_refusal(error):
                     if not failing:
-                        _log.warning(
-                            "MLflow at %s does not answer; metrics wait for it: %s",
-                            self._uri,
-                            first_line(error),
-                        )
+                        why = first_line(error)
+                        log.warning("MLflow at %s does not answer; metrics wait for it: %s", self._uri, why)
                     failing = True
                     self._save()
                     self._pause(delay)
@@ -179,19 +289,17 @@ class Tracker:
                 if len(batch) > 1:
                     one_by_one = len(batch)
                     continue
-                if label(batch[0]) not in refused:
-                    _log.warning("MLflow refuses %s, which is left out: %s", label(batch[0]), error)
-                refused.add(label(batch[0]))
+                if (label := _label(batch[0])) not in refused:
+                    log.warning("MLflow refuses %s, which is left out: %s", label, error)
+                refused.add(label)
             if failing:
-                _log.warning(
-                    "MLflow at %s answers again; %d items are on their way", self._uri, len(self._waiting)
-                )
+                log.warning("MLflow at %s answers again; sending %d items", self._uri, len(self._waiting))
             failing, delay = False, _FIRST_DELAY
             one_by_one = max(0, one_by_one - 1)
             self._remove(batch)
 
     def _head(self, at_most: int) -> list[Item]:
-        """The next items to send together: metric points up to `at_most`, or one artifact; [] at the end."""
+        """Wait for the next items to send together: points up to `at_most`, or one artifact; [] at the end."""
         with self._change:
             self._change.wait_for(lambda: self._waiting or self._closing)
             if self._abandoned:
@@ -206,12 +314,12 @@ class Tracker:
             return points
 
     def _remove(self, batch: list[Item]) -> None:
+        """Remove delivered items from the queue, and the spill file with the last of them."""
         with self._change:
             if self._abandoned:  # `close` has counted and kept these
                 return
-            for item in batch:
-                self._waiting.popleft()
-                self._memory -= size(item)
+            for _ in batch:
+                self._memory -= _size(self._waiting.popleft())
             empty = not self._waiting
             self._change.notify_all()
         if empty and self._spill is not None:
@@ -219,33 +327,24 @@ class Tracker:
                 self._spill.unlink(missing_ok=True)
 
     def _pause(self, delay: float) -> None:
-        """Wait between attempts; `flush` and `close` cut it short."""
+        """Wait between attempts; `flush` and `close` end the wait."""
         with self._change:
             self._change.wait_for(lambda: self._hurry, delay)
             self._hurry = False
 
     def _send(self, batch: list[Item]) -> None:
+        """Send metric points, or one artifact."""
         from mlflow.entities import Metric
 
         self._client = client = self._client or connect(self._uri)
-        first = batch[0]
-        if isinstance(first, Point):
-            points = [item for item in batch if isinstance(item, Point)]
-            client.log_batch(self._run_id, [Metric(p.key, p.value, p.timestamp, p.step) for p in points])
-        elif isinstance(first, Upload):
-            if not Path(first.path).exists():
-                raise _Gone("the file is no longer there")
-            send = client.log_artifacts if Path(first.path).is_dir() else client.log_artifact
-            send(self._run_id, first.path, first.folder or None)
-        else:
-            folder, _, name = first.file.rpartition("/")
-            with tempfile.TemporaryDirectory() as temporary:
-                file = Path(temporary, name)
-                file.write_bytes(first.data)
-                client.log_artifact(self._run_id, str(file), folder or None)
+        metrics = [Metric(p.key, p.value, p.timestamp, p.step) for p in batch if isinstance(p, Point)]
+        if metrics:
+            client.log_batch(self._run_id, metrics)
+        elif not isinstance(batch[0], Point):
+            batch[0].send(client, self._run_id)
 
     def _sample(self) -> None:
-        """The thread of system metrics. MLflow's own monitor gathers; its thread would die in an outage."""
+        """Run the thread of system metrics. MLflow's monitor gathers; its own thread would die in an outage."""
         try:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -262,10 +361,10 @@ class Tracker:
                 for source in monitor.monitors:
                     source.clear_metrics()
         except Exception as error:
-            _log.warning("system metrics of this machine end here: %s", error)
+            log.warning("system metrics of this machine are no longer logged: %s", error)
 
     def _save(self) -> bool:
-        """Make the spill file hold exactly what waits; True if it does."""
+        """Write exactly what waits into the spill file; True on success."""
         if self._spill is None:
             return False
         with self._spill_lock:
@@ -277,27 +376,37 @@ class Tracker:
                 partial.write_text("".join(lines), encoding="utf-8")
                 partial.replace(self._spill)
             except OSError as error:
-                _log.warning(
-                    "%d items for MLflow could not be kept in %s: %s", len(lines), self._spill, error
-                )
+                log.warning("%d items for MLflow could not be kept in %s: %s", len(lines), self._spill, error)
                 return False
         return True
 
     def _replay(self) -> None:
-        """Queue what an earlier Tracker left; the file goes once all of it is delivered."""
+        """Queue what an earlier Tracker left; the file is removed once all of it is delivered."""
         if self._spill is None or not self._spill.exists():
             return
         try:
             for line in self._spill.read_text(encoding="utf-8").splitlines():
                 self._put(from_line(line))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("%s is damaged; what follows its damage is left out: %s", self._spill, error)
+            log.warning("%s is damaged; the lines from there on are left out: %s", self._spill, error)
+
+
+def _size(item: Item) -> int:
+    """Bytes of an item in memory, roughly."""
+    return 300 + (len(item.data) if isinstance(item, Content) else 0)
+
+
+def _label(item: Item) -> str:
+    """Name of an item in warnings."""
+    if isinstance(item, Point):
+        return f"metric {item.key!r}"
+    return f"artifact {item.file if isinstance(item, Content) else item.path!r}"
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the store answered that it will never take this, so that trying again is no use."""
+    """Whether the store will never take an item, so that another attempt is of no use."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
         return error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-    return isinstance(error, _Gone)
+    return isinstance(error, _MissingArtifact)

@@ -10,20 +10,27 @@ from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.tracking.runs import answering, connect, ensure, first_line
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 
 def register_model(uri: str, run_id: str, folder: Path, name: str, tags: Mapping[str, str]) -> str:
     """Log a consolidated model folder to a run and register it; the same weights again give the same version.
 
+    Args:
+        uri: from `tracking_uri`.
+        run_id: from `open_run`.
+        folder: the model.
+        name: of the registered model; created if missing.
+        tags: of the version.
+
     Returns:
-        the version, as in `models:/NAME/VERSION`.
+        The version, as in `models:/NAME/VERSION`.
 
     Raises:
-        CheckpointError: the folder holds no files.
+        CheckpointError: the folder has no files.
+        ConfigError: the store cannot be reached.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:
         raise CheckpointError(
             f"model folder {str(folder)!r} is missing or empty; expected a consolidated model"
@@ -33,15 +40,16 @@ def register_model(uri: str, run_id: str, folder: Path, name: str, tags: Mapping
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    # Named by content: another model of the same run never overwrites the files of a version already out.
-    place = f"model-{digest.hexdigest()[:8]}"
+    # Named by content: another model of the same run never overwrites the files of a registered version.
+    artifact_folder = f"model-{digest.hexdigest()[:8]}"
     with answering(uri):
         client = connect(uri)
-        ensure(client.create_registered_model, name)
-        source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
-        version = next((v for v in _versions(client, name) if v.source == source), None)
+        ensure(lambda: client.create_registered_model(name))
+        source = f"{client.get_run(run_id).info.artifact_uri}/{artifact_folder}"
+        versions = client.search_model_versions(f"name = '{name}'")
+        version = next((version for version in versions if version.source == source), None)
         if version is None:
-            client.log_artifacts(run_id, str(folder), place)
+            client.log_artifacts(run_id, str(folder), artifact_folder)
             version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags))
         else:
             for key, value in tags.items():
@@ -50,16 +58,34 @@ def register_model(uri: str, run_id: str, folder: Path, name: str, tags: Mapping
 
 
 def set_alias(uri: str, name: str, alias: str, version: str) -> None:
-    """Let `models:/NAME@ALIAS` mean this version from now on."""
+    """Make `models:/NAME@ALIAS` stand for a version.
+
+    Args:
+        uri: from `tracking_uri`.
+        name: of the registered model.
+        alias: any name; an existing alias is moved.
+        version: from `register_model`.
+
+    Raises:
+        ConfigError: the store cannot be reached, or has no such model.
+    """
     with answering(uri):
         connect(uri).set_registered_model_alias(name, alias, version)
 
 
 def find_version(uri: str, reference: str) -> "ModelVersion":
-    """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` means now.
+    """Find the version that a reference stands for now.
+
+    Args:
+        uri: from `tracking_uri`.
+        reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Returns:
+        MLflow's record of the version.
 
     Raises:
-        CheckpointError: no such model, alias or version; says which ones there are.
+        CheckpointError: no such model, alias or version; names the existing ones.
+        ConfigError: the store cannot be reached.
     """
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([\w-]+)|/(\d+))", reference)
     if parts is None:
@@ -67,7 +93,7 @@ def find_version(uri: str, reference: str) -> "ModelVersion":
     name, alias, number = parts.groups()
     with answering(uri):
         client = connect(uri)
-        versions = {str(version.version): version for version in _versions(client, name)}
+        versions = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
         if not versions:
             known = [model.name for model in client.search_registered_models()]
             raise CheckpointError(
@@ -75,26 +101,31 @@ def find_version(uri: str, reference: str) -> "ModelVersion":
                 f"{did_you_mean(name, known)}; registered: {', '.join(known) or 'none'}"
             )
         aliases = {key: str(value) for key, value in client.get_registered_model(name).aliases.items()}
-        version = versions.get(aliases.get(alias, "") if alias else number)
-        if version is None:
-            raise CheckpointError(
-                f"model {reference!r}: {name!r} has no {f'alias {alias!r}' if alias else f'version {number}'}"
-                f"{did_you_mean(alias, aliases) if alias else ''}; "
-                f"versions: {', '.join(sorted(versions, key=int))}; "
-                f"aliases: {', '.join(f'{key} -> {value}' for key, value in aliases.items()) or 'none'}"
-            )
+    version = versions.get(aliases.get(alias, "") if alias else number)
+    if version is None:
+        missing = f"alias {alias!r}{did_you_mean(alias, aliases)}" if alias else f"version {number}"
+        raise CheckpointError(
+            f"model {reference!r}: {name!r} has no {missing}; "
+            f"versions: {', '.join(sorted(versions, key=int))}; "
+            f"aliases: {', '.join(f'{key} -> {value}' for key, value in aliases.items()) or 'none'}"
+        )
     return version
 
 
 def download_model(uri: str, reference: str, destination: Path | None = None) -> Path:
-    """A registered model as a local folder.
+    """Make a registered model available as a local folder.
 
     Args:
+        uri: from `tracking_uri`.
         reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        destination: folder to copy into; None: where the files lie if that is local, else a temporary folder.
+        destination: folder to copy into; None: where the files are if that is local, else a temporary folder.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: no such model, alias or version; says which ones there are.
+        CheckpointError: no such model, alias or version, or its files cannot be read.
+        ConfigError: the store cannot be reached.
     """
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -108,15 +139,3 @@ def download_model(uri: str, reference: str, destination: Path | None = None) ->
             f"model {reference!r}: version {version.version} is registered, but its files cannot be read "
             f"({version.source}): {first_line(error)}"
         ) from error
-
-
-def _versions(client: "MlflowClient", name: str) -> list["ModelVersion"]:
-    """Every version of a registered model, all pages."""
-    found: list[ModelVersion] = []
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found

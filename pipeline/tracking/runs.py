@@ -7,10 +7,10 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 _RECORD = "run.json"  # in the folder of whatever has an MLflow run
@@ -34,27 +34,35 @@ _PER_REQUEST = 100
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The MLflow store of a run: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite in `cluster.storage`.
+    """Resolve the address of a run's MLflow store.
 
-    Relative SQLite paths become absolute, since workers run in other folders than the driver.
+    It is `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite in `cluster.storage`. Relative SQLite paths become
+    absolute, since workers run in other folders than the driver.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The address.
 
     Raises:
-        ConfigError: the storage is remote and no store is named, or the store is of no kind that MLflow has.
+        ConfigError: the storage is remote and no store is named, or MLflow has no store of that kind.
     """
-    key = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI"
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None or not uri:
-        storage = config.cluster.storage.removeprefix("file://")
-        if "://" in storage:
+    key, uri = "tracking.uri", config.tracking.uri
+    if not uri:
+        key, uri = "MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        folder = config.cluster.storage.removeprefix("file://")
+        if "://" in folder:
             raise ConfigError(
-                f"tracking.uri: missing, and SQLite cannot live in the remote cluster.storage {storage!r}; "
+                f"tracking.uri: missing, and SQLite cannot be in the remote cluster.storage {folder!r}; "
                 "expected the address of an MLflow server, or MLFLOW_TRACKING_URI in the environment"
             )
-        return f"{_SQLITE}{Path(storage).expanduser().resolve() / 'mlflow.db'}"
+        return f"{_SQLITE}{Path(folder).expanduser().resolve() / 'mlflow.db'}"
     scheme = uri.split(":")[0].split("+")[0]
     if scheme not in _SCHEMES or (":" not in uri and scheme != "databricks"):
         raise ConfigError(
-            f"{key}: {uri!r} is no MLflow store; expected sqlite:///FILE or an address that starts with "
+            f"{key}: {uri!r} is not an MLflow store; expected sqlite:///FILE or an address that starts with "
             f"one of {', '.join(_SCHEMES[1:])}{did_you_mean(scheme, _SCHEMES)}"
         )
     if uri.startswith(_SQLITE):
@@ -72,20 +80,20 @@ def open_run(
 ) -> str:
     """Start a run, or continue the one that an earlier start of the same job opened.
 
-    A continued run keeps the parameters it was begun with; one that differs now is recorded as the tag
-    `config.changed.KEY`. With the store out of reach a run is continued all the same, and its metrics wait
-    in the `Tracker`; a new run needs the store.
+    A continued run keeps its first parameters; one that differs now is recorded as the tag `config.changed.KEY`. If
+    the store cannot be reached, a run is continued all the same and its metrics wait in the `Tracker`. A new run
+    needs the store.
 
     Args:
         uri: from `tracking_uri`.
-        experiment: its name; created if missing.
-        name: the run's name.
+        experiment: name of the experiment; created if missing.
+        name: name of the run.
         params: the resolved config, flattened.
         tags: further facts about the run.
         resume_id: the run to continue; one that the store no longer has is replaced by a new run.
 
     Returns:
-        the run's id.
+        The run's id.
 
     Raises:
         ConfigError: the store cannot be reached or written, or the experiment is deleted.
@@ -104,17 +112,24 @@ def open_run(
     except ConfigError as error:
         if resume_id is None:
             raise
-        _log.warning("MLflow run %s goes on without its store for now: %s", resume_id, error)
+        log.warning("continuing MLflow run %s while its store cannot be reached: %s", resume_id, error)
         return resume_id
 
 
 def recorded_run(folder: str) -> tuple[str, str] | None:
-    """Id and store of the MLflow run that a folder has; the store's address is without user and password."""
-    record = storage.join(folder, _RECORD)
-    if not storage.exists(record):
+    """Read which MLflow run a folder has.
+
+    Args:
+        folder: of a job.
+
+    Returns:
+        The run's id and its store's address without user and password, or None if no run is recorded.
+    """
+    path = storage.join(folder, _RECORD)
+    if not storage.exists(path):
         return None
-    told = json.loads(storage.read_text(record))
-    return told["run_id"], told["tracking_uri"]
+    record = json.loads(storage.read_text(path))
+    return record["run_id"], record["tracking_uri"]
 
 
 def open_recorded_run(
@@ -125,22 +140,42 @@ def open_recorded_run(
     params: Mapping[str, object],
     tags: Mapping[str, str],
 ) -> str:
-    """`open_run` for what lives in a folder: continues the run that the folder has, and records which one it is."""
+    """Open the run that a folder has, or a new one, and record it in the folder.
+
+    Args:
+        folder: of a job.
+        uri: from `tracking_uri`.
+        experiment: name of the experiment; created if missing.
+        name: name of the run.
+        params: the resolved config, flattened.
+        tags: further facts about the run.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        ConfigError: a new run is needed and the store cannot be reached, or the experiment is deleted.
+    """
     old = recorded_run(folder)
     run_id = open_run(uri, experiment, name, params, {"folder": folder, **tags}, old and old[0])
-    told = {"run_id": run_id, "tracking_uri": shown(uri)}
-    storage.publish_text(storage.join(folder, _RECORD), json.dumps(told))
+    record = json.dumps({"run_id": run_id, "tracking_uri": shown(uri)})
+    storage.publish_text(storage.join(folder, _RECORD), record)
     return run_id
 
 
 def child_of(parent_id: str) -> dict[str, str]:
-    """Tags of a run that is shown under another: a trial under its sweep."""
+    """Return the tags of a run that MLflow shows under another, as a trial under its sweep."""
     return {"mlflow.parentRunId": parent_id}
 
 
 @contextmanager
 def ending(uri: str, run_id: str) -> Iterator[None]:
-    """Mark a run as over behind the block: FINISHED, KILLED if the user stopped it, or else FAILED."""
+    """Mark a run as ended after the block: FINISHED, KILLED if the user stopped it, or else FAILED.
+
+    Args:
+        uri: from `tracking_uri`.
+        run_id: from `open_run`.
+    """
     status: Status = "FAILED"
     try:
         yield
@@ -153,13 +188,19 @@ def ending(uri: str, run_id: str) -> Iterator[None]:
 
 
 def end_run(uri: str, run_id: str, status: Status) -> None:
-    """Mark a run as over. An MLflow outage is only a warning: the training itself has ended as it has."""
+    """Mark a run as ended. An MLflow outage is only a warning, since training itself has ended.
+
+    Args:
+        uri: from `tracking_uri`.
+        run_id: from `open_run`.
+        status: how it ended.
+    """
     try:
-        # MLflow would print the run's address as it was given, user and password included.
+        # MLflow would print the run's address with user and password.
         with answering(uri), redirect_stdout(io.StringIO()):
             connect(uri).set_terminated(run_id, status=status)
     except ConfigError as error:
-        _log.warning("MLflow run %s ended as %s, which could not be recorded: %s", run_id, status, error)
+        log.warning("MLflow run %s ended as %s, which could not be recorded: %s", run_id, status, error)
 
 
 def log_dataset(
@@ -168,9 +209,11 @@ def log_dataset(
     """Record the data that a run reads as its MLflow dataset input, once, whatever restarts happen.
 
     Args:
-        name: the data's name.
+        uri: from `tracking_uri`.
+        run_id: from `open_run`.
+        name: name of the data.
         digest: hash of the manifest, so that equal data is one dataset in MLflow (cut to 36 characters).
-        source: where the shards are, a folder or an address.
+        source: folder or address of the shards.
         profile: further facts, such as rows, length and tokenizer.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -182,18 +225,30 @@ def log_dataset(
         source=json.dumps({"uri": source}),
         profile=json.dumps(dict(profile), default=str),
     )
+    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
     try:
         with answering(uri):
-            context = [InputTag("mlflow.data.context", "training")]
-            connect(uri).log_inputs(run_id, datasets=[DatasetInput(dataset, context)])
+            connect(uri).log_inputs(run_id, datasets=inputs)
     except ConfigError as error:
-        _log.warning(
-            "MLflow run %s lacks its dataset %s (the next start records it): %s", run_id, name, error
+        log.warning(
+            "could not record dataset %s of MLflow run %s; the next start does: %s", name, run_id, error
         )
 
 
 def metric_history(uri: str, run_id: str, keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """Points of each metric by step; of a step that a restart redid, the last one logged."""
+    """Read metrics of a run.
+
+    Args:
+        uri: from `tracking_uri`.
+        run_id: from `open_run`.
+        keys: names of the metrics.
+
+    Returns:
+        (step, value) points of each metric by step; of a step that a restart repeated, the last one logged.
+
+    Raises:
+        ConfigError: the store cannot be reached.
+    """
     history = {}
     with answering(uri):
         client = connect(uri)
@@ -204,7 +259,17 @@ def metric_history(uri: str, run_id: str, keys: Sequence[str]) -> dict[str, list
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client of the store (SQLite is created if missing) that keeps its migrations out of the log."""
+    """Open a client of a store, and keep the store's migrations out of the log.
+
+    Args:
+        uri: from `tracking_uri`; a missing SQLite file is created.
+
+    Returns:
+        The client.
+
+    Raises:
+        PermissionError: the SQLite file is not writable.
+    """
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow import MlflowClient
@@ -220,38 +285,46 @@ def connect(uri: str) -> "MlflowClient":
 
 @contextmanager
 def answering(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into a ConfigError that names the store."""
+    """Turn the errors of MLflow inside the block into a ConfigError that names the store.
+
+    Raises:
+        ConfigError: MLflow refused a call, or did not answer.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise ConfigError(shown(f"tracking.uri: MLflow at {uri!r} refuses: {first_line(error)}")) from error
+        raise ConfigError(shown(f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}")) from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for one line of a log."""
+    """Return the first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def ensure(create: Any, name: str, **location: str) -> None:
-    """Create something named, unless it (or a process beside this one) already has."""
+def ensure(create: Callable[[], object]) -> None:
+    """Create something in the store, unless it exists already.
+
+    Args:
+        create: the call that creates it.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        create(name, **location)
+        create()
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
 def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
+    """Find an experiment, or create it."""
     if client.get_experiment_by_name(name) is None:
-        # MLflow would put the files of an SQLite store under the current folder; they belong beside it.
-        beside = Path(uri.removeprefix(_SQLITE)).parent / "mlartifacts"
-        ensure(
-            client.create_experiment, name, **({"artifact_location": str(beside)} if _SQLITE in uri else {})
-        )
+        # MLflow would put the files of an SQLite store into the current folder; they belong beside the store.
+        folder = Path(uri.removeprefix(_SQLITE)).parent / "mlartifacts"
+        place = str(folder) if uri.startswith(_SQLITE) else None
+        ensure(lambda: client.create_experiment(name, artifact_location=place))
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     if experiment.lifecycle_stage != "active":
@@ -263,18 +336,17 @@ def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
 
 
 def _find_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run to continue, or None (with a warning) if the store has lost it."""
+    """Find the run to continue; None, with a warning, if the store has lost it."""
     from mlflow.exceptions import MlflowException
 
     try:
         run = client.get_run(run_id)
+        if run.info.lifecycle_stage == "active":
+            return run
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        run = None
-    if run is not None and run.info.lifecycle_stage == "active":
-        return run
-    _log.warning("MLflow run %s is gone from its store; a new run goes on in its place", run_id)
+    log.warning("MLflow run %s is gone from its store; a new run replaces it", run_id)
     return None
 
 
@@ -283,13 +355,13 @@ def _describe(client: "MlflowClient", run: "Run", params: dict[str, str], tags: 
     from mlflow.entities import Param, RunTag
 
     logged = run.data.params
-    fresh = [Param(key, value) for key, value in params.items() if key not in logged]
+    missing = [Param(key, value) for key, value in params.items() if key not in logged]
     changed = {
         f"config.changed.{key}": f"{logged[key]} -> {value}"[:_TAG_LENGTH]
         for key, value in params.items()
         if key in logged and (logged[key] != value or f"config.changed.{key}" in run.data.tags)
     }
-    marks = [RunTag(key, value) for key, value in (tags | changed).items()]
-    for start in range(0, max(len(fresh), len(marks)), _PER_REQUEST):
+    all_tags = [RunTag(key, value) for key, value in (tags | changed).items()]
+    for start in range(0, max(len(missing), len(all_tags)), _PER_REQUEST):
         part = slice(start, start + _PER_REQUEST)
-        client.log_batch(run.info.run_id, params=fresh[part], tags=marks[part])
+        client.log_batch(run.info.run_id, params=missing[part], tags=all_tags[part])

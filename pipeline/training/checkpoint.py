@@ -1,16 +1,16 @@
-"""Checkpoints: folders `step_N` that are complete or not used; resume, fallback, pruning, consolidation.
+"""Checkpoints: folders `step_N` that are used only when complete; fallback, pruning and consolidation.
 
 step_00001000/
-  zero/                    DeepSpeed's shards of model and optimiser, one set a rank
+  zero/                    DeepSpeed's shards of model and optimiser, one set per rank
   ema_00000.safetensors    EMA slices of rank 0, and so on
-  files_00000.json         what rank 0 wrote, with sizes and SHA-256: complete when every rank's is there
+  files_00000.json         rank 0's files with sizes and SHA-256; a checkpoint is complete when all ranks' lists exist
   state.json               step, epoch, validation, config, MLflow run
 """
 
-import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -28,48 +28,83 @@ from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.run import Run
-from pipeline.training.ema import EMA, join_slices, read_slices
+from pipeline.training.ema import EMA, read_averages
 from pipeline.training.engine import Engine
 
 log = logging.getLogger(__name__)
+AnyTokenizer = Tokenizer | ImageTokenizer
 STATE = "state.json"
 UNIVERSAL = "universal"  # in a run's folder: checkpoints converted for another number of workers
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that is not a tensor. The data's position and all randomness follow from `step`."""
+    """The state of a run that is not a tensor; the position in the data and all randomness follow from `step`.
 
-    step: int  # updates done
+    Attributes:
+        step: number of updates done.
+        epoch: of the data.
+        workers: size of the group that wrote the checkpoint.
+        config: of the run, as JSON values.
+        run_id: of the MLflow run; None: not tracked.
+        validation: value of the validation at this step, lower is better; None: there was none.
+        samples: texts drawn at that validation.
+        task: facts about the task, such as the round of a distillation and its teacher.
+    """
+
+    step: int
     epoch: int
     workers: int
     config: dict[str, Any]
     run_id: str | None
-    validation: float | None = None  # at this step, if it was validated; the lower the better
-    samples: tuple[str, ...] = ()  # texts drawn at that validation
-    task: dict[str, Any] = field(default_factory=dict)  # of distillation: the round and its teacher
+    validation: float | None = None
+    samples: tuple[str, ...] = ()
+    task: dict[str, Any] = field(default_factory=dict)
 
 
 def name_of(step: int) -> str:
-    """Folder name of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
 def universal_path(path: str) -> str:
-    """Where the converted form of a checkpoint stands."""
-    run, name = path.rsplit("/", 1)
-    return storage.join(run, UNIVERSAL, name)
+    """Return the folder of a checkpoint's form for another number of workers.
+
+    Args:
+        path: folder of the checkpoint.
+    """
+    folder, name = path.rsplit("/", 1)
+    return storage.join(folder, UNIVERSAL, name)
 
 
 def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> None:
-    """Write this rank's part into a local folder; all ranks call it together, each with its own folder.
+    """Write this rank's part of a checkpoint to a local folder; all ranks call it together.
+
+    Args:
+        into: folder of this rank.
+        engine: model and optimiser.
+        ema: average of the weights.
+        state: the rest.
+        rank: of this worker.
 
     Raises:
-        CheckpointError: it cannot be written there; nothing is left of it.
+        CheckpointError: the folder cannot be written; it is removed.
     """
     try:
-        _write(into, engine, ema, state, rank)
-    except Exception as error:  # a full disk: OSError, RuntimeError or SafetensorError, by the writer
+        into.mkdir(parents=True, exist_ok=True)
+        engine.save(into)
+        if engine.stage > 0 or rank == 0:  # replicated at stage 0
+            ema.save(into / f"ema_{rank:05d}.safetensors")
+        if rank == 0:
+            (into / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        files = {
+            str(file.relative_to(into)): [file.stat().st_size, storage.sha256(str(file))]
+            for file in sorted(into.rglob("*"))
+            if file.is_file()
+        }
+        listing = {"workers": state.workers, "step": state.step, "files": files}
+        (into / _list_name(rank)).write_text(json.dumps(listing), encoding="utf-8")
+    except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError
         free = shutil.disk_usage(into.parent).free / 2**20
         shutil.rmtree(into, ignore_errors=True)
         raise CheckpointError(
@@ -77,106 +112,147 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
         ) from error
 
 
-def _write(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> None:
-    into.mkdir(parents=True, exist_ok=True)
-    engine.save(into)
-    if engine.stage > 0 or rank == 0:  # replicated at stage 0
-        ema.save(into / f"ema_{rank:05d}.safetensors")
-    if rank == 0:
-        (into / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-    files = {
-        str(file.relative_to(into)): [file.stat().st_size, _sha256(file)]
-        for file in sorted(into.rglob("*"))
-        if file.is_file()
-    }
-    listing = {"workers": state.workers, "step": state.step, "files": files}
-    (into / f"files_{rank:05d}.json").write_text(json.dumps(listing), encoding="utf-8")
+def _list_name(rank: int) -> str:
+    """Name of the list of a rank's files."""
+    return f"files_{rank:05d}.json"
 
 
 def problems(path: str, contents: bool = True) -> list[str]:
-    """What keeps a checkpoint from being used; empty if it is complete and undamaged.
+    """List what is missing from a checkpoint or damaged in it.
 
     Args:
-        contents: compare every file's SHA-256, not that of the state alone.
+        path: folder of the checkpoint.
+        contents: compare the SHA-256 of every file; False: only that of the state.
+
+    Returns:
+        Descriptions of the problems; empty if the checkpoint can be used.
     """
     names = [name for name in storage.listing(path) if name.startswith("files_")]
     if not names:
         return ["no list of files: it was never finished"]
     try:
-        lists = {name: json.loads(storage.read_text(storage.join(path, name))) for name in names}
+        lists = {name: storage.read_json(storage.join(path, name)) for name in names}
         workers = max(entry["workers"] for entry in lists.values())
         files = {file: facts for entry in lists.values() for file, facts in entry["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"its list of files is damaged: {error}"]
-    found = [f"worker {r} of {workers} never finished" for r in range(workers) if _list(r) not in lists]
+    flaws = [f"worker {r} of {workers} never finished" for r in range(workers) if _list_name(r) not in lists]
     if STATE not in files:
-        found.append(f"{STATE} was not written")
+        flaws.append(f"{STATE} was not written")
     for file, (size, digest) in files.items():
         where = storage.join(path, *file.split("/"))
         if not storage.exists(where):
-            found.append(f"{file} is missing")
-        elif storage.size(where) != size:
-            found.append(f"{file} has {storage.size(where)} bytes, expected {size}")
+            flaws.append(f"{file} is missing")
+        elif (stored := storage.size(where)) != size:
+            flaws.append(f"{file} has {stored} bytes, expected {size}")
         elif (contents or file == STATE) and storage.sha256(where) != digest:
-            found.append(f"{file} does not match its SHA-256")
-    return found
+            flaws.append(f"{file} does not match its SHA-256")
+    return flaws
 
 
 def read_state(path: str) -> TrainState:
-    """The state of a complete checkpoint."""
-    fields = json.loads(storage.read_text(storage.join(path, STATE)))
+    """Read the state of a complete checkpoint.
+
+    Args:
+        path: folder of the checkpoint.
+    """
+    fields = storage.read_json(storage.join(path, STATE))
     return TrainState(**{**fields, "samples": tuple(fields["samples"])})
 
 
-def steps(run: str) -> list[int]:
-    """Steps of all checkpoint folders of a run, complete or not, ascending."""
-    names = [name for name in storage.listing(run) if name.startswith("step_")]
-    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit())
+def steps(folder: str) -> list[int]:
+    """List the steps of all checkpoints in a run's folder, complete or not, in ascending order.
+
+    Args:
+        folder: of the run.
+    """
+    return sorted(int(name[5:]) for name in storage.listing(folder) if re.fullmatch(r"step_\d+", name))
 
 
-def latest(run: str) -> str | None:
-    """The newest usable checkpoint; newer ones that are incomplete or damaged are named, and removed."""
-    for step in reversed(steps(run)):
-        path = storage.join(run, name_of(step))
-        found = problems(path)
-        if not found:
+def _paths(folder: str) -> list[str]:
+    """Folders of all checkpoints of a run, the newest first."""
+    return [storage.join(folder, name_of(step)) for step in reversed(steps(folder))]
+
+
+def latest(folder: str) -> str | None:
+    """Find the newest usable checkpoint in a run's folder; newer ones that cannot be used are logged.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The checkpoint's folder, or None if there is no usable one.
+    """
+    for path in _paths(folder):
+        flaws = problems(path)
+        if not flaws:
             return path
-        log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(found))
-        _remove(path)
+        log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(flaws))
     return None
 
 
-def newest(run: str) -> str | None:
-    """The newest checkpoint with all its files, whose contents nobody has compared yet."""
-    paths = (storage.join(run, name_of(step)) for step in reversed(steps(run)))
-    return next((path for path in paths if not problems(path, contents=False)), None)
+def newest(folder: str) -> str | None:
+    """Find the newest checkpoint whose files all exist; their contents are not compared with their hashes.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The checkpoint's folder, or None if there is none.
+    """
+    return next((path for path in _paths(folder) if not problems(path, contents=False)), None)
 
 
-def prune(run: str, keep: int) -> None:
-    """Remove all complete checkpoints but the `keep` newest and the one of best validation."""
-    whole = [s for s in steps(run) if not problems(storage.join(run, name_of(s)), contents=False)]
-    scores = {s: read_state(storage.join(run, name_of(s))).validation for s in whole}
-    scored = [(score, s) for s, score in scores.items() if score is not None and math.isfinite(score)]
-    kept = {*whole[-keep:], *([min(scored)[1]] if scored else [])}
-    for step in whole:
-        if step not in kept:
-            _remove(storage.join(run, name_of(step)))
+def remove_after(folder: str, step: int) -> None:
+    """Remove the checkpoints of later steps than `step`, which a resumed run will write again.
+
+    Args:
+        folder: of the run.
+        step: last one to keep.
+    """
+    for later in steps(folder):
+        if later > step:
+            _remove(storage.join(folder, name_of(later)))
+
+
+def prune(folder: str, keep: int) -> None:
+    """Remove all complete checkpoints but the `keep` newest and the one of best validation.
+
+    Args:
+        folder: of the run.
+        keep: number of checkpoints.
+    """
+    complete = [path for path in _paths(folder) if not problems(path, contents=False)]
+    scores = {path: read_state(path).validation for path in complete}
+    scored = [(score, path) for path, score in scores.items() if score is not None and math.isfinite(score)]
+    kept = {*complete[:keep], *([min(scored)[1]] if scored else [])}
+    for path in set(complete) - kept:
+        _remove(path)
 
 
 def _remove(path: str) -> None:
+    """Remove a checkpoint and its converted form."""
     storage.remove(universal_path(path))
     storage.remove(path)
 
 
 def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str, Tensor]:
-    """Full float32 EMA weights of a checkpoint that any number of workers wrote.
+    """Read the full float32 EMA weights of a checkpoint that any number of workers wrote.
+
+    Args:
+        path: folder of the checkpoint.
+        config: of the model.
+        manifest: of the data that the model was trained on.
+
+    Returns:
+        Weights by parameter name, in the parameters' shapes.
 
     Raises:
-        CheckpointError: it is incomplete, or of another model.
+        CheckpointError: the checkpoint is incomplete, or of another model.
     """
-    if found := problems(path):
-        raise CheckpointError(f"{path} is not usable: " + "; ".join(found))
-    averages = join_slices(read_slices(sorted(storage.fetch(path).glob("ema_*.safetensors"))))
+    if flaws := problems(path):
+        raise CheckpointError(f"{path} is not usable: " + "; ".join(flaws))
+    averages = read_averages(sorted(storage.fetch(path).glob("ema_*.safetensors")))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
     tensors = {}
@@ -189,33 +265,50 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     return tensors
 
 
-def consolidate(path: str, run: Run, tokenizer: Tokenizer | ImageTokenizer) -> None:
-    """Write a checkpoint's EMA weights as the run's model folder, complete or absent."""
-    config, manifest = run.config, run.manifest
-    facts = model_folder.DataFacts(
-        manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot
-    )
-    state, figures = read_state(path), {}
+def consolidate(path: str, run: Run, tokenizer: AnyTokenizer) -> None:
+    """Write a checkpoint's EMA weights as the run's model folder, whole or not at all.
+
+    Args:
+        path: folder of the checkpoint.
+        run: with its manifest.
+        tokenizer: kept in the model folder.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, or of another model.
+    """
+    config, state, figures = run.config, read_state(path), {}
     if state.validation is not None:
         estimator = "arccos" if config.validation_metric == "loss" else config.evaluation.estimator
-        how = f"{estimator}, {config.evaluation.draws} draw(s), EMA weights"
         figures = {
             f"validation_{config.validation_metric}": state.validation,
-            "estimator": how,
+            "estimator": f"{estimator}, {config.evaluation.draws} draw(s), EMA weights",
             "step": state.step,
         }
-    background = model_folder.Background(figures, config.model_dump(mode="json"))
+    weights = ema_weights(path, config.model, run.manifest)
+    publish_model(run, run.model_folder, weights, figures, tokenizer)
+
+
+def publish_model(
+    run: Run, target: str, weights: dict[str, Tensor], figures: dict[str, Any], tokenizer: AnyTokenizer | None
+) -> None:
+    """Write weights as a model folder, whole or not at all.
+
+    Args:
+        run: with its manifest; its model section describes the weights.
+        target: the model folder.
+        weights: float32 weights by parameter name.
+        figures: what was measured of the model, by name.
+        tokenizer: kept in the model folder; None: the folder has none.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    manifest, special = run.manifest, run.manifest.special
+    facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
+    background = model_folder.Background(figures, run.config.model_dump(mode="json"))
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"
-        model_folder.write(local, config.model, facts, ema_weights(path, config.model, manifest), background)
-        tokenizer.save(local)
-        storage.publish_folder(local, run.model_folder)
-
-
-def _list(rank: int) -> str:
-    return f"files_{rank:05d}.json"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        model_folder.write(local, run.config.model, facts, weights, background)
+        if tokenizer is not None:
+            tokenizer.save(local)
+        storage.publish_folder(local, target)

@@ -1,8 +1,9 @@
-"""Self-Distillation Through Time: a student learns in one step what its teacher does in two, round after round."""
+"""Self-Distillation Through Time (SDTT): a student learns to do in one step what its teacher does in two."""
 
 import json
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import storage, tracking
-from pipeline.config.load import flatten
-from pipeline.config.schema import DistillConfig, ModelConfig, RunConfig
+from pipeline.config.schema import DiffusionConfig, DistillConfig, ModelConfig
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import as_batch
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
@@ -31,10 +30,11 @@ from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
+from pipeline.training.resume import differences
 
 log = logging.getLogger(__name__)
 
-ORIGIN = "origin.json"  # in the first teacher's folder: what it was when it was copied there
+ORIGIN = "origin.json"  # file in the first teacher's folder: where it was copied from
 Form = Literal["compatible", "complementary"]
 Side = tuple[
     Bool[np.ndarray, "B L"], Float[np.ndarray, "B"]
@@ -42,17 +42,32 @@ Side = tuple[
 
 
 def time_step(config: DistillConfig, done: int) -> float:
-    """dt of the teacher's steps in the round after `done` finished ones; it doubles every round."""
+    """Return dt of the teacher's steps after `done` finished rounds; it doubles every round.
+
+    Args:
+        config: of the distillation.
+        done: number of finished rounds.
+    """
     return 2**done / config.teacher_steps
 
 
 def sampling_steps(config: DistillConfig, done: int) -> int:
-    """Steps that a model is made for after `done` rounds: half as many after each."""
+    """Return the number of steps that a model is made for after `done` rounds; it halves every round.
+
+    Args:
+        config: of the distillation.
+        done: number of finished rounds.
+    """
     return config.teacher_steps // 2**done
 
 
 def teacher_folder(folder: str, done: int) -> str:
-    """Model folder of the teacher of the round after `done` finished ones: 0 is the one that was given."""
+    """Return the folder of the teacher after `done` finished rounds; 0 is the given teacher.
+
+    Args:
+        folder: of the run.
+        done: number of finished rounds.
+    """
     return storage.join(folder, "rounds", f"{done}")
 
 
@@ -64,11 +79,27 @@ def hidden_sides(
     eps: float,
     bos: bool,
 ) -> list[Side]:
-    """What is hidden from the teacher, and at which time: group 1 at t, and in the complementary form group 0 too.
+    """Find what is hidden from the teacher, and the time that hides it.
 
-    Group 0 is what masking at time t' hides, which is clamped to the times from which two steps are possible.
+    Group 1 is hidden at t. In the complementary form, group 0 is hidden too, in a roll-out of its own: it is what
+    masking at time t' hides, clamped to the times from which two steps are possible.
 
-    Source: method.md section 5.
+    Args:
+        groups: group of every position.
+        t: time of every row.
+        dt: of the teacher's steps.
+        form: of the distillation.
+        eps: of the noise schedule.
+        bos: whether position 0 is BOS, which is never hidden.
+
+    Shape:
+        B rows of L positions.
+
+    Returns:
+        One side (compatible form) or two sides.
+
+    Source:
+        docs/method.md, section 5.
     """
     if form == "compatible":
         return [(groups, t)]
@@ -85,12 +116,20 @@ def teach(
     dt: float,
     labels: Int[np.ndarray, "B"] | None = None,
 ) -> Float[Tensor, "Q H"]:
-    """The teacher's vectors at everything that the sides hide, in the order of `Batch.target_index`.
+    """Compute the teacher's vectors at all hidden positions, in the order of `Batch.target_index`.
 
     All sides of all rows are rolled out together, row 0's first.
 
     Args:
+        teacher: whose two steps are taken.
+        tokens: clean rows.
+        sides: what is hidden, and at which time.
         noise: uniforms for every side: what the first step reveals, and which tokens it draws.
+        dt: of the teacher's steps.
+        labels: class of every row; None for an unconditional teacher.
+
+    Shape:
+        B rows of L positions; Q hidden positions; H hidden size.
     """
     count = len(sides)
 
@@ -101,37 +140,47 @@ def teach(
         teacher,
         torch.from_numpy(tokens.repeat(count, axis=0)),
         interleaved([hidden for hidden, _ in sides]),
-        interleaved([time for _, time in sides]),
-        dt,
-        interleaved([noise[:, side, 0] for side in range(count)]),
-        interleaved([noise[:, side, 1] for side in range(count)]),
-        None if labels is None else torch.from_numpy(labels.repeat(count)),
+        time=interleaved([time for _, time in sides]),
+        dt=dt,
+        noise=interleaved([noise[:, side] for side in range(count)]),
+        condition=None if labels is None else torch.from_numpy(labels.repeat(count)),
     )
 
 
 class Distillation:
-    """Task of a distillation run: matching the teacher's two steps on rows of data (method.md section 5).
+    """The task of distillation: match the teacher's two steps on rows of data (docs/method.md, section 5).
 
-    Round r takes `train.steps / rounds` steps. Its teacher is a model folder of the run, so that a resumed run
-    finds the teacher that it had; the student of a round that ends becomes the next one's teacher and starting
-    point.
+    A round takes `train.steps / rounds` steps. Its teacher is a model folder of the run, so that a resumed run
+    finds it again. The student of a finished round is the teacher and the starting point of the next one.
+
+    Args:
+        run: with its manifest.
+        engine: of the student.
+        ema: of the student.
+        session: this worker's place in its group.
     """
 
     def __init__(self, run: Run, engine: Engine, ema: EMA, session: Session) -> None:
-        config, manifest = run.config, run.manifest
-        assert config.distill is not None
-        self._config, self._distill, self._session = config, config.distill, session
-        self._manifest, self._engine, self._ema = manifest, engine, ema
-        self._length, self._bos = manifest.length, manifest.special.bos is not None
-        self._folder = run.folder
-        self._every = config.train.steps // self._distill.rounds
+        self._run, self._config, self._distill = run, run.config, run.distill
+        self._engine, self._ema, self._session = engine, ema, session
+        self._length, self._bos = run.manifest.length, run.manifest.special.bos is not None
+        self._every = run.config.train.steps // run.distill.rounds
         self._round: int | None = None
 
     def facts(self) -> dict[str, Any]:
+        """Return the round, counted from 1, and the folder of its teacher."""
         assert self._round is not None
-        return {"round": self._round + 1, "teacher": teacher_folder(self._folder, self._round)}
+        return {"round": self._round + 1, "teacher": teacher_folder(self._run.folder, self._round)}
 
     def start(self, step: int) -> None:
+        """Make the random draws of a step; at the first step of a round, load its teacher.
+
+        Args:
+            step: counted from 0.
+
+        Raises:
+            CheckpointError: the teacher of the round is missing.
+        """
         config = self._config
         done, inside = divmod(step, self._every)
         if done != self._round:
@@ -139,17 +188,23 @@ class Distillation:
         self._dt = time_step(self._distill, done)
         rows, eps = config.train.batch, config.diffusion.eps
         t, self._groups = partition.draw(
-            config.seed, step, rows, self._length, eps, self._bos, least=2 * self._dt
+            DiffusionConfig(eps=eps),
+            seed=config.seed,
+            step=step,
+            shape=(rows, self._length),
+            bos=self._bos,
+            least=2 * self._dt,
         )
         self._sides = hidden_sides(self._groups, t, self._dt, self._distill.form, eps, self._bos)
         self._dropped = partition.draw_dropped(config.seed, step, rows, config.train.class_drop)
         self._noise = np.random.default_rng([config.seed, step, 2]).random((rows, 2, 2, self._length))
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
+        """Make a micro-batch of the step that was started, with the teacher's vectors; see `Task.batch`."""
         index, device = micro.index, self._session.device
         tokens, labels = np.where(present[:, None], micro.tokens, 0), None
         if self._bos:
-            tokens[:, 0] = self._manifest.special.bos
+            tokens[:, 0] = self._run.manifest.special.bos
         if self._config.model.classes is not None:
             assert micro.labels is not None, "data without labels passed the checks"
             labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
@@ -157,59 +212,53 @@ class Distillation:
         weights = np.zeros(tokens.shape)
         for hidden, _ in self._sides:
             targets |= hidden[index]
-            # Each side's mean over its own targets in the global batch, and the mean of the sides.
+            # The mean over the targets of a side in the global batch, and the mean over the sides.
             weights += hidden[index] / (len(self._sides) * max(1, int(hidden.sum())))
-        here = [(hidden[index], time[index]) for hidden, time in self._sides]
+        sides = [(hidden[index], time[index]) for hidden, time in self._sides]
         with self._engine.assembled(self._teacher):
-            vectors = teach(self._teacher, tokens, here, self._noise[index], self._dt, labels)
-        teaching = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
+            vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels)
         weights *= present[:, None]
-        return as_batch(tokens, self._groups[index], targets, weights, labels, device, teaching)
+        batch = Batch.of_arrays(tokens, self._groups[index], targets, weights, labels=labels, device=device)
+        distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
+        return replace(batch, distill_targets=distill_targets)
 
     def _begin(self, done: int, at_its_start: bool) -> None:
-        """Load the round's teacher, which at the round's first step is the student as it is now."""
-        where = teacher_folder(self._folder, done)
+        """Load the teacher of a round; at the round's first step it is the student as it is now."""
+        where = teacher_folder(self._run.folder, done)
         if at_its_start and done > 0:
             source = self._ema.slices if self._distill.next_teacher == "ema" else self._engine.masters()
             weights = self._engine.whole(source)
-            if self._session.rank == 0:  # over that of an earlier start, if there is one
-                self._publish(where, weights)
+            if self._session.rank == 0:  # overwrites that of an earlier start
+                checkpoint.publish_model(self._run, where, weights, figures={}, tokenizer=None)
             dist.barrier()
             self._engine.restart(weights, keep_optimizer=self._distill.optimizer == "keep")
             self._ema.restart(self._engine.masters())
         if not storage.folder_complete(where):
             raise CheckpointError(
-                f"{where}: the teacher of round {done + 1} is gone; expected a model folder"
+                f"{where}: the teacher of round {done + 1} is missing; expected a model folder"
             )
-        teacher, _, _ = model_folder.read(storage.fetch(where))
-        self._teacher = self._engine.frozen(teacher)
+        self._teacher = self._engine.frozen(model_folder.read(storage.fetch(where))[0])
         self._engine.fresh = done * self._every if self._distill.optimizer == "reset" else 0
         self._round = done
         if self._session.rank == 0:
             log.info(
-                "round %d of %d: teacher %s, dt 1/%g, for %d sampling steps",
-                done + 1,
-                self._distill.rounds,
-                where,
-                1 / time_step(self._distill, done),
-                sampling_steps(self._distill, done + 1),
+                f"round {done + 1} of {self._distill.rounds}: teacher {where}, "
+                f"dt 1/{1 / time_step(self._distill, done):g}, "
+                f"for {sampling_steps(self._distill, done + 1)} sampling steps"
             )
-
-    def _publish(self, where: str, weights: dict[str, Tensor]) -> None:
-        special = self._manifest.special
-        facts = model_folder.DataFacts(self._manifest.vocabulary, self._length, special.bos, special.eot)
-        background = model_folder.Background({}, self._config.model_dump(mode="json"))
-        with tempfile.TemporaryDirectory() as temporary:
-            local = Path(temporary) / "model"
-            model_folder.write(local, self._config.model, facts, weights, background)
-            storage.publish_folder(local, where)
 
 
 def with_teacher(run: Run) -> Run:
-    """The run with its own config: with its teacher's model section, starting from that teacher's weights.
+    """Give a run its teacher's model section, and let it start from the teacher's weights.
 
-    The teacher is copied into the run's folder. From the first checkpoint on that copy is the teacher, whatever
-    the config's name for it means by then.
+    The teacher is copied into the run's folder. From the first checkpoint on, that copy is the teacher, even if
+    the name in the config then means another model.
+
+    Args:
+        run: of a config with a `distill` section.
+
+    Returns:
+        The run with `model` and `train.init_from` set.
 
     Raises:
         CheckpointError: no such folder, file or model version.
@@ -224,109 +273,102 @@ def with_teacher(run: Run) -> Run:
         raise ConfigError(
             f"train.init_from: {config.train.init_from!r}; expected null, a student starts as its teacher"
         )
-    origin = f"distill.teacher: {distill.teacher!r}"
     if checkpoint.newest(run.folder) is None or not storage.folder_complete(where):
-        model = _place(run, origin, where)
+        model = _place(run, where)
     else:
         model, _ = model_folder.read_config(storage.fetch(where))
-        _check_model(config, model, origin)
+        _check_model(run, model)
     train = config.train.model_copy(update={"init_from": where})
     run = run.configured(model=model, train=train)
-    if found := run.config.conflicts():
-        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in found))
+    if conflicts := run.config.conflicts():
+        raise ConfigError("with the teacher's model:\n" + "\n".join(f"  {line}" for line in conflicts))
     return run
 
 
-def _place(run: Run, origin: str, where: str) -> ModelConfig:
-    """Put the teacher that the config names into the run's folder."""
-    config = run.config
-    assert config.distill is not None
-    name = config.distill.teacher
-    tokenizer = None
+def _place(run: Run, where: str) -> ModelConfig:
+    """Copy the teacher that the config names into the run's folder; return its model section."""
+    name, tokenizer = run.distill.teacher, None
     if name.startswith("models:/"):
         version = tracking.find_version(run.tracking_uri, name)
         name = f"models:/{version.name}/{version.version}"
-        local = tracking.download_model(run.tracking_uri, name)
-    elif storage.exists(name):
-        local = storage.fetch(name)
-    else:
-        raise CheckpointError(
-            f"{origin}: no such folder or file; expected a model folder, models:/... or a file"
-        )
+    local = run.fetch_model("distill.teacher", name, "a model folder, a file of released weights")
     if local.is_dir():
         denoiser, model, facts = model_folder.read(local)
         tokenizer = saved_tokenizer(local)
     else:
         denoiser, released, facts = conversion.load(local)
         model = released.model
-    _check_model(config, model, origin)
+    _check_model(run, model)
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "model"
         model_folder.write(copy, model, facts, denoiser.state_dict(), model_folder.Background())
-        told = {"teacher": name, "tokenizer": tokenizer and tokenizer.hash}
-        (copy / ORIGIN).write_text(json.dumps(told) + "\n", encoding="utf-8")
+        origin_facts = {"teacher": name, "tokenizer": tokenizer and tokenizer.hash}
+        (copy / ORIGIN).write_text(json.dumps(origin_facts) + "\n", encoding="utf-8")
         storage.publish_folder(copy, where)
     return model
 
 
-def _check_model(config: RunConfig, model: ModelConfig, origin: str) -> None:
-    """Refuse a teacher that cannot be distilled as the config says.
-
-    Raises:
-        CapabilityError: an autoregressive teacher, or a form that its kind does not have.
-        ConfigError: a model section that is not the teacher's.
-    """
-    assert config.distill is not None
+def _check_model(run: Run, model: ModelConfig) -> None:
+    """Refuse a teacher that cannot be distilled as the config says."""
+    origin = f"distill.teacher: {run.distill.teacher!r}"
     if model.kind == "ar":
         raise CapabilityError(
-            f"{origin} is autoregressive: it draws one token a step in a fixed order, so there are no two steps "
-            "to make one of; expected a pgm or mdlm teacher"
+            f"{origin} is autoregressive: it draws one token per step in a fixed order, so two of its steps cannot "
+            "become one; expected a pgm or mdlm teacher"
         )
-    if config.distill.form == "complementary" and model.kind != "pgm":
+    if run.distill.form == "complementary" and model.kind != "pgm":
         raise CapabilityError(
             f"distill.form: complementary, but {origin} is of kind {model.kind}; expected pgm, or compatible"
         )
-    if "model" not in config.model_fields_set:
-        return
-    ours, its = flatten(config.model.model_dump()), flatten(model.model_dump())
     differing = [
-        f"  model.{key}: {ours.get(key)!r}, the teacher's is {its.get(key)!r}"
-        for key in sorted(ours.keys() | its.keys())
-        if ours.get(key) != its.get(key)
+        f"  model.{key}: {student!r}, the teacher's is {teacher!r}"
+        for key, (student, teacher) in differences(run.config.model.model_dump(), model.model_dump()).items()
     ]
-    if differing:
+    if differing and "model" in run.config.model_fields_set:
         raise ConfigError(
-            f"the model section is not that of {origin}; leave it out, the teacher's is used:\n"
+            f"the model section is not that of {origin}; leave it out, then the teacher's is used:\n"
             + "\n".join(differing)
         )
 
 
 def teacher_name(folder: str) -> str:
-    """The teacher that a run was given: a folder, a file, or a model version, whatever alias it went by."""
-    return str(_told(folder)["teacher"])
+    """Return the teacher that a run was given: a folder, a file, or the model version behind an alias.
+
+    Args:
+        folder: of the run.
+    """
+    return str(_origin(folder)["teacher"])
 
 
-def _told(folder: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(storage.read_text(storage.join(teacher_folder(folder, 0), ORIGIN)))
-    return told
+def _origin(folder: str) -> dict[str, Any]:
+    """Read where the first teacher was copied from, and the hash of its tokenizer."""
+    return dict(storage.read_json(storage.join(teacher_folder(folder, 0), ORIGIN)))
 
 
 def check_teacher(run: Run) -> None:
     """Refuse a teacher of another vocabulary, tokenizer or length than the data.
 
+    Args:
+        run: with its manifest.
+
     Raises:
-        DataError: every difference.
+        DataError: names every difference.
     """
-    distill, manifest = run.config.distill, run.manifest
-    assert distill is not None
+    manifest = run.manifest
     _, facts = model_folder.read_config(storage.fetch(teacher_folder(run.folder, 0)))
     pairs: dict[str, tuple[object, object]] = {
         "vocabulary": (facts.vocab_size, manifest.vocabulary),
         "length": (facts.length, manifest.length),
         "BOS": (facts.bos, manifest.special.bos),
     }
-    if tokenizer := _told(run.folder)["tokenizer"]:  # released files come without
+    if tokenizer := _origin(run.folder)["tokenizer"]:  # None for released files
         pairs["tokenizer (hash)"] = (tokenizer, manifest.tokenizer.hash)
-    found = [f"{key} {has}, the data's is {wants}" for key, (has, wants) in pairs.items() if has != wants]
-    if found:
-        raise DataError(f"distill.teacher: {distill.teacher!r} does not fit the data: " + "; ".join(found))
+    differing = [
+        f"{key} {of_teacher}, the data's is {of_data}"
+        for key, (of_teacher, of_data) in pairs.items()
+        if of_teacher != of_data
+    ]
+    if differing:
+        raise DataError(
+            f"distill.teacher: {run.distill.teacher!r} does not fit the data: " + "; ".join(differing)
+        )

@@ -1,22 +1,29 @@
 """Exponential moving average of the float32 master weights, each rank its own slices."""
 
+from collections import defaultdict
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
-from pipeline.training.engine import Slices
+from pipeline.training.engine import Slices, fill
 
 
 class EMA:
-    """`ema = decay * ema + (1 - decay) * weights` in float32.
+    """An exponential moving average of the weights in float32: `ema = decay * ema + (1 - decay) * weights`.
 
-    Replicated at ZeRO stage 0; at stages 1 and 2 a rank averages its optimiser partition, at stage 3 its
-    parameter partition. Saved as slices keyed by (name, flat offset), which any number of ranks can read.
+    Replicated at ZeRO stage 0; at stages 1 and 2 a rank averages its partition of the optimiser, at stage 3 its
+    partition of the parameters. Saved as slices keyed by (name, flat offset), which any number of ranks can read.
+
+    Args:
+        masters: float32 weights that this rank owns; the average starts as a copy of them.
+        decay: weight of the past in an update.
+
+    Attributes:
+        slices: the average, with the keys of the masters.
     """
 
     def __init__(self, masters: Slices, decay: float):
@@ -25,14 +32,22 @@ class EMA:
 
     @torch.no_grad()
     def update(self, masters: Slices) -> None:
-        """Move towards the weights after an optimiser step."""
+        """Update the average after an optimiser step.
+
+        Args:
+            masters: float32 weights that this rank owns.
+        """
         torch._foreach_lerp_(
             list(self.slices.values()), [masters[key] for key in self.slices], 1 - self.decay
         )
 
     @torch.no_grad()
     def restart(self, masters: Slices) -> None:
-        """Forget the past: the average is the weights as they are."""
+        """Set the average to the weights as they are.
+
+        Args:
+            masters: float32 weights that this rank owns.
+        """
         for key, values in self.slices.items():
             values.copy_(masters[key])
 
@@ -42,38 +57,34 @@ class EMA:
             {f"{name}@{offset}": v.cpu().contiguous() for (name, offset), v in self.slices.items()}, file
         )
 
-    @torch.no_grad()
     def load(self, files: Iterable[Path]) -> None:
         """Fill the slices from files that any number of ranks wrote.
+
+        Args:
+            files: written by `save`.
 
         Raises:
             CheckpointError: an entry of a slice is in none of the files.
         """
-        stored = read_slices(files)
-        for (name, offset), values in self.slices.items():
-            filled = 0
-            for start, part in stored.get(name, ()):
-                low, high = max(start, offset), min(start + part.numel(), offset + values.numel())
-                if low < high:
-                    values[low - offset : high - offset] = part[low - start : high - start].to(values.device)
-                    filled += high - low
-            if filled != values.numel():
-                raise CheckpointError(
-                    f"EMA of {name!r}: {filled} of {values.numel()} values from {offset} stored"
-                )
+        fill(self.slices, read_averages(files))
 
 
-def join_slices(stored: dict[str, list[tuple[int, Tensor]]]) -> dict[str, Tensor]:
-    """Slices put together to flat tensors."""
-    return {name: torch.cat([values for _, values in parts]) for name, parts in stored.items()}
+def read_averages(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Read the averages in files of any number of ranks.
 
+    Args:
+        files: written by `EMA.save`.
 
-def read_slices(files: Iterable[Path]) -> dict[str, list[tuple[int, Tensor]]]:
-    """All distinct slices of the files: name -> (offset, values)."""
-    stored: dict[str, dict[int, Tensor]] = {}
+    Returns:
+        A flat float32 tensor for every parameter name; it ends where the first slice is missing.
+    """
+    pieces: list[tuple[str, int, Tensor]] = []
     for file in files:
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (not a dict)
-                name, _, offset = key.rpartition("@")
-                stored.setdefault(name, {})[int(offset)] = tensors.get_tensor(key)
-    return {name: sorted(parts.items()) for name, parts in stored.items()}
+        for key, values in load_file(file).items():
+            name, _, start = key.rpartition("@")
+            pieces.append((name, int(start), values))
+    parts: defaultdict[str, list[Tensor]] = defaultdict(lambda: [torch.empty(0)])
+    for name, offset, values in sorted(pieces, key=itemgetter(0, 1)):
+        if offset == sum(part.numel() for part in parts[name]):
+            parts[name].append(values)
+    return {name: torch.cat(whole) for name, whole in parts.items()}

@@ -1,9 +1,9 @@
-"""DeepSpeed behind one small class: backward, step, float32 masters, weights in and out, save and load."""
+"""DeepSpeed behind one class: backward, step, float32 master weights, exchange of weights, save and load."""
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config.schema import OptimConfig, TrainConfig
+from pipeline.config.schema import OptimConfig, RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.denoiser import Batch, Denoiser
 
-# (parameter name, offset into the flattened parameter) -> the float32 values that this rank owns from there.
+# (parameter name, offset into the flattened parameter) -> float32 values from there on that this rank owns.
 Slices = dict[tuple[str, int], Tensor]
 
 TAG = "zero"  # DeepSpeed's own folder inside a checkpoint
 
 
-def learning_rate(step: int, optim: OptimConfig, steps: int, fresh: int = 0) -> float:
-    """Learning rate of step `step`, counted from 0: linear warm-up, then constant or cosine to 0.
+@torch.no_grad()
+def fill(slices: Slices, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into slices.
 
     Args:
-        fresh: step at which the optimiser was last reset: Adam's first updates, which know next to nothing of
-            the gradient's size, are small again.
+        slices: of this rank, which are overwritten.
+        weights: full weights by parameter name, in any shape.
+
+    Raises:
+        CheckpointError: a value of a slice is not among the weights.
+    """
+    for (name, offset), values in slices.items():
+        stored = weights.get(name, values[:0]).flatten()[offset : offset + values.numel()]
+        if stored.numel() != values.numel():
+            raise CheckpointError(
+                f"weights of {name!r}: {stored.numel()} of {values.numel()} values from {offset} on are stored"
+            )
+        values.copy_(stored)
+
+
+def learning_rate(step: int, optim: OptimConfig, steps: int, fresh: int = 0) -> float:
+    """Compute the learning rate of a step: linear warm-up, then constant or a cosine to 0.
+
+    Args:
+        step: counted from 0.
+        optim: rate, warm-up and schedule.
+        steps: number of steps of the run.
+        fresh: step at which the optimiser was last reset; the warm-up starts there, since Adam's first updates
+            have a poor estimate of the gradient's size.
+
+    Returns:
+        The rate.
     """
     warm = min(1.0, (step - fresh + 1) / max(optim.warmup_steps, 1))
     if optim.schedule == "cosine":
@@ -39,29 +65,28 @@ class Engine:
     """One worker's share of the model, its gradients and its optimiser.
 
     Args:
-        model: the same initial weights on every rank.
+        model: with the same initial weights on every rank.
+        config: of the run; its sections `optim` and `train` are used.
         parts: micro-batches of a step on one worker (gradient accumulation).
         device: where this worker computes.
         universal: whether `load` will be given a universal checkpoint (of another number of workers).
+
+    Attributes:
+        stage: of ZeRO.
+        device: where this worker computes.
+        fresh: step at which the optimiser was last reset.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        optim: OptimConfig,
-        train: TrainConfig,
-        parts: int,
-        device: torch.device,
-        universal: bool = False,
-    ):
+    def __init__(self, model: Denoiser, config: RunConfig, parts: int, device: torch.device, universal: bool):
         import deepspeed  # seconds to import, and only workers need it
         import deepspeed.ops
 
+        optim, train, self._zero = config.optim, config.train, deepspeed.zero
         if device.type == "cpu":
             # The shared-memory collective would be compiled for minutes at its first use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self._optim, self._steps, self._parts = optim, train.steps, parts
+        self._config, self._parts = config, parts
         self.stage, self.device = train.zero_stage, device
         self._bf16 = train.precision == "bf16"
         if self._bf16:
@@ -74,17 +99,16 @@ class Engine:
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay
         )
-        self._engine: Any
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimiser,
-            config=self._settings(train, universal),
-            dist_init_required=False,
-        )
+        settings = self._settings(universal)
+        self._engine: Any = deepspeed.initialize(
+            model=model, optimizer=optimiser, config=settings, dist_init_required=False
+        )[0]
         self._engine.optimizer.state.clear()  # that step must not count in Adam's bias correction
         self.fresh = 0  # step at which the optimiser was last reset
 
-    def _settings(self, train: TrainConfig, universal: bool) -> dict[str, Any]:
+    def _settings(self, universal: bool) -> dict[str, Any]:
+        """Make DeepSpeed's config."""
+        train = self._config.train
         zero: dict[str, Any] = {
             "stage": train.zero_stage,
             "stage3_param_persistence_threshold": train.persistent_parameters,
@@ -94,12 +118,12 @@ class Engine:
         return {
             "train_micro_batch_size_per_gpu": train.micro_batch,
             "gradient_accumulation_steps": self._parts,
-            "gradient_clipping": self._optim.clip,
+            "gradient_clipping": self._config.optim.clip,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled for minutes first
             "checkpoint": {"load_universal": universal},
-            "bf16": {"enabled": train.precision == "bf16"},
+            "bf16": {"enabled": self._bf16},
             # At stage 0 in bf16 DeepSpeed divides gradients by fp16's loss scale, 2^16, which nothing put in.
             "fp16": {"enabled": False, "loss_scale": 1.0},
             "steps_per_print": 2**31,
@@ -107,28 +131,35 @@ class Engine:
 
     @property
     def model(self) -> Denoiser:
-        """The wrapped model; under ZeRO-3 its parameters exist only inside its modules' forward."""
+        """The wrapped model; under ZeRO-3 its parameters exist only inside the forward of its modules."""
         return self._engine.module
 
     def backward(self, batch: Batch) -> Tensor:
-        """Forward and backward of one micro-batch; `step` must follow.
+        """Run forward and backward of one micro-batch; `step` must follow.
 
         Gradients become the gradient of the **sum** of all row losses of the global batch: DeepSpeed divides
         by workers and parts, so the loss is multiplied by both.
 
+        Args:
+            batch: of this worker, with the weights of the global batch.
+
         Returns:
-            The micro-batch's row losses, detached, [m] on the device.
+            Losses of the micro-batch's rows, [m], detached, on the device.
         """
         losses = self._engine(batch)
         self._engine.backward(losses.sum() * (dist.get_world_size() * self._parts))
         return losses.detach()
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        return learning_rate(step, self._optim, self._steps, self.fresh)
+        """Return the learning rate of a step."""
+        return learning_rate(step, self._config.optim, self._config.train.steps, self.fresh)
 
     def step(self, step: int) -> None:
-        """Finish a micro-batch; at the last one of the step, clip and update at the step's learning rate."""
+        """Finish a micro-batch; at the last one of the step, clip and update at the step's learning rate.
+
+        Args:
+            step: counted from 0.
+        """
         rate = self.rate(step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -143,123 +174,141 @@ class Engine:
         return isinstance(self._engine.optimizer, torch.optim.Optimizer)
 
     def gradient_norm(self) -> float:
-        """Global norm of the last step's gradient, before clipping."""
+        """Return the global norm of the last step's gradient, before clipping."""
         return float(self._norm if self._plain else self._engine.get_global_grad_norm())
 
     def masters(self) -> Slices:
-        """Live views of the float32 weights that this rank owns (stage 0: all of them).
+        """Return live views of the float32 weights that this rank owns.
 
-        Stages 1 and 2 own a partition of the flattened weights, stage 3 a share of every parameter.
+        At stage 0 a rank owns all of them, at stages 1 and 2 a partition of the flattened weights, and at stage 3
+        a share of every parameter.
+
+        Returns:
+            Flat views by parameter name and offset.
         """
         named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
         if self.stage == 3:
             rank, slices = dist.get_rank(), {}
             for name, parameter in named:
                 share = parameter.ds_tensor.numel()
-                mine = min(share, max(0, parameter.ds_numel - rank * share))  # the last share is padded
-                if mine:
-                    # What `safe_get_local_fp32_param` gives is a copy where the optimiser is not on the device.
+                owned = min(share, max(0, parameter.ds_numel - rank * share))  # the last share is padded
+                if owned:
+                    # `safe_get_local_fp32_param` gives a copy if the optimiser is not on the device.
                     values, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False)
-                    slices[name, rank * share] = values.detach()[:mine]
+                    slices[name, rank * share] = values.detach()[:owned]
             return slices
         if self.stage > 0:
-            mapped = [(name, getattr(p, "_hp_mapping", None)) for name, p in named]
             return {
                 (name, part.lp_fragment_address.start): part.hp_fragment.detach()
-                for name, part in mapped
-                if part is not None
+                for name, parameter in named
+                if (part := getattr(parameter, "_hp_mapping", None)) is not None
             }
         if self._plain:
             return {(name, 0): p.detach().view(-1) for name, p in named}
-        optimiser = self._engine.optimizer  # bf16: masters in the order of the parameters
-        low = [p for group in optimiser.fp16_groups for p in group]
-        high = [p for group in optimiser.fp32_groups for p in group]
-        name_of = {id(p): name for name, p in named}
-        return {(name_of[id(p)], 0): master.detach().view(-1) for p, master in zip(low, high, strict=True)}
+        optimiser = self._engine.optimizer  # bf16
+        masters: dict[int, Tensor] = {}
+        for low, high in zip(optimiser.fp16_groups, optimiser.fp32_groups, strict=True):
+            masters |= dict(zip(map(id, low), high, strict=True))
+        return {(name, 0): masters[id(p)].detach().view(-1) for name, p in named}
 
     def _full(self, slices: Slices) -> Iterator[tuple[str, Any, Tensor]]:
-        """Every parameter with its whole float32 values, flat, from all ranks' slices; all ranks iterate together."""
+        """Give every parameter with its whole float32 values from the slices of all ranks together."""
         by_name: dict[str, list[tuple[int, Tensor]]] = {}
         for (name, offset), values in slices.items():
             by_name.setdefault(name, []).append((offset, values))
         parameter: Any
         for name, parameter in self.model.named_parameters():
-            size = parameter.ds_numel if self.stage == 3 else parameter.numel()
-            full = torch.zeros(size, device=self.device)
+            full = torch.zeros(parameter.ds_shape if self.stage == 3 else parameter.shape, device=self.device)
             for offset, values in by_name.get(name, ()):
-                full[offset : offset + values.numel()] = values
+                full.view(-1)[offset : offset + values.numel()] = values
             if self.stage > 0:
                 dist.all_reduce(full)  # every entry is owned by exactly one rank
             yield name, parameter, full
 
     @torch.no_grad()
     def install(self, slices: Slices) -> None:
-        """Make the model compute with these weights (EMA, or masters again); all ranks call it together."""
+        """Copy weights, such as the EMA's or the masters, into the model; all ranks call it together.
+
+        Args:
+            slices: of this rank.
+        """
         for _, parameter, full in self._full(slices):
-            with self._gathered(parameter):
-                parameter.data.copy_(full.view(parameter.shape))
+            with self._gathered([parameter], modifier=0):
+                parameter.data.copy_(full)
 
     @torch.no_grad()
     def whole(self, slices: Slices) -> dict[str, Tensor]:
-        """All weights in float32 on the host, of their full shapes; all ranks call it together."""
-        shape = {3: lambda p: p.ds_shape}.get(self.stage, lambda p: p.shape)
-        return {name: full.view(shape(p)).cpu() for name, p, full in self._full(slices)}
+        """Gather all weights in float32 and their full shapes on the host; all ranks call it together.
 
-    @torch.no_grad()
-    def restart(self, weights: dict[str, Tensor], keep_optimizer: bool) -> None:
-        """Go on from other weights, and with a fresh optimiser unless it is kept; all ranks call it together."""
+        Args:
+            slices: of this rank.
+
+        Returns:
+            Weights by parameter name.
+        """
+        return {name: full.cpu() for name, _, full in self._full(slices)}
+
+    def restart(self, weights: Mapping[str, Tensor], keep_optimizer: bool) -> None:
+        """Continue from other weights; all ranks call it together.
+
+        Args:
+            weights: full float32 weights by parameter name.
+            keep_optimizer: keep the optimiser's state; False: start with a fresh one.
+        """
         masters = self.masters()
-        for (name, offset), values in masters.items():
-            values.copy_(weights[name].flatten()[offset : offset + values.numel()])
+        fill(masters, weights)
         self.install(masters)
         if not keep_optimizer:
             self._engine.optimizer.state.clear()
 
     def frozen(self, model: Denoiser) -> Denoiser:
-        """A model that is only read, where and in the precision in which this one computes.
+        """Prepare a model that is only read, on this engine's device and in its precision.
 
-        Under ZeRO-3 every rank keeps a share of its parameters, the head's apart: `assembled` makes them whole.
+        Under ZeRO-3 every rank keeps a share of its parameters except the head's; `assembled` makes them whole.
+
+        Args:
+            model: on any device; it is changed in place.
+
+        Returns:
+            The same model.
         """
         model.requires_grad_(False).eval().to(self.device)
         if self._bf16:
             model.bfloat16()
         if self.stage == 3:
-            import deepspeed
-
             for part in model.children():
-                if (
-                    part is not model.head
-                ):  # read by chunks of positions, of which every rank has its own number
-                    deepspeed.zero.Init(module=part, dtype=torch.bfloat16 if self._bf16 else torch.float32)
+                # The head is read in chunks of positions, whose number differs between ranks.
+                if part is not model.head:
+                    self._zero.Init(module=part, dtype=torch.bfloat16 if self._bf16 else torch.float32)
         return model
 
-    @contextmanager
-    def assembled(self, model: Denoiser) -> Iterator[None]:
-        """A frozen model's parameters whole for a while; all ranks enter together, whatever each does inside.
+    def assembled(self, model: Denoiser) -> AbstractContextManager[None]:
+        """Make a frozen model's parameters whole for the time of a block; all ranks enter together.
 
-        DeepSpeed would gather module by module, and wait for ever where ranks differ in the modules they call.
+        Ranks may call different modules inside. DeepSpeed would gather module by module, and then wait for ever.
+
+        Args:
+            model: from `frozen`.
+
+        Returns:
+            The block's context manager.
         """
-        if self.stage != 3:
-            yield
-            return
-        import deepspeed
+        return self._gathered([p for p in model.parameters() if hasattr(p, "ds_id")])
 
-        with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
-            yield
-
-    @contextmanager
-    def _gathered(self, parameter: Tensor) -> Iterator[None]:
-        if self.stage != 3:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            yield
+    def _gathered(self, parameters: list[Any], modifier: int | None = None) -> AbstractContextManager[None]:
+        """Make parameters whole for the time of a block; what rank `modifier` changes in them is kept."""
+        return self._zero.GatheredParameters(parameters, modifier, enabled=self.stage == 3)
 
     @contextmanager
     def weights(self, slices: Slices) -> Iterator[Denoiser]:
-        """The model in eval mode with other weights for a while, for example the EMA's."""
+        """Give the model in eval mode with other weights, such as the EMA's, for the time of the block.
+
+        Args:
+            slices: of this rank.
+
+        Returns:
+            A context manager that gives the model.
+        """
         masters = self.masters()
         if self._plain:  # the model computes with the masters themselves: keep them
             masters = {key: values.clone() for key, values in masters.items()}
@@ -272,7 +321,7 @@ class Engine:
             self.install(masters)
 
     def close(self) -> None:
-        """Let go of model, optimiser and hooks, before another engine is made in this process."""
+        """Release model, optimiser and hooks, before another engine is made in this process."""
         self._engine.destroy()
 
     def save(self, folder: Path) -> None:
@@ -280,10 +329,13 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote on the same number of ranks at the same stage, or its universal form.
+        """Read a checkpoint of the same number of ranks and the same stage, or its universal form.
+
+        Args:
+            folder: of the checkpoint, or of its universal form.
 
         Raises:
-            CheckpointError: DeepSpeed finds nothing there.
+            CheckpointError: DeepSpeed finds no checkpoint in the folder.
         """
         path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:

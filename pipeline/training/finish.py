@@ -1,24 +1,22 @@
-"""The end of a run: consolidated model, registered version, comparison with n-grams, the curve."""
+"""The end of a run: model folder, registered version, comparison with n-gram models, loss curve."""
 
 import logging
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline import storage, tracking
-from pipeline.config.schema import RunConfig
 from pipeline.data.prepare import markov
 from pipeline.data.shards import ShardReader
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics import ngram, step_quality
 from pipeline.models import model_folder
-from pipeline.models.vq import ImageTokenizer
 from pipeline.reports.figures import loss_curve, png, quality_against_steps
 from pipeline.reports.pictures import sample_grid
 from pipeline.run import Run
@@ -28,142 +26,174 @@ from pipeline.training.validation import draw, image_tokenizer, validation_rows
 
 log = logging.getLogger(__name__)
 
-NGRAM_ROWS = 200_000  # training rows that the reference perplexities are counted on, at most
+GRID = "samples.png"  # in the run's folder: samples of an image model
+NGRAM_ROWS = 200_000  # largest number of training rows that n-gram models are fitted on
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run left behind."""
+    """Results of a finished run.
 
-    run: str  # folder
-    model: str  # consolidated model
-    version: str | None  # models:/NAME/VERSION; None: MLflow did not answer
-    metric: str  # perplexity (text), or loss (images: nats per masked token)
+    Attributes:
+        run: folder of the run.
+        model: folder of the consolidated model.
+        version: registered model, models:/NAME/VERSION; None: MLflow did not answer.
+        metric: "perplexity" (text), or "loss" in nats per masked token (images).
+        value: of the metric at the last validation.
+        references: perplexities of reference models on the same rows, by name.
+        samples: texts drawn at the last validation.
+        pictures: PNG file with samples of an image model.
+        tracking_uri: of the MLflow store.
+        quality: of a distillation, a Markdown table of sample quality by model and number of steps.
+    """
+
+    run: str
+    model: str
+    version: str | None
+    metric: str
     value: float
     references: dict[str, float]
     samples: tuple[str, ...]
-    pictures: str | None  # PNG of an image model's samples
+    pictures: str | None
     tracking_uri: str
-    quality: str | None = None  # Markdown table of a distillation: samples of every model by steps
+    quality: str | None = None
 
 
 def finish(run: Run) -> RunResult:
-    """Consolidate, register, draw the curve, compare with n-grams; of a distillation, every student too."""
-    config, folder, uri, run_id = run.config, run.folder, run.tracking_uri, run.run_id
-    assert run_id is not None
+    """Write the model folder, compare the model with n-gram models, and register it in MLflow.
+
+    The students of all rounds of a distillation are registered, and compared with their teacher.
+
+    Args:
+        run: whose training is done.
+
+    Returns:
+        Where everything is, and the figures.
+
+    Raises:
+        CheckpointError: the run has no usable checkpoint.
+    """
+    config, folder = run.config, run.folder
     last = checkpoint.latest(folder)
     if last is None:
         raise CheckpointError(f"{folder}: training ended without a usable checkpoint")
     checkpoint.prune(folder, config.train.keep)
     state = checkpoint.read_state(last)
-    model = run.model_folder
     text = config.data.kind == "text"
     tokenizer = load_tokenizer(config.data.tokenizer) if text else image_tokenizer(run)
     checkpoint.consolidate(last, run, tokenizer)
-    metric, value = (
-        config.validation_metric,
-        float("nan") if state.validation is None else state.validation,
-    )
-    name = config.tracking.register_as or config.name
     references = _references(run) if text else {}
     grid = None if text else _grid(run)
-    quality = [] if config.distill is None else _quality(run)
+    quality = _quality(run) if config.distill else []
+    value = math.nan if state.validation is None else state.validation
     version = None
     try:
-        number = tracking.register_model(
-            uri,
-            run_id,
-            storage.fetch(model),
-            name,
-            tags={"step": str(state.step), f"validation_{metric}": f"{value:.4f}"} | _round_tags(config),
-        )
-        version = f"models:/{name}/{number}"
-        if config.distill is None:
-            tracking.set_alias(uri, name, "teacher", number)
-        else:
-            _register_rounds(run, name, tokenizer)
-        with run.tracker() as tracker:
-            tracker.log_metrics({f"reference/{k}": v for k, v in references.items()}, state.step)
-            tracker.flush()
-            history = tracking.metric_history(uri, run_id, ["train/loss", f"validation/{metric}"])
-            figure = loss_curve(history, references)
-            tracker.log_figure(figure, "figures/loss_curve.png")
-            if grid is not None:
-                tracker.log_figure(grid, "figures/samples.png")
-            if quality:
-                compared = quality_against_steps(step_quality.points(quality), references.get("bigram"))
-                tracker.log_figure(compared, "figures/quality_against_steps.png")
-                tracker.log_text(step_quality.table(quality) + "\n", "quality_against_steps.md")
-        if storage.is_local(folder):
-            figure.savefig(Path(folder) / "loss_curve.png")
+        version = _register(run, tokenizer, state.step, value)
+        _log_results(run, state.step, references, grid, quality)
     except ConfigError as error:  # the training is done; an outage now must not make it a failure
-        log.warning("the model is not registered, the next start does it: %s", error)
-    pictures = None
-    if grid is not None:
-        pictures = storage.join(folder, "samples.png")
-        storage.publish_bytes(pictures, png(grid))
-    told = step_quality.table(quality) if quality else None
-    return RunResult(folder, model, version, metric, value, references, state.samples, pictures, uri, told)
+        log.warning("the model is not registered; the next start registers it: %s", error)
+    return RunResult(
+        run=folder,
+        model=run.model_folder,
+        version=version,
+        metric=config.validation_metric,
+        value=value,
+        references=references,
+        samples=state.samples,
+        pictures=None if text else storage.join(folder, GRID),
+        tracking_uri=run.tracking_uri,
+        quality=step_quality.table(quality) if quality else None,
+    )
 
 
-def _round_tags(config: RunConfig) -> dict[str, str]:
-    if config.distill is None:
-        return {}
-    rounds = config.distill.rounds
-    return {"round": str(rounds), "sampling_steps": str(sampling_steps(config.distill, rounds))}
-
-
-def _register_rounds(run: Run, name: str, tokenizer: Tokenizer | ImageTokenizer) -> None:
-    """The students of all rounds but the last, which is the run's model."""
-    distill = run.config.distill
-    assert distill is not None
+def _register(run: Run, tokenizer: checkpoint.AnyTokenizer, step: int, value: float) -> str:
+    """Register the run's model, and of a distillation the students of all earlier rounds."""
+    config, uri = run.config, run.tracking_uri
+    rounds = run.distill.rounds if config.distill else 0
     assert run.run_id is not None
-    for done in range(1, distill.rounds):
-        steps = str(sampling_steps(distill, done))
-        tags = {"round": str(done), "sampling_steps": steps}
+    name = config.tracking.register_as or config.name
+    tags = {"step": str(step), f"validation_{config.validation_metric}": f"{value:.4f}"}
+    tags |= _round_tags(run, rounds) if rounds else {}
+    number = tracking.register_model(uri, run.run_id, storage.fetch(run.model_folder), name, tags)
+    if not rounds:
+        tracking.set_alias(uri, name, "teacher", number)
+    for done in range(1, rounds):
         with tempfile.TemporaryDirectory() as temporary:
             student = Path(temporary) / "model"
             shutil.copytree(storage.fetch(teacher_folder(run.folder, done)), student)
             tokenizer.save(student)
-            tracking.register_model(run.tracking_uri, run.run_id, student, f"{name}-round-{done}", tags)
+            tags = _round_tags(run, done)
+            tracking.register_model(uri, run.run_id, student, f"{name}-round-{done}", tags)
+    return f"models:/{name}/{number}"
+
+
+def _round_tags(run: Run, done: int) -> dict[str, str]:
+    """Make the tags of the student after `done` rounds."""
+    return {"round": str(done), "sampling_steps": str(sampling_steps(run.distill, done))}
+
+
+def _log_results(
+    run: Run,
+    step: int,
+    references: dict[str, float],
+    grid: Figure | None,
+    quality: list[step_quality.Quality],
+) -> None:
+    """Log the reference figures and the pictures to MLflow, and the loss curve to the run's folder too."""
+    assert run.run_id is not None
+    with run.tracker() as tracker:
+        tracker.log_metrics({f"reference/{name}": value for name, value in references.items()}, step)
+        tracker.flush()
+        keys = ["train/loss", f"validation/{run.config.validation_metric}"]
+        figure = loss_curve(tracking.metric_history(run.tracking_uri, run.run_id, keys), references)
+        tracker.log_figure(figure, "figures/loss_curve.png")
+        if grid is not None:
+            tracker.log_figure(grid, "figures/samples.png")
+        if quality:
+            compared = quality_against_steps(step_quality.points(quality), references.get("bigram"))
+            tracker.log_figure(compared, "figures/quality_against_steps.png")
+            tracker.log_text(step_quality.table(quality) + "\n", "quality_against_steps.md")
+    if storage.is_local(run.folder):
+        figure.savefig(Path(run.folder) / "loss_curve.png")
 
 
 def _quality(run: Run) -> list[step_quality.Quality]:
-    """Samples of the teacher and of every round's student, under the training rows' bigram model."""
+    """Score samples of the teacher and of every round's student by a bigram model of the training rows."""
     config, manifest = run.config, run.manifest
-    asked, bos = config.distill, int(manifest.special.bos is not None)
-    assert asked is not None
-    models = {
-        "teacher" if done == 0 else f"round {done}": teacher_folder(run.folder, done)
-        for done in range(asked.rounds)
-    }
-    models[f"round {asked.rounds}"] = run.model_folder
-    counts = step_quality.step_counts(asked.teacher_steps, asked.rounds, manifest.length - bos)
-    log.info("sampling from the teacher and %d students in %s steps", asked.rounds, counts)
+    distill, bos = config.distill, manifest.special.bos is not None
+    assert distill is not None
+    models = {"teacher": teacher_folder(run.folder, 0)}
+    models |= {f"round {done}": teacher_folder(run.folder, done) for done in range(1, distill.rounds)}
+    models[f"round {distill.rounds}"] = run.model_folder
+    counts = step_quality.step_counts(distill.teacher_steps, distill.rounds, manifest.length - bos)
+    log.info("sampling from the teacher and %d students in %s steps", distill.rounds, counts)
     train = ShardReader(run.data_path, manifest, "train")
-    seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, bos:]
-    judge = ngram.bigram_model([seen], manifest.vocabulary)
-    cpus = config.cluster.cpus_per_worker
-    return step_quality.compare(models, counts, config.sampling, judge, cpus, run.resources.use_gpu)
+    rows = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, int(bos) :]
+    perplexity = ngram.bigram_model([rows], manifest.vocabulary)
+    # Nodes may have gone since the start, but the workers that training needs were there until now.
+    resources = replace(run.resources, actors=config.cluster.least)
+    return step_quality.compare(models, counts, config.sampling, bos, perplexity, resources)
 
 
 def _grid(run: Run) -> Figure:
-    """Pictures that the finished model draws."""
+    """Draw a grid of samples of the finished model, and write it to the run's folder."""
     denoiser, _, _ = model_folder.read(storage.fetch(run.model_folder))
     tokens, classes, _ = draw(run, denoiser)
-    pictures = image_tokenizer(run, batch=len(tokens)).decode(tokens[:, 1:].numpy())
-    return sample_grid(pictures, classes)
+    figure = sample_grid(image_tokenizer(run, batch=len(tokens)).decode(tokens[:, 1:].numpy()), classes)
+    storage.publish_bytes(storage.join(run.folder, GRID), png(figure))
+    return figure
 
 
 def _references(run: Run) -> dict[str, float]:
-    """Perplexities of n-gram models of the same training rows on the same validation rows."""
+    """Compute perplexities of n-gram models, fitted on the training rows, on the same validation rows."""
     config, manifest = run.config, run.manifest
     train, validation = (ShardReader(run.data_path, manifest, split) for split in ("train", "validation"))
     seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))
     held_out = validation.rows(validation_rows(len(validation), config.evaluation.rows))
-    known = config.data.source == "markov"
-    return {
+    references = {
         "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
         "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),
-        **({"source": math.exp(markov.embedded().entropy(manifest.length))} if known else {}),
     }
+    if config.data.source == "markov":
+        references["source"] = math.exp(markov.embedded().entropy(manifest.length))
+    return references

@@ -55,13 +55,13 @@ def distill(config: RunConfig) -> RunResult:
     return train_to_end(run, {"teacher": distillation.teacher_name(run.folder)})
 
 
-def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] = run_group) -> RunResult:
+def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | None = None) -> RunResult:
     """Train on the cluster until the last step, in one MLflow run.
 
     Args:
         run: as `Run.of` gives it.
         tags: of the MLflow run.
-        train: runs the workers until the last step.
+        train: runs the workers until the last step; None: `run_group`.
 
     Returns:
         Where the registered model and its figures are.
@@ -82,9 +82,11 @@ def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] = 
         run_id = _open_mlflow_run(run, tags)
         with tracking.ending(uri, run_id):
             run = run.replace(run_id=run_id)
-            train(run)
+            (train or run_group)(run)
             if stop.is_set():
-                raise StoppedError("stopped as asked, after a checkpoint; the same command goes on")
+                raise StoppedError(
+                    "stopped on request after a checkpoint; the same command continues the run"
+                )
             return finish(run)
 
 
@@ -102,31 +104,23 @@ def sample(config: RunConfig) -> draw.Samples:
     """
     run, settings = Run.of(config), config.sampling
     model = run.sampled_model()
-    into = storage.join(
-        run.folder, "samples", f"{settings.order}-{settings.steps}-steps-seed-{settings.seed}"
-    )
+    name = f"{settings.order}-{settings.steps}-steps-seed-{settings.seed}"
+    into = storage.join(run.folder, "samples", name)
     with joined_cluster(config.cluster):
         return draw.generate(model, settings, available_resources(config.cluster), into)
 
 
 def _open_mlflow_run(run: Run, tags: dict[str, str]) -> str:
     """Open, or continue, the MLflow run of the run's folder, and log the config and the data."""
-    config, uri, manifest = run.config, run.tracking_uri, run.manifest
+    config, uri, path, manifest = run.config, run.tracking_uri, run.data_path, run.manifest
     params = flatten(config.model_dump(mode="json"))
     run_id = tracking.open_recorded_run(
         run.folder, uri, config.tracking.experiment, config.name, params, tags
     )
     storage.publish_text(storage.join(run.folder, "config.yaml"), dump(config))
+    rows, tokenizer = manifest.rows("train"), manifest.tokenizer.name
+    profile = {"rows": rows, "length": manifest.length, "tokenizer": tokenizer}
     tracking.log_dataset(
-        uri,
-        run_id,
-        name=Path(run.data_path).name,
-        digest=manifest.content_key,
-        source=run.data_path,
-        profile={
-            "rows": manifest.rows("train"),
-            "length": manifest.length,
-            "tokenizer": manifest.tokenizer.name,
-        },
+        uri, run_id, name=Path(path).name, digest=manifest.content_key, source=path, profile=profile
     )
     return run_id

@@ -1,4 +1,4 @@
-"""One worker's training, from top to bottom."""
+"""The training loop of one worker."""
 
 import gc
 import logging
@@ -7,7 +7,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.models import build
 from pipeline.run import Run
 from pipeline.runtime.control_files import Requests
 from pipeline.runtime.session import HangWatch, Session
+from pipeline.seeds import mix_seed
 from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
@@ -35,121 +37,124 @@ from pipeline.training.validation import Validation, validate
 log = logging.getLogger(__name__)
 
 
-class _GoBack(Exception):
-    """A step was not finite: start again from the last checkpoint, without the rows in `skipped.json`."""
+class _NonfiniteStep(Exception):
+    """A step was not finite: resume from the last checkpoint, without the rows in `skipped.json`."""
 
 
 def train(run: Run, session: Session) -> dict[str, float]:
-    """Train to `train.steps`, from the newest usable checkpoint of the run if there is one.
+    """Train until `train.steps`, from the newest usable checkpoint of the run if there is one.
 
-    Everything random is a function of (seed, step, index in the global batch), and the data's position of the
-    step, so a resumed run repeats exactly what an undisturbed one does.
+    All randomness is a function of (seed, step, index in the global batch), and the position in the data is one
+    of the step. So a resumed run repeats exactly what an undisturbed run does.
+
+    Args:
+        run: with data; its manifest is read here.
+        session: this worker's place in its group.
 
     Returns:
-        the last logged metrics.
+        The last logged metrics.
 
     Raises:
         CheckpointError: the run's checkpoints do not fit this config or number of workers.
-        TrainingError: a loss or gradient is not finite, and the config says stop, or skipping cannot help.
+        TrainingError: a loss or gradient is not finite, and `train.on_nonfinite` is stop, or skipping rows
+            cannot help.
     """
     while True:
         try:
             return _attempt(run, session)
-        except _GoBack:
-            pass  # its traceback holds the model that failed
+        except _NonfiniteStep:
+            pass  # leaving the block frees the traceback, which holds the model
         session.settle()
-        gc.collect()  # DeepSpeed's engine holds itself, and two may not fit
+        gc.collect()  # DeepSpeed's engine is a reference cycle, and two may not fit into memory
         torch.cuda.empty_cache()
 
 
 def _attempt(run: Run, session: Session) -> dict[str, float]:
-    config, rank, device = run.config, session.rank, session.device
-    spent = _Spent()
+    """Train until the last step, or until a step is not finite."""
+    config, settings, data = run.config, run.config.train, run.config.data
+    rank, device = session.rank, session.device
+    began_attempt = time.perf_counter()
+    times: dict[str, float] = defaultdict(float)  # seconds by part of the work
 
-    # Data: which rows each step reads, and which of them are ours.
+    # Data: the rows of each step, and those of this worker.
     run = run.replace(given_manifest=Manifest.read(run.data_path))
     manifest = run.manifest
-    reader = ShardReader(run.data_path, manifest, "train")
     order = ReadingOrder(
-        manifest.rows_per_shard("train"),
-        config.train.batch,
-        config.data.streams,
-        config.data.shuffle_window,
-        config.seed,
+        manifest.rows_per_shard("train"), settings.batch, data.streams, data.shuffle_window, config.seed
     )
-    parts = -(-len(order.slots(rank, session.workers)) // config.train.micro_batch)
+    parts = -(-len(order.slots(rank, session.workers)) // settings.micro_batch)
 
-    # Where to start: rank 0 decides, so that no two ranks see different folders.
-    plan: list[Any] = [resuming.plan_resume(run, session.workers) if rank == 0 else None]
-    skipped: list[Any] = [resuming.read_skipped(run.folder) if rank == 0 else None]
-    dist.broadcast_object_list(plan)
-    dist.broadcast_object_list(skipped)
-    resume: resuming.Resume | None = plan[0]
+    # Where to start: rank 0 decides, since ranks may see different states of the storage.
+    start_state: list[Any] = [None, None]
+    if rank == 0:
+        start_state = [resuming.plan_resume(run, session.workers), resuming.read_skipped(run.folder)]
+    dist.broadcast_object_list(start_state)
+    resume: resuming.Resume | None = start_state[0]
+    skipped: resuming.Skipped = start_state[1]
 
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
     model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
     initial = None if resume else resuming.initial_weights(run, model)
-    engine = Engine(
-        model, config.optim, config.train, parts, device, universal=bool(resume and resume.universal)
-    )
-    ema = EMA(engine.masters(), config.train.ema)
-    if resume:
-        resume.load(engine, ema)
-    elif initial:
-        initial.load(engine, ema)
+    universal = resume is not None and resume.universal
+    engine = Engine(model, config, parts, device, universal)
+    ema = EMA(engine.masters(), settings.ema)
+    if source := resume or initial:
+        source.load(engine, ema)
     start = resume.state.step if resume else 0
     masters = engine.masters()
-    task: Task = Pretraining(run, model, device)
-    if config.distill:
-        task = Distillation(run, engine, ema, session)
+    task: Task = (
+        Distillation(run, engine, ema, session) if config.distill else Pretraining(run, model, device)
+    )
     if rank == 0:
         log.info(
-            "%s from step %d: %d workers x %d micro-batches of up to %d rows, %d streams, ZeRO stage %d, %s",
-            "resuming" if resume else "starting",
-            start,
-            session.workers,
-            parts,
-            config.train.micro_batch,
-            config.data.streams,
-            config.train.zero_stage,
-            config.train.precision,
+            f"{'resuming' if resume else 'starting'} from step {start}: {session.workers} workers x {parts} "
+            f"micro-batches of up to {settings.micro_batch} rows, {data.streams} streams, "
+            f"ZeRO stage {settings.zero_stage}, {settings.precision}"
         )
 
-    hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
-    tracker = requests = None
-    if rank == 0:
-        requests = Requests(run.folder)
-        if run.run_id:
-            tracker = run.tracker(config.tracking.system_metrics)
     metrics: dict[str, float] = {}
-    spent.until_now("set-up")
-    interval = _Interval()
-    stream = batches(reader, order, start, rank, session.workers, config.train.micro_batch)
-    try:
-        for step in range(start, config.train.steps):
+    losses: list[float] = []  # since the last log line, as the two below
+    seconds, waited = 0.0, 0.0
+    with ExitStack() as stack:
+        tracker = requests = None
+        if rank == 0:
+            requests = stack.enter_context(closing(Requests(run.folder)))
+            if run.run_id:
+                tracker = stack.enter_context(run.tracker(config.tracking.system_metrics))
+        hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
+        stack.callback(hang.end)
+        stack.callback(engine.close)
+        reader = ShardReader(run.data_path, manifest, "train")
+        stream = stack.enter_context(
+            closing(batches(reader, order, start, rank, session.workers, settings.micro_batch))
+        )
+        times["set-up"] = time.perf_counter() - began_attempt
+        for step in range(start, settings.steps):
             if step > start:  # the first one compiles kernels
                 hang.begin(step)
             began = time.perf_counter()
             micros = next(stream)
-            interval.waited += time.perf_counter() - began
+            waited += time.perf_counter() - began
 
             # Gradients of the global batch.
             task.start(step)
             places = np.concatenate([micro.index for micro in micros])
-            losses = []
+            part_losses = []
             for part, micro in enumerate(micros):
                 if part > 0:
                     engine.step(step)  # not the last micro-batch: only moves the accumulation on
-                torch.manual_seed(_mix(config.seed, step, int(micro.index[0])))  # dropout
-                present = (micro.index >= 0) & ~np.isin(micro.index, skipped[0].get(step, ()))
-                losses.append(engine.backward(task.batch(micro, present)))
-            row_losses = torch.cat(losses)  # [slots], of `places`
-            asked = requests.take() if requests else (False, False, False)
-            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(asked)])
+                # Seeds dropout; + 1, because the index of a missing row is -1.
+                torch.manual_seed(mix_seed(config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
+                present = (micro.index >= 0) & ~np.isin(micro.index, skipped.get(step, ()))
+                part_losses.append(engine.backward(task.batch(micro, present)))
+            row_losses = torch.cat(part_losses)  # [slots], of `places`
+            flags = requests.take() if requests else (False, False, False)
+            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])
             dist.all_reduce(shared)
-            loss, stopping, saving, looking = shared.tolist()
+            loss, stopping, saving, check_notice = shared.tolist()
             done = step + 1
+            last = done == settings.steps
 
             # The update, unless something is not finite.
             finite = math.isfinite(loss)
@@ -159,16 +164,20 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 finite = math.isfinite(norm)
             if not finite:
                 bad = places[(~torch.isfinite(row_losses)).cpu().numpy() & (places >= 0)]
-                _report_nonfinite(run, session, order, step, bad, skipped[0])
-                raise _GoBack
+                _report_nonfinite(run, session, order, step, bad, skipped)
+                raise _NonfiniteStep
             ema.update(masters)
-            seconds = time.perf_counter() - began
-            interval.add(loss, seconds)
-            spent.seconds["training"] += seconds
+            losses.append(loss)
+            step_seconds = time.perf_counter() - began
+            seconds += step_seconds
+            times["training"] += step_seconds
             hang.end()
 
-            if done % config.train.log_every == 0 or done == config.train.steps:
-                metrics = interval.metrics(config.train.batch * manifest.length) | {
+            if done % settings.log_every == 0 or last:
+                metrics = {
+                    "train/loss": float(np.mean(losses)),
+                    "train/tokens_per_second": settings.batch * manifest.length * len(losses) / seconds,
+                    "train/data_wait": waited / seconds,
                     "train/learning_rate": engine.rate(step),
                     "train/gradient_norm": norm,
                     "train/epoch": order.epoch_of(step),
@@ -176,155 +185,97 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 }
                 session.log(metrics, done)
                 if rank == 0:
-                    log.info("%s", _line(done, config.train.steps, metrics, interval.seconds_a_step()))
+                    left = timedelta(seconds=round((settings.steps - done) * seconds / len(losses)))
+                    log.info(
+                        f"step {done}/{settings.steps}  loss {metrics['train/loss']:.3f}  "
+                        f"{metrics['train/tokens_per_second']:,.0f} tokens/s  "
+                        f"data wait {metrics['train/data_wait']:.1%}  left {left}"
+                    )
                 if tracker:
                     tracker.log_metrics(metrics, done)
-                interval = _Interval()
+                losses, seconds, waited = [], 0.0, 0.0
 
-            notice = session.notice() if looking else None
+            notice = session.notice() if check_notice else None
             if saving and not notice:
                 notice = "the group of workers is about to change"
             if notice and rank == 0:
                 log.warning("step %d: %s; saving before that", done, notice)
-            last = stopping or done == config.train.steps
-            judged: Validation | None = None
-            if done % config.train.validate_every == 0 or done == config.train.steps:
-                with spent.on("validation"):
-                    judged = validate(run, engine, ema, session, tracker, done)
-                metrics[f"validation/{judged.metric}"] = judged.value
+            validation: Validation | None = None
+            if done % settings.validate_every == 0 or last:
+                with _timed(times, "validation"):
+                    validation = validate(run, engine, ema, session, tracker, done)
+                metrics[f"validation/{config.validation_metric}"] = validation.value
 
-            if done % config.train.checkpoint_every == 0 or last or notice:
+            if done % settings.checkpoint_every == 0 or last or stopping or notice:
                 if rank == 0:
-                    checkpoint.prune(run.folder, config.train.keep)
-                local = Path(tempfile.mkdtemp(prefix=f"{checkpoint.name_of(done)}-"))
+                    checkpoint.prune(run.folder, settings.keep)
+                name = checkpoint.name_of(done)
+                local = Path(tempfile.mkdtemp(prefix=f"{name}-"))
                 state = checkpoint.TrainState(
                     step=done,
                     epoch=order.epoch_of(step),
                     workers=session.workers,
                     config=config.model_dump(mode="json"),
                     run_id=run.run_id,
-                    validation=judged.value if judged else None,
-                    samples=judged.texts if judged else (),
+                    validation=validation.value if validation else None,
+                    samples=validation.texts if validation else (),
                     task=task.facts(),
                 )
-                with spent.on("checkpoints"):
+                with _timed(times, "checkpoints"):
                     checkpoint.save(local, engine, ema, state, rank)
-                    session.publish(local, checkpoint.name_of(done), metrics)
+                    session.publish(local, name, metrics)
             if stopping:
-                log.info("stopped at step %d, as asked", done)
+                log.info("stopped at step %d on request", done)
                 break
-        with spent.on("checkpoints"):  # uploads that still run
+        with _timed(times, "checkpoints"):  # wait for uploads
             session.settle()
         if rank == 0:
-            log.info("the loop took %s", spent)
-    finally:
-        stream.close()
-        engine.close()
-        hang.close()
-        if requests:
-            requests.close()
-        if tracker:
-            tracker.close()
+            log.info("the loop took %s", ", ".join(f"{value:.1f} s {part}" for part, value in times.items()))
     return metrics
 
 
+@contextmanager
+def _timed(times: dict[str, float], part: str) -> Iterator[None]:
+    """Add the time of the block to a part of the loop's time."""
+    began = time.perf_counter()
+    yield
+    times[part] += time.perf_counter() - began
+
+
 def _report_nonfinite(
-    run: Run,
-    session: Session,
-    order: ReadingOrder,
-    step: int,
-    bad: np.ndarray,
-    skipped: resuming.Skipped,
+    run: Run, session: Session, order: ReadingOrder, step: int, bad: np.ndarray, skipped: resuming.Skipped
 ) -> None:
-    """Log and save which rows made a step not finite, so that the next attempt leaves them out.
+    """Log and record the rows that made a step not finite, so that the next attempt skips them.
 
     Raises:
-        TrainingError: the config says stop, or the rows are not to blame.
+        TrainingError: `train.on_nonfinite` is stop, or the rows are not the cause.
     """
     gathered: list[Any] = [None] * session.workers
     dist.all_gather_object(gathered, bad.tolist())
-    # Finite losses with a gradient that is not: no row can be singled out, so the step goes without all.
-    blamed = sorted(place for one in gathered for place in one)
+    # If all losses are finite and the gradient is not, no row can be singled out, and all rows are skipped.
+    blamed = sorted(place for of_rank in gathered for place in of_rank)
     places = blamed or list(range(run.config.train.batch))
     rows = order.rows_of_step(step)[places].tolist()
-    what = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}"
-    what += f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+    more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+    message = f"step {step + 1}: loss or gradient is not finite; rows of the data: {rows[:16]}{more}"
     if len(blamed) == run.config.train.batch:
-        raise TrainingError(f"{what}: every row of the batch, so the weights are; lower optim.lr?")
+        raise TrainingError(
+            f"{message}: every row of the batch, so the weights are not finite; lower optim.lr"
+        )
     if step in skipped:
-        raise TrainingError(f"{what}, although rows were skipped in this step already; lower optim.lr?")
+        raise TrainingError(f"{message}, although rows were skipped in this step already; lower optim.lr")
     if session.rank == 0:
         resuming.add_skipped(run.folder, step, places, rows)
     dist.barrier()
     if run.config.train.on_nonfinite == "stop":
-        raise TrainingError(f"{what} (train.on_nonfinite: stop); started again, the run goes on without them")
+        reason = "(train.on_nonfinite: stop); the same command continues the run without them"
+        raise TrainingError(f"{message} {reason}")
     if session.rank == 0:
-        log.warning("%s; going back to the last checkpoint and skipping them", what)
-
-
-class _Spent:
-    """Seconds of one attempt by what they went to."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{seconds:.1f} s {part}" for part, seconds in self.seconds.items())
-
-    def until_now(self, part: str) -> None:
-        """All since the start was this part's."""
-        self.seconds[part] += time.perf_counter() - self._began
-
-    @contextmanager
-    def on(self, part: str) -> Iterator[None]:
-        """What happens inside is this part's."""
-        began = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - began
-
-
-class _Interval:
-    """What is gathered between two log lines."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.seconds = 0.0
-        self.waited = 0.0
-
-    def add(self, loss: float, seconds: float) -> None:
-        self.losses.append(loss)
-        self.seconds += seconds
-
-    def seconds_a_step(self) -> float:
-        return self.seconds / len(self.losses)
-
-    def metrics(self, tokens: int) -> dict[str, float]:
-        """Mean loss, throughput for steps of `tokens` tokens, share of the time spent waiting for data."""
-        return {
-            "train/loss": float(np.mean(self.losses)),
-            "train/tokens_per_second": tokens / self.seconds_a_step(),
-            "train/data_wait": self.waited / self.seconds,
-        }
-
-
-def _mix(*numbers: int) -> int:
-    """One generator seed from several numbers."""
-    return int(np.random.SeedSequence([n + 1 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+        log.warning("%s; going back to the last checkpoint and skipping them", message)
 
 
 def _memory(device: torch.device) -> float:
-    """GiB: peak of the device's allocator, or the process's resident size."""
+    """Return the peak of the device's allocator, or the resident size of the process, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
-
-
-def _line(done: int, steps: int, metrics: dict[str, float], seconds_a_step: float) -> str:
-    minutes, seconds = divmod(round((steps - done) * seconds_a_step), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"step {done}/{steps}  loss {metrics['train/loss']:.3f}  "
-        f"{metrics['train/tokens_per_second']:,.0f} tokens/s  data wait {metrics['train/data_wait']:.1%}  "
-        f"left {hours}:{minutes:02d}:{seconds:02d}"
-    )

@@ -1,4 +1,4 @@
-"""How a run starts: from its newest checkpoint, other weights, or nothing; and which rows it avoids."""
+"""The start of a run: from its newest checkpoint, from given weights, or fresh; and the rows that it skips."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import storage, tracking
+from pipeline import storage
 from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError
@@ -22,14 +23,14 @@ from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainState
-from pipeline.training.ema import EMA, join_slices, read_slices
-from pipeline.training.engine import TAG, Engine
+from pipeline.training.ema import EMA, read_averages
+from pipeline.training.engine import TAG, Engine, fill
 
 log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.json"
-# What may change between the starts of one run: nothing that its mathematics depend on.
-FREE = (
+# Keys that may change between two starts of a run; its mathematics do not depend on them.
+FREE_KEYS = (
     "train.steps",
     "train.micro_batch",
     "train.log_every",
@@ -40,7 +41,7 @@ FREE = (
     "train.offload_optimizer",
     "train.activation_checkpointing",
     "train.on_nonfinite",
-    "train.zero_stage",  # checked by itself
+    "train.zero_stage",  # see _usable_state
     "sampling.",
     "evaluation.",
     "tracking.",
@@ -52,36 +53,52 @@ Skipped = dict[int, list[int]]  # step -> places in its global batch
 
 @dataclass(frozen=True)
 class Resume:
-    """A usable checkpoint, and whether other workers wrote it."""
+    """The checkpoint that a run resumes from.
+
+    Attributes:
+        path: folder of the checkpoint.
+        state: its state.
+        universal: whether DeepSpeed reads the form for another number of workers.
+    """
 
     path: str
     state: TrainState
     universal: bool
 
     def load(self, engine: Engine, ema: EMA) -> None:
-        """Restore model, optimiser and EMA; all ranks call it together."""
+        """Restore model, optimiser and EMA; all ranks call it together.
+
+        Args:
+            engine: fresh.
+            ema: of its weights.
+        """
         local = storage.fetch(self.path)
-        weights = local
-        if self.universal:
-            weights = storage.fetch(checkpoint.universal_path(self.path))
-        engine.load(weights)
+        engine.load(storage.fetch(checkpoint.universal_path(self.path)) if self.universal else local)
         ema.load(sorted(local.glob("ema_*.safetensors")))
 
 
 def plan_resume(run: Run, workers: int) -> Resume | None:
-    """The run's newest usable checkpoint, made readable for this number of workers; rank 0 calls it.
+    """Find the run's newest usable checkpoint and make it readable for this number of workers; rank 0 calls it.
+
+    Later checkpoints, which could not be used, are removed.
+
+    Args:
+        run: that starts.
+        workers: size of the group.
+
+    Returns:
+        Where to resume, or None for a fresh start.
 
     Raises:
         CheckpointError: the config differs from the checkpoint's in more than bookkeeping, or the ZeRO stage
             changed in a way that DeepSpeed cannot convert.
     """
-    path, config = checkpoint.latest(run.folder), run.config
-    if path is None:
+    path = checkpoint.latest(run.folder)
+    state = _usable_state(run, path)
+    checkpoint.remove_after(run.folder, state.step if state else -1)
+    if path is None or state is None:
         return None
-    state = checkpoint.read_state(path)
-    check_same(state.config, config, path)
-    check_stage(state.config, config, path)
-    old, new = state.config["train"]["zero_stage"], config.train.zero_stage
+    old, new = state.config["train"]["zero_stage"], run.config.train.zero_stage
     # Stage 0 is whole on every worker; the others are cut by the number of workers and by the stage.
     universal = new > 0 and (state.workers != workers or old != new)
     if universal:
@@ -91,44 +108,63 @@ def plan_resume(run: Run, workers: int) -> Resume | None:
 
 
 def precheck(run: Run) -> None:
-    """What the driver can refuse before any worker starts.
+    """Refuse, before any worker starts, a config that the run's newest checkpoint does not fit.
+
+    Args:
+        run: that starts.
 
     Raises:
         CheckpointError: as `plan_resume`.
     """
-    path = checkpoint.newest(run.folder)
-    if path is not None:
-        state = checkpoint.read_state(path)
-        check_same(state.config, run.config, path)
-        check_stage(state.config, run.config, path)
+    _usable_state(run, checkpoint.newest(run.folder))
 
 
-def check_stage(old: dict[str, Any], config: RunConfig, path: str) -> None:
-    """Refuse a ZeRO stage that the checkpoint cannot be read at.
-
-    Raises:
-        CheckpointError: names both stages.
-    """
-    before, now = old["train"]["zero_stage"], config.train.zero_stage
+def _usable_state(run: Run, path: str | None) -> TrainState | None:
+    """Read a checkpoint's state; refuse a config or ZeRO stage with which the run cannot resume from it."""
+    if path is None:
+        return None
+    state, now = checkpoint.read_state(path), run.config.train.zero_stage
+    check_same(state.config, run.config, path)
+    before = state.config["train"]["zero_stage"]
     if before != now and {before, now} != {1, 2}:
         raise CheckpointError(
             f"train.zero_stage: {path} was written at stage {before}, which does not convert to stage {now}; "
             f"keep stage {before}, or start a run of another name with train.init_from={path}"
         )
+    return state
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Compare two configs or sections, as JSON values.
+
+    Args:
+        before: the first one.
+        now: the second one.
+
+    Returns:
+        Both values of every key whose values differ, by dotted key, sorted.
+    """
+    old, new = flatten(dict(before)), flatten(dict(now))
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
 def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
-    """Refuse a config that would make a resumed run another run.
+    """Refuse a config with which a resumed run would be another run.
+
+    Args:
+        old: config of the run before.
+        config: of the run now.
+        path: what belongs to the run before, for the message.
 
     Raises:
         CheckpointError: lists every difference as old -> new.
     """
-    before, now = flatten(old), flatten(config.model_dump(mode="json"))
     fixed = ("train.steps",) if config.distill else ()  # they say where a round ends
     differing = [
-        f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and (key in fixed or not key.startswith(FREE))
+        f"  {key}: {before!r} -> {now!r}"
+        for key, (before, now) in differences(old, config.model_dump(mode="json")).items()
+        if key in fixed or not key.startswith(FREE_KEYS)
     ]
     if differing:
         raise CheckpointError(
@@ -138,10 +174,10 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
 
 
 def _convert(path: str) -> None:
-    """DeepSpeed's universal form of a checkpoint, complete or absent, made once.
+    """Convert a checkpoint to DeepSpeed's universal form, once, whole or not at all.
 
     Raises:
-        CheckpointError: it cannot be made or written.
+        CheckpointError: the form cannot be made or written.
     """
     target = checkpoint.universal_path(path)
     if storage.folder_complete(target):
@@ -149,19 +185,17 @@ def _convert(path: str) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     log.info("converting %s for another number of workers", path)
-    local = storage.fetch(path) / TAG
+    quiet = io.StringIO()  # the converter prints its progress
     with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / TAG
         options = argparse.Namespace(
-            input_folder=str(local),
-            output_folder=str(output),
+            input_folder=str(storage.fetch(path) / TAG),
+            output_folder=str(Path(temporary) / TAG),
             num_extract_workers=1,
             num_merge_workers=1,
             keep_temp_folder=False,
             strict=True,
             inject_missing_state=True,
         )
-        quiet = io.StringIO()  # it prints what it does, and bars
         try:
             with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
                 main(options)
@@ -175,23 +209,39 @@ def _convert(path: str) -> None:
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights that a fresh run starts from; the model already holds them, but perhaps rounded to bf16."""
+    """Weights that a fresh run starts from.
+
+    Attributes:
+        weights: float32 weights; the model holds them already, perhaps rounded to bf16.
+        average: float32 weights that the EMA starts from.
+    """
 
     weights: dict[str, Tensor]
     average: dict[str, Tensor]
 
     def load(self, engine: Engine, ema: EMA) -> None:
-        """Let the float32 masters and the average start from the given ones."""
-        for slices, source in ((engine.masters(), self.weights), (ema.slices, self.average)):
-            for (name, offset), values in slices.items():
-                values.copy_(source[name].flatten()[offset : offset + values.numel()])
+        """Copy the weights to the float32 masters and the average to the EMA.
+
+        Args:
+            engine: fresh.
+            ema: of its weights.
+        """
+        fill(engine.masters(), self.weights)
+        fill(ema.slices, self.average)
 
 
 def initial_weights(run: Run, model: Denoiser) -> Initial | None:
     """Put the weights of `train.init_from` into a fresh model.
 
-    A consolidated folder holds EMA weights only: they start both weights and average. A checkpoint gives each
-    its own.
+    The weights of a model folder are EMA weights; weights and average both start from them. A checkpoint has
+    both.
+
+    Args:
+        run: that starts.
+        model: on the CPU; its parameters are overwritten.
+
+    Returns:
+        The weights in float32; None if `train.init_from` is not set.
 
     Raises:
         CheckpointError: no such folder or version, or it does not fit the model.
@@ -199,55 +249,56 @@ def initial_weights(run: Run, model: Denoiser) -> Initial | None:
     source = run.config.train.init_from
     if source is None:
         return None
-    origin = f"train.init_from {source!r}"
-    if source.startswith("models:/"):
-        local = tracking.download_model(run.tracking_uri, source)
-    elif storage.exists(source):
-        local = storage.fetch(source)
-    else:
-        raise CheckpointError(
-            f"{origin}: no such folder; expected a model folder, a checkpoint or models:/..."
-        )
+    origin = f"train.init_from: {source!r}"
+    local = run.fetch_model("train.init_from", source, "a model folder, a checkpoint")
     if (local / TAG).is_dir():
-        if found := checkpoint.problems(str(local)):
-            raise CheckpointError(f"{origin} is not usable: " + "; ".join(found))
-        average = join_slices(read_slices(sorted(local.glob("ema_*.safetensors"))))
+        if flaws := checkpoint.problems(str(local)):
+            raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))
+        average = read_averages(sorted(local.glob("ema_*.safetensors")))
         weights = _raw_weights(local)
     else:
-        average = model_folder.read_weights(local)
-        weights = average
+        weights = average = model_folder.read_weights(local)
     model_folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
     log.info("starting from the weights of %s", source)
     return Initial(weights, average)
 
 
 def _raw_weights(local: Path) -> dict[str, Tensor]:
-    """Full float32 weights of a checkpoint that this project wrote, whatever its ZeRO stage."""
+    """Read the full float32 weights of a checkpoint of this project, of any ZeRO stage."""
     state = checkpoint.read_state(str(local))
     if state.config["train"]["zero_stage"] > 0:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        found = get_fp32_state_dict_from_zero_checkpoint(str(local), tag=TAG)
-        return {name: value.float() for name, value in found.items()}
-    # DeepSpeed's own file, written by us and checked against its SHA-256 before.
+        tensors = get_fp32_state_dict_from_zero_checkpoint(str(local), tag=TAG)
+        return {name: value.float() for name, value in tensors.items()}
+    # A pickle of DeepSpeed that this project wrote, already checked against its SHA-256.
     saved = torch.load(local / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     weights: dict[str, Tensor] = saved["module"]
-    if state.config["train"]["precision"] == "bf16":  # the masters stand with the optimiser, in this order
+    if state.config["train"]["precision"] == "bf16":  # the optimiser's state holds the masters in this order
         masters = (value for group in saved["optimizer"]["fp32_groups"] for value in group)
         weights = dict(zip(weights, masters, strict=True))
     return {name: value.detach().float() for name, value in weights.items()}
 
 
-def read_skipped(run: str) -> Skipped:
-    """Places in global batches that made a step not finite, by step."""
-    file = storage.join(run, SKIPPED)
-    if not storage.exists(file):
-        return {}
-    return {int(step): entry["places"] for step, entry in json.loads(storage.read_text(file)).items()}
+def read_skipped(folder: str) -> Skipped:
+    """Read the places in global batches that made a step not finite, by step, from a run's folder.
+
+    Args:
+        folder: of the run.
+    """
+    entries = storage.read_json(storage.join(folder, SKIPPED), {})
+    return {int(step): entry["places"] for step, entry in entries.items()}
 
 
-def add_skipped(run: str, step: int, places: list[int], rows: list[int]) -> None:
-    """Remember them, with the rows of the data that they hold, for people."""
-    file = storage.join(run, SKIPPED)
-    known = json.loads(storage.read_text(file)) if storage.exists(file) else {}
-    storage.publish_text(file, json.dumps({**known, str(step): {"places": places, "rows": rows}}))
+def add_skipped(folder: str, step: int, places: list[int], rows: list[int]) -> None:
+    """Record places of a global batch that made a step not finite.
+
+    Args:
+        folder: of the run.
+        step: number of updates done before it.
+        places: in the global batch.
+        rows: of the data at these places, for the reader of the file.
+    """
+    file = storage.join(folder, SKIPPED)
+    entries = storage.read_json(file, {}) | {str(step): {"places": places, "rows": rows}}
+    storage.publish_text(file, json.dumps(entries))

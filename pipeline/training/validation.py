@@ -1,4 +1,4 @@
-"""Validation in the middle of training: how well the EMA weights predict, and what they draw."""
+"""Validation during training: the likelihood of held-out rows under the EMA weights, and samples."""
 
 import logging
 from dataclasses import dataclass
@@ -9,17 +9,16 @@ import torch.distributed as dist
 from jaxtyping import Int
 
 from pipeline import storage
+from pipeline.config.schema import SamplingConfig
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.metrics import likelihood
+from pipeline.metrics.draw import draw_rows
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
 from pipeline.reports.pictures import sample_grid, unmasking_order
 from pipeline.run import Run
 from pipeline.runtime.session import Session
-from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
 from pipeline.tracking import Tracker
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
@@ -31,18 +30,27 @@ TEXTS, PICTURES_A_CLASS, CLASSES_SHOWN = 2, 4, 10
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured: the bound's perplexity for text, nats per masked token for images; lower is better."""
+    """Result of a validation.
 
-    metric: str
+    Attributes:
+        value: of the run's validation metric, perplexity (text) or loss in nats per masked token (images).
+        texts: samples of a text model.
+    """
+
     value: float
     texts: tuple[str, ...] = ()
 
 
 def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | None = None) -> ImageTokenizer:
-    """What made the codes of the config's images; it lies beside the shards.
+    """Load the tokenizer that made the codes of a run's images; it lies beside the shards.
 
     Args:
-        batch: images that it takes at once; None: as many as when the codes were made.
+        run: on images.
+        device: of the tokenizer.
+        batch: number of images per call; None: as many as when the codes were made.
+
+    Returns:
+        The tokenizer.
     """
     data = run.config.data
     assert data.kind == "image"
@@ -50,44 +58,48 @@ def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | N
     return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
 
 
-def validation_rows(there: int, most: int) -> np.ndarray:
-    """Which of the held-out rows are judged: at most so many, evenly spread."""
-    return np.unique(np.linspace(0, there - 1, min(most, there)).astype(np.int64))
+def validation_rows(available: int, most: int) -> Int[np.ndarray, "n"]:
+    """Choose at most `most` of the `available` held-out rows, evenly spread.
+
+    Args:
+        available: number of held-out rows.
+        most: largest number of rows to choose.
+
+    Returns:
+        Indices of the rows, ascending.
+    """
+    return np.unique(np.linspace(0, available - 1, min(most, available)).astype(np.int64))
 
 
 def validate(
     run: Run, engine: Engine, ema: EMA, session: Session, tracker: Tracker | None, step: int
 ) -> Validation:
-    """Judge the EMA weights and show samples of theirs; all ranks call it together."""
+    """Validate the EMA weights, and log the figures and a few samples; all ranks call it together.
+
+    Args:
+        run: with its manifest.
+        engine: whose model computes.
+        ema: weights to validate.
+        session: this worker's place in its group.
+        tracker: of rank 0; None: nothing is logged to MLflow.
+        step: number of updates done.
+
+    Returns:
+        Value of the metric, and texts; equal on all ranks.
+    """
     config, bos = run.config, run.manifest.special.bos
     reader = ShardReader(run.data_path, run.manifest, "validation")
     rows = validation_rows(len(reader), config.evaluation.rows)
     labels = reader.labels(rows) if config.model.classes is not None else None
-    estimator, draws = likelihood.estimator_for(
-        engine.model, config.evaluation.estimator, config.evaluation.draws, config.diffusion.schedule
-    )
+    masking = likelihood.Masking.of(config, engine.model, bos is not None)
+    share = (session.rank, session.workers)
+    batches = likelihood.masked_batches(masking, reader.rows(rows), labels, share, session.device)
     with engine.weights(ema.slices) as model:
-        sums = likelihood.row_sums(
-            model,
-            likelihood.masked_batches(
-                reader.rows(rows),
-                estimator,
-                draws,
-                config.seed,
-                config.diffusion.eps,
-                bos is not None,
-                config.evaluation.batch,
-                session.rank,
-                session.workers,
-                session.device,
-                labels,
-            ),
-            len(rows),
-        ).to(session.device)
+        sums = likelihood.row_sums(model, batches, len(rows)).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
         tokens, classes, revealed = draw(run, model)
-    bound = likelihood.summarise(sums.cpu(), estimator, draws, config.seed)
+    bound = likelihood.summarise(sums.cpu(), masking)
     if session.rank == 0:
         log.info("step %d: validation %s", step, bound)
     texts: tuple[str, ...] = ()
@@ -99,46 +111,43 @@ def validate(
     elif tracker:
         pictures = image_tokenizer(run, session.device, len(tokens)).decode(tokens[:, 1:].numpy())
         tracker.log_figure(sample_grid(pictures, classes), f"samples/step_{step:08d}.png")
-        one_a_class = slice(None, None, PICTURES_A_CLASS)
-        figure = unmasking_order(pictures[one_a_class], revealed[one_a_class, 1:].numpy())
+        first_of_class = slice(None, None, PICTURES_A_CLASS)
+        figure = unmasking_order(pictures[first_of_class], revealed[first_of_class, 1:].numpy())
         tracker.log_figure(figure, f"samples/order_{step:08d}.png")
     metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
     if tracker:
         tracker.log_metrics({f"validation/{metric}": value, "validation/nats": bound.nats}, step)
-    return Validation(metric, value, texts)
+    return Validation(value, texts)
 
 
 def draw(
     run: Run, model: Denoiser
 ) -> tuple[Int[torch.Tensor, "B L"], list[int] | None, Int[torch.Tensor, "B L"]]:
-    """A few samples as the config's sampling section draws them: tokens, classes, steps of revelation."""
+    """Draw a few samples as the `sampling` section says.
+
+    Args:
+        run: with its manifest.
+        model: to draw from.
+
+    Shape:
+        B samples of L tokens.
+
+    Returns:
+        Tokens, class of every sample (None for an unconditional model), and the step that revealed each token.
+    """
     config, manifest = run.config, run.manifest
     settings, bos = config.sampling, manifest.special.bos
-    if config.data.kind == "text":
-        order = Order("left_to_right" if model.left_to_right else "uniform")
-        steps = manifest.length - (bos is not None) if model.left_to_right else min(64, settings.steps)
-        count, classes, guidance, filters = TEXTS, None, 0.0, Filters()
+    labels = None
+    if config.data.kind == "image":
+        shown = list(settings.labels or range(config.model.classes or 1))[:CLASSES_SHOWN]
+        labels = [label for label in shown for _ in range(PICTURES_A_CLASS)]
+        settings = settings.model_copy(update={"labels": tuple(labels), "num_samples": len(labels)})
+    elif model.left_to_right:
+        steps = manifest.length - (bos is not None)
+        settings = SamplingConfig(num_samples=TEXTS, steps=steps, order="left_to_right", seed=settings.seed)
     else:
-        order, steps = Order.of(settings), settings.steps
-        guidance, filters = settings.guidance, Filters.of(settings)
-        known = config.model.classes or 1
-        shown = settings.labels or range(known)
-        classes = [label for label in list(shown)[:CLASSES_SHOWN] for _ in range(PICTURES_A_CLASS)]
-        count = len(classes)
-    conditional = classes is not None and config.model.classes is not None
-    condition = torch.tensor(classes) if conditional else None
-    revealed = torch.zeros(count, manifest.length, dtype=torch.int64)
-    tokens = sample(
-        model,
-        count,
-        steps,
-        settings.seed,
-        order,
-        bos,
-        condition,
-        filters=filters,
-        guidance=guidance,
-        revealed_at=revealed,
-    )
-    return tokens.cpu(), classes if condition is not None else None, revealed
+        settings = SamplingConfig(num_samples=TEXTS, steps=min(64, settings.steps), seed=settings.seed)
+    revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
+    tokens = draw_rows(model, settings, bos, (0, settings.num_samples), revealed)
+    return tokens.cpu(), None if config.model.classes is None else labels, revealed

@@ -1,4 +1,4 @@
-"""A run's worker group under Ray Train: started, resized, started again after a failure, stopped; its workers."""
+"""The worker group of a run under Ray Train: start, resize, restart after a failure, and stop."""
 
 import json
 import logging
@@ -7,31 +7,15 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointUploadMode,
-    FailureConfig,
-    RunConfig,
-    UserCallback,
-)
+from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as autoscaling
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.context import TrainRunContext
-from ray.train.v2._internal.execution.controller.state import (
-    InitializingState,
-    ReschedulingState,
-    ResizingState,
-    RestartingState,
-    TrainControllerState,
-)
+from ray.train.v2._internal.execution.controller import state
 from ray.train.v2.api.config import ScalingConfig  # what ray.train gives, by the name that type checkers see
 from ray.util.metrics import Gauge
 
@@ -44,153 +28,178 @@ from pipeline.training.loop import train
 
 log = logging.getLogger(__name__)
 
-CLAIM = "claim"  # likewise: under which name Ray holds the run's places
-# Seconds that Ray waits for the places of an elastic group. Its view of the nodes is up to 20 s old, so after a
-# loss it may ask for places that are gone, and only then for fewer; its own minute would be spent waiting.
-PLACES_S = 10
-GROWTH_S = 30.0  # seconds between looks for nodes that have come
+CLAIM = "claim"  # file in the run's folder: the name under which Ray reserves resources for the run
+# How long Ray waits for the resources of an elastic group. Its view of the nodes is up to 20 s old, so after a
+# loss it may ask for resources that are gone, and only then for fewer; its default is one minute.
+RESERVATION_TIMEOUT_S = 10
+GROWTH_INTERVAL_S = 30.0  # between checks for nodes that have joined
 
 
-def run_group(run: Run, callbacks: Sequence[UserCallback] = ()) -> None:
-    """Run the worker group to the end; Ray restarts it after a failure, and the loop resumes by itself."""
-    # The loop finds its own checkpoints, and prunes them; Ray's record of an earlier start would miss those.
+def run_group(run: Run, callbacks: Sequence[ray.train.UserCallback] = ()) -> None:
+    """Train with a worker group until the last step; Ray restarts it after a failure, and the loop resumes.
+
+    Args:
+        run: with resources and data.
+        callbacks: further callbacks of Ray Train.
+
+    Raises:
+        PipelineError: an error in the user's input that a worker found.
+        TrainingError: the workers failed more than `cluster.max_failures` times.
+    """
+    # The loop finds and prunes its own checkpoints, so Ray's record of an earlier start may be wrong.
     storage.remove(storage.join(run.folder, "checkpoint_manager_snapshot.json"))
     _release(run.folder)
-    asked, use_gpu = run.config.cluster, run.resources.use_gpu
+    cluster, use_gpu, fatal = run.config.cluster, run.resources.use_gpu, storage.join(run.folder, FATAL)
     folder, name = run.folder.rsplit("/", 1)
     filesystem, folder = storage.arrow(folder)
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in the config mean what they mean to the user
-    elastic = asked.least < asked.most
+    # Relative paths in the config are relative to the driver's folder.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    elastic = cluster.least < cluster.most
     if elastic:
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACES_S))
-    fatal = storage.join(run.folder, FATAL)
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(RESERVATION_TIMEOUT_S))
     storage.remove(fatal)
     trainer = _Trainer(
         _worker,
         train_loop_config={"run": run},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=(asked.least, asked.most) if elastic else asked.most,
-            elastic_resize_monitor_interval_s=GROWTH_S,
+            num_workers=(cluster.least, cluster.most) if elastic else cluster.most,
+            elastic_resize_monitor_interval_s=GROWTH_INTERVAL_S,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": asked.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
-        run_config=RunConfig(
+        run_config=ray.train.RunConfig(
             name=name,
             storage_path=folder,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=asked.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[Between(run.folder), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=None),
+            callbacks=[BetweenGroups(run.folder), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
         ),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         if isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, Stopped):
-            log.warning("stopped while no worker ran; what was done after the newest checkpoint is not kept")
+            log.warning("stopped while no worker ran; the steps after the newest checkpoint are lost")
             return
         log.error("%s", error)  # with the workers' tracebacks
         raise TrainingError(
-            f"training failed and used up cluster.max_failures restarts; last failure: {reason(error)}"
+            f"training failed and used up cluster.max_failures restarts; last failure: {describe_failure(error)}"
         ) from error
     finally:
-        if storage.exists(fatal):  # a user's mistake, found by a worker: say that, not what it led to
-            told = json.loads(storage.read_text(fatal))
+        if cause := storage.read_json(fatal):  # raise the cause that a worker found, not its consequence
             storage.remove(fatal)
-            raise getattr(errors, told["kind"])(told["message"]) from None
+            raise getattr(errors, cause["kind"])(cause["message"]) from None
 
 
-def _release(run: str) -> None:
-    """Give back what an earlier start of the run holds, if its driver was killed.
-
-    Ray would keep those places for three minutes more, and an elastic group would wait for them.
-    """
-    claim = storage.join(run, CLAIM)
+def _release(folder: str) -> None:
+    """Release the resources of an earlier start whose driver was killed; Ray keeps them for three minutes."""
+    claim = storage.join(folder, CLAIM)
     if storage.exists(claim):
         holder = f"train-{storage.read_text(claim)}"
-        ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(holder), timeout=60)
+        coordinator = autoscaling.get_or_create_autoscaling_coordinator()
+        ray.get(coordinator.cancel_request.remote(holder), timeout=60)
 
 
-def reason(error: ray.train.TrainingFailedError) -> str:
-    """What a failed run failed of, in one line: every kind of failure once, with the first worker that had it."""
+def describe_failure(error: ray.train.TrainingFailedError) -> str:
+    """Describe why a run failed, in one line: each kind of failure once, with the first worker that had it.
+
+    Args:
+        error: raised by Ray Train.
+    """
     failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
     if not failures:
         return " ".join(str(error).split())
     kinds: dict[str, str] = {}
     for rank, failure in sorted(failures.items()):
-        failure = getattr(failure, "health_check_failure", failure)  # Ray's wrapper says nothing more
-        said = (str(failure).strip().splitlines() or ["no message"])[0]
-        kinds.setdefault(f"{type(failure).__name__}: {said}", f"worker {rank}")
+        failure = getattr(failure, "health_check_failure", failure)  # Ray's wrapper adds nothing
+        message = (str(failure).strip().splitlines() or ["no message"])[0]
+        kinds.setdefault(f"{type(failure).__name__}: {message}", f"worker {rank}")
     return "; ".join(f"{worker}: {kind}" for kind, worker in kinds.items())
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C to `stoppable`; Ray's own handler would end the run without a checkpoint."""
+    """A trainer that leaves Ctrl-C to `stoppable`; Ray's own handler would end the run without a checkpoint."""
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
 
 
 class Stopped(Exception):
-    """The run was asked to stop while it had no workers that could save."""
+    """The user stopped the run while it had no workers that could save."""
 
 
-class Between(ControllerCallback):
-    """What Ray's controller does for a run between two groups of workers.
+class BetweenGroups(ControllerCallback):
+    """Work of Ray's controller between two groups of workers.
 
-    A group that is to grow starts again from the newest checkpoint: one is made first, so no step is lost. And a
-    run that waits for nodes can be stopped: nothing else would look for the request.
+    A group that grows restarts from the newest checkpoint, so one is made first and no step is lost. A run that
+    waits for nodes can be stopped, since this callback checks for the request.
+
+    Args:
+        folder: of the run.
     """
 
-    PATIENCE = 120.0  # seconds for that checkpoint
+    CHECKPOINT_TIMEOUT_S = 120.0
 
-    def __init__(self, run: str):
-        self._run = run
+    def __init__(self, folder: str):
+        self._folder = folder
 
-    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
-        """Note the name for `_release`."""
-        storage.publish_text(storage.join(self._run, CLAIM), train_run_context.run_id)
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Record the name under which Ray reserves resources, for `_release`.
 
-    def after_controller_state_update(
-        self, previous_state: TrainControllerState, current_state: TrainControllerState
-    ) -> None:
-        """Called by Ray whenever its state changes, and again and again while it waits for nodes."""
-        if isinstance(current_state, ResizingState):
+        Args:
+            train_run_context: Ray's context of the run.
+        """
+        storage.publish_text(storage.join(self._folder, CLAIM), train_run_context.run_id)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Save before a resize, and check for a stop request; Ray calls this repeatedly while it waits for nodes.
+
+        Args:
+            previous_state: of Ray's controller.
+            current_state: of Ray's controller.
+
+        Raises:
+            Stopped: the user requested it.
+        """
+        waiting = state.InitializingState | state.RestartingState | state.ReschedulingState
+        if isinstance(current_state, state.ResizingState):
             self._save()
-        elif isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
+        elif isinstance(current_state, waiting):
             if type(previous_state) is type(current_state):
-                time.sleep(0.5)  # Ray itself would ask again at once
-            if storage.exists(storage.join(self._run, STOP)):
+                time.sleep(0.5)  # Ray itself would retry without a pause
+            if storage.exists(storage.join(self._folder, STOP)):
                 raise Stopped
 
     def _save(self) -> None:
-        request = storage.join(self._run, SAVE)
+        """Request a checkpoint and wait until it is complete."""
+        request = storage.join(self._folder, SAVE)
         try:
-            before, deadline = checkpoint.newest(self._run), time.monotonic() + self.PATIENCE
+            before, deadline = checkpoint.newest(self._folder), time.monotonic() + self.CHECKPOINT_TIMEOUT_S
             storage.publish_bytes(request, b"")
-            while checkpoint.newest(self._run) == before and time.monotonic() < deadline:
+            while checkpoint.newest(self._folder) == before and time.monotonic() < deadline:
                 time.sleep(0.5)
             storage.remove(request)
-        except Exception as error:  # storage's troubles must not end the run: some steps are done again
-            log.warning("no checkpoint before the change of the worker group: %s", error)
+        except Exception as error:  # an outage of the storage must not end the run: some steps are repeated
+            log.warning("no checkpoint was made before the worker group changed: %s", error)
 
 
 def _worker(settings: dict[str, Run]) -> None:
-    """What Ray Train runs in every worker."""
+    """Train; the function that Ray Train runs in every worker."""
     logs.show()
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train repeats every report, from every worker
     run = settings["run"]
     device = ray.train.torch.get_device()
-    # DeepSpeed must not guess: a worker without a GPU may see some, and Ray's order of them is not always its own.
+    # Tell DeepSpeed the device: a worker without a GPU may see some, and Ray may order GPUs differently.
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
         os.environ["LOCAL_RANK"] = str(device.index)
-    torch.set_num_threads(run.config.cluster.cpus_per_worker)  # Ray's default is one, whatever was asked
+    torch.set_num_threads(run.config.cluster.cpus_per_worker)  # Ray's default is one thread
     fatal = storage.join(run.folder, FATAL)
     session = RaySession()
-    if storage.exists(fatal):  # trying again cannot help: end quietly, the driver tells why
+    if storage.exists(fatal):  # no restart can help; the driver reports the reason
         return
     try:
         metrics = train(run, session)
@@ -201,17 +210,22 @@ def _worker(settings: dict[str, Run]) -> None:
 
 
 class RaySession:
-    """A worker of Ray Train; its metrics also stand on Ray's dashboard."""
+    """The session of a Ray Train worker; rank 0's metrics also appear on Ray's dashboard."""
 
     def __init__(self) -> None:
         self._gauges: dict[str, Gauge] = {}
-        self._known: ray.train.PreemptionInfo | None = None
+        self._preemption: ray.train.PreemptionInfo | None = None
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Show the newest values as Ray's own metrics (Prometheus), from rank 0."""
+        """Set the newest values as metrics of Ray (Prometheus), from rank 0.
+
+        Args:
+            metrics: values by name.
+            step: number of updates done.
+        """
         if self.rank > 0:
             return
         for key, value in {**metrics, "train/step": step}.items():
@@ -220,26 +234,35 @@ class RaySession:
             self._gauges[key].set(value)
 
     def settle(self) -> None:
-        """Wait until Ray has taken over everything that was reported."""
+        """Wait until Ray has uploaded every reported checkpoint."""
         ray.train.get_all_reported_checkpoints()
 
     def notice(self) -> str | None:
-        """Ask Ray, which answers all ranks alike, for nodes that drain because they will be preempted."""
-        known, self._known = self._known, ray.train.get_preemption_info()
-        if self._known in (None, known):
+        """Ask Ray for nodes that drain because they will be preempted; all ranks get the same answer.
+
+        Returns:
+            The notice, or None if there is no new one.
+        """
+        earlier, self._preemption = self._preemption, ray.train.get_preemption_info()
+        info = self._preemption
+        if info is None or info == earlier:
             return None
-        assert self._known is not None
-        when = self._known.deadline_ms and datetime.fromtimestamp(self._known.deadline_ms / 1000)
-        return f"the nodes of workers {self._known.preempted_ranks} go" + (
-            f" at {when:%H:%M:%S}" if when else ""
-        )
+        deadline = datetime.fromtimestamp(info.deadline_ms / 1000) if info.deadline_ms else None
+        when = f" at {deadline:%H:%M:%S}" if deadline else ""
+        return f"the nodes of workers {info.preempted_ranks} will be taken away{when}"
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        """Upload in the background; Ray merges the folders of all ranks."""
+        """Upload this rank's part of a checkpoint in the background; Ray merges the folders of all ranks.
+
+        Args:
+            folder: local folder with the part; it is removed.
+            name: of the checkpoint's folder in the run's folder.
+            metrics: reported with the checkpoint.
+        """
         ray.train.report(
             metrics,
-            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )

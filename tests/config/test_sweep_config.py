@@ -130,7 +130,7 @@ def test_words_reach_the_sweep_or_all_its_runs(write: Any) -> None:
         ({"space": {"model.swap.norm": {"grid": []}}}, "space.model.swap.norm: [] has no values"),
         ({"space": {"model.swap.norm": {"grid": ["rmz"]}}}, "model.swap.norm: 'rmz' is not one of layer, rms"),
         ({"space": {"model.swap.norm": {"gird": ["rms"]}}}, "no such kind; did you mean 'grid'"),
-        ({"space": {"model.swap.norm": {"grid": ["rms", "rms"]}}}, "rms stands in it twice"),
+        ({"space": {"model.swap.norm": {"grid": ["rms", "rms"]}}}, "rms is listed twice"),
         ({"space": {"optim.lr": {"uniform": [0.1, 1]}}}, "uniform with search grid; expected grid"),
         ({"space": {}}, "space: empty"),
         ({"seeds": []}, "seeds: empty"),

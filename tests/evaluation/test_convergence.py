@@ -43,11 +43,11 @@ def test_table_and_data() -> None:
     assert first is not None
     second = Curve("b", *(np.array(x) for x in ([10.0, 20.0], [200.0, 400.0], [1.0, 2.0], [30.0, 12.004])))
     assert targets([first, second]) == pytest.approx([24.2, 18.15, 12.1])
-    head, rows = convergence.table([first, second], "perplexity")
-    assert head[0] == "validation perplexity"
-    assert [row[:3] for row in rows][-2:] == [["12.10", "a", "24"], ["12.10", "b", "20"]]
+    table = convergence.table([first, second], "perplexity")
+    assert table.columns[0] == "validation perplexity"
+    assert [row[:3] for row in table.values.tolist()][-2:] == [["12.10", "a", "24"], ["12.10", "b", "20"]]
     easy = Curve("c", *(np.array([x]) for x in (5.0, 100.0, 1.0, 11.0)))
-    assert convergence.table([first, easy], "perplexity")[1][1][2:5] == [
+    assert convergence.table([first, easy], "perplexity").values.tolist()[1][2:5] == [
         "at most 5",
         "at most 100",
         "at most 1",

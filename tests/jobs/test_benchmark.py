@@ -22,22 +22,24 @@ def load(path: Path, *overrides: str) -> BenchmarkConfig:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
     storage = tmp_path_factory.mktemp("benchmark")
     return benchmark(load(TINY, f"storage={storage}", "trace=true", "tracking.uri=null"))
 
 
-def test_figures_add_up(found: BenchmarkResult) -> None:
-    config = found.report.config
-    for one in found.report.measured:
-        assert len(one.seconds) == 2
-        assert all(s == pytest.approx(sum(p.values())) for s, p in zip(one.seconds, one.parts, strict=True))
-        assert sum(one.split.values()) == pytest.approx(1)
-        assert one.tokens == one.sequences * config.length
-        if one.flops is not None:
-            assert 0 < (one.share_of_roofline or 0) < 1.2
-            assert all(0 < share < 1.2 for share in one.share_of_peak)
-    own = [one.label for one in found.report.measured if one.flops is not None]
+def test_figures_add_up(finished: BenchmarkResult) -> None:
+    config = finished.report.config
+    for result in finished.report.results:
+        assert len(result.seconds) == 2
+        assert all(
+            s == pytest.approx(sum(p.values())) for s, p in zip(result.seconds, result.phases, strict=True)
+        )
+        assert sum(result.split.values()) == pytest.approx(1)
+        assert result.tokens == result.sequences * config.length
+        if result.flops is not None:
+            assert 0 < (result.share_of_roofline or 0) < 1.2
+            assert all(0 < share < 1.2 for share in result.share_of_peak)
+    own = [result.label for result in finished.report.results if result.flops is not None]
     assert own == [
         "training pgm",
         "training mdlm",
@@ -45,21 +47,23 @@ def test_figures_add_up(found: BenchmarkResult) -> None:
         "sampling pgm refresh_every 4",
         "sampling mdlm",
     ]
-    assert found.report.peak > 1e8
-    assert 0 <= (found.report.waited or 0) < 1
+    assert finished.report.peak > 1e8
+    assert 0 <= (finished.report.data_wait or 0) < 1
 
 
-def test_the_files_hold_the_figures(found: BenchmarkResult) -> None:
-    folder = Path(found.folder)
+def test_the_files_hold_the_figures(finished: BenchmarkResult) -> None:
+    folder = Path(finished.folder)
     with (folder / "benchmark.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["case"] for row in rows] == [one.label for one in found.report.measured]
-    for row, one in zip(rows, found.report.measured, strict=True):
-        assert float(row["s/batch"]) == one.median
-        assert float(row["tokens/s"]) == pytest.approx(float(row["sequences/s"]) * found.report.config.length)
+    assert [row["case"] for row in rows] == [result.label for result in finished.report.results]
+    for row, result in zip(rows, finished.report.results, strict=True):
+        assert float(row["s/batch"]) == result.median
+        assert float(row["tokens/s"]) == pytest.approx(
+            float(row["sequences/s"]) * finished.report.config.length
+        )
     lines = (folder / "benchmark.md").read_text().splitlines()
     table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    assert sum(cells[0].rstrip(" |") == "training pgm" for cells in table) == 2, "cases, parts"
+    assert sum(cells[0].rstrip(" |") == "training pgm" for cells in table) == 2, "cases, phases"
     assert any(
         cells[0] == "sampling pgm over sampling mdlm plain" and cells[4] in ("yes", "no") for cells in table
     )
@@ -67,13 +71,13 @@ def test_the_files_hold_the_figures(found: BenchmarkResult) -> None:
     assert len(list((folder / "traces").glob("*.json.gz"))) == len(rows)
 
 
-def test_mlflow_has_the_run(found: BenchmarkResult) -> None:
-    client = MlflowClient(found.tracking_uri)
-    run = client.get_run(found.run_id)
+def test_mlflow_has_the_run(finished: BenchmarkResult) -> None:
+    client = MlflowClient(finished.tracking_uri)
+    run = client.get_run(finished.run_id)
     assert run.info.status == "FINISHED"
-    expected = {key: pytest.approx(value) for key, value in found.report.metrics().items()}
+    expected = {key: pytest.approx(value) for key, value in finished.report.metrics().items()}
     assert run.data.metrics == expected
-    assert {file.path for file in client.list_artifacts(found.run_id)} == {
+    assert {file.path for file in client.list_artifacts(finished.run_id)} == {
         "benchmark.md",
         "benchmark.csv",
         "benchmark.png",
@@ -100,7 +104,7 @@ def test_the_two_models_of_the_size_to_compare_have_equal_parameters() -> None:
         ("ratios=[{of: training pgm, over: training}]", "ratio with 'training', which is no case; known: "),
         ("models.pgm.hiden=8", "hiden: no such key .*did you mean 'hidden'"),
         ("steps=65", "steps 65 for rows of 64"),
-        ("clock=sun", "'sun' is not one of wall, cpu"),
+        ("clock=sun", "'sun' is not result of wall, cpu"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(override: str, says: str) -> None:

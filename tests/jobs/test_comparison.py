@@ -20,7 +20,7 @@ from pipeline.metrics.ngram import bigram_perplexity
 from pipeline.metrics.text import unigram_entropy
 from pipeline.models import model_folder
 from pipeline.run import Run
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model, write_rows
 
@@ -80,7 +80,7 @@ def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
     for one in found.points:
         model = model_folder.read(Path(config.cluster.storage) / one.model / "model")[0]
         order = "left_to_right" if one.model == "AR" else "uniform"
-        rows = sample(model, 20, one.steps, 0, order).numpy()
+        rows = sample(model, SamplingRequest(20, one.steps, 0, order)).numpy()
         assert one.value("bigram_perplexity") == pytest.approx(bigram_perplexity([seen], [rows], 257))
         assert one.value("entropy") == pytest.approx(unigram_entropy(rows))
         assert len(one.rates) == 5
@@ -89,7 +89,7 @@ def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
         model = model_folder.read(Path(config.cluster.storage) / name / "model")[0]
         estimator, draws = likelihood.estimator_for(model, "count", 2)
         rows = held_out.rows(np.unique(np.linspace(0, len(held_out) - 1, 40).astype(int)))
-        bound = likelihood.measure(model, rows, estimator, draws, 0, batch=32)
+        bound = likelihood.measure(model, likelihood.Masking(estimator, draws, 0, batch=32), rows)
         assert group.title == name
         assert group.measures[1].value == pytest.approx(bound.nats, rel=1e-6)
 

@@ -123,7 +123,7 @@ def test_what_is_not_a_model_is_not_replaced(trained: Path, tmp_path: Path) -> N
 
 def test_wrong_words_and_damaged_folders(trained: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"length=8.*is a model folder, which says all of itself"):
+    with pytest.raises(ConfigError, match=r"length=8.*overrides apply only to released weight files"):
         export_model(trained, out, ["length=8"])
     with pytest.raises(ConfigError, match="'licence=mit': no such key; did you mean 'license'"):
         export_model(RELEASED, out, ["licence=mit"])

@@ -103,9 +103,8 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     reader = ShardReader(path, manifest, "validation")
     rows = validation_rows(len(reader), 300)
     model = model_folder.read(Path(config.cluster.storage) / "judged" / "model")[0]
-    bound = likelihood.measure(
-        model, reader.rows(rows), "arccos", 2, 0, bos=True, batch=64, labels=reader.labels(rows)
-    )
+    masking = likelihood.Masking("arccos", 2, 0, bos=True, batch=64)
+    bound = likelihood.measure(model, masking, reader.rows(rows), reader.labels(rows))
     other = f"evaluation/zero_shot/{Path(path).name}/loss"
     assert metrics["evaluation/validation/loss"] == metrics[other] == bound.nats
     assert metrics["evaluation/validation/loss_low"] == pytest.approx(

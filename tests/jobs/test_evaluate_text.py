@@ -64,7 +64,8 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     path = Run(config).data_path
     train, held_out = (ShardReader(path, Manifest.read(path), split) for split in ("train", "validation"))
     rows = held_out.rows(np.unique(np.linspace(0, len(held_out) - 1, 40).astype(int)))
-    bound = likelihood.measure(model_folder.read(run / "model")[0], rows, "count", 2, 0)
+    masking = likelihood.Masking("count", 2, 0)
+    bound = likelihood.measure(model_folder.read(run / "model")[0], masking, rows)
     assert metrics["evaluation/validation/nats"] == pytest.approx(bound.nats, rel=1e-6)
 
     tokens, decode = np.load(f"{found.folder}/samples/tokens.npy"), ByteTokenizer().decode

@@ -153,7 +153,7 @@ def test_driver_killed_then_a_node_comes_and_one_goes_with_notice(tmp_path: Path
             assert start >= int(saved[1])  # saved for the purpose, not when it was due
             seen = len(job.lines)
             nodes.announce(0, seconds=60)
-            saved = job.wait_for(r"step (\d+): the nodes of workers \[\d\] go at", after=seen)
+            saved = job.wait_for(r"step (\d+): the nodes of workers \[\d\] will be taken away at", after=seen)
             job.wait_for(f"step {int(saved[1]) + 3}/300 ", after=seen)  # training goes on until the node goes
             seen, when = len(job.lines), nodes.lose(0)
             assert story.back(job, "announced node lost", when, seen, 1) >= int(saved[1])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import check_open
+from jobs.cli import check_locations
 from pipeline import logs, tracking
 from pipeline.config.load import dump
 from pipeline.errors import ConfigError
@@ -69,7 +69,7 @@ def test_a_password_in_the_address_stays_in_it(
 
 
 def test_a_config_with_a_password_is_refused(tmp_path: Path) -> None:
-    check_open(tiny(tmp_path, "fine"))
+    check_locations(tiny(tmp_path, "fine"))
     config = tiny(tmp_path, "told")
     told = config.model_copy(
         update={"tracking": config.tracking.model_copy(update={"uri": "https://me:planted@host:5000"})}
@@ -77,5 +77,5 @@ def test_a_config_with_a_password_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"tracking.uri: 'https://host:5000' with a user or password"
     ) as caught:
-        check_open(told)
+        check_locations(told)
     assert "planted" not in str(caught.value)

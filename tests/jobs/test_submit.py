@@ -21,7 +21,7 @@ import ray
 import s3fs
 from mlflow import MlflowClient
 
-from jobs import JOB, check_kept, command
+from jobs.cli import JOB_VARIABLE, check_locations, command
 from pipeline import storage
 from pipeline.config.load import load
 from pipeline.errors import ConfigError, DataError
@@ -173,14 +173,14 @@ def head(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hea
 def test_folders_inside_a_submitted_job_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(ROOT / CONFIG)
     monkeypatch.chdir(tmp_path)
-    check_kept(config)  # a plain command
-    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"env_vars": {"A": "b"}}}))
-    check_kept(config)  # submitted without a copy of the code
-    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}))
+    check_locations(config)  # a plain command
+    monkeypatch.setenv(JOB_VARIABLE, json.dumps({"runtime_env": {"env_vars": {"A": "b"}}}))
+    check_locations(config)  # submitted without a copy of the code
+    monkeypatch.setenv(JOB_VARIABLE, json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}))
     with pytest.raises(ConfigError, match=r"cluster.storage: 'runs' lies in the copy of the code"):
-        check_kept(config)
-    check_kept(load(ROOT / CONFIG, ["cluster.storage=s3://bucket/runs"]))
-    check_kept(load(ROOT / CONFIG, ["cluster.storage=/shared/runs"]))
+        check_locations(config)
+    check_locations(load(ROOT / CONFIG, ["cluster.storage=s3://bucket/runs"]))
+    check_locations(load(ROOT / CONFIG, ["cluster.storage=/shared/runs"]))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_job_stop_ends_in_a_checkpoint_and_a_run_marked_killed(head: Head) -> No
         stdout=-1,
     )
     told = job_logs(head)
-    assert told.rstrip().splitlines()[-1].startswith("error: stopped as asked, after a checkpoint"), told[
+    assert told.rstrip().splitlines()[-1].startswith("error: stopped on request after a checkpoint"), told[
         -2000:
     ]
     (step,) = checkpoint.steps("s3://bucket/runs/stopped")

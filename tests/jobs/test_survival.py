@@ -62,7 +62,7 @@ def test_kills_of_workers_and_driver_change_nothing(tmp_path: Path, kills: list[
         job.wait_for(rf"step 500/{STEPS}")
         job.process.send_signal(signal.SIGTERM)
         assert job.process.wait(120) == 1
-        job.wait_for("stopped as asked")
+        job.wait_for("stopped on request")
     run = MlflowClient(tracking_uri(config)).search_runs(["1"])[0]
     assert run.info.status == "KILLED"
 

@@ -57,7 +57,7 @@ def test_a_killed_and_a_stopped_sweep_go_on_where_they_were(tmp_path: Path) -> N
         job.process.send_signal(signal.SIGTERM)
         assert job.process.wait(60) == 1
         text = "\n".join(job.lines)
-    assert text.splitlines()[-1].startswith("error: stopped as asked, after checkpoints")
+    assert text.splitlines()[-1].startswith("error: stopped on request after checkpoints")
     assert "norm=layer seed 1: step 20/160" not in text  # it went on from a checkpoint
     stopped = {name: run.info.status for name, run in runs(tmp_path).items()}
     (halved,) = [name for name in stopped if name.startswith("norm-rms")]  # the last one has not begun

@@ -32,7 +32,7 @@ def nll(model: Model, known: dict[int, int], place: int, token: int) -> float:
 @pytest.mark.parametrize("bos", [None, 3])
 @pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda c: c.kind)
 def test_bound_is_the_mean_over_orders(config: PGMConfig | MDLMConfig, bos: int | None):
-    denoiser = randomised(config, 11, 8, scale=0.5)
+    denoiser = randomised(config, 11, 8, scale=0.5).double()
     model, start = Model(denoiser, bos=bos), int(bos is not None)
     found = score_continuations(denoiser, PAIRS, draws=1024, bos=bos)
     for (prompt, (a, b)), score in zip(PAIRS, found, strict=True):
@@ -46,7 +46,7 @@ def test_bound_is_the_mean_over_orders(config: PGMConfig | MDLMConfig, bos: int 
 
 
 def test_exact_for_autoregressive_models():
-    denoiser = randomised(AR, 11, 8, scale=0.5)
+    denoiser = randomised(AR, 11, 8, scale=0.5).double()
     found = score_continuations(denoiser, PAIRS)
     for (prompt, continuation), score in zip(PAIRS, found, strict=True):
         row, total = list(prompt), 0.0
@@ -58,16 +58,16 @@ def test_exact_for_autoregressive_models():
                 logits = denoiser.head(denoiser.hidden(state, torch.tensor([len(row)]), [1]))
             total -= float(logits[0].double().log_softmax(-1)[token])
             row.append(token)
-        assert score.nats == pytest.approx(total, abs=1e-4)
+        assert score.nats == pytest.approx(total, rel=2e-7)
         assert score.stderr == 0
 
 
 def test_a_score_does_not_depend_on_the_batch():
-    denoiser = randomised(BOTH_KINDS[0], 11, 8, scale=0.5)
+    denoiser = randomised(BOTH_KINDS[0], 11, 8, scale=0.5).double()
     together = score_continuations(denoiser, PAIRS, draws=5, batch=4)
     apart = score_continuations(denoiser, PAIRS, draws=5, batch=100)
     for one, other in zip(together, apart, strict=True):
-        assert one.nats == pytest.approx(other.nats, abs=1e-4)
+        assert one.nats == pytest.approx(other.nats, rel=2e-7)
 
 
 def test_an_untrained_model_knows_nothing_of_texts():
@@ -89,7 +89,7 @@ def test_pairs_that_do_not_fit(pair: tuple[list[int], list[int]]):
 @pytest.mark.parametrize("config", [*BOTH_KINDS, AR], ids=lambda c: c.kind)
 def test_first_choices(config: PGMConfig | MDLMConfig | ARConfig):
     """A continuation made of them matches, and no longer does with another token in it; in any company."""
-    denoiser = randomised(config, 11, 8, scale=0.5)
+    denoiser = randomised(config, 11, 8, scale=0.5).double()
     model, pairs = Model(denoiser, bos=3), []
     for prompt in ([1, 2], [], [7, 8, 9, 1]):
         row, free = [3, *prompt], 3

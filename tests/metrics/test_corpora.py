@@ -62,7 +62,7 @@ def test_a_bound_and_a_loss() -> None:
 def test_settings_of_the_other_kind_of_data() -> None:
     for tree, says in [
         ({"features": "inception"}, "evaluation.features: 'inception' looks at images"),
-        ({"weights": "a.pth"}, "weights 'a.pth' are of features inception, not of None"),
+        ({"weights": "a.pth"}, "weights 'a.pth' are for features inception, not None"),
     ]:
         with pytest.raises(ConfigError, match=says):
             parse({"name": "a", "evaluation": tree}, origin="test")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.metrics.likelihood import Likelihood, measure
+from pipeline.metrics.likelihood import Likelihood, Masking, measure
 from pipeline.models.denoiser import Batch
 from tests.support.known_source import Known, markov
 
@@ -31,7 +31,9 @@ def found() -> tuple[float, list[Likelihood]]:
     entropy = -float((joint * np.log(joint)).sum()) / L
     rows, rng, model = np.array(list(product(range(V), repeat=L))), np.random.default_rng(0), Source(joint)
     fresh = [rows[rng.choice(len(rows), ROWS, p=joint.ravel())] for _ in range(REPEATS)]
-    return entropy, [measure(model, some, "count", 1, seed, batch=ROWS) for seed, some in enumerate(fresh)]
+    return entropy, [
+        measure(model, Masking("count", 1, seed, batch=ROWS), some) for seed, some in enumerate(fresh)
+    ]
 
 
 def covered(entropy: float, found: list[Likelihood], share: float) -> float:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import ARConfig, EvaluationConfig
-from pipeline.diffusion.objective import next_token_batch
+from pipeline.config.schema import ARConfig, DiffusionConfig, EvaluationConfig
+from pipeline.diffusion.objective import Objective
+from pipeline.diffusion.partition import StepDraws
 from pipeline.errors import CapabilityError
-from pipeline.metrics.likelihood import estimator_for, masked_batches, measure, row_sums
+from pipeline.metrics.likelihood import Masking, estimator_for, masked_batches, measure, row_sums
 from tests.support.small_models import BOTH_KINDS, randomised
 
 AR = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)
@@ -20,28 +21,28 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_chances_of_all_rows_add_up_to_one(bos: bool) -> None:
-    model = randomised(AR, vocab_size=3, length=4 + bos)
+    model = randomised(AR, vocab_size=3, length=4 + bos).double()
     rows = np.array(list(itertools.product(range(3), repeat=4)))
     if bos:
         rows = np.concatenate([np.full((81, 1), 2), rows], axis=1)
-    batches = masked_batches(rows, "exact", 1, 0, 1e-3, bos, 32, 0, 1, CPU)
+    batches = masked_batches(Masking("exact", 1, 0, bos=bos), rows)
     nats = row_sums(model, batches, 81) * 4
-    assert float((-nats).exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert float((-nats).exp().sum()) == pytest.approx(1, abs=1e-6)
     assert float(nats.std()) > 0.1
-    bound = measure(model, rows, "exact", 1, 0, bos=bos)
-    assert bound.nats == pytest.approx(float(nats.mean()) / 4, rel=1e-6)
+    bound = measure(model, Masking("exact", 1, 0, bos=bos), rows)
+    assert bound.nats == pytest.approx(float(nats.mean()) / 4, rel=2e-7)
     assert "exact" in str(bound)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_share_the_rows(workers: int) -> None:
-    model, rows = randomised(AR), np.random.default_rng(0).integers(0, 11, (13, 16))
+    model, rows = randomised(AR).double(), np.random.default_rng(0).integers(0, 11, (13, 16))
     sums = sum(
-        row_sums(model, masked_batches(rows, "exact", 1, 0, 1e-3, False, 4, rank, workers, CPU), 13)
+        row_sums(model, masked_batches(Masking("exact", 1, 0, batch=4), rows, share=(rank, workers)), 13)
         for rank in range(workers)
     )
     assert isinstance(sums, Tensor)
-    assert float(sums.mean()) == pytest.approx(measure(model, rows, "exact", 1, 5).nats, rel=1e-5)
+    assert float(sums.mean()) == pytest.approx(measure(model, Masking("exact", 1, 5), rows).nats, rel=2e-7)
 
 
 def test_the_estimator_follows_the_model() -> None:
@@ -52,21 +53,24 @@ def test_the_estimator_follows_the_model() -> None:
         model = randomised(config)
         assert estimator_for(model, settings.estimator, settings.draws) == ("count", 3)
         with pytest.raises(CapabilityError, match=r"'exact' does not fit.*count or mdlm"):
-            measure(model, rows, "exact", 1, 0)
+            measure(model, Masking("exact", 1, 0), rows)
     with pytest.raises(CapabilityError, match="'count' does not fit AR; expected exact"):
-        measure(randomised(AR), rows, "count", 1, 0)
+        measure(randomised(AR), Masking("count", 1, 0), rows)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_objective_is_the_mean_over_targets(bos: bool) -> None:
     """Rows that are absent weigh nothing, and the divisor is the global batch."""
     rows = np.random.default_rng(1).integers(0, 11, (3, 16))
-    batch = next_token_batch(rows, np.array([True, False, True]), 5, bos, CPU)
+    objective = Objective(DiffusionConfig(), bos, both_groups=False, left_to_right=True)
+    draws = StepDraws(np.ones(3), np.zeros(rows.shape, bool))
+    divisor = objective.normaliser(np.zeros((5, 16), bool))
+    batch = objective.batch(rows, draws, np.array([True, False, True]), divisor=divisor, device=CPU)
     assert batch.targets.sum() == 3 * (16 - bos)
-    model = randomised(AR)
+    model = randomised(AR).double()
     losses = model(batch)
     assert losses[1] == 0
-    exact = measure(model, rows[[0, 2]], "exact", 1, 0, bos=bos)
-    assert float(losses.sum().detach()) == pytest.approx(exact.nats * 2 / 5, rel=1e-5)
+    exact = measure(model, Masking("exact", 1, 0, bos=bos), rows[[0, 2]])
+    assert float(losses.sum().detach()) == pytest.approx(exact.nats * 2 / 5, rel=1e-6)
     fresh = batch.weights.sum() * math.log(11)
     assert float(fresh) == pytest.approx(2 / 5 * math.log(11), rel=1e-5)

@@ -6,10 +6,12 @@ import torch
 
 from pipeline.config.schema import PGMConfig, SamplingConfig
 from pipeline.metrics import step_quality
+from pipeline.metrics.draw import batches_of, draw_rows
 from pipeline.metrics.ngram import bigram_model, bigram_perplexity
-from pipeline.metrics.step_quality import Quality, draw, judge, step_counts
+from pipeline.metrics.step_quality import Quality, measure, step_counts
 from pipeline.metrics.text import unigram_entropy
 from pipeline.models import build
+from pipeline.models.denoiser import Denoiser
 from pipeline.reports.figures import quality_against_steps
 from tests.support.known_source import Known, markov
 from tests.support.small_models import shake
@@ -22,6 +24,13 @@ FOUND = [
     Quality("round 1", 8, 15.0, 2.75),
     Quality("round 1", 16, 14.0, 2.125),
 ]
+
+
+def draw(model: Denoiser, bos: int | None, settings: SamplingConfig, steps: int) -> np.ndarray:
+    """All rows of the settings, in so many steps, without BOS."""
+    settings = settings.model_copy(update={"steps": steps})
+    rows = [draw_rows(model, settings, bos, batch).numpy() for batch in batches_of(settings)]
+    return np.concatenate(rows)[:, int(bos is not None) :]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +53,7 @@ def test_more_steps_of_an_exact_model_are_better() -> None:
     rows = np.stack(np.unravel_index(train, joint.shape), axis=1)
     perplexity = bigram_model([rows], V)
     model = Known(joint)
-    found = [judge("a", steps, draw(model, None, SETTINGS, steps), perplexity) for steps in (1, 2, L)]
+    found = [measure("a", steps, draw(model, None, SETTINGS, steps), perplexity) for steps in (1, 2, L)]
     assert found[0].perplexity > 1.2 * found[1].perplexity > 1.2 * found[2].perplexity
     assert found[2].perplexity == pytest.approx(perplexity([rows[:5000]]), rel=0.03)
     assert found[2].perplexity == bigram_perplexity([rows], [draw(model, None, SETTINGS, L)], V)
@@ -69,7 +78,7 @@ def test_rows_of_images_have_their_classes_and_no_bos() -> None:
 def test_table() -> None:
     assert step_quality.table(FOUND).splitlines() == [
         "| bigram perplexity (entropy) | 8 steps | 16 steps |",
-        "|---|---|---|",
+        "| --- | --- | --- |",
         "| teacher | 20.50 (2.50) | 12.00 (2.25) |",
         "| round 1 | 15.00 (2.75) | 14.00 (2.12) |",
     ]

@@ -14,6 +14,8 @@ from pipeline.models.attention import Segments, attend
 HEADS, SIZE = 2, 4
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=40)
+# Largest difference, relative to the largest entry where that exceeds 1.
+NEAR = {torch.float64: 1e-10, torch.float32: 1e-5}
 LENGTHS = st.one_of(st.sampled_from([0, 0, 1]), st.integers(0, 9))
 
 
@@ -40,18 +42,28 @@ def dense(q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: 
 
 def agree(kernel: Kernel, q_segments: Segments, k_segments: Segments) -> None:
     """Output and all gradients of a kernel are the oracle's, and exactly 0 without keys."""
-    *mine, direction = inputs(q_segments.total, k_segments.total)
+    for dtype in NEAR:
+        agree_in(dtype, kernel, q_segments, k_segments)
+
+
+def agree_in(dtype: torch.dtype, kernel: Kernel, q_segments: Segments, k_segments: Segments) -> None:
+    *mine, direction = inputs(q_segments.total, k_segments.total, dtype)
     *theirs, _ = inputs(q_segments.total, k_segments.total, torch.float64)
     out = kernel(*mine, q_segments, k_segments)
     expected = dense(*theirs, q_segments.lengths, k_segments.lengths)
-    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+    close(out, expected)
     blind = torch.tensor(k_segments.lengths).eq(0)[q_segments.ids]
     assert out[blind].eq(0).all()
     grads = torch.autograd.grad((out * direction).sum(), mine)
     wanted = torch.autograd.grad((expected * direction).sum(), theirs)
     for got, want in zip(grads, wanted, strict=True):
         assert got.isfinite().all()
-        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+        close(got, want)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found.double(), expected, atol=NEAR[found.dtype] * max(1.0, largest), rtol=0)
 
 
 def sees_something(kernel: Kernel) -> Kernel:
@@ -138,7 +150,7 @@ def test_the_kernel_suits_the_lengths(
 
     for name in ("_equal", "_masked", "_each"):
         monkeypatch.setattr(attention, name, recorded(name, getattr(attention, name)))
-    agree(attend, Segments(q_lengths), Segments(k_lengths))
+    agree_in(torch.float32, attend, Segments(q_lengths), Segments(k_lengths))
     assert ran == [runs]
 
 

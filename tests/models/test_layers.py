@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models import build
-from pipeline.models.layers import LOGITS_AT_ONCE, GeluLinear, Head, LayerNorm, rotary, rotate, sinusoid
+from pipeline.models.layers import CHUNK_LOGITS, GeluLinear, Head, LayerNorm, rotary, rotate, sinusoid
 from tests.support.small_models import PGM, randomised
 
 H = 16
 SIZES = [
     pytest.param(37, 50, id="one chunk"),
-    pytest.param(LOGITS_AT_ONCE["cpu"] // 500, 1201, id="three chunks"),  # 500 rows, 500 rows, 201 rows
+    pytest.param(CHUNK_LOGITS["cpu"] // 500, 1201, id="three chunks"),  # 500 rows, 500 rows, 201 rows
 ]
 
 
@@ -38,36 +38,40 @@ def losses_in_float64(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tens
     return x, leaves, losses
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
 @pytest.mark.parametrize(("vocab_size", "rows"), SIZES)
-def test_loss_is_cross_entropy(vocab_size: int, rows: int) -> None:
-    """Values, and gradients under a weight for each token."""
-    head = random_head(vocab_size)
+def test_loss_is_cross_entropy(vocab_size: int, rows: int, dtype: torch.dtype, near: float) -> None:
+    """Values, and gradients under a weight for each token, relative to the largest that exceeds 1."""
+    head = random_head(vocab_size, dtype)
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(rows, H, generator=generator).requires_grad_()
+    hidden = torch.randn(rows, H, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(vocab_size, (rows,), generator=generator)
     weights = torch.rand(rows, generator=generator) * (torch.arange(rows) % 3 > 0)  # a third weigh nothing
     losses = head(hidden, targets)
     x, leaves, expected = losses_in_float64(head, hidden, targets)
     assert losses.shape == (rows,)
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=0)
+    assert losses.dtype == dtype
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(losses.double(), expected, atol=near * max(scale, 1.0), rtol=0)
     grads = torch.autograd.grad((losses * weights).sum(), [hidden, *head.parameters()])
     wanted = torch.autograd.grad((expected * weights).sum(), [x, *leaves])
     for got, want in zip(grads, wanted, strict=True):
         scale = float(want.abs().max())
-        torch.testing.assert_close(got.double(), want, atol=1e-5 * max(scale, 1.0), rtol=0)
+        torch.testing.assert_close(got.double(), want, atol=near * max(scale, 1.0), rtol=0)
     assert grads[0][weights == 0].eq(0).all()
 
 
 @pytest.mark.parametrize(("vocab_size", "rows"), SIZES)
 def test_logits_and_loss_agree(vocab_size: int, rows: int) -> None:
-    head = random_head(vocab_size)
-    hidden, targets = torch.randn(rows, H), torch.arange(rows) % vocab_size
+    head = random_head(vocab_size, torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(rows, H, generator=generator, dtype=torch.float64)
+    targets = torch.arange(rows) % vocab_size
     with torch.no_grad():
         logits = head(hidden)
         assert logits.shape == (rows, vocab_size)
         torch.testing.assert_close(
-            F.cross_entropy(logits, targets, reduction="none"), head(hidden, targets), atol=2e-5, rtol=0
+            F.cross_entropy(logits, targets, reduction="none"), head(hidden, targets), atol=1e-10, rtol=0
         )
 
 
@@ -102,19 +106,19 @@ def test_a_fresh_model_is_uniform() -> None:
 
 
 def test_norm_and_modulation() -> None:
-    norm = LayerNorm(H, bias=True)
-    x = torch.randn(5, H, generator=torch.Generator().manual_seed(3)) * 3 + 1
+    norm = LayerNorm(H, bias=True).double()
+    x = torch.randn(5, H, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3 + 1
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, H))
         norm.bias.copy_(torch.linspace(-1, 1, H))
         plain = norm(x)
         torch.testing.assert_close(plain, F.layer_norm(x, (H,), norm.weight, norm.bias, 1e-5))
-        shift, scale = torch.linspace(3, 4, H), torch.linspace(-0.5, 0.5, H)
-        torch.testing.assert_close(norm(x, shift, scale), plain * (1 + scale) + shift, atol=1e-5, rtol=0)
-        for_each = [torch.outer(torch.arange(5.0), vector) for vector in (shift, scale)]
+        shift, scale = (torch.linspace(*ends, H, dtype=torch.float64) for ends in ((3, 4), (-0.5, 0.5)))
+        torch.testing.assert_close(norm(x, shift, scale), plain * (1 + scale) + shift, atol=1e-10, rtol=0)
+        for_each = [torch.outer(torch.arange(5.0).double(), vector) for vector in (shift, scale)]
         modulated = plain * (1 + for_each[1]) + for_each[0]
-        torch.testing.assert_close(norm(x, *for_each), modulated, atol=1e-5, rtol=0)
-    assert norm(x.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(norm(x, *for_each), modulated, atol=1e-10, rtol=0)
+    assert norm.float()(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("rows", [0, 1, 300])

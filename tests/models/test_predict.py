@@ -1,5 +1,7 @@
 """Predicting from known tokens alone is the training form's answer at those positions."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -12,12 +14,13 @@ from pipeline.models.denoiser import Batch
 from tests.support.small_models import BOTH_KINDS, MDLM, PGM, random_rows, randomised
 
 V, L = 11, 16
+EXACT = {"atol": 1e-10, "rtol": 0}  # in float64
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 
 
 @pytest.fixture(scope="module", params=BOTH_KINDS, ids=lambda config: config.kind)
 def model(request: pytest.FixtureRequest) -> Model:
-    return Model(randomised(request.param, V, L))
+    return Model(randomised(request.param, V, L).double())
 
 
 def ragged(
@@ -43,10 +46,10 @@ def check(model: Model, groups: Tensor, asked: Tensor, extra: int, seed: int) ->
     predicted = model.predict(known, positions, lengths, queries, query_lengths)
     expected = model.logits(tokens, groups)
     assert predicted.shape == (*queries.shape, V)
-    assert predicted.dtype == torch.float32
+    assert predicted.dtype == torch.float64
     for row, count in enumerate(query_lengths.tolist()):
         at = expected[row, queries[row, :count]]
-        torch.testing.assert_close(predicted[row, :count], at, atol=1e-5, rtol=0)
+        torch.testing.assert_close(predicted[row, :count], at, **EXACT)
         assert predicted[row, count:].eq(0).all()
 
 
@@ -76,9 +79,22 @@ def test_with_bos(model: Model) -> None:
     check(Model(model.denoiser, bos=0), groups, torch.ones_like(groups), 1, seed=1)
 
 
+def test_float32(model: Model) -> None:
+    """The same weights in float32: rounding, relative to the largest logit."""
+    tokens, groups = random_rows(5, L, V)
+    generator = torch.Generator().manual_seed(0)
+    positions, known, lengths = ragged(~groups, tokens, 1, generator)
+    queries, _, query_lengths = ragged(groups, tokens, 1, generator)
+    given = known, positions, lengths, queries, query_lengths
+    expected = model.predict(*given)
+    predicted = Model(copy.deepcopy(model.denoiser).float()).predict(*given)
+    assert predicted.dtype == torch.float32
+    assert (predicted - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
 def test_long_rows(model: Model) -> None:
     """Segments long enough for a call each."""
-    denoiser = randomised(PGM if type(model.denoiser).__name__ == "PGM" else MDLM, V, 200)
+    denoiser = randomised(PGM if type(model.denoiser).__name__ == "PGM" else MDLM, V, 200).double()
     tokens, groups = random_rows(2, 200, V)
     known = [row[~group] for row, group in zip(tokens, groups, strict=True)]
     places = [(~group).nonzero().squeeze(1) for group in groups]
@@ -95,7 +111,7 @@ def test_long_rows(model: Model) -> None:
     expected = Model(denoiser).logits(tokens, groups)
     for row, positions in enumerate(asked):
         at = expected[row, positions]
-        torch.testing.assert_close(predicted[row, : len(positions)], at, atol=1e-5, rtol=0)
+        torch.testing.assert_close(predicted[row, : len(positions)], at, **EXACT)
 
 
 def test_all_queries_are_asked_by_default(model: Model) -> None:
@@ -106,7 +122,7 @@ def test_all_queries_are_asked_by_default(model: Model) -> None:
         got, model.predict(known, positions, torch.tensor([2, 1]), queries, torch.tensor([3, 3]))
     )
     alone = model.predict(known[1:, :1], positions[1:, :1], torch.tensor([1]), queries[1:])
-    torch.testing.assert_close(got[1:], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1:], alone, **EXACT)
 
 
 def test_knowledge_grows_step_by_step(model: Model) -> None:
@@ -127,14 +143,14 @@ def test_knowledge_grows_step_by_step(model: Model) -> None:
             known = tokens.gather(1, order)
             at_once = model.predict(known, order, torch.tensor(done), queries)
             logits = denoiser.head(hidden).view_as(at_once)
-            torch.testing.assert_close(logits, at_once, atol=1e-5, rtol=0)
+            torch.testing.assert_close(logits, at_once, **EXACT)
     assert grown.lengths == [6, 7, 6]
 
 
 @KINDS
 def test_loss_is_the_cross_entropy_of_logits(config: PGMConfig | MDLMConfig) -> None:
     """What training minimises is what `logits` shows, position by position."""
-    denoiser = randomised(config, V, L)
+    denoiser = randomised(config, V, L).double()
     tokens, groups = random_rows(4, L, V)
     groups[1], groups[2] = False, True
     every = torch.ones_like(groups) if config.kind == "pgm" else groups
@@ -144,7 +160,8 @@ def test_loss_is_the_cross_entropy_of_logits(config: PGMConfig | MDLMConfig) -> 
     weights = torch.rand(4, L, generator=torch.Generator().manual_seed(6))
     for targets in (every, some, groups, torch.zeros_like(groups)):
         losses = denoiser(Batch(tokens, groups, targets, weights))
-        torch.testing.assert_close(losses, (picked * weights * targets).sum(1), atol=2e-5, rtol=0)
+        expected = (picked * weights * targets).sum(1)
+        torch.testing.assert_close(losses.double(), expected, atol=0, rtol=1e-7)  # rounded to float32 once
         grads = torch.autograd.grad(losses.sum(), list(denoiser.parameters()))
         assert all(grad.isfinite().all() for grad in grads)
 

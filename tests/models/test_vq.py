@@ -145,7 +145,7 @@ def test_llamagen_folder_is_bit_equal(tmp_path: Path) -> None:
         ({"encoder.conv_blocks.2.res.0.nin_shortcut.bias": None}, "missing encoder.conv_blocks.2.res.0.nin_sh"),
         ({"encoder.conv_blocks.1.attn.0.q.bias": (32,)}, "extra encoder.conv_blocks.1.attn.0.q.bias"),
         ({"quant_conv.weight": (9, 32, 1, 1)}, "quant_conv.weight is [9, 32, 1, 1], expected [8, 32, 1, 1]"),
-        ({"quantize.embedding.weight": None}, "no LlamaGen tokenizer: it has no quantize.embedding.weight"),
+        ({"quantize.embedding.weight": None}, "not a LlamaGen tokenizer: missing quantize.embedding.weight"),
         ({"quantize.embedding.weight": (64,)}, "quantize.embedding.weight is [64], expected 2 dimensions"),
         ({"encoder.conv_in.weight": (48, 3, 3, 3)}, "multiples of 32"),
     ],
@@ -173,7 +173,7 @@ def test_malicious_pickle_is_refused(tmp_path: Path, weights: dict[str, Tensor])
     assert not (tmp_path / "made").exists()
 
 
-def test_another_factor_than_asked() -> None:
+def test_another_factor_than_expected() -> None:
     assert load_image_tokenizer(str(GOLDEN), 4, 1, "cpu").factor == 4
     with pytest.raises(ConfigError, match=r"data.factor: 8, but .* 4 pixels wide; expected data.factor=4"):
         load_image_tokenizer(str(GOLDEN), 8, 1, "cpu")

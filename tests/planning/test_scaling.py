@@ -1,32 +1,44 @@
 """The predictions of the page on scaling: worked out by hand where that is possible, and the page itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.planning.scaling import A100, A100_ETHERNET, HOP, PGM_8_8, break_even, predict, report
+from pipeline.planning.memory import Activations
+from pipeline.planning.scaling import (
+    A100,
+    A100_ETHERNET,
+    HOP,
+    Workload,
+    break_even,
+    paper_workloads,
+    predict,
+    report,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
-LOGITS = 2 * 4 * 2**27  # two chunks of float32
-FACTS = (10**9, 1e12, 1e9, 1e8)  # parameters, FLOP a row, bytes kept of a row, logits of a row
+LOGITS = 4 * 2**27  # a chunk of float32
+# Half of an A100's peak.
+WORKLOAD = Workload("", 10**9, 1e12, Activations(per_row=1e9, logits=1e8), rows_per_second=156)
 
 
 def test_one_gpu_only_computes() -> None:
-    found = predict(*FACTS, rows=64, gpus=1, gpu=A100, share=0.5)
-    assert found.communication == 0
-    assert found.compute == pytest.approx(64e12 / 156e12)
-    # Weights and gradients, 16 bytes of float32 state, activations of one micro-batch of 32, chunks of logits.
-    assert found.memory == pytest.approx(4e9 + 16e9 + 32e9 + LOGITS)
-    assert found.optimiser == pytest.approx(32e9 / 2039e9)
-    assert found.largest == "compute"
+    step = predict(WORKLOAD, A100, gpus=1, rows=64)
+    assert step.communication == 0
+    assert step.compute == pytest.approx(64e12 / 156e12)
+    # Weights and gradients, 16 bytes of float32 state, activations of one micro-batch of 32, a chunk of logits.
+    assert step.memory == pytest.approx(4e9 + 16e9 + 32e9 + LOGITS)
+    assert step.optimiser == pytest.approx(32e9 / 2039e9)
+    assert step.largest == "compute"
 
 
 def test_communication_by_hand() -> None:
-    within = predict(*FACTS, rows=1, gpus=4, gpu=A100, share=0.5)
+    within = predict(WORKLOAD, A100, gpus=4, rows=1)
     assert within.communication == pytest.approx(2 * (2e9 * 3 / 4 / 300e9 + 2 * HOP))
-    across = predict(*FACTS, rows=1, gpus=16, gpu=A100, share=0.5)
+    across = predict(WORKLOAD, A100, gpus=16, rows=1)
     assert across.communication == pytest.approx(2 * (2e9 * 15 / 16 / 200e9 + 4 * HOP))
-    slow = predict(*FACTS, rows=1, gpus=16, gpu=A100_ETHERNET, share=0.5)
+    slow = predict(WORKLOAD, A100_ETHERNET, gpus=16, rows=1)
     assert slow.communication > 10 * across.communication
     assert slow.largest == "communication"
     assert slow.efficiency == pytest.approx(slow.compute / slow.step)
@@ -34,26 +46,34 @@ def test_communication_by_hand() -> None:
 
 @pytest.mark.parametrize(("stage", "whole", "collectives"), [(0, 20, 2), (1, 4, 2), (2, 2, 2), (3, 0, 3)])
 def test_zero_stages(stage: int, whole: int, collectives: int) -> None:
-    """`whole`: bytes a parameter that every GPU holds, however many there are."""
-    found = predict(*FACTS, rows=32, gpus=512, gpu=A100, share=0.5, stage=stage)  # type: ignore[arg-type]
-    parts = (20 - whole) * 1e9 / 512
-    assert found.memory == pytest.approx(whole * 1e9 + parts + 32e9 + LOGITS)
+    """`whole`: bytes per parameter that every GPU holds, however many there are."""
+    step = predict(WORKLOAD, A100, gpus=512, rows=32, stage=stage)  # type: ignore[arg-type]
+    divided = (20 - whole) * 1e9 / 512
+    assert step.memory == pytest.approx(whole * 1e9 + divided + 32e9 + LOGITS)
     each = 2e9 * 511 / 512 / 200e9 + 9 * HOP
-    assert found.communication == pytest.approx(collectives * each)
-    twice = predict(*FACTS, rows=64, gpus=512, gpu=A100, share=0.5, stage=stage)  # type: ignore[arg-type]
-    assert twice.communication == pytest.approx(found.communication * (2 if stage == 3 else 1))
+    assert step.communication == pytest.approx(collectives * each)
+    twice = predict(WORKLOAD, A100, gpus=512, rows=64, stage=stage)  # type: ignore[arg-type]
+    assert twice.communication == pytest.approx(step.communication * (2 if stage == 3 else 1))
+
+
+def test_few_logits_are_not_chunked() -> None:
+    """Below one chunk there are three tensors of them: log-probabilities and two gradients."""
+    small = replace(WORKLOAD, activations=Activations(per_row=1e9, logits=1e6))
+    memory = predict(small, A100, gpus=1, rows=2).memory
+    assert memory == pytest.approx(20e9 + 2e9 + 3 * 4 * 2e6)
 
 
 def test_break_even_is_where_the_terms_meet() -> None:
-    rows = break_even(PGM_8_8, A100_ETHERNET, PGM_8_8.share, 64)
-    facts = (PGM_8_8.parameters, PGM_8_8.flops_of_a_row, 0.0, 0.0)
-    found = predict(*facts, rows, 64, A100_ETHERNET, PGM_8_8.share)
-    assert found.compute == pytest.approx(found.communication)
+    workload, _ = paper_workloads()
+    rows = break_even(workload, A100_ETHERNET, gpus=64)
+    step = predict(workload, A100_ETHERNET, gpus=64, rows=rows)
+    assert step.compute == pytest.approx(step.communication)
 
 
 def test_the_recipe_is_the_papers() -> None:
-    assert PGM_8_8.parameters == pytest.approx(193.0e6, rel=0.001)
-    assert 0.1 < PGM_8_8.share < 0.6
+    workload, _ = paper_workloads()
+    assert workload.parameters == pytest.approx(193.0e6, rel=0.001)
+    assert 0.1 < workload.share < 0.6
 
 
 def test_the_page_holds_what_is_computed() -> None:

@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from pipeline.config.schema import MDLMConfig, ModelConfig, PGMConfig
-from pipeline.reports.page import Columns, Folded, Page, Section, Table, Text, aligned, picture
+from pipeline.reports.page import Columns, Folded, Page, Section, Table, Text, picture
 from pipeline.reports.published import published
+from pipeline.reports.tables import aligned
 from tests.support.page_check import check_page
 
 SAMPLE = "</pre><script src='http://x'></script> <img src=https://y/z.png> `code` ```fence``` & <b> | @import url(z)"
@@ -21,7 +23,7 @@ def page() -> Page:
         "A <title>",
         [
             Section("First & last", [Text("a < b"), picture("curve", figure, 'said "so"')]),
-            Section("Table", [Table(["name", "value"], [["a|b", "1.5"], [SAMPLE, "-3"]])]),
+            Section("Table", [Table(pd.DataFrame({"name": ["a|b", SAMPLE], "value": ["1.5", "-3"]}))]),
             Section("Samples", [Columns([("one", SAMPLE), ("two", "x\ny")]), Folded("config", SAMPLE)]),
         ],
     )
@@ -64,7 +66,7 @@ def test_markdown_and_files(tmp_path: Path) -> None:
 
 
 def test_aligned() -> None:
-    assert aligned(["a", "long"], [["x", "y"], ["longer", "z"]]).splitlines() == [
+    assert aligned(pd.DataFrame({"a": ["x", "longer"], "long": ["y", "z"]})).splitlines() == [
         "  a       long",
         "  x       y",
         "  longer  z",

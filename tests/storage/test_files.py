@@ -105,7 +105,7 @@ def test_sweep_removes_only_unfinished_files(tmp_path: Path) -> None:
 
 
 def answered(status: int, error: OSError) -> OSError:
-    """As s3fs raises it: its own choice of an error, caused by what botocore told."""
+    """An error as s3fs raises it: of its own choice, caused by botocore's error with the status."""
     error.__cause__ = ClientError({"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {}}, "PutObject")
     return error
 

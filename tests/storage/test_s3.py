@@ -88,7 +88,7 @@ def test_files_and_folders(folder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("answer", "times"), [(500, 3), (503, 3), (0, 2)])
-def test_an_upload_survives_what_passes(folder: str, store: Store, answer: int, times: int) -> None:
+def test_an_upload_survives_transient_errors(folder: str, store: Store, answer: int, times: int) -> None:
     """A 500, a SlowDown and a broken connection, each in the middle of the body."""
     path = storage.join(folder, "file")
     data = np.random.default_rng(0).bytes(300_000)
@@ -116,7 +116,7 @@ def test_waits_are_longer_where_the_store_is_overloaded(
     assert 2.0 <= waits[0] <= 6.0  # the driver itself has tried five times before
 
 
-def test_what_does_not_pass_is_told_at_once(folder: str, store: Store) -> None:
+def test_permanent_errors_are_raised_at_once(folder: str, store: Store) -> None:
     path = storage.join(folder, "file")
     store.faults.append(Fault(r"^PUT .*/file", 403, 9))
     with pytest.raises(DataError, match=rf"{path}: the store refuses access .*credentials"):
@@ -154,7 +154,9 @@ def test_resume_takes_the_newest_checkpoint_that_is_whole(folder: str, store: St
     assert checkpoint.newest(folder) == f"{folder}/step_00000020"
     store.faults.append(Fault(r"step_00000020", 500, 3))  # that it did not answer does not make it damaged
     assert checkpoint.latest(folder) == f"{folder}/step_00000020"
-    assert checkpoint.steps(folder) == [10, 20]  # the unfinished one is removed
+    assert checkpoint.steps(folder) == [10, 20, 30]  # reading removes nothing
+    checkpoint.remove_after(folder, 20)
+    assert checkpoint.steps(folder) == [10, 20]
     assert checkpoint.read_state(f"{folder}/step_00000020").step == 20
 
 
@@ -162,19 +164,19 @@ def test_shards_come_back_and_only_once_to_a_node(folder: str, store: Store) -> 
     manifest = shards(folder, 3)
     assert Manifest.read(folder) == manifest
     rows = np.array([599, 0, 200, 401])
-    found: list[np.ndarray] = []
+    results: list[np.ndarray] = []
 
     def read() -> None:
-        found.append(ShardReader(folder, manifest, "train").rows(rows))
+        results.append(ShardReader(folder, manifest, "train").rows(rows))
 
     readers = [threading.Thread(target=read) for _ in range(4)]  # as the workers of a node
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
-    assert len(found) == 4
-    for one in found:
-        np.testing.assert_array_equal(one, rows[:, None] * LENGTH + np.arange(LENGTH))
+    assert len(results) == 4
+    for result in results:
+        np.testing.assert_array_equal(result, rows[:, None] * LENGTH + np.arange(LENGTH))
     assert store.seen(r"^GET .*\.parquet$") == 3
     storage.publish_bytes(f"{folder}/train-00001.parquet", b"damaged")
     read()  # the node still has what the manifest means

@@ -1,4 +1,4 @@
-"""A server of the S3 protocol (moto) behind a proxy that can fail as real stores do."""
+"""A server of the S3 protocol (moto) behind a proxy that fails on demand, as real stores do."""
 
 import http.client
 import os
@@ -19,10 +19,12 @@ PLANTED = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose "METHOD /path?query" matches.
+    """A failure of the next requests whose "METHOD /path?query" matches.
 
     Attributes:
-        answer: a status; 0 cuts the connection after half of the body.
+        pattern: regular expression.
+        answer: HTTP status; 0 closes the connection after half of the body.
+        times: number of requests that fail.
     """
 
     pattern: str
@@ -32,14 +34,20 @@ class Fault:
 
 @dataclass
 class Store:
-    """The proxy as a test sees it."""
+    """The proxy, as tests control it.
+
+    Attributes:
+        address: its URL.
+        faults: failures to come; tests add to them.
+        requests: "METHOD /path?query" of all requests so far.
+    """
 
     address: str
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
     def seen(self, pattern: str) -> int:
-        """Requests so far that match."""
+        """Count the requests so far that match."""
         return sum(re.search(pattern, line) is not None for line in self.requests)
 
 
@@ -57,7 +65,7 @@ def _handler(store: Store, behind: tuple[str, int]) -> type[BaseHTTPRequestHandl
                 if fault:
                     fault.times -= 1
             length = int(self.headers.get("Content-Length") or 0)
-            if fault:  # in the middle of the body: what was sent so far goes nowhere
+            if fault:  # after half of the body, which is discarded
                 self.rfile.read(length // 2)
                 self.close_connection = True
                 if fault.answer:
@@ -98,7 +106,7 @@ def _handler(store: Store, behind: tuple[str, int]) -> type[BaseHTTPRequestHandl
 
 @contextmanager
 def object_store(bucket: str) -> Iterator[Store]:
-    """A store with one bucket; the environment names it and its credentials, as users do it."""
+    """Run a store with one bucket; the environment names it and its credentials, as users set it."""
     moto = ThreadedMotoServer("127.0.0.1", 0)
     moto.start()
     host, port = moto.get_host_and_port()
@@ -113,7 +121,7 @@ def object_store(bucket: str) -> Iterator[Store]:
         "AWS_ACCESS_KEY_ID": "planted-key",
         "AWS_SECRET_ACCESS_KEY": "planted-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",  # the driver's own patience off: ours is looked at
+        "AWS_MAX_ATTEMPTS": "1",  # no retries by the driver: the pipeline's own are tested
     }
     with mock.patch.dict(os.environ, environment):
         boto3.client("s3").create_bucket(Bucket=bucket)

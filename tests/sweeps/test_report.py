@@ -19,7 +19,7 @@ def trial(
     curve = [(10 * (i + 1), value) for i, value in enumerate(values)]
     choices = {"model.swap.pooling": variant, "optim.lr": 0.1 if variant == "none" else 0.003}
     return Trial(
-        variant, choices, seed, status, 10 * len(values), 30, curve,  # type: ignore[arg-type]
+        variant, choices, seed, status, 10 * len(values), curve,  # type: ignore[arg-type]
         parameters=1234 if values else None, train_rate=1000.0 + seed if values else None,
         sample_rate=50.0 if values else None, run_id=f"run-{variant}-{seed}", error=error,
     )  # fmt: skip
@@ -58,10 +58,10 @@ def test_order_means_and_spread(table: list[Row]) -> None:
 def test_differences_are_paired_by_seed(table: list[Row]) -> None:
     """mean is 0.5 and 0.3 better: sure, although the seeds themselves lie 2 apart."""
     mean, none, cut, _ = table
-    assert none.against is None
-    assert mean.against == pytest.approx((-0.4, 0.1 * math.sqrt(2)))
-    assert cut.against is not None
-    assert cut.against.mean == pytest.approx(4 - 5)
+    assert none.difference is None
+    assert mean.difference == pytest.approx((-0.4, 0.1 * math.sqrt(2)))
+    assert cut.difference is not None
+    assert cut.difference.mean == pytest.approx(4 - 5)
 
 
 def test_greater_can_be_better() -> None:

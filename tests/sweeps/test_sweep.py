@@ -67,8 +67,11 @@ def test_two_variants_end_and_two_are_named_with_their_reason(outcome: SweepResu
     assert state["case=plain"] == state["case=pooled"] == "1 finished"
     assert state["case=crowded"] == "failed at step 0"
     assert state["case=weightless"].startswith("failed at step")
-    assert "case=crowded seed 0: cluster.workers: 4 workers of 1 CPUs, the cluster has 2" in outcome.table
-    assert "train.init_from 'nowhere': no such folder" in outcome.table
+    assert (
+        "case=crowded seed 0: cluster.workers: 4 workers of 1 CPUs, the cluster has room for 2"
+        in outcome.table
+    )
+    assert "train.init_from: 'nowhere': no such folder" in outcome.table
     assert [row.variant for row in outcome.rows][2:] == ["case=weightless", "case=crowded"]
 
 

@@ -87,7 +87,7 @@ class TestRun:
         ("raised", "status"),
         [
             (None, "FINISHED"),
-            (StoppedError("asked"), "KILLED"),
+            (StoppedError("stopped by the user"), "KILLED"),
             (KeyboardInterrupt(), "KILLED"),
             (OSError(), "FAILED"),
         ],
@@ -146,10 +146,10 @@ class TestRun:
     def test_dataset_is_an_input_once(self, uri: str, run_id: str) -> None:
         for _ in range(2):
             log_dataset(uri, run_id, "pydoc", "f" * 64, "/data/pydoc", {"rows": 7, "length": 64})
-        (found,) = connect(uri).get_run(run_id).inputs.dataset_inputs
-        assert (found.dataset.name, found.dataset.digest) == ("pydoc", "f" * 36)
-        assert json.loads(found.dataset.source) == {"uri": "/data/pydoc"}
-        assert json.loads(found.dataset.profile) == {"rows": 7, "length": 64}
+        (recorded,) = connect(uri).get_run(run_id).inputs.dataset_inputs
+        assert (recorded.dataset.name, recorded.dataset.digest) == ("pydoc", "f" * 36)
+        assert json.loads(recorded.dataset.source) == {"uri": "/data/pydoc"}
+        assert json.loads(recorded.dataset.profile) == {"rows": 7, "length": 64}
 
 
 class TestModels:
@@ -266,8 +266,10 @@ class TestTracker:
         monkeypatch.setattr("pipeline.tracking.journal._MEMORY", 1000)
         with Tracker(uri, run_id) as tracker:
             tracker.log_text("x" * 2000, "large.txt")
-        assert any("too much is waiting): artifact 'large.txt'" in line for line in warnings_of(caplog))
-        assert any("1 items never sent" in line for line in warnings_of(caplog))
+        assert any(
+            "too many items are waiting): artifact 'large.txt'" in line for line in warnings_of(caplog)
+        )
+        assert any("1 items were not sent" in line for line in warnings_of(caplog))
 
     def test_damaged_spill(
         self, uri: str, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     run = Path(Run(config).folder)
     problem = damage(run / "step_00000006")
     caplog.set_level("WARNING", logger="pipeline")
-    plan = resume.plan_resume(str(run), config, 2)
+    plan = resume.plan_resume(Run(config), 2)
     assert plan is not None
     assert plan.state.step == 4
     (warning,) = [record.getMessage() for record in caplog.records]
@@ -124,7 +124,7 @@ def test_without_a_usable_checkpoint_the_run_starts(config: RunConfig) -> None:
     run = Path(Run(config).folder)
     for step in (2, 4, 6):
         truncate(run / checkpoint.name_of(step))
-    assert resume.plan_resume(str(run), config, 2) is None
+    assert resume.plan_resume(Run(config), 2) is None
 
 
 def test_a_damaged_checkpoint_is_no_model(config: RunConfig) -> None:
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_model_is_refused(config: RunConfig) -> None:
     other = changed(changed(config, "model", hidden=32), "optim", lr=0.5)
     run = Run(config).folder
     with pytest.raises(CheckpointError) as caught:
-        resume.plan_resume(run, other, 2)
+        resume.plan_resume(Run(other), 2)
     assert str(caught.value).splitlines()[1:] == ["  model.hidden: 16 -> 32", "  optim.lr: 0.01 -> 0.5"]
     assert f"{run}/step_00000006 belongs to a run with another config" in str(caught.value)
     with pytest.raises(CheckpointError, match=r"EMA of embedding.weight \[257, 32\] is not whole"):
@@ -171,7 +171,6 @@ def test_what_a_resumed_run_may_not_change(config: RunConfig, section: str, keys
 
 
 def test_what_a_resumed_run_may_change(config: RunConfig) -> None:
-    run = Run(config).folder
     other = changed(
         config,
         "train",
@@ -187,7 +186,7 @@ def test_what_a_resumed_run_may_change(config: RunConfig) -> None:
     )
     other = changed(changed(other, "evaluation", rows=4), "sampling", num_samples=2)
     other = changed(changed(other, "tracking", experiment="x"), "cluster", max_failures=0)
-    plan = resume.plan_resume(run, other, 2)
+    plan = resume.plan_resume(Run(other), 2)
     assert plan is not None
     assert plan.state.step == 6
     assert not plan.universal
@@ -221,6 +220,8 @@ def test_newest_usable_and_pruning(config: RunConfig) -> None:
     checkpoint.prune(run, keep=2)
     assert checkpoint.steps(run) == [6, 10, 20]
     assert checkpoint.latest(run) == f"{run}/step_00000010"
+    assert checkpoint.steps(run) == [6, 10, 20]  # reading removes nothing
+    checkpoint.remove_after(run, 10)
     assert checkpoint.steps(run) == [6, 10]
 
 

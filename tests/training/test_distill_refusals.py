@@ -127,7 +127,7 @@ def test_a_model_section_that_is_not_the_teachers(distil: Distil, tmp_path: Path
     teacher = save(tmp_path / "teacher", PGM)
     other = PGM.model_copy(update={"hidden": 32, "encoder_blocks": 2})
     assert refusal(ConfigError, distil(teacher, other)) == (
-        f"the model section is not that of distill.teacher: {teacher!r}; leave it out, the teacher's is used:\n"
+        f"the model section is not that of distill.teacher: {teacher!r}; leave it out, then the teacher's is used:\n"
         "  model.encoder_blocks: 2, the teacher's is 1\n"
         "  model.hidden: 32, the teacher's is 16"
     )

@@ -73,9 +73,8 @@ def distil(run_storage: Path) -> Callable[..., RunConfig]:
             facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
             model_folder.write(teacher, MODELS[kind], facts, model.state_dict(), model_folder.Background())
         settings = DistillConfig(teacher=str(teacher), rounds=rounds, teacher_steps=16, **section)  # type: ignore[arg-type]
-        return distillation.with_teacher(
-            config.model_copy(update={"model": MODELS[kind], "distill": settings})
-        )
+        config = config.model_copy(update={"model": MODELS[kind], "distill": settings})
+        return distillation.with_teacher(Run(config)).config
 
     return make
 
@@ -301,7 +300,7 @@ def test_a_run_killed_in_round_2_ends_as_if_it_had_not_been(
         run_workers(die_in, 2, config, 6)
     assert checkpoint.steps(Run(config).folder) == [4]
     assert Path(distillation.teacher_folder(Run(config).folder, 1)).is_dir()
-    seen = groups[2](observed.train_one, distillation.with_teacher(config))[0]
+    seen = groups[2](observed.train_one, distillation.with_teacher(Run(config)).config)[0]
     assert list(seen.losses) == [5, 6, 7, 8, 9]
     straight = runs["raw", 2, 2][1]
     assert all(torch.equal(value, seen.weights[name]) for name, value in straight.weights.items())

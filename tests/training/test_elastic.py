@@ -16,7 +16,7 @@ from pipeline.errors import CapabilityError
 from pipeline.run import Run
 from pipeline.runtime.actors import Resources
 from pipeline.runtime.control_files import SAVE, STOP, Requests
-from pipeline.runtime.ray_cluster import available_resources, check_resources, places
+from pipeline.runtime.ray_cluster import available_resources, places
 from pipeline.runtime.session import PlainSession
 from pipeline.training import checkpoint, worker_group
 from tests.support import observed
@@ -28,9 +28,9 @@ def told(rank: int, workers: int, config: RunConfig, file: bool) -> Seen:
     """Train with a request to save in the run's folder, or with a notice of Ray's from the start."""
     with pytest.MonkeyPatch.context() as patch:
         if file:
-            patch.setattr(Requests, "EVERY_S", 0.01)
+            patch.setattr(Requests, "INTERVAL_S", 0.01)
         else:
-            patch.setattr(Requests, "LOOK_S", 0.0)
+            patch.setattr(Requests, "NOTICE_INTERVAL_S", 0.0)
             notices = ["the nodes of workers [1] go"]
             patch.setattr(PlainSession, "notice", lambda self: notices.pop() if notices else None)
         return observed.train_one(rank, workers, config)
@@ -66,11 +66,11 @@ def test_fewest_workers_must_fit_and_the_most_need_not(run_storage: Path, ray_cl
         workers = {"min": least, "max": most}
         return config.model_validate(config.model_dump() | {"cluster": {"workers": workers}}).cluster
 
-    assert check_resources(elastic(2, 4)) is False
+    assert available_resources(elastic(2, 4)) == Resources(2, 1, False)
     assert available_resources(elastic(1, 4)) == Resources(2, 1, False)
     assert available_resources(elastic(1, 1)) == Resources(1, 1, False)
-    with pytest.raises(CapabilityError, match="3 workers of 1 CPUs, the cluster has 2"):
-        check_resources(elastic(3, 4))
+    with pytest.raises(CapabilityError, match="3 workers of 1 CPUs, the cluster has room for 2"):
+        available_resources(elastic(3, 4))
 
 
 def test_a_worker_has_its_cpus_and_its_gpu_on_one_node() -> None:
@@ -105,13 +105,14 @@ from pipeline import logs
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError
 from pipeline.runtime.actors import own_device
-from pipeline.runtime.ray_cluster import available_resources, check_resources
+from pipeline.runtime.ray_cluster import available_resources
 logs.show()
 ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error")
 config = RunConfig.model_validate_json(sys.argv[1])
 for workers in (1, 2):
     one = config.cluster.model_copy(update={"workers": workers})
-    print(check_resources(one), available_resources(one).actors)
+    found = available_resources(one)
+    print(found.use_gpu, found.actors)
 print(ray.get(ray.remote(own_device).remote()))
 try:
     ray.get(ray.remote(num_gpus=1)(own_device).remote())
@@ -124,21 +125,21 @@ except ray.exceptions.RayTaskError as error:
 def test_gpus_where_there_are_none(run_storage: Path, ray_cluster: None) -> None:
     config = quick(run_storage, "no-gpus")
     asked = config.cluster.model_copy(update={"workers": 1, "accelerator": "gpu"})
-    with pytest.raises(CapabilityError, match=r"the cluster has 0 GPUs; expected cluster\.accelerator=cpu$"):
-        check_resources(asked)
+    with pytest.raises(CapabilityError, match=r" 0 GPUs\); expected cluster\.accelerator=cpu$"):
+        available_resources(asked)
 
 
 def test_reason_of_a_failed_run_is_one_line() -> None:
     lost = "Connection closed by peer"
     failures = {2: OSError(f"{lost}\nmore"), 0: ValueError("a\nb"), 1: OSError(lost)}
     error = ray.train.WorkerGroupError("many\nlines", failures)
-    assert worker_group.reason(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
+    assert worker_group.describe_failure(error) == f"worker 0: ValueError: a; worker 1: OSError: {lost}"
     error = ray.train.ControllerError(RuntimeError("no\nplace"))
-    assert worker_group.reason(error) == "Training failed due to controller error: no place"
+    assert worker_group.describe_failure(error) == "Training failed due to controller error: no place"
 
 
 def test_run_that_waits_for_nodes_can_be_stopped(tmp_path: Path) -> None:
-    between = worker_group.Between(str(tmp_path))
+    between = worker_group.BetweenGroups(str(tmp_path))
     waiting = RestartingState(training_failed_error=ray.train.ControllerError(RuntimeError("no place")))
     between.after_controller_state_update(RunningState(), waiting)
     between.after_controller_state_update(waiting, waiting)

@@ -61,7 +61,7 @@ def test_worker_that_waits_for_a_frozen_one_ends_and_tells_where(run_storage: Pa
 STUCK = """
 import ctypes, sys
 from pipeline.runtime.session import HangWatch
-HangWatch.LAST = 0.5
+HangWatch.LAST_S = 0.5
 watch = HangWatch(sys.argv[1], 0, 0.5)
 watch.begin(6)
 ctypes.PyDLL(None).sleep(60)  # a call of C that keeps every other thread of Python out

@@ -88,7 +88,7 @@ def test_a_batch_has_its_classes_and_bos(runs: Runs, run_storage: Path, name: st
     assert (manifest.vocabulary, manifest.special.bos, manifest.classes) == (CODES, CODES + 1, 10)
     reader, rows = ShardReader(Run(config).data_path, manifest, "train"), np.arange(8)
     model = build(config.model, CODES, manifest.length, manifest.special.bos)
-    task = Pretraining(config, manifest, model, torch.device("cpu"))
+    task = Pretraining(Run(config, given_manifest=manifest), model, torch.device("cpu"))
     labels, dropped = reader.labels(rows), []
     assert labels is not None
     for step in range(200):

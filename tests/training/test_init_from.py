@@ -46,8 +46,9 @@ def sources(run_storage: Path, groups: dict[int, Workers]) -> dict[str, Source]:
         assert path is not None
         found[config.name] = path, seen.weights, {name: v.float() for name, v in seen.average.items()}
     path = found["source-1-fp32"][0]
-    into = str(run_storage / "consolidated")
-    checkpoint.consolidate(path, configs[1], manifest, load_tokenizer("bytes"), into)
+    run = Run(configs[1].model_copy(update={"name": "consolidated"}), given_manifest=manifest)
+    into = run.model_folder
+    checkpoint.consolidate(path, run, load_tokenizer("bytes"))
     average = found["source-1-fp32"][2]
     return {**found, "consolidated": (into, average, average)}
 
@@ -117,16 +118,15 @@ def test_a_source_that_does_not_fit_is_named(
 ) -> None:
     config = quick(run_storage, "misfit")
     message = refusal(config, sources[name][0], hidden=32, encoder_blocks=2)
-    assert message.startswith(f"train.init_from {sources[name][0]!r} does not fit the model:\n")
+    assert message.startswith(f"train.init_from: {sources[name][0]!r} does not fit the model:\n")
     assert "\n  missing encoder.1.mlp.up.weight [128, 32]" in message
     assert "\n  embedding.weight is [257, 16], expected [257, 32]" in message
 
 
 def test_a_source_that_is_none_is_refused(sources: dict[str, Source], run_storage: Path) -> None:
     config = quick(run_storage, "misfit")
-    assert "'/nowhere': no such folder; expected a model folder, a checkpoint or models:/" in refusal(
-        config, "/nowhere"
-    )
+    expected = "'/nowhere': no such folder or file; expected a model folder, a checkpoint or models:/"
+    assert expected in refusal(config, "/nowhere")
     run = str(Path(sources["source-1-fp32"][0]).parent)
     assert refusal(config, run).startswith(f"{run}: no model.safetensors; expected a consolidated model")
 
@@ -137,7 +137,7 @@ def test_a_damaged_source_is_refused(sources: dict[str, Source], run_storage: Pa
     shutil.copytree(sources["source-1-fp32"][0], copy)
     (copy / "ema_00001.safetensors").unlink()
     assert refusal(config, str(copy)) == (
-        f"train.init_from {str(copy)!r} is not usable: ema_00001.safetensors is missing"
+        f"train.init_from: {str(copy)!r} is not usable: ema_00001.safetensors is missing"
     )
 
 

@@ -122,7 +122,7 @@ def test_another_config_is_refused_before_any_worker_starts(outcome: RunResult, 
 
 def test_more_workers_than_the_cluster_holds(config: RunConfig):
     wanted = tiny(Path(config.cluster.storage).parent, "crowded", cluster={"workers": 4})
-    with pytest.raises(CapabilityError, match="4 workers of 1 CPUs, the cluster has 2"):
+    with pytest.raises(CapabilityError, match="4 workers of 1 CPUs, the cluster has room for 2"):
         launch.pretrain(wanted)
 
 

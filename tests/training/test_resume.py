@@ -88,7 +88,7 @@ def test_stop_file_ends_all_ranks_after_the_same_step(
     last = config.train.steps - 3
     assert [max(seen.losses) for seen in first] == [last, last]
     assert [seen.error for seen in first] == [None, None]
-    assert f"stopped at step {last}, as asked" in first[0].log
+    assert f"stopped at step {last} on request" in first[0].log
     assert checkpoint.steps(Run(config).folder)[0] == last  # long before checkpoint_every
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config.schema import OptimConfig
 from pipeline.errors import CheckpointError
-from pipeline.training.ema import EMA, join_slices, read_slices
+from pipeline.training.ema import EMA, read_averages
 from pipeline.training.engine import learning_rate
 
 
@@ -68,7 +68,7 @@ def test_slices_are_read_by_any_number_of_workers(tmp_path: Path, writers: int, 
     files = [tmp_path / f"ema_{rank:05d}.safetensors" for rank in range(writers)]
     for ema, file in zip(cut(whole, writers), files, strict=True):
         ema.save(file)
-    joined = join_slices(read_slices(files))
+    joined = read_averages(files)
     assert all(torch.equal(joined[name], value.flatten()) for name, value in whole.items())
     for ema in cut({name: torch.zeros(shape) for name, shape in shapes.items()}, readers):
         ema.load(files)
@@ -80,7 +80,7 @@ def test_a_missing_slice_is_an_error(tmp_path: Path) -> None:
     whole = {"a": torch.ones(10)}
     parts = cut(whole, 2)
     parts[0].save(tmp_path / "ema_00000.safetensors")
-    with pytest.raises(CheckpointError, match="EMA of 'a': 5 of 10 values from 0 stored"):
+    with pytest.raises(CheckpointError, match="weights of 'a': 5 of 10 values from 0 on are stored"):
         cut(whole, 1)[0].load([tmp_path / "ema_00000.safetensors"])
 
 

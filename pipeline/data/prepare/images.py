@@ -335,8 +335,8 @@ def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
     """Fit a codebook on patches of training images, which are evenly spread."""
     from pipeline.models.vq import fit_patches
 
-    out = held_out(np.arange(len(refs)), data.validation_images, len(refs)).tolist()
-    train = [ref for ref, validation in zip(refs, out, strict=True) if not validation]
+    out = held_out(np.arange(len(refs)), data.validation_images, len(refs))
+    train = [refs[i] for i in np.flatnonzero(~out)]
     log.info("fitting %d codes on up to %d images", data.codes, data.fit_images)
     images, _ = read_spread(train, data, data.fit_images)
     return fit_patches(images, data.codes, data.factor, seed=_FIT_SEED)

@@ -1,9 +1,8 @@
-"""Weights of the authors' released models -> ours (repository jdeschena/pgm; method.md section 2)."""
+"""Convert weights of the authors' released models to ours (repository jdeschena/pgm, see docs/method.md)."""
 
 import logging
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -11,17 +10,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline.config.load import parse_section
 from pipeline.config.schema import ImportConfig
 from pipeline.errors import CheckpointError
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.model_folder import DataFacts, load_weights
-from pipeline.models.released.architecture import BUFFER, infer
-from pipeline.models.released.layouts import read
+from pipeline.models.released.architecture import CLASSES, REGISTERS, TIME_FEATURES, infer
+from pipeline.models.released.layouts import FREQUENCIES, read, rename
 
 log = logging.getLogger(__name__)
 
-# Released name -> ours; a trailing mask row is cut, adaLN maps are folded, see `translate`.
+# Released name -> ours, see `translate` for what is done with the values.
 RENAMES = (
     (r"^vocab_embed\.embedding$", "embedding.weight"),
     (r"^encoder\.blocks\.(\d+)\.", r"encoder.\1."),
@@ -34,36 +34,39 @@ RENAMES = (
     (r"^swap\.output_linear\.", "swap.out."),
     (r"^output_layer\.norm_final\.", "final.norm."),
     (r"^output_layer\.linear\.", "head."),
-    (r"^output_layer\.adaLN_modulation\.", "final.adaLN_modulation."),
+    (r"^output_layer\.", "final."),
     (r"^cls_embed\.embedding_table\.", "classes."),
+    (r"\.adaLN_modulation\.", ".modulation.map."),
     (r"\.attn_(qkv|kv|q)\.", r".\1_proj."),
     (r"\.attn_out\.", ".out."),
     (r"\.(q|kv)_norm1\.", r".\1_norm."),
     (r"\.mlp\.0\.", ".mlp.up."),
     (r"\.mlp\.2\.", ".mlp.down."),
 )
-# What rotary codes turn, and the share of its rows that they do: queries and keys.
-TURNED = (
-    (re.compile(r"\.qkv_proj\."), Fraction(2, 3)),
-    (re.compile(r"\.kv_proj\."), Fraction(1, 2)),
-    (re.compile(r"\.q_proj\.|^swap\.query\.(2\.)?(weight|bias)$"), Fraction(1)),
-)
+# Layers that make queries or keys, which rotary codes turn; values, if any, are the last H of their rows.
+ROTATED = re.compile(r"\.(qkv|kv|q)_proj\.|^swap\.query\.(2\.)?(weight|bias)$")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Denoiser, ImportConfig, DataFacts]:
-    """A released file as a model in eval mode on the CPU; its averaged (EMA) weights, where it has any.
+    """Load a released file, with its averaged (EMA) weights if it has any.
 
     Args:
+        path: file of released weights.
         overrides: `key=value` words over what the file says, e.g. `model.swap.pooling=mean` or `length=1024`.
 
+    Returns:
+        The model in float32 and eval mode on the CPU, its config, and the facts of the data it was trained on.
+
     Raises:
-        CheckpointError: the file is none, or damaged; every missing, extra and misshapen tensor is named.
-        CapabilityError: weights of a model that this project does not have.
+        CheckpointError: the file is not one of released weights, or is damaged; every missing, extra and
+            misshapen tensor is named.
+        CapabilityError: the weights are those of a model that this project does not have.
         ConfigError: an override is wrong.
     """
-    file = read(path)
-    architecture = infer(file)
-    config = architecture.config(str(path), overrides)
+    released = read(path)
+    architecture = infer(released)
+    tree = {key: getattr(architecture, key) for key in ImportConfig.model_fields}
+    config = parse_section(ImportConfig, tree, str(path), overrides)
     for guess in architecture.guesses:
         if not any(word.startswith(guess.partition("=")[0]) for word in overrides):
             log.warning("%s does not say %s: %s is assumed", path, *guess.split("="))
@@ -71,14 +74,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Denoiser, ImportCon
     with torch.device("meta"):
         model = build(config.model, facts.vocab_size, facts.length, facts.bos)
     # Copies in float32: what the reader gives may be views of the file.
-    tensors = {name: value.to(torch.float32, copy=True) for name, value in file.tensors.items()}
+    tensors = {name: value.to(torch.float32, copy=True) for name, value in released.tensors.items()}
     load_weights(model, translate(tensors, masked=config.model.kind == "mdlm"), origin=str(path))
-    log.info("%s: %s weights", path, "averaged" if file.averaged else "plain (it has no averaged)")
+    log.info("%s: %s weights", path, "averaged" if released.averaged else "plain (it has no averaged)")
     return model.eval(), config, facts
 
 
 def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
-    """A released model's state dict in our names and shapes.
+    """Convert a released model's state dict to our names and shapes.
 
     The released text models feed every adaLN map one constant vector, `SiLU(MLP(time embedding of 0))`, so each
     map is folded into constant modulation vectors. Image models feed it the class vector, and the map stays.
@@ -90,60 +93,56 @@ def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
         released: tensors by released name, with or without the `backbone.` prefix.
         masked: whether the model reads a mask token (MDLM, MaskGIT).
 
+    Returns:
+        Contiguous tensors by our names.
+
     Raises:
-        CheckpointError: no rotary frequencies, or neither a time embedding to fold nor a class embedding, so this
-            is no released model.
+        CheckpointError: there is neither a time embedding to fold nor a class embedding, so that this is no
+            released model.
     """
     tensors = {name.removeprefix("backbone."): value for name, value in released.items()}
-    frequencies = tensors.pop(BUFFER, None)  # [D/2]
+    is_image = CLASSES in tensors
     time_map = {name: tensors.pop(name) for name in list(tensors) if name.startswith("sigma_map.")}
-    of_classes = "cls_embed.embedding_table.weight" in tensors
-    if len(time_map) != 4 and not of_classes:
+    if len(time_map) != 4 and not is_image:
         raise CheckpointError(
             "released weights: no sigma_map (time embedding) tensors; expected 4 of them in a text model, "
             "or cls_embed (class embedding) in an image model"
         )
-    if frequencies is None:
-        raise CheckpointError(f"released weights: no {BUFFER}; expected the rotary frequencies of a head")
-    registers = tensors.pop("reg_tokens.weight", None)
-    out: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        for pattern, target in RENAMES:
-            name = re.sub(pattern, target, name)
-        share = next((share for pattern, share in TURNED if pattern.search(name)), None)
-        if share is not None:
-            value = _adjacent(value, int(share * len(value)), len(frequencies))
-        out[name] = value
-    # Behind the ids that can be predicted stand the mask and, in image models, BOS.
-    beyond = 2 if of_classes else 1
-    out["head.weight"], out["head.bias"] = out["head.weight"][:-beyond], out["head.bias"][:-beyond]
-    if not masked and not of_classes:
+    half_head = len(tensors.pop(FREQUENCIES))
+    registers = tensors.pop(REGISTERS, None)
+    out = {rename(name, RENAMES): value for name, value in tensors.items()}
+    hidden = out["embedding.weight"].shape[1]
+    for name, value in out.items():
+        if ROTATED.search(name):
+            num_rotated = len(value) - hidden if "kv_proj" in name else len(value)
+            out[name] = _make_adjacent(value, num_rotated, half_head)
+    for name in ("head.weight", "head.bias"):  # behind the ids stand the mask and, in image models, BOS
+        out[name] = out[name][: -2 if is_image else -1]
+    if not masked and not is_image:
         out["embedding.weight"] = out["embedding.weight"][:-1]
     if registers is not None:
         out["embedding.weight"] = torch.cat([out["embedding.weight"], registers])
     if "swap.base" in out:
         out["swap.base"] = out["swap.base"].squeeze(0)
-    constant = None if of_classes else _time_vector(time_map)
-    for name in [name for name in out if name.endswith("adaLN_modulation.weight")]:
-        stem = name.removesuffix("adaLN_modulation.weight")
-        weight, bias = out.pop(name), out.pop(f"{stem}adaLN_modulation.bias")
-        if constant is None:
-            out[f"{stem}modulation.map.weight"], out[f"{stem}modulation.map.bias"] = weight, bias
-        else:  # [shift, scale(, gate) x 2 | x 1, H]
-            folded = F.linear(constant, weight, bias).view(-1, out["embedding.weight"].shape[1])
-            out[f"{stem}modulation.vectors"] = folded
+    if not is_image:
+        condition = _time_vector(time_map)
+        for stem in [name.removesuffix("map.weight") for name in out if name.endswith(".map.weight")]:
+            modulation = F.linear(condition, out.pop(f"{stem}map.weight"), out.pop(f"{stem}map.bias"))
+            out[f"{stem}vectors"] = modulation.view(-1, hidden)  # [shift, scale(, gate) x 2 | x 1, H]
     return {name: value.contiguous() for name, value in out.items()}
 
 
-def _adjacent(rows: Float[Tensor, "out *rest"], turned: int, half: int) -> Float[Tensor, "out *rest"]:
-    """The first `turned` rows, heads of 2 `half`, with rows i and i + half of every head side by side."""
-    pairs = rows[:turned].unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2)
-    return torch.cat([pairs, rows[turned:]])
+def _make_adjacent(
+    rows: Float[Tensor, "out *rest"], num_rotated: int, half_head: int
+) -> Float[Tensor, "out *rest"]:
+    """Put rows i and i + D/2 of every head side by side, in the first `num_rotated` rows."""
+    pairs = rows[:num_rotated].unflatten(0, (-1, 2, half_head)).transpose(1, 2).flatten(0, 2)
+    return torch.cat([pairs, rows[num_rotated:]])
 
 
 def _time_vector(time_map: dict[str, Tensor]) -> Tensor:
-    """The constant condition of the released text models: time 0, 256 features, cosines before sines."""
-    features = torch.cat([torch.ones(128), torch.zeros(128)])
-    x = F.linear(features, time_map["sigma_map.mlp.0.weight"], time_map["sigma_map.mlp.0.bias"])
-    x = F.linear(F.silu(x), time_map["sigma_map.mlp.2.weight"], time_map["sigma_map.mlp.2.bias"])
-    return F.silu(x)
+    """Return the constant condition of the released text models: time 0, cosines (1) before sines (0)."""
+    x = torch.cat([torch.ones(TIME_FEATURES // 2), torch.zeros(TIME_FEATURES // 2)])
+    for layer in ("sigma_map.mlp.0", "sigma_map.mlp.2"):
+        x = F.silu(F.linear(x, time_map[f"{layer}.weight"], time_map[f"{layer}.bias"]))
+    return x

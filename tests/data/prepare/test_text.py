@@ -126,7 +126,7 @@ def test_killed_twice_and_finished_gives_the_same_bytes(
 
     one_worker = (
         "import ray; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
-        "from jobs import main, prepare; main(prepare.run)"
+        "from jobs import prepare; from jobs.cli import main; main(prepare.run)"
     )
     straight = tmp_path / "straight"
     command = [sys.executable, "-c", one_worker, str(file), f"cluster.storage={straight}"]

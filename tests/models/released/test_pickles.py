@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.models.released.pickles import Inert, plain, read_pickle
+from pipeline.models.released.pickles import InertObject, read_pickle, to_plain
 
 FORMATS = {
     "zip": {},
@@ -111,13 +111,13 @@ def test_unknown_classes_become_inert(
     read = read_pickle(tmp_path / "a.ckpt")
     assert "foreign_configs" not in sys.modules
     assert torch.equal(read["weights"], torch.ones(2))
-    assert isinstance(read["config"], Inert)
+    assert isinstance(read["config"], InertObject)
     assert read["config"].origin == "foreign_configs.Mapping"
-    assert plain(read["config"]) == {"model": {"length": 16, "mode": "learn+freqs"}, "seed": 1}
-    assert plain(read["attributes"]) == {"a": 1}
-    assert plain(read["names"]) == ["x", "y"]
+    assert to_plain(read["config"]) == {"model": {"length": 16, "mode": "learn+freqs"}, "seed": 1}
+    assert to_plain(read["attributes"]) == {"a": 1}
+    assert to_plain(read["names"]) == ["x", "y"]
     assert read["colour"].arguments == (3, "red")
-    assert isinstance(read["array"], Inert)
+    assert isinstance(read["array"], InertObject)
 
 
 class Calls:
@@ -189,8 +189,9 @@ def archive(path: Path, program: bytes) -> Path:
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.", "os.system"),
         (b"\x80\x02cforeign\nrun_this\n)R.", "foreign.run_this"),
         (b"\x80\x02cforeign\nThing\n)R(X\x01\x00\x00\x00xX\x01\x00\x00\x00ytR.", "TypeError"),  # call an inert
-        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", "attributes of a function"),
-        (b"\x80\x02ctorch\nFloatStorage\n)R.", "storage type"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", "TypeError"),  # change a function
+        (b"\x80\x02cforeign\nrun_this\nN}X\x06\x00\x00\x00originX\x01\x00\x00\x00Xs\x86b.", "TypeError"),
+        (b"\x80\x02ctorch\nFloatStorage\n)R.", "not callable"),
         (b"\x80\x02cforeign\nThing\n}X\x01\x00\x00\x00aK\x01sb.", "TypeError"),  # change a class
         (b"\x80\x02\x82\x01.", "unregistered extension"),
         (b"\x80\x02]q\x00", "damaged"),

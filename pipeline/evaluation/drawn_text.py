@@ -1,0 +1,109 @@
+"""Evaluation of generated text: its metrics, and those of held-out text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.evaluation.evaluated_model import EvaluatedModel
+from pipeline.metrics.corpora import Corpus
+from pipeline.metrics.draw import Samples
+from pipeline.metrics.external_lm import Scored, load_scorer_tokenizer, score_texts
+from pipeline.metrics.ngram import bigram_model
+from pipeline.metrics.text import has_mauve, text_measures
+from pipeline.reports.measures import Group, Measure
+from pipeline.reports.page import Block, Columns, excerpt
+from pipeline.run import Run
+from pipeline.training.finish import NGRAM_ROWS
+from pipeline.training.validation import validation_rows
+
+Rows = Integer[np.ndarray, "n L"]
+
+_BLOCK = 8192  # training rows read at a time
+
+
+class TextEvaluator:
+    """Evaluates generated text and compares it with held-out text.
+
+    The held-out text is scored when the evaluator is made, before anything is sampled, so that a missing scorer fails
+    early.
+
+    Args:
+        run: of the evaluation.
+        corpus: its data.
+        model: whose tokenizer decodes the rows.
+
+    Attributes:
+        real: metrics of the held-out text.
+        texts: the held-out text.
+        notes: remarks on the metrics for the report.
+
+    Raises:
+        ConfigError: there is no such scorer, or its context is shorter than the texts.
+    """
+
+    def __init__(self, run: Run, corpus: Corpus, model: EvaluatedModel):
+        config, tokenizer = run.config, model.tokenizer
+        assert config.data.kind == "text"
+        settings, self._resources = config.evaluation, run.resources
+        self._scorer, self._batch, self._bos = settings.scorer, settings.batch, model.facts.bos is not None
+        self._tokenizer = (
+            tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(config.data.tokenizer)
+        )
+        held_out, train = corpus.reader("validation"), corpus.reader("train")
+        count = min(config.sampling.num_samples, settings.rows)
+        rows = held_out.rows(validation_rows(len(held_out), count))
+        self.texts, self.notes = self._decode(rows), {}
+        if self._scorer is not None:
+            load_scorer_tokenizer(self._scorer).check_context(self.texts)
+            self.notes = {} if has_mauve() else {"MAUVE": "left out, since mauve-text is not installed"}
+        (self._scored,) = self._score([rows])
+        last = min(len(train), NGRAM_ROWS)
+        blocks = (train.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
+        self._bigram = bigram_model(blocks, corpus.manifest.vocabulary)
+        self.real = text_measures(rows, self._bos, self._bigram, self._scored, self._scorer)
+
+    def measure(self, groups: Sequence[Rows]) -> list[list[Measure]]:
+        """Compute the metrics of groups of rows.
+
+        Args:
+            groups: rows of token ids.
+        """
+        return [
+            text_measures(rows, self._bos, self._bigram, scored, self._scorer, self._scored)
+            for rows, scored in zip(groups, self._score(groups), strict=True)
+        ]
+
+    def excerpt(self, rows: Rows) -> str:
+        """Return the beginnings of the first rows as text.
+
+        Args:
+            rows: of token ids.
+        """
+        return excerpt(self._decode(rows))
+
+    def report(self, samples: Samples, how: dict[str, Any]) -> tuple[list[Group], list[Block]]:
+        """Compute the metrics of samples.
+
+        Args:
+            samples: generated text.
+            how: how it was sampled.
+
+        Returns:
+            Metrics of the samples and of held-out text, and excerpts of both.
+        """
+        (measures,) = self.measure([samples.tokens])
+        real = Group("real", "Real text", {"rows": len(self.texts), "split": "validation"}, self.real)
+        texts = [("samples", excerpt(samples.texts)), ("held-out text", excerpt(self.texts))]
+        return [Group("samples", "Samples", how, measures), real], [Columns(texts)]
+
+    def _decode(self, rows: Rows) -> list[str]:
+        return [self._tokenizer.decode(row) for row in rows.tolist()]
+
+    def _score(self, groups: Sequence[Rows]) -> Sequence[Scored | None]:
+        """Score groups of rows with one start of the scorer; None without a scorer."""
+        if self._scorer is None:
+            return [None] * len(groups)
+        return score_texts(self._scorer, [*map(self._decode, groups)], self._batch, self._resources)

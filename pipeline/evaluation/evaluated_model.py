@@ -1,0 +1,107 @@
+"""A model that is evaluated: opening and checking it, and its likelihood."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline import storage
+from pipeline.config.schema import ModelConfig
+from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
+from pipeline.errors import ConfigError
+from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
+from pipeline.metrics.likelihood import Masking
+from pipeline.models import model_folder
+from pipeline.models.vq import ImageTokenizer
+from pipeline.reports.measures import Group
+from pipeline.run import Run
+from pipeline.training.validation import validation_rows
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model that is evaluated.
+
+    Attributes:
+        name: for people.
+        folder: of the consolidated model; every node can read it.
+        config: of the model.
+        facts: what the model knows about its data.
+        parameters: number of parameters.
+        step: of its training; 0 where that is unknown.
+        masking: how rows are hidden to measure its likelihood.
+    """
+
+    name: str
+    folder: str
+    config: ModelConfig
+    facts: model_folder.DataFacts
+    parameters: int
+    step: int
+    masking: Masking
+
+    @property
+    def tokenizer(self) -> Tokenizer | ImageTokenizer | None:
+        """Load the tokenizer of the model's folder; None where it has none."""
+        return saved_tokenizer(storage.fetch(self.folder))
+
+    def check_fits(self, corpus: Corpus, run: Run) -> None:
+        """Refuse data that the model cannot read. A model without a tokenizer is taken to have that of the run.
+
+        Args:
+            corpus: the data.
+            run: of the evaluation, with its manifest.
+
+        Raises:
+            DataError: names every field that differs.
+        """
+        check_fits(corpus, self.facts, (self.tokenizer or run.manifest.tokenizer).hash)
+
+
+def open_model(run: Run, name: str) -> EvaluatedModel:
+    """Open the model that `jobs.sample` would draw from, and check it against the config.
+
+    Args:
+        run: of the evaluation; `sampling.model` names the model.
+        name: of the model, for people.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged.
+        ConfigError: it cannot be sampled with this config.
+    """
+    config, folder = run.config, run.sampled_model()
+    local = storage.fetch(folder)
+    denoiser, section, facts = model_folder.read(local)
+    sampling = config.sampling.model_copy(update={"model": None})
+    if problems := config.model_copy(update={"model": section, "sampling": sampling}).conflicts():
+        spec = config.sampling.model or folder
+        raise ConfigError(f"with the model {spec}:\n" + "\n".join(f"  {line}" for line in problems))
+    masking = Masking.of(config, denoiser, facts.bos is not None)
+    parameters = sum(value.numel() for value in denoiser.parameters())
+    step = int(model_folder.read_background(local).figures.get("step", 0))
+    return EvaluatedModel(name, folder, section, facts, parameters, step, masking)
+
+
+def likelihood_groups(
+    run: Run, models: Sequence[EvaluatedModel], corpora: Sequence[Corpus]
+) -> list[list[Group]]:
+    """Measure the likelihood of every model on every corpus.
+
+    Args:
+        run: of the evaluation.
+        models: to measure.
+        corpora: the run's own first.
+
+    Returns:
+        A list per model with a group per corpus.
+    """
+    count = run.config.evaluation.rows
+    rows = [validation_rows(corpus.manifest.rows("validation"), count) for corpus in corpora]
+    cases = [
+        Case(model.folder, corpus, numbers, model.config.classes is not None, model.masking)
+        for model in models
+        for corpus, numbers in zip(corpora, rows, strict=True)
+    ]
+    results = iter(measure_cases(cases, run.resources))
+    titles = ["Validation", *(f"Zero-shot on {corpus.manifest.source.name}" for corpus in corpora[1:])]
+    return [
+        [likelihood_group(*pair, next(results)) for pair in zip(corpora, titles, strict=True)] for _ in models
+    ]

@@ -1,0 +1,61 @@
+"""The table of GPU types from which `plan` and `scaling` predict time and memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Published figures of one GPU type.
+
+    Attributes:
+        memory: GiB.
+        bandwidth: of the memory, GB/s.
+        bf16: dense rate without sparsity, TFLOP/s.
+        fp32: rate without TF32, as torch computes by default, TFLOP/s.
+        link: to another GPU of the same server, in one direction, GB/s: half of the published NVLink rate, or
+            half of the rate of PCIe 4.0 x16 for types without NVLink.
+    """
+
+    memory: float
+    bandwidth: float
+    bf16: float
+    fp32: float
+    link: float
+
+
+# Source: NVIDIA's data sheets of the L4, A10, L40S, A100 (SXM), H100 (SXM), H200 (SXM) and HGX B200, and the Ada
+# architecture white paper for the RTX 4090.
+GPUS = {
+    "l4": GPU(24, 300, 121, 30.3, 32),
+    "a10": GPU(24, 600, 125, 31.2, 32),
+    "rtx4090": GPU(24, 1008, 165, 82.6, 32),
+    "l40s": GPU(48, 864, 362, 91.6, 32),
+    "a100-40gb": GPU(40, 1555, 312, 19.5, 300),
+    "a100-80gb": GPU(80, 2039, 312, 19.5, 300),
+    "h100": GPU(80, 3350, 989, 67, 450),
+    "h200": GPU(141, 4800, 989, 67, 450),
+    "b200": GPU(180, 8000, 2250, 80, 900),
+}
+
+
+def select_gpus(name: str) -> Mapping[str, GPU]:
+    """Return the GPU types that `plan=NAME` selects.
+
+    Args:
+        name: a key of `GPUS` in upper or lower case, or "true" for all types.
+
+    Raises:
+        ConfigError: the table has no such type.
+    """
+    name = name.lower()
+    if name == "true":
+        return GPUS
+    if name not in GPUS:
+        raise ConfigError(
+            f"plan: {name!r} is not a GPU in the table{did_you_mean(name, GPUS)}; "
+            f"expected one of {', '.join(GPUS)}, or true for all"
+        )
+    return {name: GPUS[name]}

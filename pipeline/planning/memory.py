@@ -1,0 +1,154 @@
+"""Memory of one GPU during training: model states under ZeRO, and activations.
+
+Activations are what autograd keeps between the forward and the backward pass. They are counted here tensor by tensor
+from the code of the blocks, for the kernels that run on GPUs: fused dropout, which keeps a mask of one byte per
+value, and flash attention, which keeps no scores.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.config.schema import ModelConfig, TrainConfig
+from pipeline.models.layers import CHUNK_LOGITS
+from pipeline.models.model_folder import DataFacts
+
+FLOAT32 = 4  # bytes of a value in norms, master weights, moments and logits
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What autograd keeps for the backward pass of one micro-batch.
+
+    Attributes:
+        per_row: bytes per row.
+        fixed: bytes that do not depend on the number of rows.
+        recomputed: bytes per row of the largest block that the backward pass computes again; 0 without
+            activation checkpointing.
+        logits: number of logits per row.
+    """
+
+    per_row: float
+    fixed: float = 0.0
+    recomputed: float = 0.0
+    logits: float = 0.0
+
+    def kept(self, rows: float) -> float:
+        """Return the bytes kept at the end of the forward pass, logits not included."""
+        return self.fixed + rows * self.per_row
+
+    def peak(self, rows: float) -> float:
+        """Return the bytes at the fullest moment of the backward pass.
+
+        The head holds one chunk of float32 logits where they are computed in chunks. Where all logits fit into one
+        chunk they are not chunked, and log-probabilities, their gradient and the logits' gradient exist together.
+        """
+        chunk = CHUNK_LOGITS["cuda"]
+        entries = chunk if rows * self.logits > chunk else 3 * rows * self.logits
+        return self.kept(rows) + max(FLOAT32 * entries, rows * self.recomputed)
+
+
+def activations(model: ModelConfig, facts: DataFacts, train: TrainConfig, targets: float) -> Activations:
+    """Count the bytes that autograd keeps in a training step.
+
+    Args:
+        model: the architecture.
+        facts: vocabulary and length of the data.
+        train: precision and activation checkpointing.
+        targets: mean number of predicted positions per row (per masking, for complementary masking).
+
+    Returns:
+        The bytes per row and per micro-batch.
+    """
+    value = 2 if train.precision == "bf16" else 4
+    copy = FLOAT32 if value < FLOAT32 else 0  # norms and the head keep a float32 copy of a bf16 input
+    classes = model.classes is not None
+    # All sizes below are bytes per token and unit of the hidden size. With classes, modulation gives every token
+    # vectors of its own, and each modulated norm keeps its result and its scale in float32.
+    modulation = 6 * value + 2 * 2 * FLOAT32 if classes else 0
+    # Mean and deviation of two norms, and each head's log-sum-exp of attention.
+    statistics = (2 * 2 + model.heads) * FLOAT32 / model.hidden
+    # Inputs of two norms; their outputs (2), query (1), attention output (1), MLP (4 + 4) and the two branch outputs
+    # that the gates multiply (2); two dropout masks.
+    queries = 2 * FLOAT32 + 14 * value + modulation + (2 if model.dropout else 0) + statistics
+    # The packed projection stays alive through the values, beside the rotated keys (and queries).
+    self_block = queries + 4 * value
+    width = float(facts.length + model.registers)
+    if model.kind == "pgm":
+        swap, swap_keys = 2 * value, 3 * value  # query, attention output; keys and values, rotated keys
+        if model.swap.pooling != "none":  # else queries depend on the position alone, and all rows share them
+            swap += FLOAT32 + value + (8 * value if model.swap.query == "mlp4" else 0)
+            swap_keys += FLOAT32 if model.swap.pooling == "logsumexp" else copy
+        swaps = targets * swap + width * swap_keys
+        # The norm of the encoder outputs, and the product of keys and values as in a swap.
+        cross_block = targets * queries + width * (4 * value + copy)
+        blocks = [width * self_block] * model.encoder_blocks + [cross_block] * model.decoder_blocks
+        inputs = width * value * model.encoder_blocks + targets * value * model.decoder_blocks
+        if model.swap.every_block:
+            blocks += [swaps] * (model.decoder_blocks - 1)
+        # The first swap, the encoder outputs, and the decoder's rotary code.
+        outside = swaps + width * value + targets * FLOAT32 / model.heads
+    else:
+        if model.kind == "mdlm" and model.complementary:
+            width *= 2
+        blocks = [width * self_block] * model.blocks
+        inputs = width * value * model.blocks
+        outside = 0.0
+    outside += width * FLOAT32 / model.heads  # the rotary code
+    # The final norm's input, its output as the head's float32 input and, with classes, its result and scale.
+    outside += targets * FLOAT32 * (4 if classes else 2)
+    recompute = train.activation_checkpointing
+    return Activations(
+        per_row=model.hidden * (outside + (inputs if recompute else sum(blocks))),
+        fixed=copy * facts.vocab_size * model.hidden,  # the head's weights
+        recomputed=model.hidden * max(blocks) if recompute else 0.0,
+        logits=targets * facts.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the fullest moment of a step.
+
+    Attributes:
+        weights: of the model, in the precision of training; with a teacher, its weights too.
+        gradients: of the weights.
+        optimiser: Adam's moments, and the float32 weights that it updates.
+        ema: float32 averaged weights.
+        activations: from `Activations.peak`.
+    """
+
+    weights: float
+    gradients: float
+    optimiser: float
+    ema: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return self.weights + self.gradients + self.optimiser + self.ema + self.activations
+
+
+def states(count: int, train: TrainConfig, workers: int, kept_whole: int = 0) -> Memory:
+    """Compute the bytes of weights, gradients, optimiser and averaged weights on one GPU; activations are 0.
+
+    Per parameter, fp32 takes 4 bytes each for weights, gradients and averaged weights, 8 for Adam's moments, and from
+    stage 1 on 4 for a copy of the weights. bf16 takes 2 for weights, 2 for gradients, 4 for float32 weights, 8 for
+    the moments and 4 for averaged weights. Stage 1 divides optimiser and average by the workers, stage 2 also the
+    gradients, stage 3 also the weights. With offloading, optimiser and average are in host memory.
+
+    Args:
+        count: number of parameters.
+        train: precision, ZeRO stage and offloading.
+        workers: number of GPUs.
+        kept_whole: parameters in tensors of fewer values than `train.persistent_parameters` (stage 3).
+    """
+    stage, value = train.zero_stage, 2 if train.precision == "bf16" else 4
+    masters = 0 if stage == 0 and train.precision == "fp32" else FLOAT32
+    on_gpu = 0 if train.offload_optimizer else count / (workers if stage >= 1 else 1)
+    return Memory(
+        weights=count * value if stage < 3 else (kept_whole + (count - kept_whole) / workers) * value,
+        gradients=count * value / (workers if stage >= 2 else 1),
+        optimiser=on_gpu * (8 + masters),
+        ema=on_gpu * FLOAT32,
+        activations=0.0,
+    )
