@@ -11,8 +11,7 @@ import ray.data
 
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.image_sources import list_images, open_images
+from pipeline.data.prepare.image_sources import Ref, list_images, open_images
 from pipeline.data.prepare.images import held_out, read_pixels, read_spread
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics.image_features import (

@@ -1,7 +1,7 @@
-"""The folder of prepared data: its name, whether it is complete and this config's, and making it.
+"""The folder of prepared data: its name, whether it is complete and fits the config, and how it is made.
 
-A preparation works in a folder beside the shards that is named by its plan, so that an interrupted one is taken
-up where it stopped and one of another input is not; the manifest comes last and makes the folder complete.
+The intermediate files of a preparation lie in a folder beside the shards, which is named by its plan, so that an
+interrupted preparation is continued, and one of another input is not. The manifest is written last.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
 
 
 def _folder_name(data: AnyDataConfig) -> str:
-    """Name of the folder where `data.path` gives none, derived from what determines its contents."""
+    """Return the name of the folder where `data.path` gives none, derived from what determines its contents."""
     extent = data.length if data.kind == "text" else data.size
     names = (data.source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
     slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names)

@@ -64,7 +64,11 @@ def cached_tokenizer(spec: str) -> Tokenizer:
 
 
 def content(data: TextDataConfig) -> dict[str, Any]:
-    """Return every setting that determines what the shards hold, by key of the config."""
+    """Return every setting that determines what the shards hold, by key of the config.
+
+    Args:
+        data: the data section of the config.
+    """
     keys = ("source", "text_field", "subset", "split", "revision", "on_error")
     shape = ("length", "wrap", "validation_documents", "shard_rows")
     values = {key: getattr(data, key) for key in keys + shape}

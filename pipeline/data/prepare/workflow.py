@@ -50,12 +50,21 @@ class Unit:
         raise NotImplementedError
 
     def publish(self, work: str) -> None:
-        """Write the record into the folder `work`, which says that the unit's file is complete."""
+        """Write the record, which says that the unit's file is complete.
+
+        Args:
+            work: folder of the intermediate files.
+        """
         storage.publish_text(unit_path(work, self.index, "json"), json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, work: str, index: int) -> Self:
-        """Read the record of a unit that is finished from the folder `work`."""
+        """Read the record of a unit that is finished.
+
+        Args:
+            work: folder of the intermediate files.
+            index: number of the unit.
+        """
         values = json.loads(storage.read_text(unit_path(work, index, "json")))
         values.pop("fatal", None)  # written by earlier versions
         return cls(**values)
