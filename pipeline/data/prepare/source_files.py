@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
@@ -108,7 +108,7 @@ def list_files(source: str, root: str = "") -> list[SourceFile]:
         items = fs.glob(inner, detail=True)
     else:
         items = {inner: fs.info(inner)} if fs.exists(inner) else {}
-    infos = {}
+    infos: dict[str, Any] = {}
     for path, info in items.items():
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
     protocol = "" if storage.is_local(source) else fs.unstrip_protocol(inner).removesuffix(inner)
