@@ -162,9 +162,11 @@ def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
     units = [tokenise_unit(unit, data, work) for unit in enumerate(source.units)]
     make, splits = row_maker(data, work), {}
     for name, (split, shards) in plan_splits(units, data, work).items():
-        files = tuple(publish_shard(shard.name, str(into), work, partial(make, shard)) for shard in shards)
+        files = tuple(
+            publish_shard(shard.name, str(into), work, make=partial(make, shard)) for shard in shards
+        )
         splits[name] = split.model_copy(update={"files": files})
-    return describe(data, source, units, splits)
+    return describe(data, source, units, splits=splits)
 
 
 def _tiktoken_alone(ranks: dict[bytes, int], texts: Sequence[str]) -> Callable[[Path], object]:

@@ -18,25 +18,43 @@ MANIFEST = "manifest.json"
 
 
 class _Frozen(BaseModel):
+    """A part of the manifest, which refuses unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SpecialIds(_Frozen):
-    """Ids with a meaning of their own; `bos` is None where rows have no BOS."""
+    """Token ids with a meaning of their own.
+
+    Attributes:
+        eot: end of text; None for images.
+        bos: the id at the start of every row; None where rows have none.
+    """
 
     eot: int | None
     bos: int | None
 
 
 class TokenizerInfo(_Frozen):
-    """Which tokenizer made the ids; `hash` decides, `name` is for people."""
+    """The tokenizer that made the ids.
+
+    Attributes:
+        name: for people.
+        hash: SHA-256 of everything that determines the ids.
+    """
 
     name: str
     hash: str
 
 
 class SourceInfo(_Frozen):
-    """Where the documents came from; `fingerprint` is over the names and sizes of what was read."""
+    """The source of the documents or images.
+
+    Attributes:
+        name: `data.source`.
+        revision: commit of a dataset of the Hugging Face hub.
+        fingerprint: SHA-256 of the names and sizes of what was read; the same for a copy elsewhere.
+    """
 
     name: str
     revision: str | None
@@ -44,7 +62,13 @@ class SourceInfo(_Frozen):
 
 
 class ShardFile(_Frozen):
-    """One Parquet file."""
+    """One Parquet file.
+
+    Attributes:
+        name: in the folder of the shards.
+        rows: number of rows.
+        sha256: of the file's bytes.
+    """
 
     name: str
     rows: int
@@ -52,7 +76,14 @@ class ShardFile(_Frozen):
 
 
 class Split(_Frozen):
-    """One split; `tokens` count documents' ends too, `tokens_dropped` of them did not fill a last row."""
+    """One split of the data.
+
+    Attributes:
+        files: the shards in order.
+        documents: number of documents with any text, or of images.
+        tokens: number of tokens; of text with the EOT of every document, of images with the BOS of every row.
+        tokens_dropped: how many of the tokens of text are left out, since they do not fill a last row.
+    """
 
     files: tuple[ShardFile, ...]
     documents: int
@@ -73,15 +104,22 @@ class Skipped(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What a folder of shards holds. Written last: a folder that has one is complete.
+    """What a folder of shards holds. It is written last, so a folder that has a manifest is complete.
 
     Attributes:
-        length: L.
-        vocabulary: V, without any mask.
-        content: every key of the config that determined the contents.
+        length: L, tokens of a row.
+        vocabulary: V, number of ids without any mask.
+        special: ids with a meaning of their own.
+        wrap: `data.wrap`; "none" for images.
+        tokenizer: what made the ids.
+        source: what was read.
+        content: by key of the config, every setting that determined what the shards hold.
         content_key: SHA-256 of `content`.
-        documents: those with any text in them; of images, the images.
-        tokens: of images, the ids of all rows, BOS included.
+        splits: "train" and "validation".
+        documents: number of documents with any text, or of images.
+        documents_empty: number of documents without text, which are left out.
+        tokens: number of tokens of all splits.
+        skipped: what could not be read.
         classes: C of labelled images, whose rows have a label in 0..C-1.
         class_names: by label, where the source has them.
         grid: side of the grid of codes behind the BOS; None for text.
@@ -106,10 +144,13 @@ class Manifest(_Frozen):
 
     @classmethod
     def read(cls, path: str) -> "Manifest":
-        """The manifest of the folder `path`.
+        """Read the manifest of a folder.
+
+        Args:
+            path: the folder.
 
         Raises:
-            DataError: there is none, or it is damaged.
+            DataError: there is no manifest, or it is damaged.
         """
         file = storage.join(path, MANIFEST)
         if not storage.exists(file):
@@ -126,16 +167,23 @@ class Manifest(_Frozen):
             ) from None
 
     def publish(self, path: str) -> None:
-        """Write the manifest into the folder `path`, which completes it."""
+        """Write the manifest, which completes the folder of the shards.
+
+        Args:
+            path: the folder.
+        """
         storage.publish_text(storage.join(path, MANIFEST), self.model_dump_json(indent=2) + "\n")
 
     @property
     def ids(self) -> int:
-        """Rows hold ids in 0..ids-1: the vocabulary, and the BOS of images, which lies behind the mask."""
+        """The number of ids that rows may hold: the vocabulary, and the mask and BOS of images behind it."""
         return max(self.vocabulary, 1 + (self.special.bos or 0))
 
     def split(self, name: str) -> Split:
-        """A split by name.
+        """Return a split.
+
+        Args:
+            name: "train" or "validation".
 
         Raises:
             DataError: there is no such split.
@@ -146,22 +194,34 @@ class Manifest(_Frozen):
         return self.splits[name]
 
     def rows(self, split: str) -> int:
-        """Rows of a split."""
+        """Return the number of rows of a split.
+
+        Args:
+            split: name of the split.
+        """
         return sum(file.rows for file in self.split(split).files)
 
     def rows_per_shard(self, split: str) -> list[int]:
-        """Rows of every file of a split, in order."""
+        """Return the number of rows of every shard of a split, in order.
+
+        Args:
+            split: name of the split.
+        """
         return [file.rows for file in self.split(split).files]
 
 
 def hash_content(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of settings that determine what shards hold, in hexadecimal."""
+    """Return the SHA-256 of settings that determine what shards hold, in hexadecimal.
+
+    Args:
+        content: the settings by key of the config.
+    """
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @lru_cache(maxsize=4)
-def image_tokenizer_id(spec: str) -> str:
-    """Return what identifies an image tokenizer, computed once per process.
+def tokenizer_key(spec: str) -> str:
+    """Return what identifies an image tokenizer among the settings, computed once per process.
 
     Args:
         spec: "patch", a file or a folder.
@@ -187,10 +247,14 @@ def image_tokenizer_id(spec: str) -> str:
 
 
 def check_fits(manifest: Manifest, config: RunConfig) -> None:
-    """Refuse data that training with this config could not use.
+    """Refuse data that training with a config could not use.
+
+    Args:
+        manifest: of the data.
+        config: of the run.
 
     Raises:
-        DataError: every field that differs, with the data's value and the config's.
+        DataError: names every field that differs, with the value of the data and that of the config.
     """
     data = config.data
     pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
@@ -239,7 +303,7 @@ def _image_pairs(manifest: Manifest, data: ImageDataConfig) -> dict[str, tuple[o
     pairs: dict[str, tuple[object, object]] = {
         "data.classes": (manifest.classes, data.classes),
         "data.size / data.factor": (manifest.grid, data.size // data.factor),
-        "data.tokenizer": (manifest.content.get("tokenizer"), image_tokenizer_id(data.tokenizer)),
+        "data.tokenizer": (manifest.content.get("tokenizer"), tokenizer_key(data.tokenizer)),
     }
     if data.tokenizer == "patch":
         pairs["data.codes"] = (manifest.vocabulary, data.codes)

@@ -1,9 +1,9 @@
-"""The order in which training reads rows: deterministic, random access, one for all numbers of workers."""
+"""The order in which training reads rows: deterministic, with random access, the same for any number of workers."""
 
-from collections import OrderedDict
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 
 import numpy as np
@@ -19,11 +19,11 @@ _SHARDS, _LEFTOVER, _WINDOW = range(3)
 
 
 class ReadingOrder:
-    """Which rows global batch `step` holds, and which of them a worker serves.
+    """The rows of every global batch, and which of them a worker serves.
 
-    An epoch permutes the shards, leaves out the rows that do not fill a last batch, and cuts the rest into C
-    equal streams; a stream shuffles its rows in windows; a batch takes batch / C rows of every stream.
-    Everything follows from (arguments, step), so the state of training's data is one integer.
+    An epoch permutes the shards, leaves out the rows that do not fill a last batch, and cuts the rest into C equal
+    streams. A stream shuffles its rows in windows. A batch takes batch / C rows of every stream. Everything follows
+    from the arguments and the step, so the position of training in the data is one integer.
 
     Args:
         rows_per_shard: rows of every shard file, in the manifest's order.
@@ -46,75 +46,86 @@ class ReadingOrder:
             raise DataError(
                 f"train.batch: {batch} rows, but the data has {self.rows}; expected at most {self.rows}"
             )
-        self.batch = batch
-        self.streams = streams
-        self.window = window
-        self.seed = seed
+        self.batch, self.streams, self.window, self.seed = batch, streams, window, seed
         self.steps_per_epoch = self.rows // batch
         self._share = batch // streams  # rows of one stream in one batch
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._cached_layout = lru_cache(maxsize=1)(self._layout)
+        self._cached_window = lru_cache(maxsize=2 * streams)(self._window)  # those of a batch or two
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that global batch `step` belongs to."""
+        """Return the epoch of a global batch.
+
+        Args:
+            step: number of the batch.
+        """
         return step // self.steps_per_epoch
 
     def leftover(self, epoch: int) -> Int64[np.ndarray, "n"]:
-        """The rows (fewer than a batch) that this epoch skips."""
-        return self._layout(epoch)[1]
+        """Return the rows, fewer than a batch, that an epoch leaves out.
+
+        Args:
+            epoch: number of the epoch.
+        """
+        return self._cached_layout(epoch)[1]
 
     def rows_of_step(self, step: int) -> Int64[np.ndarray, "batch"]:
-        """Global row indices of global batch `step`; entry i comes from stream i // (batch // C)."""
+        """Return the rows of a global batch.
+
+        Args:
+            step: number of the batch.
+
+        Returns:
+            Indices of the rows in the split; entry i comes from stream i // (batch // C).
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
         first, last = within * self._share, (within + 1) * self._share
         parts = []
         for stream in range(self.streams):
             for window in range(first // self.window, (last - 1) // self.window + 1):
                 start = window * self.window
-                rows = self._shuffled(epoch, stream, window)
+                rows = self._cached_window(epoch, stream, window)
                 parts.append(rows[max(first - start, 0) : last - start])
         return np.concatenate(parts)
 
     def slots(self, rank: int, workers: int) -> Int64[np.ndarray, "n"]:
-        """Indices within a global batch that `rank` serves; -1 fills up where streams do not divide evenly.
+        """Return the places in a global batch that a worker serves.
 
-        Streams are dealt contiguously, the first ranks taking one more; n is the same for every rank.
+        Every worker serves neighbouring streams, the first ones one more where they do not divide evenly.
+
+        Args:
+            rank: of the worker.
+            workers: number of workers.
+
+        Returns:
+            The places; the same number for every rank, filled up with -1.
 
         Raises:
-            ConfigError: more workers than streams.
+            ConfigError: there are more workers than streams.
         """
         if workers > self.streams:
             raise ConfigError(f"cluster.workers: {workers} workers for data.streams {self.streams}")
-        few, more = divmod(self.streams, workers)
-        first = rank * few + min(rank, more)
-        mine = np.arange(first * self._share, (first + few + (rank < more)) * self._share, dtype=np.int64)
-        missing = (few + (more > 0)) * self._share - len(mine)
-        return np.pad(mine, (0, missing), constant_values=MISSING)
+        each, extra = divmod(self.streams, workers)
+        first = rank * each + min(rank, extra)
+        last = first + each + (rank < extra)
+        places = np.arange(first * self._share, last * self._share, dtype=np.int64)
+        missing = (each + (extra > 0)) * self._share - len(places)
+        return np.pad(places, (0, missing), constant_values=MISSING)
 
     def _layout(self, epoch: int) -> tuple[Int64[np.ndarray, "C n"], Int64[np.ndarray, "skipped"]]:
-        """Rows of every stream before windows are shuffled, and the rows left out."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            starts = np.cumsum(self._sizes) - self._sizes
-            shards = permutation(len(self._sizes), self.seed, epoch, _SHARDS)
-            rows = np.concatenate([np.arange(starts[s], starts[s] + self._sizes[s]) for s in shards])
-            kept = self.steps_per_epoch * self.batch
-            keep = np.ones(self.rows, dtype=bool)
-            if left := self.rows - kept:
-                keys = _bits(self.rows, self.seed, epoch, _LEFTOVER)
-                keep[np.argpartition(keys, left)[:left]] = False
-            self._epoch = (epoch, rows[keep].reshape(self.streams, kept // self.streams), rows[~keep])
-        return self._epoch[1], self._epoch[2]
+        """Return the rows of every stream before windows are shuffled, and the rows left out."""
+        starts = np.cumsum(self._sizes) - self._sizes
+        shards = permutation(len(self._sizes), self.seed, epoch, _SHARDS)
+        rows = np.concatenate([np.arange(starts[s], starts[s] + self._sizes[s]) for s in shards])
+        keep = np.ones(self.rows, dtype=bool)
+        if skipped := self.rows % self.batch:
+            keys = _bits(self.rows, self.seed, epoch, _LEFTOVER)
+            keep[np.argpartition(keys, skipped)[:skipped]] = False
+        return rows[keep].reshape(self.streams, -1), rows[~keep]
 
-    def _shuffled(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, "w"]:
-        """One window of a stream; the windows of a batch or two are remembered."""
-        key = (epoch, stream, window)
-        if key not in self._windows:
-            rows = self._layout(epoch)[0][stream, window * self.window : (window + 1) * self.window]
-            order = permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)
-            self._windows[key] = rows[order]
-            if len(self._windows) > 2 * self.streams:
-                self._windows.popitem(last=False)
-        return self._windows[key]
+    def _window(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, "w"]:
+        """Return one window of a stream, shuffled."""
+        rows = self._cached_layout(epoch)[0][stream, window * self.window : (window + 1) * self.window]
+        return rows[permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)]
 
 
 @dataclass(frozen=True)
@@ -122,9 +133,9 @@ class MicroBatch:
     """Rows for one forward pass on one worker.
 
     Attributes:
-        tokens: the rows. Missing ones repeat a row that exists.
-        labels: their classes, where rows have one; missing ones repeat likewise.
-        index: place of each row in the global batch, -1 for missing ones, which must weigh nothing.
+        tokens: the rows; missing ones repeat a row that exists.
+        index: place of each row in the global batch; -1 for missing ones, whose weight must be 0.
+        labels: classes of the rows, where they have one.
     """
 
     tokens: Int64[np.ndarray, "m L"]
@@ -135,10 +146,20 @@ class MicroBatch:
 def batches(
     reader: ShardReader, order: ReadingOrder, start_step: int, rank: int, workers: int, micro_batch: int
 ) -> Generator[list[MicroBatch], None, None]:
-    """What `rank` trains on at `start_step`, `start_step + 1`, ... without end; the next step is read ahead.
+    """Read what a worker trains on, step after step without end; the next step is read ahead in a thread.
 
-    Every rank gets the same number of micro-batches, all of the same number of rows (at most `micro_batch`).
-    An error while reading ahead is raised when its step is asked for. Closing the iterator ends its thread.
+    An error while reading ahead is raised when its step is requested. Closing the iterator ends the thread.
+
+    Args:
+        reader: of the split.
+        order: the reading order.
+        start_step: number of the first global batch.
+        rank: of the worker.
+        workers: number of workers.
+        micro_batch: rows of a micro-batch at most.
+
+    Returns:
+        For every step the micro-batches; all ranks get the same number of them, of the same number of rows.
     """
     slots = order.slots(rank, workers)
     parts = -(-len(slots) // micro_batch)
@@ -162,10 +183,15 @@ def batches(
 
 
 def _bits(n: int, *key: int) -> np.ndarray:
-    """n random 64-bit words of `key`: raw ones, whose values numpy keeps over versions (unlike shuffle's)."""
+    """Draw n random 64-bit words that belong to `key`: raw ones, which stay the same in all versions of numpy."""
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
 
 
 def permutation(n: int, *key: int) -> Int64[np.ndarray, "n"]:
-    """The permutation of range(n) that belongs to `key`."""
+    """Return the permutation of range(n) that belongs to a key.
+
+    Args:
+        n: number of items.
+        key: integers that seed it.
+    """
     return np.argsort(_bits(n, *key), kind="stable")

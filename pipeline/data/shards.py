@@ -18,7 +18,11 @@ Rows = tuple[np.ndarray, np.ndarray | None]  # tokens [n, L], and labels [n] or 
 
 
 def token_dtype(ids: int) -> np.dtype:
-    """Return the smallest unsigned little-endian dtype that holds 0..ids-1."""
+    """Return the smallest unsigned little-endian dtype that holds 0..ids-1.
+
+    Args:
+        ids: number of ids.
+    """
     return np.min_scalar_type(ids - 1).newbyteorder("<")
 
 

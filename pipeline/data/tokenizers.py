@@ -175,7 +175,7 @@ def saved_tokenizer(folder: Path) -> "Tokenizer | ImageTokenizer | None":
     from pipeline.models import vq  # takes seconds, and the preparation of text does without
 
     if (folder / vq.INFO_FILE).is_file():
-        return vq.load_image_tokenizer(str(folder), None, IMAGES_AT_ONCE, "cpu")
+        return vq.load_image_tokenizer(str(folder), None, IMAGES_AT_ONCE, device="cpu")
     return load_tokenizer(str(folder)) if (folder / INFO_FILE).is_file() else None
 
 

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.prepare.image_archives import Ref
+from pipeline.data.prepare.image_sources import Ref
 from pipeline.data.prepare.images import TOKENIZER, read_pixels
 from pipeline.errors import ConfigError
 from pipeline.evaluation.source_images import UNIT, dataset_of, load_net, source_images

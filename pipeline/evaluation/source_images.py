@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,21 +11,18 @@ import ray.data
 
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.image_sources import list_images, open_images
-from pipeline.data.prepare.images import held_out, read_pixels
+from pipeline.data.prepare.image_sources import Ref, list_images, open_images
+from pipeline.data.prepare.images import held_out, read_pixels, read_spread
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics.image_features import (
     CLASSIFIER_IMAGES,
     CLASSIFIER_SIDE,
     FeatureNet,
-    Labelled,
     load_features,
 )
 
 UNIT = 256  # images that are read together
 _READ_CPUS = 0.25  # CPUs of a task that reads images, so that it fits beside the actors that compute features
-_READ_THREADS = 8  # threads that read the images on which a classifier is fitted
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def load_net(
             f"evaluation.features: 'classifier' takes images of at most {CLASSIFIER_SIDE} pixels, data.size is "
             f"{data.size}; expected 'inception', 'efficientnet' or package.module:factory"
         )
-    labelled = _read_labelled(data, train) if spec == "classifier" else None
+    labelled = read_spread(train, data, CLASSIFIER_IMAGES) if spec == "classifier" else None
     return load_features(spec, weights, labelled, batch)
 
 
@@ -106,13 +102,3 @@ def dataset_of(refs: Sequence[Ref], data: ImageDataConfig) -> ray.data.Dataset:
 def _read_unit(row: dict[str, Any], data: ImageDataConfig) -> list[dict[str, Any]]:
     refs = [Ref(*ref) for ref in json.loads(row["refs"])]
     return [{"image": image} for image in read_pixels(refs, data).images]
-
-
-def _read_labelled(data: ImageDataConfig, refs: Sequence[Ref]) -> Labelled:
-    """Read at most `CLASSIFIER_IMAGES` images, evenly spread, and their labels."""
-    count = min(len(refs), CLASSIFIER_IMAGES)
-    chosen = [refs[i * len(refs) // count] for i in range(count)]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        parts = [chosen[i : i + UNIT] for i in range(0, count, UNIT)]
-        read = list(pool.map(lambda part: read_pixels(part, data), parts))
-    return np.concatenate([part.images for part in read]), np.concatenate([part.labels for part in read])

@@ -89,16 +89,9 @@ def check_fits(corpus: Corpus, facts: model_folder.DataFacts, tokenizer_hash: st
         "bos": (manifest.special.bos, facts.bos),
         "tokenizer (hash)": (manifest.tokenizer.hash[:12], tokenizer_hash[:12]),
     }
-    problems = [
-        f"\n  {key}: the data has {of_data!r}, the model {of_model!r}"
-        for key, (of_data, of_model) in fields.items()
-        if of_data != of_model
-    ]
-    if problems:
-        raise DataError(
-            f"evaluation: the model cannot read {corpus.path} (tokenizer {manifest.tokenizer.name!r}):"
-            + "".join(problems)
-        )
+    if lines := differences(fields, "model"):
+        head = f"evaluation: the model cannot read {corpus.path} (tokenizer {manifest.tokenizer.name!r}):"
+        raise DataError("\n".join([head, *lines]))
     if not manifest.rows("validation"):
         raise DataError(f"evaluation: {corpus.path} has no validation rows; expected at least one")
 

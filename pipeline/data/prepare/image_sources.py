@@ -8,32 +8,78 @@ shuffled, keep their own order.
 
 import gzip
 import itertools
+import json
 import re
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import SourceInfo
-from pipeline.data.prepare import image_archives, source_files
-from pipeline.data.prepare.image_archives import IMAGES, PARQUET, TAR, Ref, is_a, outside
+from pipeline.data.prepare import source_files
 from pipeline.data.prepare.source_files import HUB, Problem, SourceFile
 from pipeline.data.reading_order import permutation
 from pipeline.errors import DataError, did_you_mean
 
 DIGITS = "digits"
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TAR, PARQUET = (".tar",), (".parquet",)
 IDX = ("-ubyte", "-ubyte.gz")
 _KINDS = {"image files": IMAGES, "tar files": TAR, "Parquet files": PARQUET, "idx files": IDX}
 _ORDER = 1  # seed of the order of sources that come sorted by class
 _READERS = 8  # files listed at the same time
+_ROWS = 64  # of Parquet held at a time
 
 Image = tuple[bytes | UInt8[np.ndarray, "..."], int]  # bytes of a file, or pixels; and the label
+
+
+class Ref(NamedTuple):
+    """The place of one image.
+
+    Attributes:
+        path: of its file, or "digits".
+        place: row of Parquet, idx or digits; byte in a tar file; 0 in a file of its own.
+        size: number of bytes in a tar file, else 0.
+        label: its class; -1 if it is read with the image.
+        name: of the member of a tar file, else "".
+    """
+
+    path: str
+    place: int
+    size: int
+    label: int
+    name: str = ""
+
+    def __str__(self) -> str:
+        if is_a(self.path, TAR):
+            return f"{self.path}: {self.name}"
+        if is_a(self.path, IMAGES):
+            return self.path
+        return f"{self.path} {'row' if is_a(self.path, PARQUET) else 'image'} {self.place}"
+
+
+def is_a(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether a file's name ends with one of the suffixes, in upper or lower case.
+
+    Args:
+        path: of the file.
+        suffixes: in lower case.
+    """
+    return path.lower().endswith(suffixes)
+
+
+def _outside(label: object, classes: int) -> str:
+    """Describe a label that is none of the classes."""
+    return f"label {label!r}; expected 0 to {classes - 1} (data.classes)"
 
 
 @dataclass(frozen=True)
@@ -80,7 +126,7 @@ def open_images(data: ImageDataConfig) -> ImageSource:
     """
     if data.source == DIGITS:
         info = source_files.describe(data, [_digits()[0].tobytes().hex()])
-        return ImageSource((SourceFile(DIGITS, "", 0, info.fingerprint),), info)
+        return ImageSource((SourceFile(DIGITS, "", 0, version=info.fingerprint),), info)
     if data.source.startswith(HUB):
         return _open_hub(data)
     suffixes = tuple(itertools.chain(*_KINDS.values()))
@@ -88,8 +134,8 @@ def open_images(data: ImageDataConfig) -> ImageSource:
     files = [file for file in files if "/." not in f"/{file.name}"]
     kinds = [kind for kind, ends in _KINDS.items() if any(is_a(file.path, ends) for file in files)]
     if len(kinds) != 1:
-        found = " and ".join(kinds) or "hidden files only"
-        raise DataError(f"data.source: {found} at {data.source!r}; expected one kind of {', '.join(_KINDS)}")
+        names = " and ".join(kinds) or "hidden files only"
+        raise DataError(f"data.source: {names} at {data.source!r}; expected one kind of {', '.join(_KINDS)}")
     if kinds == ["idx files"]:
         files = _idx_pair(files, data.source)
     return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
@@ -109,7 +155,7 @@ def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
     names: tuple[str, ...] | None = None
     problems: list[Problem] = []
     if is_a(first, TAR + PARQUET):
-        list_file = image_archives.list_tar if is_a(first, TAR) else image_archives.list_parquet
+        list_file = _list_tar if is_a(first, TAR) else _list_parquet
         with ThreadPoolExecutor(_READERS) as pool:
             lists = pool.map(lambda file: list(list_file(file.path, data)), source.files)
             items = list(itertools.chain(*lists))
@@ -117,7 +163,7 @@ def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
         problems = [item for item in items if isinstance(item, Problem)]
     else:
         if first == DIGITS:
-            refs = [Ref(DIGITS, i, 0, int(label)) for i, label in enumerate(_digits()[1])]
+            refs = [Ref(DIGITS, i, 0, label=int(label)) for i, label in enumerate(_digits()[1])]
         elif is_a(first, IDX):
             refs = _list_idx(*(file.path for file in source.files))
         else:
@@ -125,7 +171,7 @@ def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
         refs = [refs[i] for i in permutation(len(refs), _ORDER)]
     within = [ref for ref in refs if -1 <= ref.label < data.classes]
     strays = (ref for ref in refs if not -1 <= ref.label < data.classes)
-    problems += [Problem(str(ref), outside(ref.label, data.classes)) for ref in strays]
+    problems += [Problem(str(ref), _outside(ref.label, data.classes)) for ref in strays]
     return Listing(within, problems, names)
 
 
@@ -158,9 +204,9 @@ def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[Image |
         pixels = _digits()[0] if path == DIGITS else _idx(path)
         return [(pixels[ref.place], ref.label) for ref in refs]
     if is_a(path, TAR):
-        return image_archives.read_tar(path, refs)
+        return _read_tar(path, refs)
     if is_a(path, PARQUET):
-        return image_archives.read_parquet(path, refs, data)
+        return _read_parquet(path, refs, data)
     return ((storage.read_bytes(ref.path), ref.label) for ref in refs)
 
 
@@ -189,7 +235,7 @@ def _list_folders(
             f"expected data.classes={len(names)}"
         )
     labels = {name: label for label, name in enumerate(names)}
-    refs = [Ref(file.path, 0, 0, labels[name]) for file, name in zip(files, classes, strict=True)]
+    refs = [Ref(file.path, 0, 0, label=labels[name]) for file, name in zip(files, classes, strict=True)]
     why = f"no image in this class; expected {', '.join(IMAGES)}"
     return refs, [Problem(f"{root}{name}", why) for name in sorted(empty)], names
 
@@ -200,6 +246,114 @@ def _folders(root: str) -> set[str]:
     infos = fs.ls(inner, detail=True)
     names = {info["name"].rstrip("/").rpartition("/")[2] for info in infos if info["type"] == "directory"}
     return {name for name in names if not name.startswith(".")}
+
+
+def _list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
+    """List a tar file in WebDataset's layout: members whose names differ only behind the first dot are a sample."""
+    try:
+        with storage.open_read(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members = ((*_stem(member.name), member) for member in tar if member.isfile())
+            for stem, group in itertools.groupby(members, key=lambda item: item[0]):
+                if not stem.rpartition("/")[2]:
+                    continue  # a hidden file
+                sample = {suffix: member for _, suffix, member in group}
+                try:
+                    image, label = _sample(sample, tar, data)
+                    yield Ref(path, image.offset_data, image.size, label=label, name=image.name)
+                except DataError as error:
+                    yield Problem(f"{path}: {stem}", str(error))
+    except (ConnectionError, TimeoutError):
+        raise
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        yield Problem(path, f"cannot be read to the end: {type(error).__name__}: {error}")
+
+
+def _stem(name: str) -> tuple[str, str]:
+    """Split a member's name at the first dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def _sample(
+    sample: dict[str, tarfile.TarInfo], tar: tarfile.TarFile, data: ImageDataConfig
+) -> tuple[tarfile.TarInfo, int]:
+    """Return the image and the label of a sample; raise what is wrong with it."""
+    suffixes = ", ".join(sample)
+    image = next((sample[end[1:]] for end in IMAGES if end[1:] in sample), None)
+    if image is None:
+        raise DataError(f"no image among {suffixes}; expected {', '.join(end[1:] for end in IMAGES)}")
+    suffix = "cls" if "cls" in sample else "json"
+    try:
+        file = tar.extractfile(sample[suffix])
+        assert file is not None, suffix  # members are files
+        text = file.read().decode("utf-8")
+        label = int(text) if suffix == "cls" else json.loads(text)[data.label_field]
+    except KeyError:
+        expected = f"cls, or json with the field {data.label_field!r} (data.label_field)"
+        raise DataError(f"no label among {suffixes}; expected {expected}") from None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"no label in {suffix}: {error}") from None
+    if not isinstance(label, int) or label < 0:
+        raise DataError(_outside(label, data.classes))
+    return image, label
+
+
+def _read_tar(path: str, refs: Sequence[Ref]) -> Iterator[tuple[bytes, int]]:
+    """Yield the bytes and the label of each image."""
+    with storage.open_read(path) as file:
+        for ref in refs:
+            file.seek(ref.place)
+            yield file.read(ref.size), ref.label
+
+
+def _list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
+    """List the rows of a Parquet file; their labels are read with the images."""
+    try:
+        with storage.open_read(path) as file:
+            parquet = pq.ParquetFile(file)
+            names, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
+    except (OSError, pa.ArrowException) as error:
+        yield Problem(path, f"cannot be read: {type(error).__name__}: {error}")
+        return
+    for key, name in (("image_field", data.image_field), ("label_field", data.label_field)):
+        if name not in names:
+            near = did_you_mean(name, names)
+            raise DataError(f"data.{key}: no column {name!r} in {path}; columns: {', '.join(names)}{near}")
+    yield from (Ref(path, row, 0, label=-1) for row in range(rows))
+
+
+def _read_parquet(
+    path: str, refs: Sequence[Ref], data: ImageDataConfig
+) -> Iterator[tuple[bytes, int] | Problem]:
+    """Yield the bytes and the label of each image, whose rows ascend; only their row groups are read."""
+    places = {ref.place for ref in refs}
+    with storage.open_read(path) as file:
+        parquet = pq.ParquetFile(file)
+        sizes = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        groups = sorted({int(np.searchsorted(starts, row, side="right")) - 1 for row in places})
+        numbers = itertools.chain.from_iterable(range(starts[g], starts[g + 1]) for g in groups)
+        columns = [data.image_field, data.label_field]
+        for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns):
+            images, labels = batch.column(data.image_field), batch.column(data.label_field)
+            for i in range(len(batch)):
+                if (number := next(numbers)) in places:
+                    yield _cell(images[i].as_py(), labels[i].as_py(), f"{path} row {number}", data=data)
+            if number >= refs[-1].place:
+                return
+
+
+def _cell(image: Any, label: Any, where: str, data: ImageDataConfig) -> tuple[bytes, int] | Problem:
+    """Return the bytes and the label in a row; Hugging Face stores an image as its bytes and its file's name."""
+    image = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(image, bytes):
+        kind = type(image).__name__
+        expected = "expected the bytes of an image"
+        return Problem(where, f"{data.image_field!r} (data.image_field) holds a {kind}; {expected}")
+    if not isinstance(label, int) or not 0 <= label < data.classes:
+        return Problem(where, _outside(label, data.classes))
+    return image, label
 
 
 def _idx_pair(files: list[SourceFile], source: str) -> list[SourceFile]:
@@ -227,7 +381,7 @@ def _list_idx(images: str, labels: str) -> list[Ref]:
             f"{images}: {' x '.join(map(str, pixels.shape))} and {labels}: {' x '.join(map(str, classes.shape))}; "
             "expected images x rows x columns, and a label for each image"
         )
-    return [Ref(images, i, 0, int(label)) for i, label in enumerate(classes)]
+    return [Ref(images, i, 0, label=int(label)) for i, label in enumerate(classes)]
 
 
 @lru_cache(maxsize=2)
@@ -271,5 +425,5 @@ def _open_hub(data: ImageDataConfig) -> ImageSource:
     if folder:
         files = [file for path in paths for file in source_files.list_files(path, folder)]
         return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
-    files = [SourceFile(path, path, 0, str(revision)) for path in paths]
+    files = [SourceFile(path, path, 0, version=str(revision)) for path in paths]
     return ImageSource(tuple(files), source_files.describe(data, [str(revision)], revision))

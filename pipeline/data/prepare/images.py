@@ -11,7 +11,9 @@ What the shards hold depends on the input and the config alone; codes of a netwo
 
 import io
 import logging
+import re
 import tempfile
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,21 +25,13 @@ import numpy as np
 import ray
 import ray.data
 from jaxtyping import Bool, Int64, UInt8
+from PIL import Image, ImageOps
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.manifest import (
-    Manifest,
-    SpecialIds,
-    Split,
-    TokenizerInfo,
-    hash_content,
-    image_tokenizer_id,
-)
+from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content, tokenizer_key
 from pipeline.data.prepare import workflow
-from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.image_sources import ImageSource, Listing, list_images, read_images
-from pipeline.data.prepare.pixels import square
+from pipeline.data.prepare.image_sources import ImageSource, Listing, Ref, list_images, read_images
 from pipeline.data.prepare.source_files import Problem, refusal
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.errors import DataError
@@ -51,6 +45,7 @@ FORMAT = 1  # raise it when the same config and input would give other shards
 TOKENIZER = "tokenizer"  # folder beside the shards
 _UNIT = 256  # images of a unit, rounded up to whole calls of the tokenizer
 _FIT_SEED = 0
+_REDUCING_GAP = 3.0  # pixels are first averaged to this times the final size, which is faster
 _READERS = 8  # threads that read the images on which the tokenizer is fitted
 
 
@@ -92,13 +87,17 @@ class Pixels:
 
 
 def content(data: ImageDataConfig) -> dict[str, Any]:
-    """Return every setting that determines what the shards hold, by key of the config."""
+    """Return every setting that determines what the shards hold, by key of the config.
+
+    Args:
+        data: the data section of the config.
+    """
     keys = ("kind", "source", "subset", "split", "revision", "on_error", "image_field", "label_field")
     shape = ("classes", "size", "factor", "flip", "validation_images", "shard_rows")
     patch = data.tokenizer == "patch"  # its codes do not depend on how many images are encoded together
     encoding = ("codes", "fit_images") if patch else ("encode_batch", "encode_threads")
     values = {key: getattr(data, key) for key in keys + shape + encoding}
-    return {**values, "tokenizer": image_tokenizer_id(data.tokenizer), "format": FORMAT}
+    return {**values, "tokenizer": tokenizer_key(data.tokenizer), "format": FORMAT}
 
 
 def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> Manifest:
@@ -124,9 +123,9 @@ def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> M
     size = unit_size(data)
     inputs = [refs[start : start + size] for start in range(0, len(refs), size)]
     encode = partial(_encode_units, data=data, images=len(refs), work=work)
-    units = workflow.run_units(inputs, ImageUnit, encode, work, "encoded", "images")
+    units = workflow.run_units(inputs, ImageUnit, encode, work=work, verb="encoded", amounts="images")
     make = partial(_rows, work=work, bos=bos)
-    splits = workflow.write_shards(plan_splits(units, data), make, path, work, "rows")
+    splits = workflow.write_shards(plan_splits(units, data), make, path, work=work, unit="rows")
     _save(tokenizer, storage.join(path, TOKENIZER))
     settings = content(data)
     return Manifest(
@@ -161,6 +160,33 @@ def held_out(numbers: Int64[np.ndarray, "n"], validation: int, images: int) -> B
         Whether each of the images in question is held out.
     """
     return (numbers + 1) * validation // images > numbers * validation // images
+
+
+def square(raw: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """Return the centre of an image as RGB, the longer side cropped to the shorter, then resized to size x size.
+
+    Grey becomes RGB, 16 bits become 8, transparent pixels lie over white, of an animation the first frame is taken,
+    and a photograph is turned as its EXIF orientation says. An image that has the size already keeps its pixels.
+
+    Args:
+        raw: a file's bytes in any format that PIL reads, or grey [h, w] or RGB [h, w, 3] pixels.
+        size: S.
+
+    Raises:
+        DataError: says what is wrong with the image, not which image it is.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF and large images: what is broken raises
+            image = Image.fromarray(raw) if isinstance(raw, np.ndarray) else _decode(raw)
+            return _crop(_to_rgb(image), size)
+    except DataError:
+        raise
+    except Exception as error:  # PIL lets errors of many kinds pass from damaged files
+        message = re.sub(
+            " <.*>", "", str(error)
+        )  # of an object in memory, which has another address each time
+        raise DataError(f"{type(error).__name__}: {message}") from None
 
 
 @storage.retry
@@ -219,7 +245,11 @@ def read_spread(
 
 
 def unit_size(data: ImageDataConfig) -> int:
-    """Return the number of images in a unit."""
+    """Return the number of images in a unit.
+
+    Args:
+        data: the data section of the config.
+    """
     return -(-_UNIT // data.encode_batch) * data.encode_batch
 
 
@@ -263,7 +293,7 @@ class Encoder:
         sink = io.BytesIO()
         np.savez(sink, codes=self._tokenizer.encode(images).astype("<i4"), labels=labels)
         storage.publish_bytes(workflow.unit_path(self._work, index, "npz"), sink.getvalue())
-        record = ImageUnit(index, pixels.problems, train, len(out) - train)
+        record = ImageUnit(index, pixels.problems, train=train, validation=len(out) - train)
         record.publish(self._work)
         return record
 
@@ -293,7 +323,7 @@ def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, 
             raise DataError(f"data.source: no image of the {name} split can be read")
         rows = documents * (copies if name == "train" else 1)
         split = Split(files=(), documents=documents, tokens=rows * data.length, tokens_dropped=0)
-        shards = workflow.plan_shards(name, np.array(pieces, np.int64), 0, rows, data.shard_rows)
+        shards = workflow.plan_shards(name, np.array(pieces, np.int64), 0, stop=rows, size=data.shard_rows)
         plans[name] = workflow.SplitPlan(split, shards)
     return plans
 
@@ -317,9 +347,7 @@ def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
         if data.on_error == "fatal":
             raise refusal(problem)
         log.warning("skipped %s", problem)
-    workflow.check_held_out(
-        data.source, "data.validation_images", data.validation_images, len(listing.refs), "images"
-    )
+    workflow.check_held_out(data, "images", len(listing.refs))
     return listing
 
 
@@ -337,18 +365,18 @@ def _load(data: ImageDataConfig, spec: str, device: str = "cpu") -> "ImageTokeni
     """Load a tokenizer."""
     from pipeline.models.vq import load_image_tokenizer  # takes seconds, and text does without
 
-    return load_image_tokenizer(spec, data.factor, data.encode_batch, device)
+    return load_image_tokenizer(spec, data.factor, data.encode_batch, device=device)
 
 
 def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
     """Fit a codebook on patches of training images, which are evenly spread."""
     from pipeline.models.vq import fit_patches
 
-    out = held_out(np.arange(len(refs)), data.validation_images, len(refs)).tolist()
-    train = [ref for ref, validation in zip(refs, out, strict=True) if not validation]
+    out = held_out(np.arange(len(refs)), data.validation_images, len(refs))
+    train = [refs[i] for i in np.flatnonzero(~out)]
+    log.info("fitting %d codes on up to %d images", data.codes, data.fit_images)
     images, _ = read_spread(train, data, data.fit_images)
-    log.info("fitting %d codes on %d images", data.codes, len(images))
-    return fit_patches(images, data.codes, data.factor, _FIT_SEED)
+    return fit_patches(images, data.codes, data.factor, seed=_FIT_SEED)
 
 
 def _save(tokenizer: "ImageTokenizer", folder: str) -> None:
@@ -381,3 +409,39 @@ def _encode_units(units: ray.data.Dataset, data: ImageDataConfig, images: int, w
 def _read(unit: tuple[int, Sequence[Ref]], data: ImageDataConfig) -> tuple[int, Pixels]:
     """Read the images of a unit."""
     return unit[0], read_pixels(unit[1], data)
+
+
+def _decode(raw: bytes) -> Image.Image:
+    """Decode a file and turn it as its EXIF orientation says."""
+    if not raw:
+        raise DataError("0 bytes; expected an image")
+    image = Image.open(io.BytesIO(raw))
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that cannot be read, which the pixels do not need
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"pixels of 32 bits (mode {image.mode}); expected 8 or 16")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """Crop and resize an image to a square."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return np.asarray(image.crop(box))
+    resized = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP)
+    return np.asarray(resized)

@@ -1,4 +1,4 @@
-"""Sources of known entropy: no model can be better than that, and a bound that is lower is wrong."""
+"""Text of known entropy: no model has a lower loss, and a bound that is lower is wrong."""
 
 import functools
 import string
@@ -17,20 +17,30 @@ class Chain:
     """A stationary Markov chain.
 
     Attributes:
-        first: chances of a token anywhere in a row; one more transition leaves them as they are.
-        transitions: chances of the next token after every token.
+        first: stationary probabilities of the tokens.
+        transitions: probabilities of the next token after every token.
     """
 
     first: Float64[np.ndarray, "V"]
     transitions: Float64[np.ndarray, "V V"]
 
     def entropy(self, length: int) -> float:
-        """Nats per token of `length` tokens in a row."""
+        """Return the entropy of a row in nats per token.
+
+        Args:
+            length: tokens of the row.
+        """
         alone, following = _entropy(self.first), self.first @ _entropy(self.transitions)
         return float((alone + (length - 1) * following) / length)
 
     def draw(self, rows: int, length: int, rng: np.random.Generator) -> Int64[np.ndarray, "rows length"]:
-        """Rows, each on its own."""
+        """Draw independent rows.
+
+        Args:
+            rows: number of rows.
+            length: tokens of a row.
+            rng: source of the random numbers.
+        """
         drawn = np.empty((rows, length), np.int64)
         drawn[:, 0] = rng.choice(len(self.first), rows, p=self.first)
         below = self.transitions.cumsum(-1)[:, :-1]
@@ -41,7 +51,7 @@ class Chain:
 
 @functools.cache
 def embedded() -> Chain:
-    """That of the source "markov": letters, with transitions drawn once from a Dirichlet distribution."""
+    """Return the chain of the source "markov": letters, with transitions drawn from a Dirichlet distribution."""
     kinds = len(LETTERS)
     transitions = np.random.default_rng(_SEED).dirichlet(np.full(kinds, _CONCENTRATION), kinds)
     balance = np.vstack([transitions.T - np.eye(kinds), np.ones(kinds)])
@@ -51,11 +61,11 @@ def embedded() -> Chain:
 
 @functools.cache
 def documents() -> list[str]:
-    """Those of the source "markov", the same ones every time; drawn once, since every start compares them."""
+    """Return the documents of the source "markov", drawn once per process, since every start compares them."""
     drawn = embedded().draw(DOCUMENTS, LETTERS_EACH, np.random.default_rng(_SEED + 1))
     return ["".join(LETTERS[letter] for letter in row) for row in drawn]
 
 
-def _entropy(chances: np.ndarray) -> np.ndarray:
-    """Over the last axis, in nats."""
-    return -(chances * np.log(np.where(chances > 0, chances, 1))).sum(-1)
+def _entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Return the entropy of distributions along the last axis, in nats."""
+    return -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1))).sum(-1)

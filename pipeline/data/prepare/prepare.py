@@ -1,7 +1,7 @@
-"""The folder of prepared data: its name, whether it is complete and this config's, and making it.
+"""The folder of prepared data: its name, whether it is complete and fits the config, and how it is made.
 
-A preparation works in a folder beside the shards that is named by its plan, so that an interrupted one is taken
-up where it stopped and one of another input is not; the manifest comes last and makes the folder complete.
+The intermediate files of a preparation lie in a folder beside the shards, which is named by its plan, so that an
+interrupted preparation is continued, and one of another input is not. The manifest is written last.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
     log.info("preparing %s in %s", data.source, path)
-    manifest = _build(data, source, path, work)
+    manifest = _build(data, source, path, work=work)
     manifest.publish(path)
     _clean(path, manifest)
     _report(path, manifest)
@@ -104,7 +104,7 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
 
 
 def _folder_name(data: AnyDataConfig) -> str:
-    """Name of the folder where `data.path` gives none, derived from what determines its contents."""
+    """Return the name of the folder where `data.path` gives none, derived from what determines its contents."""
     extent = data.length if data.kind == "text" else data.size
     names = (data.source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
     slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names)
@@ -125,20 +125,18 @@ def _build(data: AnyDataConfig, source: TextSource | ImageSource, path: str, wor
     """Make the shards; return the manifest."""
     if data.kind == "text":
         assert isinstance(source, TextSource)
-        return text.build(data, source, path, work)
+        return text.build(data, source, path, work=work)
     assert isinstance(source, ImageSource)
-    return images.build(data, source, path, work)
+    return images.build(data, source, path, work=work)
 
 
 def _prepared(data: AnyDataConfig, path: str) -> Manifest | None:
     """Return the manifest of the data in `path`, or None if there is none yet; refuse other data."""
     names = storage.listing(path)
     if MANIFEST in names:
-        manifest, wanted = Manifest.read(path), _content(data)
-        pairs = {
-            f"data.{key}": (manifest.content.get(key), wanted.get(key))
-            for key in {**wanted, **manifest.content}
-        }
+        manifest, wants = Manifest.read(path), _content(data)
+        has = manifest.content
+        pairs = {f"data.{key}": (has.get(key), wants.get(key)) for key in {**wants, **has}}
         if lines := differences(pairs, "config"):
             raise DataError(
                 f"data.path: {path!r} holds data of another config; set another path, or remove the folder:\n"
@@ -164,11 +162,8 @@ def _clean(path: str, manifest: Manifest) -> None:
 def _report(path: str, manifest: Manifest) -> None:
     """Log what was prepared."""
     kind = "documents" if manifest.grid is None else "images"
-    dropped = sum(split.tokens_dropped for split in manifest.splits.values())
-    log.info(
-        "prepared %s: %s",
-        path,
-        f"{manifest.documents} {kind}, {manifest.tokens} tokens, {manifest.rows('train')} training and "
-        f"{manifest.rows('validation')} validation rows of {manifest.length} tokens, {dropped} tokens dropped, "
-        f"{manifest.skipped.count} {kind} skipped, {manifest.documents_empty} empty ones left out",
-    )
+    counts = (manifest.documents, kind, manifest.skipped.count, manifest.documents_empty)
+    log.info("prepared %s: %d %s, besides %d that cannot be read and %d empty ones", path, *counts)
+    for name, split in manifest.splits.items():
+        counts = (manifest.rows(name), manifest.length, split.tokens_dropped)
+        log.info("%s: %d rows of %d tokens, %d tokens dropped at the end", name, *counts)

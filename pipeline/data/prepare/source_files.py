@@ -50,12 +50,20 @@ class SourceFile(NamedTuple):
 
 
 def refusal(problem: Problem) -> DataError:
-    """Return the error of a source that cannot be read completely, where `data.on_error` is fatal."""
+    """Return the error of a source that cannot be read completely, where `data.on_error` is fatal.
+
+    Args:
+        problem: what cannot be read.
+    """
     return DataError(f"data.source: {problem} (data.on_error: skip counts and leaves out such items)")
 
 
 def digest(parts: Iterable[str]) -> str:
-    """Return the SHA-256 of a sequence of texts, in hexadecimal."""
+    """Return the SHA-256 of a sequence of texts, in hexadecimal.
+
+    Args:
+        parts: the texts.
+    """
     return hashlib.sha256(b"".join(part.encode("utf-8") + b"\0" for part in parts)).hexdigest()
 
 
@@ -71,12 +79,20 @@ def describe(data: AnyDataConfig, parts: Iterable[str], revision: str | None = N
 
 
 def names_and_sizes(files: Iterable[SourceFile]) -> list[str]:
-    """Return the name and the size of every file, which are the same for a copy elsewhere."""
+    """Return the name and the size of every file, which are the same for a copy elsewhere.
+
+    Args:
+        files: of a source.
+    """
     return [f"{file.name} {file.size}" for file in files]
 
 
 def has_wildcard(source: str) -> bool:
-    """Return whether a path is a glob."""
+    """Return whether a path is a glob.
+
+    Args:
+        source: path or URL.
+    """
     return bool(_WILDCARD.search(source))
 
 
@@ -97,7 +113,7 @@ def list_files(source: str, root: str = "") -> list[SourceFile]:
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
     protocol = "" if storage.is_local(source) else fs.unstrip_protocol(inner).removesuffix(inner)
     return [
-        SourceFile(protocol + path, path[len(root) :], info["size"], digest([str(info)]))
+        SourceFile(protocol + path, path[len(root) :], info["size"], version=digest([str(info)]))
         for path, info in sorted(infos.items())
     ]
 
@@ -134,7 +150,14 @@ def find(source: str, suffixes: tuple[str, ...], *embedded: str) -> list[SourceF
 
 
 def hub_folder(data: AnyDataConfig) -> str | None:
-    """Return the local folder that `hf:` names, which has the layout of a dataset of the hub; None if it has none."""
+    """Return the local folder in the layout of a dataset of the hub that `hf:` names.
+
+    Args:
+        data: the data section of the config.
+
+    Returns:
+        Absolute path of the folder; None if there is none, so that the dataset comes from the hub.
+    """
     name = data.source.removeprefix(HUB)
     folder = storage.resolve(name)
     return folder if storage.is_local(name) and Path(folder).is_dir() else None
@@ -142,6 +165,9 @@ def hub_folder(data: AnyDataConfig) -> str | None:
 
 def pinned_revision(data: AnyDataConfig) -> str | None:
     """Return the commit of a dataset of the hub that `data.revision` means now.
+
+    Args:
+        data: the data section of the config.
 
     Raises:
         DataError: there is none, or the hub cannot be reached.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,11 @@ def cached_tokenizer(spec: str) -> Tokenizer:
 
 
 def content(data: TextDataConfig) -> dict[str, Any]:
-    """Return every setting that determines what the shards hold, by key of the config."""
+    """Return every setting that determines what the shards hold, by key of the config.
+
+    Args:
+        data: the data section of the config.
+    """
     keys = ("source", "text_field", "subset", "split", "revision", "on_error")
     shape = ("length", "wrap", "validation_documents", "shard_rows")
     values = {key: getattr(data, key) for key in keys + shape}
@@ -85,13 +90,12 @@ def build(data: TextDataConfig, source: TextSource, path: str, work: str) -> Man
     Raises:
         DataError: the source is empty, unreadable or too small.
     """
-    function = partial(workflow.map_row, function=partial(tokenise_unit, data=data, work=work))
-    units = workflow.run_units(
-        source.units, TextUnit, lambda dataset: dataset.map(function), work, "tokenised", "tokens"
-    )
+    tokenise = partial(workflow.map_row, function=partial(tokenise_unit, data=data, work=work))
+    step = methodcaller("map", tokenise)  # of a dataset
+    units = workflow.run_units(source.units, TextUnit, step, work=work, verb="tokenised", amounts="tokens")
     plans = plan_splits(units, data, work)
-    splits = workflow.write_shards(plans, row_maker(data, work), path, work, "tokens")
-    return describe(data, source, units, splits)
+    splits = workflow.write_shards(plans, row_maker(data, work), path, work=work, unit="tokens")
+    return describe(data, source, units, splits=splits)
 
 
 def describe(
@@ -155,7 +159,7 @@ def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work:
                     lengths.append(len(ids) + 1)
             file.write(np.cumsum(lengths, dtype="<i8").tobytes())
         storage.publish_file(local, workflow.unit_path(work, index, "bin"))
-    record = TextUnit(index, problems, sum(lengths), len(lengths), empty)
+    record = TextUnit(index, problems, tokens=sum(lengths), documents=len(lengths), empty=empty)
     record.publish(work)
     return record
 
@@ -176,8 +180,8 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
     """
     documents = sum(unit.documents for unit in units)
     held_out = data.validation_documents
-    workflow.check_held_out(data.source, "data.validation_documents", held_out, documents, "documents")
-    border = _border(units, documents - held_out, data, work)
+    workflow.check_held_out(data, "documents", documents)
+    border = _border(units, documents - held_out, data, work=work)
     total = sum(unit.tokens for unit in units)
     payload = _payload(data)
     pieces = np.array([(unit.index, 0, unit.tokens) for unit in units], np.int64)
@@ -195,9 +199,8 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
             )
         split = Split(files=(), documents=count, tokens=tokens, tokens_dropped=dropped)
         size = data.shard_rows * payload
-        plans[name] = workflow.SplitPlan(
-            split, workflow.plan_shards(name, pieces, start, stop - dropped, size)
-        )
+        shards = workflow.plan_shards(name, pieces, start, stop=stop - dropped, size=size)
+        plans[name] = workflow.SplitPlan(split, shards)
     return plans
 
 

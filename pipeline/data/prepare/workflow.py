@@ -19,6 +19,7 @@ import ray.data
 from jaxtyping import Int64
 
 from pipeline import storage
+from pipeline.config.data import AnyDataConfig
 from pipeline.data.manifest import ShardFile, Skipped, Split
 from pipeline.data.shards import Rows, publish_shard
 from pipeline.errors import DataError, PipelineError
@@ -49,12 +50,21 @@ class Unit:
         raise NotImplementedError
 
     def publish(self, work: str) -> None:
-        """Write the record into the folder `work`, which says that the unit's file is complete."""
+        """Write the record, which says that the unit's file is complete.
+
+        Args:
+            work: folder of the intermediate files.
+        """
         storage.publish_text(unit_path(work, self.index, "json"), json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, work: str, index: int) -> Self:
-        """Read the record of a unit that is finished from the folder `work`."""
+        """Read the record of a unit that is finished.
+
+        Args:
+            work: folder of the intermediate files.
+            index: number of the unit.
+        """
         values = json.loads(storage.read_text(unit_path(work, index, "json")))
         values.pop("fatal", None)  # written by earlier versions
         return cls(**values)
@@ -63,8 +73,7 @@ class Unit:
 U = TypeVar("U", bound=Unit)
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One shard to write.
 
     Attributes:
@@ -166,25 +175,23 @@ def run_units(
     return units
 
 
-def check_held_out(source: str, key: str, held_out: int, total: int, items: str) -> None:
+def check_held_out(data: AnyDataConfig, items: str, total: int) -> None:
     """Refuse a source that is empty, or of which nothing would be left to train on.
 
     Args:
-        source: `data.source`.
-        key: the key of the config that says how much is held out.
-        held_out: its value.
+        data: the data section of the config.
+        items: "documents" or "images".
         total: number of items of the source.
-        items: what they are, in the plural.
 
     Raises:
-        DataError: there are not more than `held_out` items.
+        DataError: there are not more items than are held out.
     """
     if not total:
-        raise DataError(f"data.source: {source!r} is empty: it has no {items} that can be used")
-    if held_out >= total:
-        raise DataError(
-            f"{key}: {held_out} of {total} {items} would leave none to train on; expected less than {total}"
-        )
+        raise DataError(f"data.source: {data.source!r} is empty: it has no {items} that can be used")
+    key = f"validation_{items}"
+    if (held_out := getattr(data, key)) >= total:
+        what = f"{held_out} of {total} {items} would leave none to train on; expected less than {total}"
+        raise DataError(f"data.{key}: {what}")
 
 
 def skipped(units: Sequence[Unit], *others: str) -> Skipped:
@@ -213,10 +220,10 @@ def plan_shards(split: str, pieces: Pieces, start: int, stop: int, size: int) ->
     places = np.cumsum(lengths) - lengths
     shards = []
     for number, begin in enumerate(range(start, stop, size)):
-        skipped = np.maximum(begin - places, 0)
-        kept = np.minimum(min(begin + size, stop) - places, lengths)
-        cut = np.stack([units, firsts + skipped, firsts + kept], axis=1)
-        shards.append(Shard(f"{split}-{number:05d}.parquet", cut[skipped < kept]))
+        before = np.maximum(begin - places, 0)
+        until = np.minimum(min(begin + size, stop) - places, lengths)
+        cut = np.stack([units, firsts + before, firsts + until], axis=1)
+        shards.append(Shard(f"{split}-{number:05d}.parquet", cut[before < until]))
     return shards
 
 
@@ -237,7 +244,7 @@ def write_shards(
     """
     task = ray.remote(num_cpus=1)(publish_shard)
     shards = [shard for plan in plans.values() for shard in plan.shards]
-    tasks = {task.remote(shard.name, path, work, partial(make, shard)): shard for shard in shards}
+    tasks = {task.remote(shard.name, path, work, make=partial(make, shard)): shard for shard in shards}
     progress = Progress("wrote", "shards", len(tasks), unit)
     files: dict[str, ShardFile] = {}
     waiting = list(tasks)
