@@ -51,11 +51,19 @@ class Run:
         return cls(config.model_copy(update={"data": data, "cluster": cluster, "distill": distill}))
 
     def replace(self, **changes: Any) -> Self:
-        """Copy the run with some fields changed."""
+        """Copy the run with some fields changed.
+
+        Args:
+            changes: fields with their new values.
+        """
         return replace(self, **changes)
 
     def configured(self, **sections: Any) -> Self:
-        """Copy the run with some sections of its config changed."""
+        """Copy the run with some sections of its config changed.
+
+        Args:
+            sections: of the config, with their new values.
+        """
         return self.replace(config=self.config.model_copy(update=sections))
 
     @cached_property

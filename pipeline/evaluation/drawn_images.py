@@ -15,12 +15,11 @@ from scipy.stats import binomtest
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.prepare.encoding import read_pixels
 from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.images import TOKENIZER
-from pipeline.data.prepare.workflow import Progress
+from pipeline.data.prepare.images import TOKENIZER, read_pixels
 from pipeline.errors import ConfigError
 from pipeline.evaluation.source_images import UNIT, dataset_of, load_net, source_images
+from pipeline.logs import Progress
 from pipeline.metrics import images
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import GRID, GRID_IMAGES, Samples

@@ -8,7 +8,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
-from pipeline.metrics.likelihood import Masking, estimator_for
+from pipeline.metrics.likelihood import Masking
 from pipeline.models import model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.reports.measures import Group
@@ -70,14 +70,11 @@ def open_model(run: Run, name: str) -> EvaluatedModel:
     config, folder = run.config, run.sampled_model()
     local = storage.fetch(folder)
     denoiser, section, facts = model_folder.read(local)
-    sampling, settings = config.sampling.model_copy(update={"model": None}), config.evaluation
+    sampling = config.sampling.model_copy(update={"model": None})
     if problems := config.model_copy(update={"model": section, "sampling": sampling}).conflicts():
         spec = config.sampling.model or folder
         raise ConfigError(f"with the model {spec}:\n" + "\n".join(f"  {line}" for line in problems))
-    schedule = config.diffusion.schedule
-    estimator, draws = estimator_for(denoiser, settings.estimator, settings.draws, schedule)
-    bos = facts.bos is not None
-    masking = Masking(estimator, draws, config.seed, config.diffusion.eps, bos, settings.batch)
+    masking = Masking.of(config, denoiser, facts.bos is not None)
     parameters = sum(value.numel() for value in denoiser.parameters())
     step = int(model_folder.read_background(local).figures.get("step", 0))
     return EvaluatedModel(name, folder, section, facts, parameters, step, masking)

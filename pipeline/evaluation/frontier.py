@@ -15,8 +15,8 @@ import pandas as pd
 from jaxtyping import Int
 
 from pipeline.config.schema import SamplingConfig
-from pipeline.data.prepare.workflow import Progress
 from pipeline.evaluation.evaluated_model import EvaluatedModel
+from pipeline.logs import Progress
 from pipeline.metrics.draw import DrawnBatch, Sampler, batches_of
 from pipeline.reports import tables
 from pipeline.reports.measures import Measure

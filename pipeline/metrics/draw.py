@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,13 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config.schema import Precision, SamplingConfig
-from pipeline.data.prepare.workflow import Progress
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
+from pipeline.logs import Progress
 from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.reports.pictures import sample_grid
 from pipeline.runtime.actors import Resources, in_order, own_device, started
-from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 
 GRID = "samples.png"
 GRID_IMAGES = 80  # images of the overview, at most
@@ -86,20 +84,13 @@ def draw_rows(
     (first, count), condition = batch, None
     if model.classes is not None:
         condition = torch.tensor(labels_of(settings, model.classes.num_embeddings - 1, first, count))
-    return sample(
-        model,
-        count,
-        settings.steps,
-        settings.seed,
-        Order.of(settings),
-        bos,
-        condition,
-        first,
-        filters=Filters.of(settings),
-        refresh_every=settings.refresh_every,
-        guidance=settings.guidance,
-        revealed_at=revealed_at,
+    request = replace(
+        SamplingRequest.of(settings, bos),
+        num_samples=count,
+        condition=condition,
+        indices=range(first, first + count),
     )
+    return sample(model, request, revealed_at=revealed_at)
 
 
 class Sampler:

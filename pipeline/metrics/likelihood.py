@@ -7,12 +7,13 @@ with arccos masking are measured by their training loss, the estimator "arccos",
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from pipeline.config.schema import RunConfig
 from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
 from pipeline.errors import CapabilityError
@@ -49,6 +50,22 @@ class Masking:
     eps: float = 1e-3
     bos: bool = False
     batch: int = 32
+
+    @classmethod
+    def of(cls, config: RunConfig, model: Denoiser, bos: bool) -> Self:
+        """Make the masking that a config asks for, with the estimator that suits a model.
+
+        Args:
+            config: of the run.
+            model: to measure.
+            bos: whether every row begins with a token that is never hidden.
+
+        Returns:
+            The masking.
+        """
+        settings, diffusion = config.evaluation, config.diffusion
+        estimator, draws = estimator_for(model, settings.estimator, settings.draws, diffusion.schedule)
+        return cls(estimator, draws, config.seed, diffusion.eps, bos, settings.batch)
 
 
 @dataclass(frozen=True)

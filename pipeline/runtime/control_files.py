@@ -35,6 +35,7 @@ class Requests:
         self._thread.start()
 
     def _watch(self) -> None:
+        """Check for the files until the end."""
         stop, save = self._files
         while not self._closed.wait(self.INTERVAL_S):
             try:

@@ -49,6 +49,9 @@ def places(nodes: Sequence[Mapping[str, Any]], cpus: int, use_gpu: bool) -> int:
         nodes: as `ray.nodes()` gives them.
         cpus: CPUs of a worker.
         use_gpu: whether a worker has a GPU as well.
+
+    Returns:
+        The number of workers.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     by_node = [(int(node.get("CPU", 0)) // cpus, int(node.get("GPU", 0))) for node in resources]
@@ -141,6 +144,9 @@ def stoppable(folder: str) -> Iterator[threading.Event]:
 
     Returns:
         A context manager that gives an event, which is set once the request was made.
+
+    Raises:
+        KeyboardInterrupt: at the second signal.
     """
     requested = threading.Event()
     file = storage.join(folder, STOP)

@@ -81,11 +81,21 @@ class PlainSession:
         self._folder = Path(folder)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append the metrics to `history`."""
+        """Append the metrics to `history`.
+
+        Args:
+            metrics: values by name.
+            step: number of updates done.
+        """
         self.history.append((step, metrics))
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:  # noqa: ARG002
         """Copy this rank's part of a checkpoint to the run's folder, the list of its files last.
+
+        Args:
+            folder: local folder with the part; it is removed.
+            name: of the checkpoint's folder in the run's folder.
+            metrics: not used.
 
         Raises:
             CheckpointError: the run's folder cannot be written.

@@ -68,7 +68,11 @@ def name_of(step: int) -> str:
 
 
 def universal_path(path: str) -> str:
-    """Return the folder of a checkpoint's form for another number of workers."""
+    """Return the folder of a checkpoint's form for another number of workers.
+
+    Args:
+        path: folder of the checkpoint.
+    """
     folder, name = path.rsplit("/", 1)
     return storage.join(folder, UNIVERSAL, name)
 
@@ -132,28 +136,36 @@ def problems(path: str, contents: bool = True) -> list[str]:
         files = {file: facts for entry in lists.values() for file, facts in entry["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"its list of files is damaged: {error}"]
-    damage = [f"worker {r} of {workers} never finished" for r in range(workers) if _list_name(r) not in lists]
+    flaws = [f"worker {r} of {workers} never finished" for r in range(workers) if _list_name(r) not in lists]
     if STATE not in files:
-        damage.append(f"{STATE} was not written")
+        flaws.append(f"{STATE} was not written")
     for file, (size, digest) in files.items():
         where = storage.join(path, *file.split("/"))
         if not storage.exists(where):
-            damage.append(f"{file} is missing")
+            flaws.append(f"{file} is missing")
         elif (stored := storage.size(where)) != size:
-            damage.append(f"{file} has {stored} bytes, expected {size}")
+            flaws.append(f"{file} has {stored} bytes, expected {size}")
         elif (contents or file == STATE) and storage.sha256(where) != digest:
-            damage.append(f"{file} does not match its SHA-256")
-    return damage
+            flaws.append(f"{file} does not match its SHA-256")
+    return flaws
 
 
 def read_state(path: str) -> TrainState:
-    """Read the state of a complete checkpoint."""
+    """Read the state of a complete checkpoint.
+
+    Args:
+        path: folder of the checkpoint.
+    """
     fields = storage.read_json(storage.join(path, STATE))
     return TrainState(**{**fields, "samples": tuple(fields["samples"])})
 
 
 def steps(folder: str) -> list[int]:
-    """List the steps of all checkpoints in a run's folder, complete or not, in ascending order."""
+    """List the steps of all checkpoints in a run's folder, complete or not, in ascending order.
+
+    Args:
+        folder: of the run.
+    """
     return sorted(int(name[5:]) for name in storage.listing(folder) if re.fullmatch(r"step_\d+", name))
 
 
@@ -172,12 +184,10 @@ def latest(folder: str) -> str | None:
         The checkpoint's folder, or None if there is no usable one.
     """
     for path in _paths(folder):
-        damage = problems(path)
-        if not damage:
+        flaws = problems(path)
+        if not flaws:
             return path
-        log.warning(
-            "checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(damage)
-        )
+        log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(flaws))
     return None
 
 
@@ -194,7 +204,12 @@ def newest(folder: str) -> str | None:
 
 
 def remove_after(folder: str, step: int) -> None:
-    """Remove the checkpoints of later steps than `step`, which a resumed run will write again."""
+    """Remove the checkpoints of later steps than `step`, which a resumed run will write again.
+
+    Args:
+        folder: of the run.
+        step: last one to keep.
+    """
     for later in steps(folder):
         if later > step:
             _remove(storage.join(folder, name_of(later)))
@@ -235,8 +250,8 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     Raises:
         CheckpointError: the checkpoint is incomplete, or of another model.
     """
-    if damage := problems(path):
-        raise CheckpointError(f"{path} is not usable: " + "; ".join(damage))
+    if flaws := problems(path):
+        raise CheckpointError(f"{path} is not usable: " + "; ".join(flaws))
     averages = read_averages(sorted(storage.fetch(path).glob("ema_*.safetensors")))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)

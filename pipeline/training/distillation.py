@@ -3,6 +3,7 @@
 import json
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import storage, tracking
-from pipeline.config.schema import DistillConfig, ModelConfig
+from pipeline.config.schema import DiffusionConfig, DistillConfig, ModelConfig
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import as_batch
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
@@ -42,17 +42,32 @@ Side = tuple[
 
 
 def time_step(config: DistillConfig, done: int) -> float:
-    """Return dt of the teacher's steps after `done` finished rounds; it doubles every round."""
+    """Return dt of the teacher's steps after `done` finished rounds; it doubles every round.
+
+    Args:
+        config: of the distillation.
+        done: number of finished rounds.
+    """
     return 2**done / config.teacher_steps
 
 
 def sampling_steps(config: DistillConfig, done: int) -> int:
-    """Return the number of steps that a model is made for after `done` rounds; it halves every round."""
+    """Return the number of steps that a model is made for after `done` rounds; it halves every round.
+
+    Args:
+        config: of the distillation.
+        done: number of finished rounds.
+    """
     return config.teacher_steps // 2**done
 
 
 def teacher_folder(folder: str, done: int) -> str:
-    """Return the folder of the teacher after `done` finished rounds; 0 is the given teacher."""
+    """Return the folder of the teacher after `done` finished rounds; 0 is the given teacher.
+
+    Args:
+        folder: of the run.
+        done: number of finished rounds.
+    """
     return storage.join(folder, "rounds", f"{done}")
 
 
@@ -125,11 +140,10 @@ def teach(
         teacher,
         torch.from_numpy(tokens.repeat(count, axis=0)),
         interleaved([hidden for hidden, _ in sides]),
-        interleaved([time for _, time in sides]),
-        dt,
-        interleaved([noise[:, side, 0] for side in range(count)]),
-        interleaved([noise[:, side, 1] for side in range(count)]),
-        None if labels is None else torch.from_numpy(labels.repeat(count)),
+        time=interleaved([time for _, time in sides]),
+        dt=dt,
+        noise=interleaved([noise[:, side] for side in range(count)]),
+        condition=None if labels is None else torch.from_numpy(labels.repeat(count)),
     )
 
 
@@ -154,10 +168,19 @@ class Distillation:
         self._round: int | None = None
 
     def facts(self) -> dict[str, Any]:
+        """Return the round, counted from 1, and the folder of its teacher."""
         assert self._round is not None
         return {"round": self._round + 1, "teacher": teacher_folder(self._run.folder, self._round)}
 
     def start(self, step: int) -> None:
+        """Make the random draws of a step; at the first step of a round, load its teacher.
+
+        Args:
+            step: counted from 0.
+
+        Raises:
+            CheckpointError: the teacher of the round is missing.
+        """
         config = self._config
         done, inside = divmod(step, self._every)
         if done != self._round:
@@ -165,13 +188,19 @@ class Distillation:
         self._dt = time_step(self._distill, done)
         rows, eps = config.train.batch, config.diffusion.eps
         t, self._groups = partition.draw(
-            config.seed, step, rows, self._length, eps, self._bos, least=2 * self._dt
+            DiffusionConfig(eps=eps),
+            seed=config.seed,
+            step=step,
+            shape=(rows, self._length),
+            bos=self._bos,
+            least=2 * self._dt,
         )
         self._sides = hidden_sides(self._groups, t, self._dt, self._distill.form, eps, self._bos)
         self._dropped = partition.draw_dropped(config.seed, step, rows, config.train.class_drop)
         self._noise = np.random.default_rng([config.seed, step, 2]).random((rows, 2, 2, self._length))
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
+        """Make a micro-batch of the step that was started, with the teacher's vectors; see `Task.batch`."""
         index, device = micro.index, self._session.device
         tokens, labels = np.where(present[:, None], micro.tokens, 0), None
         if self._bos:
@@ -188,9 +217,10 @@ class Distillation:
         sides = [(hidden[index], time[index]) for hidden, time in self._sides]
         with self._engine.assembled(self._teacher):
             vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels)
-        teaching = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         weights *= present[:, None]
-        return as_batch(tokens, self._groups[index], targets, weights, labels, device, teaching)
+        batch = Batch.of_arrays(tokens, self._groups[index], targets, weights, labels=labels, device=device)
+        distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
+        return replace(batch, distill_targets=distill_targets)
 
     def _begin(self, done: int, at_its_start: bool) -> None:
         """Load the teacher of a round; at the round's first step it is the student as it is now."""
@@ -302,7 +332,11 @@ def _check_model(run: Run, model: ModelConfig) -> None:
 
 
 def teacher_name(folder: str) -> str:
-    """Return the teacher that a run was given: a folder, a file, or the model version behind an alias."""
+    """Return the teacher that a run was given: a folder, a file, or the model version behind an alias.
+
+    Args:
+        folder: of the run.
+    """
     return str(_origin(folder)["teacher"])
 
 

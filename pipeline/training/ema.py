@@ -32,14 +32,22 @@ class EMA:
 
     @torch.no_grad()
     def update(self, masters: Slices) -> None:
-        """Update the average after an optimiser step."""
+        """Update the average after an optimiser step.
+
+        Args:
+            masters: float32 weights that this rank owns.
+        """
         torch._foreach_lerp_(
             list(self.slices.values()), [masters[key] for key in self.slices], 1 - self.decay
         )
 
     @torch.no_grad()
     def restart(self, masters: Slices) -> None:
-        """Set the average to the weights as they are."""
+        """Set the average to the weights as they are.
+
+        Args:
+            masters: float32 weights that this rank owns.
+        """
         for key, values in self.slices.items():
             values.copy_(masters[key])
 
@@ -51,6 +59,9 @@ class EMA:
 
     def load(self, files: Iterable[Path]) -> None:
         """Fill the slices from files that any number of ranks wrote.
+
+        Args:
+            files: written by `save`.
 
         Raises:
             CheckpointError: an entry of a slice is in none of the files.
@@ -67,11 +78,11 @@ def read_averages(files: Iterable[Path]) -> dict[str, Tensor]:
     Returns:
         A flat float32 tensor for every parameter name; it ends where the first slice is missing.
     """
-    pieces = []
+    pieces: list[tuple[str, int, Tensor]] = []
     for file in files:
         for key, values in load_file(file).items():
-            name, _, offset = key.rpartition("@")
-            pieces.append((name, int(offset), values))
+            name, _, start = key.rpartition("@")
+            pieces.append((name, int(start), values))
     parts: defaultdict[str, list[Tensor]] = defaultdict(lambda: [torch.empty(0)])
     for name, offset, values in sorted(pieces, key=itemgetter(0, 1)):
         if offset == sum(part.numel() for part in parts[name]):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config.schema import OptimConfig, TrainConfig
+from pipeline.config.schema import OptimConfig, RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.denoiser import Batch, Denoiser
 
@@ -50,6 +50,9 @@ def learning_rate(step: int, optim: OptimConfig, steps: int, fresh: int = 0) -> 
         steps: number of steps of the run.
         fresh: step at which the optimiser was last reset; the warm-up starts there, since Adam's first updates
             have a poor estimate of the gradient's size.
+
+    Returns:
+        The rate.
     """
     warm = min(1.0, (step - fresh + 1) / max(optim.warmup_steps, 1))
     if optim.schedule == "cosine":
@@ -63,10 +66,9 @@ class Engine:
 
     Args:
         model: with the same initial weights on every rank.
+        config: of the run; its sections `optim` and `train` are used.
         parts: micro-batches of a step on one worker (gradient accumulation).
         device: where this worker computes.
-        optim: settings of the optimiser.
-        train: precision, ZeRO stage and sizes.
         universal: whether `load` will be given a universal checkpoint (of another number of workers).
 
     Attributes:
@@ -75,23 +77,16 @@ class Engine:
         fresh: step at which the optimiser was last reset.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        optim: OptimConfig,
-        train: TrainConfig,
-        parts: int,
-        device: torch.device,
-        universal: bool = False,
-    ):
+    def __init__(self, model: Denoiser, config: RunConfig, parts: int, device: torch.device, universal: bool):
         import deepspeed  # seconds to import, and only workers need it
         import deepspeed.ops
 
+        optim, train, self._zero = config.optim, config.train, deepspeed.zero
         if device.type == "cpu":
             # The shared-memory collective would be compiled for minutes at its first use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self._optim, self._steps, self._parts = optim, train.steps, parts
+        self._config, self._parts = config, parts
         self.stage, self.device = train.zero_stage, device
         self._bf16 = train.precision == "bf16"
         if self._bf16:
@@ -104,17 +99,16 @@ class Engine:
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay
         )
-        self._engine: Any
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimiser,
-            config=self._settings(train, universal),
-            dist_init_required=False,
-        )
+        settings = self._settings(universal)
+        self._engine: Any = deepspeed.initialize(
+            model=model, optimizer=optimiser, config=settings, dist_init_required=False
+        )[0]
         self._engine.optimizer.state.clear()  # that step must not count in Adam's bias correction
         self.fresh = 0  # step at which the optimiser was last reset
 
-    def _settings(self, train: TrainConfig, universal: bool) -> dict[str, Any]:
+    def _settings(self, universal: bool) -> dict[str, Any]:
+        """Make DeepSpeed's config."""
+        train = self._config.train
         zero: dict[str, Any] = {
             "stage": train.zero_stage,
             "stage3_param_persistence_threshold": train.persistent_parameters,
@@ -124,12 +118,12 @@ class Engine:
         return {
             "train_micro_batch_size_per_gpu": train.micro_batch,
             "gradient_accumulation_steps": self._parts,
-            "gradient_clipping": self._optim.clip,
+            "gradient_clipping": self._config.optim.clip,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled for minutes first
             "checkpoint": {"load_universal": universal},
-            "bf16": {"enabled": train.precision == "bf16"},
+            "bf16": {"enabled": self._bf16},
             # At stage 0 in bf16 DeepSpeed divides gradients by fp16's loss scale, 2^16, which nothing put in.
             "fp16": {"enabled": False, "loss_scale": 1.0},
             "steps_per_print": 2**31,
@@ -146,6 +140,9 @@ class Engine:
         Gradients become the gradient of the **sum** of all row losses of the global batch: DeepSpeed divides
         by workers and parts, so the loss is multiplied by both.
 
+        Args:
+            batch: of this worker, with the weights of the global batch.
+
         Returns:
             Losses of the micro-batch's rows, [m], detached, on the device.
         """
@@ -155,10 +152,14 @@ class Engine:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
-        return learning_rate(step, self._optim, self._steps, self.fresh)
+        return learning_rate(step, self._config.optim, self._config.train.steps, self.fresh)
 
     def step(self, step: int) -> None:
-        """Finish a micro-batch; at the last one of the step, clip and update at the step's learning rate."""
+        """Finish a micro-batch; at the last one of the step, clip and update at the step's learning rate.
+
+        Args:
+            step: counted from 0.
+        """
         rate = self.rate(step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -181,6 +182,9 @@ class Engine:
 
         At stage 0 a rank owns all of them, at stages 1 and 2 a partition of the flattened weights, and at stage 3
         a share of every parameter.
+
+        Returns:
+            Flat views by parameter name and offset.
         """
         named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
         if self.stage == 3:
@@ -201,7 +205,8 @@ class Engine:
             }
         if self._plain:
             return {(name, 0): p.detach().view(-1) for name, p in named}
-        optimiser, masters = self._engine.optimizer, {}  # bf16
+        optimiser = self._engine.optimizer  # bf16
+        masters: dict[int, Tensor] = {}
         for low, high in zip(optimiser.fp16_groups, optimiser.fp32_groups, strict=True):
             masters |= dict(zip(map(id, low), high, strict=True))
         return {(name, 0): masters[id(p)].detach().view(-1) for name, p in named}
@@ -222,14 +227,25 @@ class Engine:
 
     @torch.no_grad()
     def install(self, slices: Slices) -> None:
-        """Copy weights, such as the EMA's or the masters, into the model; all ranks call it together."""
+        """Copy weights, such as the EMA's or the masters, into the model; all ranks call it together.
+
+        Args:
+            slices: of this rank.
+        """
         for _, parameter, full in self._full(slices):
-            with self._gathered([parameter], modifier_rank=0):
+            with self._gathered([parameter], modifier=0):
                 parameter.data.copy_(full)
 
     @torch.no_grad()
     def whole(self, slices: Slices) -> dict[str, Tensor]:
-        """Gather all weights in float32 and their full shapes on the host; all ranks call it together."""
+        """Gather all weights in float32 and their full shapes on the host; all ranks call it together.
+
+        Args:
+            slices: of this rank.
+
+        Returns:
+            Weights by parameter name.
+        """
         return {name: full.cpu() for name, _, full in self._full(slices)}
 
     def restart(self, weights: Mapping[str, Tensor], keep_optimizer: bool) -> None:
@@ -249,17 +265,21 @@ class Engine:
         """Prepare a model that is only read, on this engine's device and in its precision.
 
         Under ZeRO-3 every rank keeps a share of its parameters except the head's; `assembled` makes them whole.
+
+        Args:
+            model: on any device; it is changed in place.
+
+        Returns:
+            The same model.
         """
         model.requires_grad_(False).eval().to(self.device)
         if self._bf16:
             model.bfloat16()
         if self.stage == 3:
-            import deepspeed
-
             for part in model.children():
                 # The head is read in chunks of positions, whose number differs between ranks.
                 if part is not model.head:
-                    deepspeed.zero.Init(module=part, dtype=torch.bfloat16 if self._bf16 else torch.float32)
+                    self._zero.Init(module=part, dtype=torch.bfloat16 if self._bf16 else torch.float32)
         return model
 
     def assembled(self, model: Denoiser) -> AbstractContextManager[None]:
@@ -275,17 +295,20 @@ class Engine:
         """
         return self._gathered([p for p in model.parameters() if hasattr(p, "ds_id")])
 
-    def _gathered(
-        self, parameters: list[Any], modifier_rank: int | None = None
-    ) -> AbstractContextManager[None]:
-        """Make parameters whole for the time of a block; what `modifier_rank` changes in them is kept."""
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(parameters, modifier_rank, enabled=self.stage == 3)
+    def _gathered(self, parameters: list[Any], modifier: int | None = None) -> AbstractContextManager[None]:
+        """Make parameters whole for the time of a block; what rank `modifier` changes in them is kept."""
+        return self._zero.GatheredParameters(parameters, modifier, enabled=self.stage == 3)
 
     @contextmanager
     def weights(self, slices: Slices) -> Iterator[Denoiser]:
-        """Give the model in eval mode with other weights, such as the EMA's, for the time of the block."""
+        """Give the model in eval mode with other weights, such as the EMA's, for the time of the block.
+
+        Args:
+            slices: of this rank.
+
+        Returns:
+            A context manager that gives the model.
+        """
         masters = self.masters()
         if self._plain:  # the model computes with the masters themselves: keep them
             masters = {key: values.clone() for key, values in masters.items()}
@@ -307,6 +330,9 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint of the same number of ranks and the same stage, or its universal form.
+
+        Args:
+            folder: of the checkpoint, or of its universal form.
 
         Raises:
             CheckpointError: DeepSpeed finds no checkpoint in the folder.

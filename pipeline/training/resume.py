@@ -66,7 +66,12 @@ class Resume:
     universal: bool
 
     def load(self, engine: Engine, ema: EMA) -> None:
-        """Restore model, optimiser and EMA; all ranks call it together."""
+        """Restore model, optimiser and EMA; all ranks call it together.
+
+        Args:
+            engine: fresh.
+            ema: of its weights.
+        """
         local = storage.fetch(self.path)
         engine.load(storage.fetch(checkpoint.universal_path(self.path)) if self.universal else local)
         ema.load(sorted(local.glob("ema_*.safetensors")))
@@ -180,19 +185,17 @@ def _convert(path: str) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     log.info("converting %s for another number of workers", path)
-    local = storage.fetch(path) / TAG
+    quiet = io.StringIO()  # the converter prints its progress
     with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / TAG
         options = argparse.Namespace(
-            input_folder=str(local),
-            output_folder=str(output),
+            input_folder=str(storage.fetch(path) / TAG),
+            output_folder=str(Path(temporary) / TAG),
             num_extract_workers=1,
             num_merge_workers=1,
             keep_temp_folder=False,
             strict=True,
             inject_missing_state=True,
         )
-        quiet = io.StringIO()  # the converter prints its progress
         try:
             with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
                 main(options)
@@ -217,7 +220,12 @@ class Initial:
     average: dict[str, Tensor]
 
     def load(self, engine: Engine, ema: EMA) -> None:
-        """Copy the weights to the float32 masters and the average to the EMA."""
+        """Copy the weights to the float32 masters and the average to the EMA.
+
+        Args:
+            engine: fresh.
+            ema: of its weights.
+        """
         fill(engine.masters(), self.weights)
         fill(ema.slices, self.average)
 
@@ -227,6 +235,10 @@ def initial_weights(run: Run, model: Denoiser) -> Initial | None:
 
     The weights of a model folder are EMA weights; weights and average both start from them. A checkpoint has
     both.
+
+    Args:
+        run: that starts.
+        model: on the CPU; its parameters are overwritten.
 
     Returns:
         The weights in float32; None if `train.init_from` is not set.
@@ -240,8 +252,8 @@ def initial_weights(run: Run, model: Denoiser) -> Initial | None:
     origin = f"train.init_from: {source!r}"
     local = run.fetch_model("train.init_from", source, "a model folder, a checkpoint")
     if (local / TAG).is_dir():
-        if damage := checkpoint.problems(str(local)):
-            raise CheckpointError(f"{origin} is not usable: " + "; ".join(damage))
+        if flaws := checkpoint.problems(str(local)):
+            raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))
         average = read_averages(sorted(local.glob("ema_*.safetensors")))
         weights = _raw_weights(local)
     else:
@@ -262,16 +274,18 @@ def _raw_weights(local: Path) -> dict[str, Tensor]:
     # A pickle of DeepSpeed that this project wrote, already checked against its SHA-256.
     saved = torch.load(local / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     weights: dict[str, Tensor] = saved["module"]
-    if (
-        state.config["train"]["precision"] == "bf16"
-    ):  # the masters are in the optimiser's state, in this order
+    if state.config["train"]["precision"] == "bf16":  # the optimiser's state holds the masters in this order
         masters = (value for group in saved["optimizer"]["fp32_groups"] for value in group)
         weights = dict(zip(weights, masters, strict=True))
     return {name: value.detach().float() for name, value in weights.items()}
 
 
 def read_skipped(folder: str) -> Skipped:
-    """Read the places in global batches that made a step not finite, by step, from a run's folder."""
+    """Read the places in global batches that made a step not finite, by step, from a run's folder.
+
+    Args:
+        folder: of the run.
+    """
     entries = storage.read_json(storage.join(folder, SKIPPED), {})
     return {int(step): entry["places"] for step, entry in entries.items()}
 

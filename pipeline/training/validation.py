@@ -33,12 +33,10 @@ class Validation:
     """Result of a validation.
 
     Attributes:
-        metric: "perplexity" of the bound (text), or "loss" in nats per masked token (images).
-        value: of the metric; lower is better.
+        value: of the run's validation metric, perplexity (text) or loss in nats per masked token (images).
         texts: samples of a text model.
     """
 
-    metric: str
     value: float
     texts: tuple[str, ...] = ()
 
@@ -50,6 +48,9 @@ def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | N
         run: on images.
         device: of the tokenizer.
         batch: number of images per call; None: as many as when the codes were made.
+
+    Returns:
+        The tokenizer.
     """
     data = run.config.data
     assert data.kind == "image"
@@ -58,7 +59,15 @@ def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | N
 
 
 def validation_rows(available: int, most: int) -> Int[np.ndarray, "n"]:
-    """Choose at most `most` of the `available` held-out rows, evenly spread."""
+    """Choose at most `most` of the `available` held-out rows, evenly spread.
+
+    Args:
+        available: number of held-out rows.
+        most: largest number of rows to choose.
+
+    Returns:
+        Indices of the rows, ascending.
+    """
     return np.unique(np.linspace(0, available - 1, min(most, available)).astype(np.int64))
 
 
@@ -74,18 +83,15 @@ def validate(
         session: this worker's place in its group.
         tracker: of rank 0; None: nothing is logged to MLflow.
         step: number of updates done.
+
+    Returns:
+        Value of the metric, and texts; equal on all ranks.
     """
     config, bos = run.config, run.manifest.special.bos
     reader = ShardReader(run.data_path, run.manifest, "validation")
     rows = validation_rows(len(reader), config.evaluation.rows)
     labels = reader.labels(rows) if config.model.classes is not None else None
-    settings = config.evaluation
-    estimator, draws = likelihood.estimator_for(
-        engine.model, settings.estimator, settings.draws, config.diffusion.schedule
-    )
-    masking = likelihood.Masking(
-        estimator, draws, config.seed, config.diffusion.eps, bos is not None, settings.batch
-    )
+    masking = likelihood.Masking.of(config, engine.model, bos is not None)
     share = (session.rank, session.workers)
     batches = likelihood.masked_batches(masking, reader.rows(rows), labels, share, session.device)
     with engine.weights(ema.slices) as model:
@@ -112,7 +118,7 @@ def validate(
     value = bound.nats if metric == "loss" else bound.perplexity
     if tracker:
         tracker.log_metrics({f"validation/{metric}": value, "validation/nats": bound.nats}, step)
-    return Validation(metric, value, texts)
+    return Validation(value, texts)
 
 
 def draw(

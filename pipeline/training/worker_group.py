@@ -12,9 +12,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
+from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as autoscaling
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import state
@@ -100,11 +98,16 @@ def _release(folder: str) -> None:
     claim = storage.join(folder, CLAIM)
     if storage.exists(claim):
         holder = f"train-{storage.read_text(claim)}"
-        ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(holder), timeout=60)
+        coordinator = autoscaling.get_or_create_autoscaling_coordinator()
+        ray.get(coordinator.cancel_request.remote(holder), timeout=60)
 
 
 def describe_failure(error: ray.train.TrainingFailedError) -> str:
-    """Describe why a run failed, in one line: each kind of failure once, with the first worker that had it."""
+    """Describe why a run failed, in one line: each kind of failure once, with the first worker that had it.
+
+    Args:
+        error: raised by Ray Train.
+    """
     failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
     if not failures:
         return " ".join(str(error).split())
@@ -143,11 +146,23 @@ class BetweenGroups(ControllerCallback):
         self._folder = folder
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Record the name under which Ray reserves resources, for `_release`."""
+        """Record the name under which Ray reserves resources, for `_release`.
+
+        Args:
+            train_run_context: Ray's context of the run.
+        """
         storage.publish_text(storage.join(self._folder, CLAIM), train_run_context.run_id)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Save before a resize, and check for a stop request; Ray calls this repeatedly while it waits for nodes."""
+        """Save before a resize, and check for a stop request; Ray calls this repeatedly while it waits for nodes.
+
+        Args:
+            previous_state: of Ray's controller.
+            current_state: of Ray's controller.
+
+        Raises:
+            Stopped: the user requested it.
+        """
         waiting = state.InitializingState | state.RestartingState | state.ReschedulingState
         if isinstance(current_state, state.ResizingState):
             self._save()
@@ -158,6 +173,7 @@ class BetweenGroups(ControllerCallback):
                 raise Stopped
 
     def _save(self) -> None:
+        """Request a checkpoint and wait until it is complete."""
         request = storage.join(self._folder, SAVE)
         try:
             before, deadline = checkpoint.newest(self._folder), time.monotonic() + self.CHECKPOINT_TIMEOUT_S
@@ -204,7 +220,12 @@ class RaySession:
         self.device = ray.train.torch.get_device()
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Set the newest values as metrics of Ray (Prometheus), from rank 0."""
+        """Set the newest values as metrics of Ray (Prometheus), from rank 0.
+
+        Args:
+            metrics: values by name.
+            step: number of updates done.
+        """
         if self.rank > 0:
             return
         for key, value in {**metrics, "train/step": step}.items():
@@ -217,18 +238,27 @@ class RaySession:
         ray.train.get_all_reported_checkpoints()
 
     def notice(self) -> str | None:
-        """Ask Ray for nodes that drain because they will be preempted; all ranks get the same answer."""
+        """Ask Ray for nodes that drain because they will be preempted; all ranks get the same answer.
+
+        Returns:
+            The notice, or None if there is no new one.
+        """
         earlier, self._preemption = self._preemption, ray.train.get_preemption_info()
         info = self._preemption
         if info is None or info == earlier:
             return None
-        deadline = info.deadline_ms and datetime.fromtimestamp(info.deadline_ms / 1000)
-        return f"the nodes of workers {info.preempted_ranks} will be taken away" + (
-            f" at {deadline:%H:%M:%S}" if deadline else ""
-        )
+        deadline = datetime.fromtimestamp(info.deadline_ms / 1000) if info.deadline_ms else None
+        when = f" at {deadline:%H:%M:%S}" if deadline else ""
+        return f"the nodes of workers {info.preempted_ranks} will be taken away{when}"
 
     def publish(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        """Upload this rank's part of a checkpoint in the background; Ray merges the folders of all ranks."""
+        """Upload this rank's part of a checkpoint in the background; Ray merges the folders of all ranks.
+
+        Args:
+            folder: local folder with the part; it is removed.
+            name: of the checkpoint's folder in the run's folder.
+            metrics: reported with the checkpoint.
+        """
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
