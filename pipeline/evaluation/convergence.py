@@ -82,12 +82,10 @@ def reach(curve: Curve, target: float) -> tuple[float, float, float] | None:
     below = np.flatnonzero(curve.values <= target)
     if not below.size:
         return None
-    after = below[0]
-    before = max(after - 1, 0)
-    span = curve.values[before] - curve.values[after]
-    share = (curve.values[before] - target) / span if after else 1.0
+    after = int(below[0])
+    pair = [after, max(after - 1, 0)]
     axes = (curve.steps, curve.tokens, curve.seconds)
-    steps, tokens, seconds = (float(axis[before] + share * (axis[after] - axis[before])) for axis in axes)
+    steps, tokens, seconds = (float(np.interp(target, curve.values[pair], axis[pair])) for axis in axes)
     return steps, tokens, seconds
 
 
@@ -127,8 +125,8 @@ def to_csv(curves: Sequence[Curve], metric: str) -> str:
     points = [
         (curve.model, int(step), int(tokens), f"{seconds:.3f}", value)
         for curve in curves
-        for step, tokens, seconds, value in zip(
-            curve.steps, curve.tokens, curve.seconds, curve.values, strict=True
+        for step, tokens, seconds, value in np.transpose(
+            [curve.steps, curve.tokens, curve.seconds, curve.values]
         )
     ]
     return tables.to_csv(pd.DataFrame(points, columns=["model", "step", "tokens", "seconds", metric]))

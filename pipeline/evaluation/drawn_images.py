@@ -133,8 +133,8 @@ class ImageEvaluator:
         self._net, self._data = net, data
         self._reference = images.reference_statistics(outputs, net.name, source.key, count, corpus.path)
         self._method = f"{net.name}, against {count:,} training images"
-        held_out = source.validation
-        self._held_out = [held_out[i] for i in validation_rows(len(held_out), settings.rows)]
+        chosen = validation_rows(len(source.validation), settings.rows)
+        self._held_out = [source.validation[i] for i in chosen]
         self._tokenizer, self._resources = storage.join(corpus.path, TOKENIZER), run.resources
 
     def measure(self, groups: Sequence[Int[np.ndarray, "n L"]]) -> list[list[Measure]]:
@@ -179,13 +179,12 @@ class ImageEvaluator:
             Measure("psnr", "PSNR, dB", lost.psnr),
             *self._measures([part.rebuilt for part in real], classes, "true"),
         ]
+        held_out = self._measures([part.real for part in real], classes, "true")
         title = "Reconstructions, which bound the quality of any model of these codes"
         groups = [
             Group("samples", "Samples", how, self._measures(drawn, intended, "intended")),
             Group("tokenizer", title, of_tokenizer, rebuilt),
-            Group(
-                "real", "Held-out images", of_real, self._measures([p.real for p in real], classes, "true")
-            ),
+            Group("real", "Held-out images", of_real, held_out),
         ]
         overview = storage.read_bytes(storage.join(samples.folder, GRID))
         pixels = read_pixels(self._held_out[:GRID_IMAGES], self._data)

@@ -96,7 +96,7 @@ def likelihood_groups(
     count = run.config.evaluation.rows
     rows = [validation_rows(corpus.manifest.rows("validation"), count) for corpus in corpora]
     cases = [
-        Case(model.folder, corpus, numbers, model.config.classes is not None, model.masking)
+        Case(model.folder, corpus, numbers, model.masking)
         for model in models
         for corpus, numbers in zip(corpora, rows, strict=True)
     ]

@@ -104,14 +104,12 @@ class Case:
         model: consolidated folder that every node can read.
         corpus: the data.
         rows: numbers of the validation rows.
-        labelled: whether the model is conditioned on the rows' labels.
         masking: how rows are hidden.
     """
 
     model: str
     corpus: Corpus
     rows: Int[np.ndarray, "R"]
-    labelled: bool
     masking: Masking
 
     @property
@@ -140,6 +138,7 @@ class _LikelihoodActor:
         if model != self._folder:
             self._model = model_folder.read(storage.fetch(model))[0].to(self._device)
             self._folder = model
+        labels = None if self._model.classes is None else labels
         batches = likelihood.masked_batches(masking, tokens, labels, share, self._device)
         return likelihood.row_sums(self._model, batches, len(tokens)).numpy()
 
@@ -156,7 +155,7 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[Likelihoo
         for case in cases:
             reader = case.corpus.reader("validation")
             tokens = ray.put(reader.rows(case.rows))
-            labels = ray.put(reader.labels(case.rows) if case.labelled else None)
+            labels = ray.put(reader.labels(case.rows))
             sums = torch.zeros(len(case.rows), dtype=torch.float64)
             progress = Progress("measured the likelihood of", "parts", case.parts, "rows")
             tasks = [(case.model, case.masking, tokens, labels, (i, case.parts)) for i in range(case.parts)]

@@ -79,17 +79,10 @@ class Report:
 
     def to_json(self) -> str:
         """Write everything as JSON, with null for what is not finite."""
-        groups = [
-            {
-                "key": group.key,
-                "title": group.title,
-                "how": dict(group.how),
-                "figures": [_null_infinite(asdict(measure)) for measure in group.measures],
-            }
-            for group in self.groups
-        ]
-        tree = {"model": self.model, "about": dict(self.about), "groups": groups}
-        return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+        tree = asdict(self)
+        for group in tree["groups"]:
+            group["figures"] = group.pop("measures")
+        return json.dumps(_null_infinite(tree), indent=2, ensure_ascii=False) + "\n"
 
     def to_text(self) -> str:
         """Write a table with columns that are aligned over all groups."""
@@ -124,9 +117,9 @@ def _listed(facts: Mapping[str, Any]) -> str:
 
 
 def _null_infinite(value: Any) -> Any:
-    """Replace numbers that are not finite by None, also inside dicts and tuples."""
+    """Replace numbers that are not finite by None, also inside dicts and lists."""
     if isinstance(value, dict):
         return {key: _null_infinite(item) for key, item in value.items()}
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return [_null_infinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -27,17 +27,14 @@ def learning_curves(table: Sequence[Row], metric: str) -> Figure:
     figure, (axes,) = panels(("Learning curves of the variants", metric, "step"), size=_SIZE)
     ends = []
     for row, color in zip(table, _colors(len(table)), strict=True):
-        curves = [dict(trial.curve) for trial in row.trials]
-        steps = sorted({step for curve in curves for step in curve})
-        if not steps:
+        points = [point for trial in row.trials for point in trial.curve]
+        if not points:
             continue
-        values = [[curve[step] for curve in curves if step in curve] for step in steps]
-        means = [float(np.mean(at_step)) for at_step in values]
-        axes.plot(steps, means, color=color, linewidth=1.6, marker="o", markersize=3)
-        axes.fill_between(
-            steps, [*map(min, values)], [*map(max, values)], color=color, alpha=0.12, linewidth=0
-        )
-        ends.append((means[-1], row.variant, color))
+        values = pd.DataFrame(points).groupby(0)[1]  # by step
+        means = values.mean()
+        axes.plot(means.index, means, color=color, linewidth=1.6, marker="o", markersize=3)
+        axes.fill_between(means.index, values.min(), values.max(), color=color, alpha=0.12, linewidth=0)
+        ends.append((float(means.iloc[-1]), row.variant, color))
     label_right(axes, ends[:_NAMED])
     return figure
 
