@@ -157,7 +157,7 @@ def _corpus(folder: Path, tokenizer: str, megabytes: float, length: int) -> Text
 
 
 def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
-    """What the preparation's workers do for all units and shards, one after the other in this process."""
+    """Prepare all units and shards one after the other in this process."""
     work = str(into / "work")
     units = [tokenise_unit(unit, data, work) for unit in enumerate(source.units)]
     make, splits = row_maker(data, work), {}
