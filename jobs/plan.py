@@ -33,7 +33,7 @@ def plan(config: RunConfig, gpu: str) -> None:
     manifest = Manifest.read(path) if storage.exists(storage.join(path, MANIFEST)) else None
     if manifest is not None:
         check_fits(manifest, config)
-    print(report(config, gpus, manifest, resources()))
+    print(report(config, gpus, manifest=manifest, available=resources()))
 
 
 def with_model(config: RunConfig) -> RunConfig:

@@ -60,7 +60,7 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
             tracker.log_text(csv, "benchmark.csv")
             tracker.log_figure(figure, "benchmark.png")
             tracker.flush()
-    return BenchmarkResult(report, folder, uri, run_id)
+    return BenchmarkResult(report, folder, tracking_uri=uri, run_id=run_id)
 
 
 def _measure(config: BenchmarkConfig, facts: dict[str, str], traces: Path) -> SpeedReport:
@@ -77,4 +77,4 @@ def _measure(config: BenchmarkConfig, facts: dict[str, str], traces: Path) -> Sp
     results, peaks = measure(config, traces if config.trace else None)
     if preparation is not None and config.training:
         waited = data_wait(first_step(config), config.batch, length=config.length, steps=config.repetitions)
-    return SpeedReport(config, facts, results, peaks, preparation, waited)
+    return SpeedReport(config, facts, results, peaks=peaks, preparation=preparation, data_wait=waited)

@@ -73,7 +73,7 @@ def measure_preparation(
         ConfigError: there is no such tokenizer.
     """
     with tempfile.TemporaryDirectory() as folder, _one_core():
-        data = _corpus(Path(folder), tokenizer, megabytes, length)
+        data = _corpus(Path(folder), tokenizer, megabytes, length=length)
         source, known = open_source(data), cached_tokenizer(tokenizer)
         texts = [str(text) for unit in source.units for piece in unit for text in read(piece, data)]
         forms: dict[str, Callable[[Path], object]] = {PIPELINE: lambda into: _prepare(data, source, into)}
@@ -92,7 +92,8 @@ def measure_preparation(
                         seconds[form].append(now() - began)
                     if isinstance(result, Manifest):
                         tokens = result.tokens
-    return PreparationSpeed(known.name, sum(len(t.encode()) for t in texts) / 1e6, tokens, seconds, note)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    return PreparationSpeed(known.name, size, tokens, seconds=seconds, note=note)
 
 
 def data_wait(step: Callable[[], object], batch: int, length: int, steps: int) -> float:
@@ -110,7 +111,7 @@ def data_wait(step: Callable[[], object], batch: int, length: int, steps: int) -
     waited = total = 0.0
     megabytes = batch * (steps + 1) * length / 1e6 + 0.5
     with tempfile.TemporaryDirectory() as folder:
-        data = _corpus(Path(folder), "bytes", megabytes, length)
+        data = _corpus(Path(folder), "bytes", megabytes, length=length)
         manifest = _prepare(data, open_source(data), Path(folder))
         reader = ShardReader(folder, manifest, "train")
         order = ReadingOrder(manifest.rows_per_shard("train"), batch, batch, data.shuffle_window, seed=0)
@@ -157,7 +158,7 @@ def _corpus(folder: Path, tokenizer: str, megabytes: float, length: int) -> Text
 
 
 def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
-    """What the preparation's workers do for all units and shards, one after the other in this process."""
+    """Prepare all units and shards one after the other in this process."""
     work = str(into / "work")
     units = [tokenise_unit(unit, data, work) for unit in enumerate(source.units)]
     make, splits = row_maker(data, work), {}

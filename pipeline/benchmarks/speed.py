@@ -5,12 +5,12 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from pipeline.benchmarks.dense_baseline import dense_loss, sample_every_hidden, sample_every_position
@@ -100,7 +100,12 @@ class _Runner:
     result: CaseResult
 
     def take_turn(self, peak: float, now: Callable[[], float]) -> None:
-        """Time the case and its roofline once; `peak` is the FLOP/s of the cube product in this turn."""
+        """Time the case and its roofline once.
+
+        Args:
+            peak: FLOP/s of the 2048-cube product in this turn.
+            now: the clock.
+        """
         result = self.result
         result.phases.append(self.run())
         result.seconds.append(sum(result.phases[-1].values()))
@@ -173,12 +178,19 @@ def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[
             work = training_work(section, config.vocabulary, _draws(config).groups)
     else:
         run, warm_up = (
-            _sampling_run(config, case, model, timer, steps) for steps in (config.steps, min(2, config.steps))
+            _sampling_run(case, model, timer, _request(config, case, steps))
+            for steps in (config.steps, min(2, config.steps))
         )
         if case.form == "own" and case.order == "uniform" and section.kind != "ar":
             counts = step_counts(config.length, config.steps, "linear").tolist()
-            shape = (config.vocabulary, config.length, config.batch, counts, case.refresh_every)
-            work = sampling_work(section, *shape)
+            work = sampling_work(
+                section,
+                config.vocabulary,
+                config.length,
+                rows=config.batch,
+                counts=counts,
+                refresh_every=case.refresh_every,
+            )
     backward = isinstance(case, TrainingCase)
     result = CaseResult(
         label=case.label,
@@ -187,7 +199,7 @@ def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[
         tokens=config.batch * config.length,
         flops=None if work is None else flops(work, backward),
     )
-    return _Runner(run, warm_up, work, backward, result)
+    return _Runner(run, warm_up, work=work, backward=backward, result=result)
 
 
 def _draws(config: BenchmarkConfig) -> partition.StepDraws:
@@ -203,22 +215,19 @@ def _training_step(
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
     draws = _draws(config)
     tokens = np.random.default_rng(SEED).integers(config.vocabulary, size=draws.groups.shape)
-    present = np.ones(config.batch, dtype=bool)
-    objective = Objective(DiffusionConfig(), False, model.both_groups, model.left_to_right)
-    divisor = objective.normaliser(draws.groups)
-
-    def batch() -> Batch:
-        return objective.batch(tokens, draws, present, divisor=divisor, device=_CPU)
+    objective = Objective(
+        DiffusionConfig(), bos=False, both_groups=model.both_groups, left_to_right=model.left_to_right
+    )
+    present, divisor = np.ones(config.batch, dtype=bool), objective.normaliser(draws.groups)
+    losses: Callable[[Batch], Tensor] = model
+    if case.form == "dense":
+        assert isinstance(model, PGM)
+        losses = partial(dense_loss, model)
 
     def run() -> dict[str, float]:
         model.train()
         timer.start()
-        if case.form == "dense":
-            assert isinstance(model, PGM)
-            loss = dense_loss(model, batch())
-        else:
-            loss = model(batch())
-        loss.sum().backward()
+        losses(objective.batch(tokens, draws, present, divisor=divisor, device=_CPU)).sum().backward()
         timer.mark("embedding")
         optimiser.step()
         optimiser.zero_grad()
@@ -227,29 +236,30 @@ def _training_step(
     return run
 
 
+def _request(config: BenchmarkConfig, case: SamplingCase, steps: int) -> SamplingRequest:
+    """The rows that a case samples."""
+    return SamplingRequest(
+        num_samples=config.batch,
+        steps=steps,
+        seed=SEED,
+        order=case.order,
+        refresh_every=case.refresh_every,
+    )
+
+
 def _sampling_run(
-    config: BenchmarkConfig,
-    case: SamplingCase,
-    model: Denoiser,
-    timer: PhaseTimer,
-    steps: int,
-    known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
+    case: SamplingCase, model: Denoiser, timer: PhaseTimer, request: SamplingRequest
 ) -> Callable[[], dict[str, float]]:
-    """Build the sampling of a batch of rows, from nothing or around known tokens."""
+    """Build the sampling of a batch of rows."""
 
     def run() -> dict[str, float]:
         model.eval()
         timer.start()
-        if case.form == "plain":
-            sample_every_position(model, config.batch, steps, SEED)
-        elif case.form == "hidden":
-            sample_every_hidden(model, config.batch, steps, SEED)
-        else:
-            refresh = case.refresh_every
-            request = SamplingRequest(
-                config.batch, steps, SEED, case.order, known=known, refresh_every=refresh
-            )
+        if case.form == "own":
             sample(model, request)
+        else:
+            plainer = sample_every_position if case.form == "plain" else sample_every_hidden
+            plainer(model, request.num_samples, steps=request.steps, seed=request.seed)
         return timer.stop("draw")
 
     return run
@@ -277,7 +287,7 @@ def _growth(config: BenchmarkConfig, case: Case) -> float:
         known = torch.ones(config.batch, config.length, dtype=torch.bool)
         known[:, : -(-config.length // config.steps)] = False
         given = (torch.zeros_like(known, dtype=torch.int64), known)
-        _sampling_run(config, case, model, timer, 1, given)()
+        _sampling_run(case, model, timer, replace(_request(config, case, 1), known=given))()
     return (_status_kib("VmHWM") - before) / 1024
 
 

@@ -110,7 +110,7 @@ def step_activations(config: RunConfig, facts: DataFacts) -> Activations:
     targets = float(facts.length - (facts.bos is not None))
     if config.model.kind == "mdlm" and not config.model.complementary:
         targets = float(_groups(config, facts).sum(1).mean())  # only masked positions are predicted
-    return activations(config.model, facts, config.train, targets)
+    return activations(config.model, facts, config.train, targets=targets)
 
 
 def memory(config: RunConfig, facts: DataFacts, stage: int) -> Memory:
@@ -127,7 +127,7 @@ def memory(config: RunConfig, facts: DataFacts, stage: int) -> Memory:
     train = config.train.model_copy(update={"zero_stage": stage})
     counts = [parameter.numel() for parameter in _empty_model(config, facts).parameters()]
     whole = sum(count for count in counts if count < train.persistent_parameters)
-    held = states(sum(counts), train, config.cluster.most, whole)
+    held = states(sum(counts), train, config.cluster.most, kept_whole=whole)
     teacher = sum(counts) * (2 if train.precision == "bf16" else 4) if config.distill is not None else 0
     peak = step_activations(config, facts).peak(min(train.micro_batch, train.batch))
     return replace(held, weights=held.weights + teacher, activations=peak)
@@ -165,7 +165,26 @@ def report(
     micro_batches = -(-train.batch // (workers * train.micro_batch))
     needed_flops = step_flops(config, facts)
     by_stage = [memory(config, facts, stage) for stage in (0, 1, 2, 3)]
-    needed = by_stage[train.zero_stage].total
+    needed = by_stage[train.zero_stage].total / 2**30
+    memories = [
+        {"stage": f"{stage}{'*' if stage == train.zero_stage else ''}"}
+        | {part: f"{size / 2**30:.2f}" for part, size in (asdict(parts) | {"total": parts.total}).items()}
+        for stage, parts in enumerate(by_stage)
+    ]
+    times = []
+    for name, gpu in gpus.items():
+        peak = 1e12 * (gpu.bf16 if train.precision == "bf16" else gpu.fp32)
+        seconds = needed_flops / (workers * SHARE_OF_PEAK * peak)
+        times.append(
+            {
+                "GPU": name,
+                "s per step": f"{seconds:.3g}",
+                "hours": f"{seconds * train.steps / 3600:.3g}",
+                "GiB needed": f"{needed:.1f}",
+                "GiB": f"{gpu.memory:g}",
+                "memory": "fits" if needed <= RESERVE * gpu.memory else "DOES NOT FIT",
+            }
+        )
     lines = [
         f"parameters   {sum(counts.values()):,} ({', '.join(f'{k} {n:,}' for k, n in counts.items() if n)})",
         f"tokens       {train.steps * train.batch * facts.length:,} in {train.steps:,} steps of {train.batch} rows "
@@ -176,16 +195,10 @@ def report(
         f"compute      {needed_flops:.3g} FLOP per step, {needed_flops * train.steps:.3g} FLOP in total",
         "",
         f"memory per GPU, GiB, {train.precision} (* is the run's ZeRO stage)",
-        aligned(
-            table_of(
-                {"stage": f"{stage}{'*' * (stage == train.zero_stage)}"}
-                | {name: f"{value / 2**30:.2f}" for name, value in (asdict(m) | {"total": m.total}).items()}
-                for stage, m in enumerate(by_stage)
-            )
-        ),
+        aligned(table_of(memories)),
         "",
         f"time on {workers} GPUs at {SHARE_OF_PEAK:.0%} of their dense {train.precision} peak",
-        aligned(table_of(_gpu_cells(config, name, gpu, needed_flops, needed) for name, gpu in gpus.items())),
+        aligned(table_of(times)),
         "",
     ]
     return "\n".join([*lines, *_resource_lines(config, available)])
@@ -201,21 +214,6 @@ def _groups(config: RunConfig, facts: DataFacts) -> Bool[np.ndarray, "B L"]:
     """Draw the groups of some rows as training draws them."""
     bos, shape = facts.bos is not None, (_ROWS, facts.length)
     return partition.draw(config.diffusion, seed=config.seed, step=0, shape=shape, bos=bos).groups
-
-
-def _gpu_cells(config: RunConfig, name: str, gpu: GPU, step: float, needed: float) -> dict[str, str]:
-    """Write the time and memory of a run on GPUs of one type, from its FLOP per step and its bytes."""
-    rate = SHARE_OF_PEAK * 1e12 * (gpu.bf16 if config.train.precision == "bf16" else gpu.fp32)
-    seconds = step / (config.cluster.most * rate)
-    fits = needed <= RESERVE * gpu.memory * 2**30
-    return {
-        "GPU": name,
-        "s per step": f"{seconds:.3g}",
-        "hours": f"{seconds * config.train.steps / 3600:.3g}",
-        "GiB needed": f"{needed / 2**30:.1f}",
-        "GiB": f"{gpu.memory:g}",
-        "memory": "fits" if fits else "DOES NOT FIT",
-    }
 
 
 def _resource_lines(config: RunConfig, available: Mapping[str, float]) -> list[str]:

@@ -221,7 +221,7 @@ def report() -> str:
         blocks.append(
             f"### {work.name} on {server.name}, {spread}, ZeRO {stage}, {work.share:.0%} of the peak"
         )
-        blocks.append(markdown(table_of(_steps(work, server, batch, stage))))
+        blocks.append(markdown(table_of(_steps(work, server, batch=batch, stage=stage))))
     return "\n\n".join(blocks)
 
 
@@ -231,7 +231,7 @@ def _steps(workload: Workload, server: Server, batch: int | None, stage: Stage) 
         rows = batch / gpus if batch is not None else 32.0
         if rows < 1:
             continue  # a row is not split over GPUs
-        step = predict(workload, server, gpus, rows, stage)
+        step = predict(workload, server, gpus, rows=rows, stage=stage)
         yield {
             "GPUs": f"{gpus:,}",
             "Rows per GPU": f"{rows:g}",

@@ -142,7 +142,15 @@ def read_text(path: str) -> str:
 
 
 def read_json(path: str, default: Any = None) -> Any:
-    """Read a JSON file; `default` if there is no such file."""
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        default: returned if there is no such file.
+
+    Raises:
+        DataError: the store refuses access.
+    """
     return json.loads(read_text(path)) if exists(path) else default
 
 

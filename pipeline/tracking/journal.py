@@ -63,7 +63,12 @@ class Content:
     data: bytes
 
     def send(self, client: "MlflowClient", run_id: str) -> None:
-        """Log the content to a run."""
+        """Log the content to a run.
+
+        Args:
+            client: of the store.
+            run_id: the run.
+        """
         folder, _, name = self.file.rpartition("/")
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary, name)
@@ -84,7 +89,15 @@ class Upload:
     folder: str
 
     def send(self, client: "MlflowClient", run_id: str) -> None:
-        """Log the file or folder to a run."""
+        """Log the file or folder to a run.
+
+        Args:
+            client: of the store.
+            run_id: the run.
+
+        Raises:
+            _MissingArtifact: the file or folder no longer exists.
+        """
         if not Path(self.path).exists():
             raise _MissingArtifact("the file no longer exists")
         send = client.log_artifacts if Path(self.path).is_dir() else client.log_artifact

@@ -125,11 +125,8 @@ def recorded_run(folder: str) -> tuple[str, str] | None:
     Returns:
         The run's id and its store's address without user and password, or None if no run is recorded.
     """
-    path = storage.join(folder, _RECORD)
-    if not storage.exists(path):
-        return None
-    record = json.loads(storage.read_text(path))
-    return record["run_id"], record["tracking_uri"]
+    record = storage.read_json(storage.join(folder, _RECORD))
+    return None if record is None else (record["run_id"], record["tracking_uri"])
 
 
 def open_recorded_run(
@@ -157,7 +154,8 @@ def open_recorded_run(
         ConfigError: a new run is needed and the store cannot be reached, or the experiment is deleted.
     """
     old = recorded_run(folder)
-    run_id = open_run(uri, experiment, name, params, {"folder": folder, **tags}, old and old[0])
+    tags = {"folder": folder, **tags}
+    run_id = open_run(uri, experiment, name, params=params, tags=tags, resume_id=old and old[0])
     record = json.dumps({"run_id": run_id, "tracking_uri": shown(uri)})
     storage.publish_text(storage.join(folder, _RECORD), record)
     return run_id

@@ -104,7 +104,7 @@ def test_the_two_models_of_the_size_to_compare_have_equal_parameters() -> None:
         ("ratios=[{of: training pgm, over: training}]", "ratio with 'training', which is no case; known: "),
         ("models.pgm.hiden=8", "hiden: no such key .*did you mean 'hidden'"),
         ("steps=65", "steps 65 for rows of 64"),
-        ("clock=sun", "'sun' is not result of wall, cpu"),
+        ("clock=sun", "'sun' is not one of wall, cpu"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(override: str, says: str) -> None:
