@@ -1,11 +1,10 @@
 """Write the tables of configuration.md from the schema: python docs/configuration.py"""
 
 from collections.abc import Iterator
-from inspect import getdoc
 from pathlib import Path
 
 from pipeline.config.benchmark import BenchmarkConfig
-from pipeline.config.reference import keys, sections
+from pipeline.config.reference import keys, sections, summary
 from pipeline.config.schema import CardConfig, ImportConfig, RunConfig
 from pipeline.config.section import Section
 from pipeline.config.sweep import SweepConfig
@@ -26,7 +25,7 @@ def table(title: str, section: type[Section], without: type[Section] = Section) 
     if title:
         dotted, _, kind = title.partition(" ")
         yield f"\n### `{dotted}` {kind}".rstrip() + "\n"
-    yield getdoc(section).partition("\n")[0] + "\n"
+    yield summary(section) + "\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     for name, kind, default, meaning in keys(section):
         if name not in without.model_fields:

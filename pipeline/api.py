@@ -1,10 +1,11 @@
-"""The model object that users hold: logits, predictions, samples."""
+"""The Python interface: `load_model`, and the model object with its logits, predictions and samples."""
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -18,33 +19,45 @@ from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, did_you_mean
 from pipeline.metrics.continuations import Continuation, score_continuations
 from pipeline.models import model_folder
-from pipeline.models.denoiser import DTYPES, Denoiser, flat_index
+from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.models.model_card import card
 from pipeline.models.released import conversion
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import ragged_known, sample, sample_long
+from pipeline.sampling.sampler import Progress, SamplingRequest, ragged_known, sample, sample_long
 
 Known = dict[int, int] | list[dict[int, int]] | tuple[Tensor, Tensor]
 
 log = logging.getLogger(__name__)
 
 
+class SamplingOptions(TypedDict, total=False):
+    """Further keyword arguments of `Model.sample`, with the defaults of `SamplingRequest`.
+
+    Attributes:
+        filters: temperature, top-k and nucleus.
+        refresh_every: PGM: steps from one encoding of all known tokens to the next; 1 is exact.
+        guidance: weight w of classifier-free guidance at the last step, reached linearly from 0; requires
+            `condition`.
+    """
+
+    filters: Filters
+    refresh_every: int
+    guidance: float
+
+
 class Model:
     """A trained model with its tokenizer.
 
-    Attributes:
-        denoiser: the network, in eval mode.
+    Args:
+        denoiser: the network, which is put into eval mode.
         bos: id that stands known at position 0 of every row, or None.
-        tokenizer: turns rows into text or images, or None for data without one.
+        tokenizer: converts rows to text or images; None for data without one.
     """
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        bos: int | None = None,
-        tokenizer: Tokenizer | ImageTokenizer | None = None,
+        self, denoiser: Denoiser, bos: int | None = None, tokenizer: Tokenizer | ImageTokenizer | None = None
     ):
         self.denoiser = denoiser.eval()
         self.bos, self.tokenizer = bos, tokenizer
@@ -55,7 +68,7 @@ class Model:
         return self.denoiser.head.weight.device
 
     def to(self, device: torch.device | str) -> "Model":
-        """Move the model; inputs may stay where they are."""
+        """Move the model to a device and return it; inputs may be on any device."""
         self.denoiser.to(device)
         return self
 
@@ -66,15 +79,24 @@ class Model:
         groups: Int[Tensor, "B L"] | Bool[Tensor, "B L"],
         condition: Int[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B L V"]:
-        """Logits at every position from the tokens of the other group (masked models: two passes).
+        """Compute logits at every position from the tokens of the other group (masked models: two passes).
 
-        Autoregressive models know no groups and refuse; `predict` asks them for the next token.
+        Args:
+            tokens: ids below V; L includes BOS where the data has one.
+            groups: 0 or 1 for every token.
+            condition: class labels; None: without class.
 
         Shape:
-            tokens: [B, L] ids below V; groups: [B, L] of 0 and 1; returns [B, L, V] float32. L includes BOS
-            where the data has one.
+            tokens, groups: [B, L]; condition: [B].
 
-        Source: arXiv 2505.18883, section 4.
+        Returns:
+            [B, L, V] float32.
+
+        Raises:
+            CapabilityError: an autoregressive model, which has no groups; `predict` gives its next tokens.
+
+        Source:
+            arXiv 2505.18883, section 4.
         """
         return self.denoiser.logits(tokens.to(self.device), groups.to(self.device).bool(), condition)
 
@@ -88,47 +110,53 @@ class Model:
         query_lengths: Int[Tensor, "B"] | None = None,
         condition: Int[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B Q V"]:
-        """Logits at the asked positions from known tokens alone.
+        """Compute logits at query positions from known tokens alone.
+
+        Args:
+            known: ids of known tokens, padded to the longest row.
+            positions: of the known tokens.
+            lengths: number of known tokens in every row, 0 allowed.
+            queries: positions to predict, padded to the longest row.
+            query_lengths: number of queries in every row; None: all of them.
+            condition: class labels; None: without class.
 
         Shape:
-            known, positions: [B, K] ids and where they stand, the first `lengths[b]` of row b valid (0
-            allowed); queries: [B, Q] positions, the first `query_lengths[b]` valid (None: all of them).
-            Returns [B, Q, V] float32, zero beyond the valid queries.
+            known, positions: [B, K]; queries: [B, Q]; lengths, query_lengths, condition: [B].
+
+        Returns:
+            [B, Q, V] float32, 0 in the padding.
 
         Raises:
             ConfigError: a position outside the row, or a length beyond the padded width.
+            CapabilityError: labels or positions that the model cannot use.
         """
-        self._check_positions("positions", positions, lengths)
-        self._check_positions("queries", queries, query_lengths)
-        rows, width = queries.shape
-        counts = [int(n) for n in lengths]
-        asked = [width] * rows if query_lengths is None else [int(n) for n in query_lengths]
-        here = flat_index(counts, [0] * rows, known.shape[1])
-        there = flat_index(asked, [0] * rows, width)
-        state = self.denoiser.open(rows, condition)  # L entries a row: what is padded beyond them is not kept
-        self.denoiser.extend(
-            state,
-            known.cpu().flatten()[here].to(self.device),
-            positions.cpu().flatten()[here].to(self.device),
-            counts,
+        valid = self._valid("positions", positions, lengths)
+        wanted = self._valid("queries", queries, query_lengths)
+        state = self.denoiser.open(len(queries), condition)  # room for L tokens a row; padding is not stored
+        tokens, places, targets = (
+            values.cpu()[mask].to(self.device)
+            for values, mask in ((known, valid), (positions, valid), (queries, wanted))
         )
-        hidden = self.denoiser.hidden(state, queries.cpu().flatten()[there].to(self.device), asked)
-        logits = self.denoiser.head(hidden)
-        out = logits.new_zeros(rows * width, self.denoiser.vocab_size)
-        out[there.to(self.device)] = logits
-        return out.view(rows, width, self.denoiser.vocab_size)
+        self.denoiser.extend(state, tokens, places, valid.sum(1).tolist())
+        logits = self.denoiser.head(self.denoiser.hidden(state, targets, wanted.sum(1).tolist()))
+        out = logits.new_zeros(*queries.shape, self.denoiser.vocab_size)
+        out[wanted.to(self.device)] = logits
+        return out
 
-    def _check_positions(self, name: str, positions: Tensor, lengths: Tensor | None) -> None:
+    def _valid(self, name: str, positions: Tensor, lengths: Tensor | None) -> Bool[Tensor, "B K"]:
+        """Which positions are no padding, on the host, after checking them."""
         rows, width = positions.shape
         counts = torch.full((rows,), width) if lengths is None else lengths.cpu()
         if counts.shape != (rows,) or (counts < 0).any() or (counts > width).any():
             raise ConfigError(
                 f"{name}: lengths {counts.tolist()[:8]}; expected one of 0 to {width} for each of {rows} rows"
             )
-        valid = positions.cpu()[torch.arange(width) < counts[:, None]]
-        if ((valid < 0) | (valid >= self.denoiser.length)).any():
-            worst = int(valid.min()) if (valid < 0).any() else int(valid.max())
-            raise ConfigError(f"{name}: {worst}; expected 0 to {self.denoiser.length - 1}")
+        mask = torch.arange(width) < counts[:, None]
+        outside = positions.cpu()[mask]
+        outside = outside[(outside < 0) | (outside >= self.denoiser.length)]
+        if len(outside):
+            raise ConfigError(f"{name}: {int(outside[0])}; expected 0 to {self.denoiser.length - 1}")
+        return mask
 
     def sample(
         self,
@@ -137,47 +165,40 @@ class Model:
         order: str | Order | None = None,
         seed: int = 0,
         condition: Int[Tensor, "B"] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         known: Known | None = None,
-        filters: Filters = Filters(),
-        refresh_every: int = 1,
-        guidance: float = 0.0,
+        **options: Unpack[SamplingOptions],
     ) -> Int[Tensor, "B L"]:
-        """Draw rows of tokens in `steps` forward passes; [num_samples, L], BOS included.
+        """Draw rows of tokens.
 
         Args:
-            steps: None: 64, or as many as there are positions if those are fewer or the order is left to right.
+            num_samples: number of rows.
+            steps: number of forward passes; None: 64, or the number of positions to draw if that is smaller or the
+                model is autoregressive.
             order: a name, or an `Order` with its settings; None: "uniform", or "left_to_right" for an
                 autoregressive model.
-            known: given tokens: `{position: token}` for all samples, a list of such, or (tokens, mask), [B, L]
-                each. They are kept as they are and everything else is drawn around them.
-            filters: temperature, top-k, nucleus.
-            refresh_every: PGM: steps between full encodings of the known tokens; 1 is exact.
+            seed: sample i depends on (seed, i) only.
             condition: class labels, [num_samples]; None: without class.
-            guidance: w of classifier-free guidance at the last step, reached linearly from 0; needs `condition`.
+            progress: called with (steps done, steps) after every step.
+            known: given tokens: `{position: token}` for all samples, a list of one for each, or (tokens, mask), both
+                [num_samples, L]. They are kept, and everything else is drawn around them.
+            **options: `filters`, `refresh_every` and `guidance`, see `SamplingOptions`.
+
+        Returns:
+            [num_samples, L] ids, BOS included.
 
         Raises:
-            ConfigError: unknown order, more steps than positions, a given position outside the row.
+            ConfigError: an unknown order, more steps than positions, a given position outside the row, or guidance
+                without labels.
+            CapabilityError: labels or an order that the model cannot use.
         """
-        given = self._given(known, num_samples)
-        order = order or self._default_order
+        tokens = self._known(known, num_samples)
         if steps is None:
-            unknown = self._unknown(given)
+            unknown = self._unknown(tokens)
             steps = unknown if self.denoiser.left_to_right else min(64, unknown)
-        return sample(
-            self.denoiser,
-            num_samples,
-            steps,
-            seed,
-            order,
-            self.bos,
-            condition,
-            progress=progress,
-            filters=filters,
-            known=given,
-            refresh_every=refresh_every,
-            guidance=guidance,
-        )
+        order = order or self._default_order
+        request = SamplingRequest(num_samples, steps, seed, order, self.bos, condition, tokens, **options)
+        return sample(self.denoiser, request, progress)
 
     def write(
         self,
@@ -193,75 +214,99 @@ class Model:
         """Continue a prompt to `length` tokens or to the end of the text, also beyond L.
 
         Args:
+            prompt: beginning of every text.
+            num_samples: number of texts.
             length: tokens, the prompt included; None: L.
             stride: new tokens of every window after the first; None: half of L.
+            steps: forward passes of a full window; None: 64, or one for each token of an autoregressive model.
+            seed: text i depends on (seed, i) only.
+            order: as in `sample`.
+            filters: temperature, top-k and nucleus.
+
+        Returns:
+            The texts, with the prompt.
 
         Raises:
-            ConfigError: a prompt longer than a row, a stride that leaves no context.
+            ConfigError: a prompt longer than a row, or a stride that leaves no context.
+            CapabilityError: the model is not one of text.
         """
         tokenizer = self._text_tokenizer
         window, start = self.denoiser.length, int(self.bos is not None)
         ids = tokenizer.encode_batch([prompt])[0]
-        most = window - start - 1
-        if len(ids) > most:
-            raise ConfigError(f"prompt: {len(ids)} tokens; expected at most {most} for rows of {window}")
-        rows = sample_long(
-            self.denoiser,
+        room = window - start - 1
+        if len(ids) > room:
+            raise ConfigError(f"prompt: {len(ids)} tokens; expected at most {room} for rows of {window}")
+        request = SamplingRequest(
             num_samples,
-            max(window, length or window),
-            stride or window // 2,
             min(steps or (window if self.denoiser.left_to_right else 64), window - start - len(ids)),
             seed,
             order or self._default_order,
             self.bos,
+            known=self._known({start + i: int(token) for i, token in enumerate(ids)}, num_samples),
             filters=filters,
-            known=self._given({start + i: int(token) for i, token in enumerate(ids)}, num_samples),
-            stop=tokenizer.eot,
         )
-        return self.decode(rows[:, : length or window])
+        length = length or window
+        stride = stride or window // 2
+        rows = sample_long(
+            self.denoiser, request, length=max(window, length), stride=stride, stop=tokenizer.eot
+        )
+        return self.decode(rows[:, :length])
 
     @property
     def _default_order(self) -> str:
         return "left_to_right" if self.denoiser.left_to_right else "uniform"
 
-    def _unknown(self, given: tuple[Tensor, Tensor] | None) -> int:
+    def _unknown(self, known: tuple[Tensor, Tensor] | None) -> int:
         """Positions to draw in the row that has the most."""
         start = int(self.bos is not None)
-        if given is None:
+        if known is None:
             return self.denoiser.length - start
-        return max(1, int((~given[1][:, start:].bool()).sum(1).max()))
+        return max(1, int((~known[1][:, start:].bool()).sum(1).max()))
 
-    def _given(self, known: Known | None, rows: int) -> tuple[Tensor, Tensor] | None:
+    def _known(self, known: Known | None, rows: int) -> tuple[Tensor, Tensor] | None:
+        """Given tokens as tokens and mask."""
         if known is None or isinstance(known, tuple):
             return known
         prompts = [known] * rows if isinstance(known, dict) else known
         if len(prompts) != rows:
-            raise ConfigError(f"known: {len(prompts)} prompts for {rows} samples")
+            raise ConfigError(f"known: {len(prompts)} prompts for {rows} samples; expected one for each")
         return ragged_known(prompts, self.denoiser.length)
 
     def score(self, pairs: Sequence[tuple[str, str]], draws: int = 32, seed: int = 0) -> list[Continuation]:
-        """Bounds on -log p(continuation | prompt) in nats for (prompt, continuation) texts; exact for AR.
+        """Bound -log p(continuation | prompt) of texts in nats; exact for an autoregressive model.
+
+        Args:
+            pairs: (prompt, continuation).
+            draws: random draws that a bound averages over.
+            seed: of the draws.
+
+        Returns:
+            The bound of every continuation, with its standard error.
 
         Raises:
             ConfigError: an empty continuation, or a pair longer than a row.
+            CapabilityError: the model is not one of text.
         """
         ids = self._text_tokenizer.encode_batch([text for pair in pairs for text in pair])
         rows = [list(map(int, row)) for row in ids]
-        return score_continuations(
-            self.denoiser, list(zip(rows[::2], rows[1::2], strict=True)), draws, seed, self.bos
-        )
+        tokens = list(zip(rows[::2], rows[1::2], strict=True))
+        return score_continuations(self.denoiser, tokens, draws, seed, self.bos)
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:
-        """Rows of ids as texts; BOS and end-of-text are not shown."""
+        """Decode rows of ids to texts, without BOS and end-of-text.
+
+        Raises:
+            CapabilityError: the model is not one of text.
+        """
         tokenizer = self._text_tokenizer
         special = {self.bos, tokenizer.eot}
         return [tokenizer.decode([i for i in row if i not in special]) for row in tokens.tolist()]
 
     def images(self, tokens: Int[Tensor, "B L"]) -> UInt8[np.ndarray, "B S S 3"]:
-        """Rows of codes, BOS included, as RGB images.
+        """Decode rows of codes, BOS included, to RGB images.
 
         Raises:
-            CapabilityError: the model is not one of images, or came without its tokenizer.
+            CapabilityError: the model is not one of images, or has no tokenizer.
         """
         if not isinstance(self.tokenizer, ImageTokenizer):
             raise CapabilityError("images: this model has no image tokenizer; expected one of image data")
@@ -271,14 +316,14 @@ class Model:
     def _text_tokenizer(self) -> Tokenizer:
         if not isinstance(self.tokenizer, Tokenizer):
             raise CapabilityError(
-                "text: this model has no text tokenizer; `images` decodes those of image data"
+                "text: this model has no text tokenizer; `images` decodes the tokens of image models"
             )
         return self.tokenizer
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A model as it was found, with all that an export passes on."""
+class _Opened:
+    """A model that was read, and everything that an export passes on."""
 
     denoiser: Denoiser
     config: ModelConfig
@@ -295,41 +340,49 @@ def load_model(
 ) -> Model:
     """Load a model folder, a file of released weights, or a registered model.
 
-    Registered models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) are looked up in MLFLOW_TRACKING_URI, else
-    in the store of runs with default settings. Files (.ckpt, .pth, .pt, .bin, .safetensors) are those of the
-    authors' repositories; their averaged (EMA) weights are used, and nothing that they name is run.
+    Registered models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) are looked up in MLFLOW_TRACKING_URI, else in
+    the tracking store of runs with default settings. Files (.ckpt, .pth, .pt, .bin, .safetensors) are those of the
+    authors' repositories; their averaged (EMA) weights are used, and no code in them is run.
 
     Args:
-        overrides: for files, `key=value` words over what the file says: model.*, length, bos, eot, tokenizer.
-        precision: of weights and blocks: "bf16" is what fast attention on GPUs needs. Logits are float32.
+        path: folder, file or registered model.
+        device: where the model computes.
+        overrides: for files, `key=value` settings that replace what the file implies: model.*, length, bos, eot,
+            tokenizer.
+        precision: of weights and blocks; fast attention on GPUs requires "bf16". Logits are float32.
+
+    Returns:
+        The model in eval mode, with its tokenizer if it has one.
 
     Raises:
-        CheckpointError: no such folder, file, model or version, or its content does not fit together.
+        CheckpointError: no such folder, file, model or version, or a damaged one.
         CapabilityError: weights of a model that this project does not have.
-        ConfigError: an override is wrong, or is given for what is no file; no such precision.
+        ConfigError: a wrong override, an override of what is no file, or an unknown precision.
     """
     if precision not in DTYPES:
         raise ConfigError(f"precision: {precision!r}; expected fp32 or bf16{did_you_mean(precision, DTYPES)}")
-    source = _open(str(path), overrides)
-    denoiser = source.denoiser.to(device, DTYPES[precision])
-    return Model(denoiser, source.facts.bos, source.tokenizer)
+    opened = _open(str(path), overrides)
+    denoiser = opened.denoiser.to(device, DTYPES[precision])
+    return Model(denoiser, opened.facts.bos, opened.tokenizer)
 
 
 def export_model(source: str | Path, destination: str, words: Sequence[str] = ()) -> None:
     """Write a model folder with configs, tokenizer and a card, ready for the Hugging Face hub.
 
     Args:
-        source: whatever `load_model` takes.
-        destination: folder or URL; complete or absent. An earlier model there is replaced.
+        source: a path as for `load_model`.
+        destination: folder or URL, written as a whole or not at all; replaces an earlier model there.
         words: `license=NAME` and `figures.NAME=VALUE` for the card, and the overrides of `load_model`.
 
     Raises:
-        ConfigError: a word is wrong, or the destination holds something that is no model.
+        ConfigError: a wrong word, or a destination that holds something other than a model.
+        CheckpointError: as `load_model`.
+        CapabilityError: as `load_model`.
     """
-    there = storage.listing(destination)
-    if there and not {model_folder.WEIGHTS, model_folder.CONFIG} <= set(there):
+    names = storage.listing(destination)
+    if names and not {model_folder.WEIGHTS, model_folder.CONFIG} <= set(names):
         raise ConfigError(
-            f"destination {destination!r} holds {', '.join(there[:5])}; expected a new folder or a model's"
+            f"destination {destination!r} holds {', '.join(names[:5])}; expected a new folder or a model's"
         )
     keys = {word: word.partition("=")[0].partition(".")[0] for word in words}
     known = [*CardConfig.model_fields, *ImportConfig.model_fields]
@@ -343,7 +396,7 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
     tensors = opened.denoiser.state_dict()
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / "model"
-        # Where a run kept its files and logs is nobody's affair on a hub.
+        # The paths of the files and logs of a run are not published.
         run = {k: v for k, v in opened.background.run.items() if k not in ("cluster", "tracking")}
         background = model_folder.Background(figures, run)
         model_folder.write(local, opened.config, opened.facts, tensors, background)
@@ -362,8 +415,8 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
         storage.publish_folder(local, destination)
 
 
-def _open(path: str, overrides: Sequence[str]) -> _Source:
-    """Find and read a model of any kind."""
+def _open(path: str, overrides: Sequence[str]) -> _Opened:
+    """Read a model of any kind."""
     if path.startswith("models:/"):
         local = tracking.download_model(tracking.tracking_uri(RunConfig(name="any")), path)
     elif not storage.exists(path):
@@ -376,18 +429,18 @@ def _open(path: str, overrides: Sequence[str]) -> _Source:
         denoiser, config, facts = conversion.load(local, overrides)
         chosen = any(word.startswith("tokenizer=") for word in overrides)
         tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
-        return _Source(denoiser, config.model, facts, tokenizer, model_folder.Background())
+        return _Opened(denoiser, config.model, facts, tokenizer, model_folder.Background())
     if overrides:
         raise ConfigError(
             f"override {overrides[0]!r}: {path}: overrides apply only to released weight files; the config.yaml "
             "of a model folder fixes the architecture"
         )
     denoiser, model, facts = model_folder.read(local)
-    return _Source(denoiser, model, facts, saved_tokenizer(local), model_folder.read_background(local))
+    return _Opened(denoiser, model, facts, saved_tokenizer(local), model_folder.read_background(local))
 
 
 def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | None:
-    """The tokenizer of released weights; what was not asked for may be missing on this machine."""
+    """The tokenizer of released weights; one that the user did not choose may be missing on this machine."""
     if name is None:
         return None
     try:
@@ -395,7 +448,7 @@ def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | N
     except ConfigError as error:
         if chosen:
             raise
-        log.warning("the model comes without a tokenizer: %s", error)
+        log.warning("loading the model without a tokenizer, because %s", error)
         return None
     if tokenizer.vocab_size != vocabulary:
         raise ConfigError(

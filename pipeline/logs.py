@@ -2,7 +2,10 @@
 
 import logging
 import re
+import time
 import warnings
+
+log = logging.getLogger(__name__)
 
 _USER = re.compile(r"://[^/@\s]+@")
 
@@ -34,3 +37,38 @@ def show() -> None:
     logger.propagate = False
     # Caused by DeepSpeed's calls into torch.distributed, which users cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+class Progress:
+    """The progress of a long operation, logged every few seconds: counts, throughput and the time left.
+
+    Args:
+        verb: what was done, as in "wrote 3 of 5 shards".
+        items: what is counted, in the plural.
+        total: number of items.
+        unit: unit of the amounts in the items, in the plural, such as "tokens".
+        interval: seconds between two lines; the last item is always logged.
+    """
+
+    def __init__(self, verb: str, items: str, total: int, unit: str, interval: float = 5.0) -> None:
+        self._verb, self._items, self._total, self._unit, self._interval = verb, items, total, unit, interval
+        self._count = self._amount = 0
+        self._start = self._last_line = time.monotonic()
+
+    def add(self, amount: int) -> None:
+        """Count one more item as done.
+
+        Args:
+            amount: size of the item, in the unit of the log lines.
+        """
+        self._count += 1
+        self._amount += amount
+        now = time.monotonic()
+        if now - self._last_line < self._interval and self._count < self._total:
+            return
+        self._last_line = now
+        seconds = max(now - self._start, 1e-9)
+        left = seconds / self._count * (self._total - self._count)
+        counts = f"{self._count} of {self._total} {self._items}, {self._amount} {self._unit}"
+        rate = self._amount / seconds
+        log.info("%s %s, %.0f %s/s, %.0f s left", self._verb, counts, rate, self._unit, left)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "errors",
     "logs",
+    "seeds",
     "config",
     "storage",
     "tracking",

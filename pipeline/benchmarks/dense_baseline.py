@@ -50,18 +50,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "B 1 L L"]) -
 
 
 def _self_block(block: SelfBlock, x: Tensor, mask: Tensor, code: Rotary) -> Tensor:
-    shift, scale, gate, *second = block.modulation()
-    q, k, v = block.qkv_proj(block.norm1(x, shift, scale)).unflatten(-1, (3, block.heads, -1)).unbind(1)
-    x = x + gate * block.out(_attention(rotate(q, code), rotate(k, code), v, mask))
-    return x + second[2] * block.mlp(block.norm2(x, second[0], second[1]))
+    modulation = block.modulation()
+    q, k, v = block.qkv_proj(block.norm1(x, *modulation[:2])).unflatten(-1, (3, block.heads, -1)).unbind(1)
+    return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulation)
 
 
 def _cross_block(block: CrossBlock, x: Tensor, encoded: Tensor, mask: Tensor, code: Rotary) -> Tensor:
-    shift, scale, gate, *second = block.modulation()
-    q = block.q_proj(block.q_norm(x, shift, scale)).unflatten(-1, (block.heads, -1))
+    modulation = block.modulation()
+    q = block.q_proj(block.q_norm(x, *modulation[:2])).unflatten(-1, (block.heads, -1))
     k, v = block.kv_proj(block.kv_norm(encoded)).unflatten(-1, (2, block.heads, -1)).unbind(1)
-    x = x + gate * block.out(_attention(rotate(q, code), rotate(k, code), v, mask))
-    return x + second[2] * block.mlp(block.norm2(x, second[0], second[1]))
+    return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulation)
 
 
 def _swap(module: GroupSwap, encoded: Tensor, places: Tensor, mask: Tensor, code: Rotary) -> Tensor:

@@ -33,8 +33,12 @@ class PhaseTimer:
         self._last, self._phase = 0.0, ""
         self._stamps: list[str] = []  # phases that the stamps of this forward pass end, in its order
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        model.embedding.register_forward_pre_hook(self._before_embedding)
-        model.head.register_forward_pre_hook(self._before_head)
+        model.embedding.register_forward_pre_hook(
+            lambda *_: self.mark("batch" if torch.is_grad_enabled() else "draw")
+        )
+        model.head.register_forward_pre_hook(  # further chunks of rows follow the draws of the chunk before
+            lambda *_: self.mark("draw" if self._phase == "head + loss" else "head + loss")
+        )
         model.head.register_forward_hook(lambda *_: self.mark("head + loss"))
         ends: list[tuple[nn.Module, str]] = [(model.embedding, "embedding")]
         if isinstance(model, PGM):
@@ -79,14 +83,6 @@ class PhaseTimer:
         """
         following = self._stamps[stamp + 1 :]
         self.mark(following[0] if following else "head + loss")
-
-    def _before_embedding(self, *_: Any) -> None:
-        """Mark the start of an encoding."""
-        self.mark("batch" if torch.is_grad_enabled() else "draw")
-
-    def _before_head(self, *_: Any) -> None:
-        """Mark the start of the head; further chunks of rows follow the draws of the chunk before."""
-        self.mark("draw" if self._phase == "head + loss" else "head + loss")
 
     def _after(self, phase: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         """Build the hook that ends a phase."""

@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import environ
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tiktoken
 
 from pipeline.config.data import TextDataConfig
-from pipeline.data.manifest import Manifest, Skipped, SourceInfo, SpecialIds, Split, TokenizerInfo
-from pipeline.data.prepare.packing import cached_tokenizer, plan_splits, tokenise_unit, write_shard
-from pipeline.data.prepare.text_sources import Source, open_source, read
+from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.text import cached_tokenizer, describe, plan_splits, row_maker, tokenise_unit
+from pipeline.data.prepare.text_sources import TextSource, open_source, read
 from pipeline.data.reading_order import ReadingOrder, batches
-from pipeline.data.shards import ShardReader
+from pipeline.data.shards import ShardReader, publish_shard
 from pipeline.data.tokenizers import PATTERN, RANK_FILE, ByteTokenizer, Tokenizer
 
 PIPELINE, TIKTOKEN, DATASETS = "tokenise + pack + write", "tiktoken alone", "datasets.map"
@@ -156,30 +156,15 @@ def _corpus(folder: Path, tokenizer: str, megabytes: float, length: int) -> Text
     )
 
 
-def _prepare(data: TextDataConfig, source: Source, into: Path) -> Manifest:
+def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
     """What the preparation's workers do for all units and shards, one after the other in this process."""
-    work, tokenizer = str(into / "work"), cached_tokenizer(data.tokenizer)
-    units = [tokenise_unit(index, pieces, data, work) for index, pieces in enumerate(source.units)]
-    starts = np.cumsum([0, *(unit.tokens for unit in units)])
-    splits = {}
-    for name, plan in plan_splits(units, data, tokenizer, work).items():
-        files = tuple(write_shard(shard, starts, str(into), work) for shard in plan.shards)
-        splits[name] = Split(files=files, documents=plan.documents, tokens=plan.tokens, tokens_dropped=0)
-    return Manifest(
-        length=data.length,
-        vocabulary=tokenizer.vocab_size,
-        special=SpecialIds(eot=tokenizer.eot, bos=None),
-        wrap=data.wrap,
-        tokenizer=TokenizerInfo(name=tokenizer.name, hash=tokenizer.hash),
-        source=SourceInfo(name=data.source, revision=None, fingerprint=source.fingerprint),
-        content={},
-        content_key="",
-        splits=splits,
-        documents=sum(unit.documents for unit in units),
-        documents_empty=0,
-        tokens=int(starts[-1]),
-        skipped=Skipped(count=0, names=()),
-    )
+    work = str(into / "work")
+    units = [tokenise_unit(unit, data, work) for unit in enumerate(source.units)]
+    make, splits = row_maker(data, work), {}
+    for name, (split, shards) in plan_splits(units, data, work).items():
+        files = tuple(publish_shard(shard.name, str(into), work, partial(make, shard)) for shard in shards)
+        splits[name] = split.model_copy(update={"files": files})
+    return describe(data, source, units, splits)
 
 
 def _tiktoken_alone(ranks: dict[bytes, int], texts: Sequence[str]) -> Callable[[Path], object]:

@@ -16,6 +16,7 @@ from pipeline.benchmarks.phases import PHASES
 from pipeline.benchmarks.preparation import PIPELINE, PreparationSpeed
 from pipeline.benchmarks.speed import CaseResult
 from pipeline.config.benchmark import BenchmarkConfig, Ratio
+from pipeline.reports.tables import markdown, table_of, to_csv
 
 _COLORS = ("#c9ced4", "#7a828c", "#2563a8", "#7fa8d6", "#c2452d", "#e2a093", "#22262b")
 
@@ -56,6 +57,7 @@ class SpeedReport:
         """Return a row per case; missing figures are NaN."""
         rows = [
             {
+                "case": result.label,
                 "parameters": result.parameters,
                 "s/batch": result.median,
                 "min": min(result.seconds),
@@ -73,19 +75,19 @@ class SpeedReport:
             }
             for result in self.results
         ]
-        return pd.DataFrame(rows, index=self._labels())
+        return pd.DataFrame(rows)
 
     def split(self) -> pd.DataFrame:
         """Return a row per case: the share of every phase in its time; NaN where a case lacks the phase."""
-        return pd.DataFrame([r.split for r in self.results], index=self._labels()).reindex(columns=PHASES)
+        return pd.DataFrame([result.split for result in self.results], columns=PHASES)
 
     def metrics(self) -> dict[str, float]:
         """Return all figures by MLflow's metric names."""
         metrics = {"matmul_gflops": self.peak / 1e9}
-        for case, row in self.table().iterrows():
-            for column, value in row.dropna().items():
+        for _, row in self.table().iterrows():
+            for column, value in row.dropna().drop("case").items():
                 name = str(column).replace("/", "_per_").replace(",", "")
-                metrics[f"{case}/{name}"] = float(value)
+                metrics[f"{row['case']}/{name}"] = float(value)
         for ratio in self.config.ratios:
             metrics[f"ratio/{ratio.of}_over_{ratio.over}"] = statistics.median(self.ratio(ratio))
         if self.preparation is not None:
@@ -98,7 +100,7 @@ class SpeedReport:
 
     def to_csv(self) -> str:
         """Write the table of cases with full precision; cells without a figure are empty."""
-        return self.table().join(self.split().add_prefix("part ")).to_csv(index_label="case")
+        return to_csv(self.table().join(self.split().add_prefix("part ")))
 
     def to_markdown(self) -> str:
         """Write the machine, the cases, their phases, the ratios and the data."""
@@ -111,18 +113,18 @@ class SpeedReport:
             f"float32, draws in float64, {config.threads} threads, {clock}. Times are medians over "
             f"{config.repetitions} (training) and {config.sampling_repetitions} (sampling) turns; in a turn every "
             f"case runs once. 2048-cube product: {self.peak / 1e9:.0f} GFLOP/s.",
-            _markdown("case", self.table()),
+            markdown(self.table().map(_cell)),
             "Needed FLOP are those of matrix products and attention; the backward pass needs twice those of the "
             "forward pass. The roofline is the sum of every product, attention, GELU and norm of the same shapes, "
             "each timed alone in the same turn. Peak is the growth of a fresh process by one step, with its weights "
             f"allocated before; large V is {config.memory_vocabulary}.",
             "Share of the time:",
-            _markdown("case", self.split().map("{:.1%}".format, na_action="ignore")),
+            markdown(
+                self.table()[["case"]].join(self.split().map("{:.1%}".format, na_action="ignore").fillna(""))
+            ),
         ]
         if config.ratios:
-            rows = [self._ratio_cells(ratio) for ratio in config.ratios]
-            index = [f"{ratio.of} over {ratio.over}" for ratio in config.ratios]
-            blocks.append(_markdown("sequences/s of", pd.DataFrame(rows, index=index)))
+            blocks.append(markdown(table_of(self._ratio_cells(ratio) for ratio in config.ratios)))
         if self.preparation is not None:
             blocks += self._preparation_blocks(self.preparation)
         if self.data_wait is not None:
@@ -131,22 +133,20 @@ class SpeedReport:
 
     def picture(self) -> Figure:
         """Draw a bar per case: its seconds split into phases, with a line at its roofline."""
-        seconds = self.split().mul([result.median for result in self.results], axis=0).fillna(0.0)
-        groups = {
-            title: seconds.filter(regex=f"^{title.lower()} ", axis=0) for title in ("Training", "Sampling")
-        }
-        groups = {title: group for title, group in groups.items() if len(group)}
-        figure = Figure(figsize=(10, 1.2 + 0.42 * len(seconds)), dpi=150, layout="constrained")
-        heights = [len(group) for group in groups.values()]
+        seconds = self.split().fillna(0.0)
+        table, starts = self.table(), seconds.cumsum(axis=1) - seconds
+        groups = {title: table["case"].str.startswith(title.lower()) for title in ("Training", "Sampling")}
+        groups = {title: rows for title, rows in groups.items() if rows.any()}
+        figure = Figure(figsize=(10, 1.2 + 0.42 * len(table)), dpi=150, layout="constrained")
+        heights = [rows.sum() for rows in groups.values()]
         axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
-        rooflines = self.table()["roofline s"]
-        for axis, (title, group) in zip(axes[:, 0], groups.items(), strict=True):
-            left = group.cumsum(axis=1) - group
-            names = [str(label).removeprefix(f"{title.lower()} ") for label in group.index]
+        for axis, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
+            names, median = table["case"][rows].str.removeprefix(f"{title.lower()} "), table["s/batch"][rows]
             for phase, color in zip(PHASES, _COLORS, strict=True):
-                if group[phase].any():
-                    axis.barh(names, group[phase], left=left[phase], color=color, label=phase, height=0.7)
-            for place, end in enumerate(rooflines[group.index]):
+                if (widths := seconds[phase][rows] * median).any():
+                    left = starts[phase][rows] * median
+                    axis.barh(names, widths, left=left, color=color, label=phase, height=0.7)
+            for place, end in enumerate(table["roofline s"][rows]):
                 axis.plot([end, end], [place - 0.42, place + 0.42], color="black", linewidth=1.6)
             axis.invert_yaxis()
             axis.set_title(f"{title}, seconds per batch (black line: roofline)", loc="left", fontsize=10)
@@ -155,15 +155,12 @@ class SpeedReport:
             axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return figure
 
-    def _labels(self) -> list[str]:
-        """Names of all cases."""
-        return [result.label for result in self.results]
-
     def _ratio_cells(self, ratio: Ratio) -> dict[str, str]:
         """A ratio against its target."""
         turns = self.ratio(ratio)
         median = statistics.median(turns)
         return {
+            "sequences/s of": f"{ratio.of} over {ratio.over}",
             "measured (median)": f"{median:.2f}",
             "range": f"{min(turns):.2f} to {max(turns):.2f}",
             "target": "" if ratio.goal is None else f"at least {ratio.goal:g}",
@@ -173,17 +170,18 @@ class SpeedReport:
     @staticmethod
     def _preparation_blocks(result: PreparationSpeed) -> list[str]:
         """Text preparation beside plain tokenisers."""
-        rows = {
-            form: {
+        rows = [
+            {
+                "form": form,
                 "tokens/s": f"{result.rate(form):,.0f}",
                 "MB/s": f"{result.megabytes / statistics.median(seconds):.2f}",
                 "this pipeline's speed over it": "" if form == PIPELINE else f"{result.ratio(form):.2f}",
             }
             for form, seconds in result.seconds.items()
-        }
+        ]
         note = f" ({result.note})" if result.note else ""
         title = f"Text preparation, one core, {result.megabytes:.1f} MB, tokenizer {result.tokenizer}{note}:"
-        return [title, _markdown("form", pd.DataFrame.from_dict(rows, orient="index"))]
+        return [title, markdown(table_of(rows))]
 
 
 def machine() -> dict[str, str]:
@@ -196,13 +194,6 @@ def machine() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "datasets", "tokenizers")}
     facts = {"CPU": model, "cores": str(os.cpu_count()), "Python": platform.python_version()}
     return {**facts, **packages, "instructions": torch.backends.cpu.get_cpu_capability()}
-
-
-def _markdown(index_name: str, frame: pd.DataFrame) -> str:
-    """Write a table whose first column is the frame's index."""
-    rows = [[index_name, *map(str, frame.columns)], ["---", *["---:"] * len(frame.columns)]]
-    rows += [[str(label), *map(_cell, row)] for label, *row in frame.itertuples(name=None)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _cell(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from pipeline.benchmarks.dense_baseline import dense_loss, sample_every_hidden, sample_every_position
@@ -19,13 +19,13 @@ from pipeline.benchmarks.roofline import clock, matmul_peak, roofline
 from pipeline.config.benchmark import BenchmarkConfig, SamplingCase, TrainingCase
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import next_token_batch, normaliser, training_batch
+from pipeline.diffusion.objective import Objective
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.models.flops import Work, flops, sampling_work, training_work
 from pipeline.models.pgm import PGM
 from pipeline.sampling.orders import step_counts
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +126,7 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[C
     training, sampling = (config.training, config.repetitions), (config.sampling, config.sampling_repetitions)
     for cases, turns in (training, sampling):
         models = {case.model: _build(config, case.model) for case in cases}
-        timers = {name: PhaseTimer(model, now) for name, model in models.items()}
-        runners = [_runner(config, case, models[case.model], timers[case.model]) for case in cases]
+        runners = [_runner(config, case, models[case.model], now) for case in cases]
         for runner in runners:
             runner.warm_up()
         for turn in range(turns if cases else 0):
@@ -165,13 +164,13 @@ def _build(config: BenchmarkConfig, name: str) -> Denoiser:
     return model
 
 
-def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, timer: PhaseTimer) -> _Runner:
+def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[[], float]) -> _Runner:
     """Prepare a case."""
-    work, section = None, config.models[case.model]
+    timer, work, section = PhaseTimer(model, now), None, config.models[case.model]
     if isinstance(case, TrainingCase):
         run = warm_up = _training_step(config, case, model, timer)
         if case.form == "own":
-            work = training_work(section, config.vocabulary, _draws(config)[1])
+            work = training_work(section, config.vocabulary, _draws(config).groups)
     else:
         run, warm_up = (
             _sampling_run(config, case, model, timer, steps) for steps in (config.steps, min(2, config.steps))
@@ -191,9 +190,10 @@ def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, timer: PhaseTi
     return _Runner(run, warm_up, work, backward, result)
 
 
-def _draws(config: BenchmarkConfig) -> tuple[Float[np.ndarray, "B"], Bool[np.ndarray, "B L"]]:
+def _draws(config: BenchmarkConfig) -> partition.StepDraws:
     """Draw times and groups of the one batch that all training cases use."""
-    return partition.draw(SEED, 0, config.batch, config.length, DiffusionConfig().eps, bos=False)
+    shape = (config.batch, config.length)
+    return partition.draw(DiffusionConfig(), seed=SEED, step=0, shape=shape, bos=False)
 
 
 def _training_step(
@@ -201,16 +201,14 @@ def _training_step(
 ) -> Callable[[], dict[str, float]]:
     """Build a step as the loop takes it, from rows and groups to new weights, without communication."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    t, groups = _draws(config)
-    tokens = np.random.default_rng(SEED).integers(config.vocabulary, size=groups.shape)
-    present, diffusion = np.ones(config.batch, dtype=bool), DiffusionConfig()
-    divisor = normaliser(groups, diffusion, model.both_groups, bos=False)
+    draws = _draws(config)
+    tokens = np.random.default_rng(SEED).integers(config.vocabulary, size=draws.groups.shape)
+    present = np.ones(config.batch, dtype=bool)
+    objective = Objective(DiffusionConfig(), False, model.both_groups, model.left_to_right)
+    divisor = objective.normaliser(draws.groups)
 
     def batch() -> Batch:
-        if model.left_to_right:
-            return next_token_batch(tokens, present, config.batch, False, _CPU)
-        both = model.both_groups
-        return training_batch(tokens, t, groups, present, diffusion, both, divisor, False, _CPU)
+        return objective.batch(tokens, draws, present, divisor=divisor, device=_CPU)
 
     def run() -> dict[str, float]:
         model.train()
@@ -248,7 +246,10 @@ def _sampling_run(
             sample_every_hidden(model, config.batch, steps, SEED)
         else:
             refresh = case.refresh_every
-            sample(model, config.batch, steps, SEED, case.order, known=known, refresh_every=refresh)
+            request = SamplingRequest(
+                config.batch, steps, SEED, case.order, known=known, refresh_every=refresh
+            )
+            sample(model, request)
         return timer.stop("draw")
 
     return run

@@ -150,12 +150,13 @@ def merged(chain: Sequence[Tree]) -> Tree:
 
 
 def _merge(inherited: Tree, own: Tree) -> Tree:
+    """Merge the mapping of one file over that of the file it builds on."""
     result = dict(inherited)
     for key, value in own.items():
         below = inherited.get(key)
         if isinstance(value, dict) and isinstance(below, dict):
-            kind = value.get("kind", below.get("kind"))
-            if kind == below.get("kind", "text" if key == "data" and "kind" in value else kind):
+            kind = value.get("kind")
+            if kind in (None, below.get("kind", "text" if key == "data" else kind)):
                 value = _merge(below, value)
         result[key] = value
     return result

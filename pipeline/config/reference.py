@@ -36,11 +36,17 @@ def keys(section: type[Section]) -> list[tuple[str, str, str, str]]:
     schema, meanings, rows = section.model_json_schema(), descriptions(section), []
     for name, field in schema["properties"].items():
         default = field.get("default", "required" if name in schema.get("required", ()) else {})
-        if sections_in(section.model_fields[name].annotation) and isinstance(default, dict):
+        inner = sections_in(section.model_fields[name].annotation)
+        if inner and isinstance(default, dict):
             default = ""  # that of the section's keys
         text = default if isinstance(default, str) else json.dumps(default)
-        rows.append((name, _type(field), text, meanings[name]))
+        rows.append((name, _type(field), text, meanings[name] if name in meanings else summary(inner[0])))
     return rows
+
+
+def summary(section: type[Section]) -> str:
+    """Return the first line of a section's docstring."""
+    return (getdoc(section) or "").partition("\n")[0]
 
 
 def descriptions(section: type[Section]) -> dict[str, str]:

@@ -7,11 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
-from pipeline.config.section import Name, NonNegativeInt, Rate, Section
+from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section
 
 Precision = Literal["fp32", "bf16"]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$")]
 
 
@@ -71,7 +69,6 @@ class PGMConfig(TrunkConfig):
         kind: Selects the PGM; required in every model section.
         encoder_blocks: Number of encoder blocks.
         decoder_blocks: Number of decoder blocks.
-        swap: The GroupSwap layer.
     """
 
     kind: Literal["pgm"] = "pgm"
@@ -120,8 +117,7 @@ class DiffusionConfig(Section):
     """Noise schedule and loss weights.
 
     Attributes:
-        schedule: `loglinear` hides the share t and applies `loss_weight`; `arccos` hides 2 arccos(r) / pi with
-            weight 1 (images).
+        schedule: `loglinear` hides the share t; `arccos` (images) hides 2 arccos(r) / pi, with loss weight 1.
         eps: Smallest t, and eps of the log-linear schedule alpha(t) = 1 - (1 - eps) t.
         complement_time: Time of group 0: `matched` is unbiased, `paper` is 1 - t (docs/method.md section 2).
         loss_weight: `elbo` weights the loss as the likelihood bound does; `uniform` weights all targets alike.
@@ -244,8 +240,7 @@ class EvaluationConfig(Section):
         data: Folders of other prepared data to evaluate on, beside the run's own.
         models: Models to compare, as name: model folder or `models:/NAME@ALIAS`; empty evaluates the run's model.
         steps: Numbers of sampling steps at which models are compared.
-        scorer: Causal language model for generative perplexity (text): hub name, folder or .gguf file; null uses
-            bigrams of the training rows alone.
+        scorer: Causal language model for generative perplexity (text): hub name, folder or .gguf; null: bigrams.
         features: Feature net for FID and Inception Score (images): `inception`, `efficientnet`, `classifier` (fitted
             on the data itself) or `package.module:factory`; null chooses by the size of the images.
         weights: File of Inception's weights; null downloads them.
@@ -276,7 +271,7 @@ class TrackingConfig(Section):
         uri: Address of the tracking store; null uses MLFLOW_TRACKING_URI, else an SQLite file in `cluster.storage`.
         experiment: Name of the experiment.
         register_as: Name of the registered model; null uses the run's name.
-        system_metrics: Records the use of CPU, GPU, memory and network.
+        system_metrics: Records the use of CPU, GPU, memory, disk and network.
     """
 
     uri: str | None = None
@@ -404,15 +399,8 @@ class RunConfig(Section):
     Attributes:
         name: Name of the run and of its folder in `cluster.storage`; never inherited from `base`.
         seed: Seed of all randomness of training.
-        data: The data.
-        model: The model.
-        diffusion: The noise schedule.
-        optim: The optimiser.
-        train: Training.
-        sampling: Sampling.
-        evaluation: Validation and evaluation.
-        tracking: MLflow.
-        cluster: Storage and workers.
+        data: The data and how they are read.
+        model: The architecture.
         distill: Distillation, in configs for `jobs.distill`; null elsewhere.
     """
 

@@ -1,10 +1,11 @@
 """The manifest of prepared data: what a folder of shards holds, and whether it fits a config."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
@@ -60,7 +61,12 @@ class Split(_Frozen):
 
 
 class Skipped(_Frozen):
-    """Documents or rests of files that could not be read (`data.on_error: skip`); names of the first ones."""
+    """Documents or rests of files that could not be read (`data.on_error: skip`).
+
+    Attributes:
+        count: how many.
+        names: descriptions of the first ones.
+    """
 
     count: int
     names: tuple[str, ...]
@@ -119,6 +125,10 @@ class Manifest(_Frozen):
                 "remove the folder and prepare it again"
             ) from None
 
+    def publish(self, path: str) -> None:
+        """Write the manifest into the folder `path`, which completes it."""
+        storage.publish_text(storage.join(path, MANIFEST), self.model_dump_json(indent=2) + "\n")
+
     @property
     def ids(self) -> int:
         """Rows hold ids in 0..ids-1: the vocabulary, and the BOS of images, which lies behind the mask."""
@@ -144,24 +154,31 @@ class Manifest(_Frozen):
         return [file.rows for file in self.split(split).files]
 
 
-def token_dtype(ids: int) -> np.dtype:
-    """Smallest unsigned little-endian dtype that holds 0..ids-1."""
-    return np.min_scalar_type(ids - 1).newbyteorder("<")
+def hash_content(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of settings that determine what shards hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @lru_cache(maxsize=4)
-def weights_hash(spec: str) -> str:
-    """SHA-256 of an image tokenizer's file, or over all files of its folder; once a process.
+def image_tokenizer_id(spec: str) -> str:
+    """Return what identifies an image tokenizer, computed once per process.
+
+    Args:
+        spec: "patch", a file or a folder.
+
+    Returns:
+        "patch", or the SHA-256 of the file or of all files of the folder.
 
     Raises:
         ConfigError: nothing is there.
     """
+    if spec == "patch":
+        return spec
     folder, _, name = spec.rstrip("/").rpartition("/")
     if not storage.exists(spec):
         near = did_you_mean(name, [*storage.listing(folder or "."), "patch"])
-        raise ConfigError(
-            f"data.tokenizer: {spec!r} does not exist; expected 'patch', a file or a folder{near}"
-        )
+        expected = f"expected 'patch', a file or a folder{near}"
+        raise ConfigError(f"data.tokenizer: {spec!r} does not exist; {expected}")
     names = storage.listing(spec)
     if names in ([], [name]):  # how a store lists a file
         return storage.sha256(spec)
@@ -177,44 +194,53 @@ def check_fits(manifest: Manifest, config: RunConfig) -> None:
     """
     data = config.data
     pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
-    found = [
-        f"{key}: the data has {has!r}, the config {wants!r}"
-        for key, (has, wants) in {"data.length": (manifest.length, data.length), **pairs}.items()
+    lines = differences({"data.length": (manifest.length, data.length), **pairs}, "config")
+    if (rows := manifest.rows("train")) < config.train.batch:
+        lines.append(
+            f"  train.batch: {config.train.batch} rows, but the data has {rows}; expected at most {rows}"
+        )
+    if lines:
+        raise DataError("\n".join(["the data does not fit the config:", *lines]))
+
+
+def differences(pairs: Mapping[str, tuple[object, object]], reader: str) -> list[str]:
+    """Describe how data differs from what is to read it.
+
+    Args:
+        pairs: by key, the value of the data and the value that is expected.
+        reader: what expects it: "config" or "model".
+
+    Returns:
+        An indented line for every key whose two values differ.
+    """
+    return [
+        f"  {key}: the data has {has!r}, the {reader} {wants!r}"
+        for key, (has, wants) in pairs.items()
         if has != wants
     ]
-    if (rows := manifest.rows("train")) < config.train.batch:
-        found.append(
-            f"train.batch: {config.train.batch} rows, but the data has {rows}; expected at most {rows}"
-        )
-    if found:
-        raise DataError("the data does not fit the config:\n" + "\n".join(f"  {line}" for line in found))
 
 
 def _text_pairs(manifest: Manifest, data: TextDataConfig) -> dict[str, tuple[object, object]]:
-    """What the data has and the config wants, by key."""
-    tokenizer = load_tokenizer(data.tokenizer)
+    """Return what the data has and what the config expects, by key."""
+    has, expected = manifest.tokenizer, load_tokenizer(data.tokenizer)
     pairs: dict[str, tuple[object, object]] = {
         "data.wrap": (manifest.wrap, data.wrap),
-        "data.tokenizer (vocabulary)": (manifest.vocabulary, tokenizer.vocab_size),
-        "data.tokenizer (end of text)": (manifest.special.eot, tokenizer.eot),
+        "data.tokenizer (vocabulary)": (manifest.vocabulary, expected.vocab_size),
+        "data.tokenizer (end of text)": (manifest.special.eot, expected.eot),
     }
-    if manifest.tokenizer.hash != tokenizer.hash:  # the same ids under another name are welcome
-        pairs["data.tokenizer (hash)"] = (
-            f"{manifest.tokenizer.name} {manifest.tokenizer.hash[:12]}",
-            f"{tokenizer.name} {tokenizer.hash[:12]}",
-        )
+    if has.hash != expected.hash:  # the same ids under another name are accepted
+        hashes = (f"{has.name} {has.hash[:12]}", f"{expected.name} {expected.hash[:12]}")
+        pairs["data.tokenizer (hash)"] = hashes
     return pairs
 
 
 def _image_pairs(manifest: Manifest, data: ImageDataConfig) -> dict[str, tuple[object, object]]:
-    """What the data has and the config wants, by key. A codebook of patches was fitted on the data itself."""
-    patch = data.tokenizer == "patch"
-    return {
+    """Return what the data has and what the config expects, by key; "patch" is fitted on the data itself."""
+    pairs: dict[str, tuple[object, object]] = {
         "data.classes": (manifest.classes, data.classes),
         "data.size / data.factor": (manifest.grid, data.size // data.factor),
-        "data.tokenizer": (
-            manifest.content.get("tokenizer"),
-            "patch" if patch else weights_hash(data.tokenizer),
-        ),
-        **({"data.codes": (manifest.vocabulary, data.codes)} if patch else {}),
+        "data.tokenizer": (manifest.content.get("tokenizer"), image_tokenizer_id(data.tokenizer)),
     }
+    if data.tokenizer == "patch":
+        pairs["data.codes"] = (manifest.vocabulary, data.codes)
+    return pairs

@@ -3,23 +3,37 @@
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int32, Int64, Integer, UInt
+from jaxtyping import Int64, Integer, UInt
 
 from pipeline import storage
-from pipeline.data.manifest import Manifest, ShardFile, token_dtype
+from pipeline.data.manifest import Manifest, ShardFile
 from pipeline.errors import DataError
+
+Rows = tuple[np.ndarray, np.ndarray | None]  # tokens [n, L], and labels [n] or None
+
+
+def token_dtype(ids: int) -> np.dtype:
+    """Return the smallest unsigned little-endian dtype that holds 0..ids-1."""
+    return np.min_scalar_type(ids - 1).newbyteorder("<")
 
 
 def encode_shard(
     tokens: UInt[np.ndarray, "n L"], labels: Integer[np.ndarray, "n"] | None = None
 ) -> tuple[bytes, str]:
-    """A Parquet file's bytes and their SHA-256, a function of tokens and labels alone."""
+    """Encode rows as a Parquet file, whose bytes depend on tokens and labels alone.
+
+    Args:
+        tokens: the rows.
+        labels: their classes; None: rows have none.
+
+    Returns:
+        The bytes and their SHA-256.
+    """
     column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), tokens.shape[1])
     columns = {"tokens": column} | ({} if labels is None else {"label": pa.array(labels.astype("<i4"))})
     sink = pa.BufferOutputStream()
@@ -28,16 +42,17 @@ def encode_shard(
     return data, hashlib.sha256(data).hexdigest()
 
 
-def publish_shard(
-    name: str, path: str, work: str, make: Callable[[], tuple[np.ndarray, np.ndarray | None]]
-) -> ShardFile:
-    """Write one shard and a record of its hash; where both are there and agree, do nothing.
+def publish_shard(name: str, path: str, work: str, make: Callable[[], Rows]) -> ShardFile:
+    """Write one shard and a record of its hash; if both exist and agree, do nothing.
 
     Args:
         name: of the file.
         path: folder of the shards.
         work: folder of the records.
-        make: gives tokens [n, L] and labels [n], or None for no labels.
+        make: returns the rows.
+
+    Returns:
+        What the manifest says of the shard.
     """
     target, record = storage.join(path, name), storage.join(work, f"{name}.json")
     if storage.exists(record) and storage.exists(target):
@@ -52,20 +67,8 @@ def publish_shard(
     return file
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """One shard in memory."""
-
-    tokens: UInt[np.ndarray, "rows L"]
-    labels: Int32[np.ndarray, "rows"] | None
-
-    @property
-    def nbytes(self) -> int:
-        return self.tokens.nbytes + (0 if self.labels is None else self.labels.nbytes)
-
-
 class ShardReader:
-    """Rows of one split by global index; decoded shards are kept while memory allows.
+    """Reads rows of one split by their index; decoded shards are kept while memory allows.
 
     Args:
         path: folder of the shards.
@@ -81,7 +84,7 @@ class ShardReader:
         self._dtype = token_dtype(manifest.ids)
         self._files = manifest.split(split).files
         self._starts = np.cumsum([0, *(file.rows for file in self._files)])
-        self._cache: OrderedDict[int, _Decoded] = OrderedDict()
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._verified: set[int] = set()
         self._lock = threading.Lock()  # training reads ahead in a thread
@@ -90,66 +93,72 @@ class ShardReader:
         return int(self._starts[-1])
 
     def rows(self, indices: Integer[np.ndarray, "n"]) -> UInt[np.ndarray, "n L"]:
-        """Rows in the order asked for.
+        """Read rows in any order.
+
+        Args:
+            indices: of the rows in the split.
+
+        Returns:
+            The rows in the order of the indices.
 
         Raises:
             DataError: a file is missing or differs from its SHA-256 in the manifest.
             IndexError: an index is outside the split.
         """
-        out = np.empty((len(indices), self.length), dtype=self._dtype)
-        with self._lock:
-            for here, shard, within in self._places(indices):
-                out[here] = self._decoded(shard).tokens[within]
-        return out
+        return self._gather("tokens", indices, np.empty((len(indices), self.length), self._dtype))
 
     def labels(self, indices: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n"] | None:
-        """Labels of rows in the order asked for; None where rows have none.
+        """Read the labels of rows in any order.
+
+        Args:
+            indices: of the rows in the split.
+
+        Returns:
+            The labels in the order of the indices; None where rows have none.
 
         Raises:
             DataError: as `rows`.
             IndexError: as `rows`.
         """
-        if not self._labelled:
-            return None
-        out = np.empty(len(indices), dtype=np.int64)
-        with self._lock:
-            for here, shard, within in self._places(indices):
-                labels = self._decoded(shard).labels
-                assert labels is not None, self._files[shard]
-                out[here] = labels[within]
-        return out
+        return self._gather("label", indices, np.empty(len(indices), np.int64)) if self._labelled else None
 
-    def _places(self, indices: Integer[np.ndarray, "n"]) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
-        """Of each shard asked for: which of the indices are its, its number, their rows within it."""
+    def _gather(self, name: str, indices: Integer[np.ndarray, "n"], out: np.ndarray) -> np.ndarray:
+        """Fill `out` with the values of rows in a column."""
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"rows {indices.min()}..{indices.max()} of a split of {len(self)}")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in np.unique(shards):
-            here = shards == shard
-            yield here, int(shard), indices[here] - self._starts[shard]
+        with self._lock:
+            for shard in np.unique(shards).tolist():
+                column = self._shard(shard).column(name).chunk(0)
+                values = column.values if name == "tokens" else column
+                chosen = shards == shard
+                rows = indices[chosen] - self._starts[shard]
+                out[chosen] = values.to_numpy().reshape(-1, *out.shape[1:])[rows]
+        return out
 
-    def _decoded(self, shard: int) -> _Decoded:
-        if shard in self._cache:
-            self._cache.move_to_end(shard)
-            return self._cache[shard]
-        self._cache[shard] = self._load(self._files[shard], verify=shard not in self._verified)
-        self._verified.add(shard)
-        while len(self._cache) > 1 and sum(rows.nbytes for rows in self._cache.values()) > self._cache_bytes:
+    def _shard(self, number: int) -> pa.Table:
+        """Return a decoded shard, from memory if it is kept there."""
+        if number not in self._cache:
+            self._cache[number] = self._load(self._files[number], verify=number not in self._verified)
+            self._verified.add(number)
+        self._cache.move_to_end(number)
+        while (
+            len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self._cache_bytes
+        ):
             self._cache.popitem(last=False)
-        return self._cache[shard]
+        return self._cache[number]
 
-    def _load(self, file: ShardFile, verify: bool) -> _Decoded:
+    def _load(self, file: ShardFile, verify: bool) -> pa.Table:
+        """Read and decode a shard, with its hash compared to the manifest's if `verify` is set."""
         path = storage.join(self._path, file.name)
         try:
             data = storage.read_cached(path, file.sha256)
         except FileNotFoundError:
             raise DataError(f"{path}: shard is missing; remove the folder and prepare it again") from None
-        if verify and (found := hashlib.sha256(data).hexdigest()) != file.sha256:
+        if verify and (actual := hashlib.sha256(data).hexdigest()) != file.sha256:
             raise DataError(
-                f"{path}: shard is damaged ({len(data)} bytes): SHA-256 {found[:12]}..., the manifest has "
+                f"{path}: shard is damaged ({len(data)} bytes): SHA-256 {actual[:12]}..., the manifest has "
                 f"{file.sha256[:12]}...; remove the folder and prepare it again"
             )
-        table = pq.read_table(pa.BufferReader(data))
-        tokens = table.column("tokens").combine_chunks().values.to_numpy().reshape(file.rows, self.length)
-        return _Decoded(tokens, table.column("label").to_numpy() if self._labelled else None)
+        return pq.read_table(pa.BufferReader(data)).combine_chunks()

@@ -4,9 +4,11 @@ import base64
 import binascii
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
@@ -24,63 +26,84 @@ END_OF_TEXT = "<|endoftext|>"
 INFO_FILE = "tokenizer_info.json"  # not tokenizer.json, which other libraries would take for theirs
 RANK_FILE = "ranks.tiktoken"
 IMAGES_AT_ONCE = 16  # decoded together
+_BYTES = [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]  # texts of the ids of bytes
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the pipeline asks of a tokenizer.
+class Tokenizer(ABC):
+    """Turns text into token ids and back.
 
     Attributes:
+        kind: "bytes" or "bpe", as saved folders have it.
         name: for people; what determines the ids is `hash`.
         vocab_size: V; ids are 0..V-1, `eot` among them.
-        eot: id of the end-of-text token, which `encode_batch` never yields.
+        eot: id of the end-of-text token, which `encode_batch` never returns.
         hash: SHA-256 over everything that determines the ids.
     """
 
+    kind: str
     name: str
     vocab_size: int
     eot: int
     hash: str
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
-        """Ids of every text, without EOT; text that looks like a special token is plain text."""
+        """Encode texts; what looks like a special token is plain text.
 
+        Args:
+            texts: any number of them.
+
+        Returns:
+            The ids of every text, without EOT.
+        """
+
+    @abstractmethod
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
-        """The text of the ids; broken UTF-8 becomes U+FFFD, EOT `<|endoftext|>`."""
+        """Decode ids.
+
+        Args:
+            ids: 0..V-1.
+
+        Returns:
+            Their text, in which broken UTF-8 is U+FFFD and EOT is `<|endoftext|>`.
+        """
 
     def save(self, folder: Path) -> None:
-        """Write what `load_tokenizer(folder)` needs, offline and on another machine."""
+        """Write what `load_tokenizer(folder)` needs, offline and on another machine.
+
+        Args:
+            folder: made if it does not exist.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        info = {"kind": self.kind, "name": self.name, "vocabulary": self.vocab_size, "hash": self.hash}
+        (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
-class ByteTokenizer:
-    """UTF-8 bytes 0..255 and EOT = 256."""
+class ByteTokenizer(Tokenizer):
+    """The tokenizer whose ids are UTF-8 bytes, 0..255, and EOT = 256."""
 
-    def __init__(self) -> None:
-        self.name = "bytes"
-        self.vocab_size = 257
-        self.eot = 256
-        self.hash = hashlib.sha256(b"utf-8 bytes, eot 256").hexdigest()
+    kind = name = "bytes"
+    vocab_size, eot = 257, 256
+    hash = hashlib.sha256(b"utf-8 bytes, eot 256").hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
+        """See `Tokenizer.encode_batch`."""
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
-        end = END_OF_TEXT.encode()
-        return b"".join(end if i == self.eot else bytes([i]) for i in map(int, ids)).decode(
-            "utf-8", "replace"
-        )
-
-    def save(self, folder: Path) -> None:
-        _save_info(folder, self)
+        """See `Tokenizer.decode`."""
+        return b"".join(_BYTES[int(i)] for i in ids).decode("utf-8", "replace")
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-pair encoding by ranks, on GPT-2's words; EOT is the id after the last rank.
 
     Args:
         name: for people.
         ranks: bytes of a token -> its id.
     """
+
+    kind = "bpe"
 
     def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
         self.name = name
@@ -98,27 +121,28 @@ class BPETokenizer:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
-        return [
-            self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-            for text in texts
-        ]
+        """See `Tokenizer.encode_batch`."""
+        encode = partial(self._encoding.encode_to_numpy, allowed_special=set(), disallowed_special=())
+        return [encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
+        """See `Tokenizer.decode`."""
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
     def save(self, folder: Path) -> None:
-        _save_info(folder, self)
+        """See `Tokenizer.save`."""
+        super().save(folder)
         (folder / RANK_FILE).write_bytes(self._lines)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Build a tokenizer.
+    """Load a tokenizer of text.
 
     Args:
         spec: "bytes", "gpt2", the path or URL of a `.tiktoken` rank file, or a folder that `save` wrote.
 
     Raises:
-        ConfigError: no such tokenizer, or it cannot be had here.
+        ConfigError: there is no such tokenizer, or GPT-2's cannot be downloaded.
         DataError: the rank file is damaged.
     """
     if spec == "bytes":
@@ -130,7 +154,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     info_path = storage.join(spec, INFO_FILE)
     if storage.exists(info_path):
         info = json.loads(storage.read_text(info_path))
-        if info["kind"] == "bytes":
+        if info["kind"] == ByteTokenizer.kind:
             return ByteTokenizer()
         return BPETokenizer(info["name"], _read_ranks(storage.join(spec, RANK_FILE)))
     raise ConfigError(
@@ -140,19 +164,19 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def saved_tokenizer(folder: Path) -> "Tokenizer | ImageTokenizer | None":
-    """The tokenizer that was saved in a model's folder, of text or of images; None if there is none."""
-    from pipeline.models import vq  # takes seconds, and who prepares text does without
+    """Load the tokenizer that was saved in a model's folder, of text or of images.
+
+    Args:
+        folder: local folder of the model.
+
+    Returns:
+        The tokenizer, or None if there is none.
+    """
+    from pipeline.models import vq  # takes seconds, and the preparation of text does without
 
     if (folder / vq.INFO_FILE).is_file():
         return vq.load_image_tokenizer(str(folder), None, IMAGES_AT_ONCE, "cpu")
     return load_tokenizer(str(folder)) if (folder / INFO_FILE).is_file() else None
-
-
-def _save_info(folder: Path, tokenizer: Tokenizer) -> None:
-    kind = "bytes" if isinstance(tokenizer, ByteTokenizer) else "bpe"
-    folder.mkdir(parents=True, exist_ok=True)
-    info = {"kind": kind, "name": tokenizer.name, "vocabulary": tokenizer.vocab_size, "hash": tokenizer.hash}
-    (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
 def _gpt2_ranks() -> dict[bytes, int]:
@@ -170,12 +194,8 @@ def _gpt2_ranks() -> dict[bytes, int]:
 def _read_ranks(path: str) -> dict[bytes, int]:
     """A rank file: a line `base64(token) rank` for each token."""
     if not storage.exists(path):
-        beside = [
-            name for name in storage.listing(path.rpartition("/")[0] or ".") if name.endswith(".tiktoken")
-        ]
-        raise ConfigError(
-            f"data.tokenizer: rank file {path!r} does not exist{did_you_mean(Path(path).name, beside)}"
-        )
+        near = did_you_mean(Path(path).name, storage.listing(path.rpartition("/")[0] or "."))
+        raise ConfigError(f"data.tokenizer: rank file {path!r} does not exist{near}")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(storage.read_bytes(path).splitlines(), 1):
         if not line.strip():

@@ -1,100 +1,94 @@
-"""What is predicted from what, and with which weight: the training objective of every model."""
+"""The training objective of every model: which positions are predicted, and with which weights."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
 from pipeline.config.schema import DiffusionConfig
+from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement, weight
 from pipeline.models.denoiser import Batch
-from pipeline.models.distill_loss import DistillTargets
 
 
-def loss_weights(
-    t: Float[np.ndarray, "B"], groups: Bool[np.ndarray, "B L"], config: DiffusionConfig
-) -> Float[np.ndarray, "B L"]:
-    """Weight of every position: w(t) in group 1, w(t') in group 0; 1 for `loss_weight: uniform` and for images."""
-    if config.loss_weight == "uniform" or config.schedule == "arccos":
-        return np.ones(groups.shape)
-    other = complement(t, config.eps, config.complement_time)
-    return np.where(groups, weight(t)[:, None], weight(other)[:, None])
+@dataclass(frozen=True)
+class Objective:
+    """The objective of a model.
 
-
-def normaliser(groups: Bool[np.ndarray, "B L"], config: DiffusionConfig, both_groups: bool, bos: bool) -> int:
-    """What the weighted cross-entropies of a global batch are divided by, from its groups.
-
-    Text: the target positions B L', twice that where both groups are learnt from. Images (arccos): B L' where
-    both are, else the positions that are hidden.
-
-    Source: method.md section 2, "Normaliser".
+    Attributes:
+        config: schedule and weights of diffusion models.
+        bos: position 0 holds BOS, which is never a target.
+        both_groups: the model learns from both groups (PGM, complementary MDLM), else from group 1 only.
+        left_to_right: the model is autoregressive and learns from all tokens but BOS, whatever the groups.
     """
-    rows, length = groups.shape
-    positions = rows * (length - bos)
-    if config.schedule == "loglinear":
-        return positions * (2 if both_groups else 1)
-    return positions if both_groups else max(1, int(groups.sum()))
 
+    config: DiffusionConfig
+    bos: bool
+    both_groups: bool
+    left_to_right: bool = False
 
-def training_batch(
-    tokens: Int[np.ndarray, "B L"],
-    t: Float[np.ndarray, "B"],
-    groups: Bool[np.ndarray, "B L"],
-    present: Bool[np.ndarray, "B"],
-    config: DiffusionConfig,
-    both_groups: bool,
-    divisor: int,
-    bos: bool,
-    device: torch.device,
-    labels: Int[np.ndarray, "B"] | None = None,
-) -> Batch:
-    """A micro-batch whose row losses, summed over the global batch, are the objective.
+    def weights(self, draws: StepDraws) -> Float[np.ndarray, "B L"]:
+        """Compute the loss weight of every position.
 
-    PGM and complementary MDLM learn from both groups, a masked model from group 1. Rows that are not `present`
-    carry weight 0.
+        Args:
+            draws: times and groups.
 
-    Args:
-        divisor: `normaliser` of the global batch.
+        Returns:
+            [B, L]: w(t) in group 1 and w(t') in group 0; 1 for `loss_weight: uniform`, images and autoregressive
+            models.
+        """
+        config, (t, groups) = self.config, draws
+        if config.loss_weight == "uniform" or config.schedule == "arccos" or self.left_to_right:
+            return np.ones(groups.shape)
+        other = complement(t, config.eps, config.complement_time)
+        return np.where(groups, weight(t)[:, None], weight(other)[:, None])
 
-    Source: arXiv 2505.18883, equation 8 with its cases as in the text (method.md section 2).
-    """
-    targets = np.ones_like(groups) if both_groups else groups.copy()
-    if bos:
-        targets[:, 0] = False
-    weights = loss_weights(t, groups, config) * targets * present[:, None] / divisor
-    return as_batch(tokens, groups, targets, weights, labels, device)
+    def normaliser(self, groups: Bool[np.ndarray, "B L"]) -> int:
+        """Compute the number that the weighted cross-entropies of a global batch are divided by.
 
+        Args:
+            groups: of the global batch.
 
-def next_token_batch(
-    tokens: Int[np.ndarray, "B L"],
-    present: Bool[np.ndarray, "B"],
-    global_batch: int,
-    bos: bool,
-    device: torch.device,
-    labels: Int[np.ndarray, "B"] | None = None,
-) -> Batch:
-    """The same for an autoregressive model: all tokens but BOS are targets of weight 1 / (global batch x L')."""
-    targets = np.ones(tokens.shape, dtype=bool)
-    targets[:, :bos] = False
-    weights = targets * present[:, None] / (global_batch * (tokens.shape[1] - bos))
-    return as_batch(tokens, targets, targets, weights, labels, device)
+        Returns:
+            For text and autoregressive models the number of target positions B L', doubled if the model learns from
+            both groups. For images (arccos) B L' if it does, else the number of hidden positions.
 
+        Source:
+            docs/method.md section 2, "Normaliser".
+        """
+        rows, length = groups.shape
+        positions = rows * (length - self.bos)
+        if self.config.schedule == "loglinear" or self.left_to_right:
+            return positions * (2 if self.both_groups else 1)
+        return positions if self.both_groups else max(1, int(groups.sum()))
 
-def as_batch(
-    tokens: Int[np.ndarray, "B L"],
-    groups: Bool[np.ndarray, "B L"],
-    targets: Bool[np.ndarray, "B L"],
-    weights: Float[np.ndarray, "B L"],
-    labels: Int[np.ndarray, "B"] | None,
-    device: torch.device,
-    teaching: DistillTargets | None = None,
-) -> Batch:
-    """A batch from arrays; see `Batch`."""
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        groups=torch.from_numpy(groups),
-        targets=torch.from_numpy(targets),
-        weights=torch.from_numpy(weights.astype(np.float32)),
-        condition=None if labels is None else torch.from_numpy(labels),
-        device=device,
-        teaching=teaching,
-    )
+    def batch(
+        self,
+        tokens: Int[np.ndarray, "B L"],
+        draws: StepDraws,
+        present: Bool[np.ndarray, "B"],
+        *,
+        divisor: int,
+        labels: Int[np.ndarray, "B"] | None = None,
+        device: torch.device,
+    ) -> Batch:
+        """Build a micro-batch whose row losses, summed over the global batch, are the objective.
+
+        Args:
+            tokens: ids of the micro-batch's rows.
+            draws: times and groups of these rows.
+            present: rows that count; others have weight 0.
+            divisor: `normaliser` of the global batch.
+            labels: class labels, or None.
+            device: where the model computes.
+
+        Source:
+            arXiv 2505.18883, equation 8 with its cases as in the text (docs/method.md section 2).
+        """
+        groups = np.ones_like(draws.groups) if self.left_to_right else draws.groups.copy()
+        groups[:, : self.bos] = False
+        targets = np.ones_like(groups) if self.both_groups else groups.copy()
+        targets[:, : self.bos] = False
+        weights = self.weights(draws) * targets * present[:, None] / divisor
+        return Batch.of_arrays(tokens, groups, targets, weights, labels=labels, device=device)

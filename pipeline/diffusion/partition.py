@@ -1,62 +1,102 @@
 """Random times and groups as a pure function of (seed, step, index in the global batch)."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.schedule import hidden_share
 
 
-def stratified(count: int, rng: np.random.Generator) -> Float[np.ndarray, "count"]:
-    """Low-discrepancy uniforms in [0, 1): one offset, equal spacing, in random order.
+class StepDraws(NamedTuple):
+    """The random draws of a training step.
 
-    The order is permuted so that no worker's share of a batch holds all the large ones.
-    Source: arXiv 2406.07524, section 3 (low-discrepancy sampling of t).
+    Attributes:
+        t: [B] times in [eps, 1]; of no meaning under the arccos schedule.
+        groups: [B, L], True = group 1, with the schedule's hidden share: 1 - alpha(t) if it is log-linear.
+    """
+
+    t: Float[np.ndarray, "B"]
+    groups: Bool[np.ndarray, "B L"]
+
+    def rows(self, index: Int[np.ndarray, "m"]) -> "StepDraws":
+        """Return the draws of some rows of the batch."""
+        return StepDraws(self.t[index], self.groups[index])
+
+
+def stratified(count: int, rng: np.random.Generator) -> Float[np.ndarray, "count"]:
+    """Draw low-discrepancy uniforms in [0, 1): one random offset, equal spacing, in random order.
+
+    Args:
+        count: how many.
+        rng: source of the offset and of the order, which is random so that no worker's share of a batch holds all
+            the large ones.
+
+    Source:
+        arXiv 2406.07524, section 3 (low-discrepancy sampling of t).
     """
     return rng.permutation((rng.random() + np.arange(count) / count) % 1)
 
 
 def draw(
+    config: DiffusionConfig,
+    *,
     seed: int,
     step: int,
-    batch: int,
-    length: int,
-    eps: float,
+    shape: tuple[int, int],
     bos: bool,
-    schedule: str = "loglinear",
     least: float | None = None,
-) -> tuple[Float[np.ndarray, "B"], Bool[np.ndarray, "B L"]]:
-    """Times and groups of the whole global batch of a step.
+) -> StepDraws:
+    """Draw times and groups of the whole global batch of a step.
 
-    Every worker draws the whole batch (milliseconds) and takes its rows: nothing depends on who serves them.
+    Every worker draws the whole batch, which takes milliseconds, and uses its own rows, so that nothing depends on
+    which worker serves which rows.
 
     Args:
+        config: schedule and its eps.
+        seed: of the run.
+        step: updates before this one.
+        shape: (rows of the global batch, L).
+        bos: position 0 holds BOS, which is in group 0.
         least: smallest time of the log-linear schedule; None: eps.
-
-    Returns:
-        t: [B] in [least, 1] (of no meaning under the arccos schedule); groups: [B, L], True = group 1, with the
-        schedule's hidden share, 1 - alpha(t) if it is log-linear. BOS is in group 0.
     """
+    eps = config.eps
     rng = np.random.default_rng([seed, step])
-    u = stratified(batch, rng)
+    u = stratified(shape[0], rng)
     if least is not None:  # the same uniforms, moved into [least, 1]
         u = (least - eps + (1 - least) * u) / (1 - eps)
-    groups = rng.random((batch, length)) < hidden_share(u, schedule, eps)[:, None]
-    if bos:
-        groups[:, 0] = False
-    return eps + (1 - eps) * u, groups
+    groups = rng.random(shape) < hidden_share(u, config.schedule, eps)[:, None]
+    groups[:, :bos] = False
+    return StepDraws(eps + (1 - eps) * u, groups)
 
 
 def draw_dropped(seed: int, step: int, batch: int, rate: float) -> Bool[np.ndarray, "B"]:
-    """Which rows of a global batch are seen without their class, for classifier-free guidance."""
+    """Draw which rows of a global batch are trained without their class, for classifier-free guidance.
+
+    Args:
+        seed: of the run.
+        step: updates before this one.
+        batch: rows of the global batch.
+        rate: share of such rows.
+    """
     return np.random.default_rng([seed, step, 1]).random(batch) < rate
 
 
 def draw_subset(
     rng: np.random.Generator, counts: Int[np.ndarray, "B"], length: int, bos: bool
 ) -> Bool[np.ndarray, "B L"]:
-    """Uniform random subsets of `counts[b]` positions, BOS never among them."""
+    """Draw a uniform random subset of positions in every row.
+
+    Args:
+        rng: source of the subsets.
+        counts: number of positions in every row's subset.
+        length: L.
+        bos: position 0 holds BOS, which is in no subset.
+
+    Returns:
+        [B, L], True = in the subset.
+    """
     noise = rng.random((len(counts), length))
-    if bos:
-        noise[:, 0] = np.inf
-    rank = noise.argsort(axis=1).argsort(axis=1)
-    return rank < counts[:, None]
+    noise[:, :bos] = np.inf
+    return noise.argsort(axis=1).argsort(axis=1) < counts[:, None]

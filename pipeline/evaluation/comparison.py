@@ -76,10 +76,12 @@ def compare(config: RunConfig) -> Comparison:
             replace(group, key=f"validation/{model.name}", title=model.name)
             for model, (group,) in zip(models, likelihood_groups(run, models, [corpus]), strict=True)
         ]
-        settings = [(model, one) for model in models for one in _sampling(config, model.config.kind)]
+        settings = [
+            (model, sampling) for model in models for sampling in _sampling(config, model.config.kind)
+        ]
         drawn = frontier.draw_all(settings, config.data.predicted, run.resources)
-        measures = evaluator.measure([samples.tokens for samples in drawn])
-        points = [Point(*pair) for pair in zip(drawn, measures, strict=True)]
+        measures = evaluator.measure([point.tokens for point in drawn])
+        points = [replace(point, measures=own) for point, own in zip(drawn, measures, strict=True)]
         metric, uri = config.validation_metric, run.tracking_uri
         curves = _curves(run, models, f"validation/{metric}")
         result = Comparison(models, likelihoods, points, curves, metric, folder, uri)
@@ -196,7 +198,7 @@ def _page(run: Run, result: Comparison, evaluator: Evaluator) -> Page:
     if isinstance(evaluator, TextEvaluator):
         texts = [("held-out text", excerpt(evaluator.texts))]
         for point in {point.model: point for point in result.points}.values():  # with most steps
-            texts.append((f"{point.model}, {point.steps} steps", evaluator.excerpt(point.drawn.tokens)))
+            texts.append((f"{point.model}, {point.steps} steps", evaluator.excerpt(point.tokens)))
         sections.append(Section("Samples", [Columns(texts)]))
     sections.append(paper_section({model.name: model.config for model in result.models}, run.manifest))
     return Page(f"Comparison {config.name}", [*sections, *setting_sections(config, run.manifest)])
@@ -215,7 +217,7 @@ def _frontier_section(points: Sequence[Point], evaluator: Evaluator) -> Section:
         lines.setdefault(point.model, []).append((point.steps, point.speed, values))
     real = {measure.key: measure.value for measure in evaluator.real}
     references = [real[measure.key] for measure in measures] if real else []
-    settings = points[0].drawn.settings
+    settings = points[0].settings
     how = describe(settings, settings.num_samples) | evaluator.notes
     listed = ", ".join(f"{key} {value}" for key, value in how.items() if key not in ("order", "steps"))
     note = (

@@ -57,7 +57,11 @@ def curve(
 
 
 def targets(curves: Sequence[Curve]) -> list[float]:
-    """List values to reach, the easiest first: multiples of the best value that every run reaches."""
+    """List values to reach, the easiest first: multiples of the best value that every run reaches.
+
+    Args:
+        curves: of the runs.
+    """
     worst = max(float(curve.values.min()) for curve in curves)
     digits = 2 - math.floor(math.log10(worst))
     rounded = math.ceil(worst * 10**digits) / 10**digits  # up, so that all runs do reach it

@@ -1,7 +1,6 @@
 """Evaluation of sampled images and of the image tokenizer, computed by Ray actors."""
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,30 +11,19 @@ import numpy as np
 import ray
 import torch
 from jaxtyping import Int
+from scipy.stats import binomtest
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.prepare.encoding import read_pixels
 from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.images import TOKENIZER
-from pipeline.data.prepare.workflow import Progress
+from pipeline.data.prepare.images import TOKENIZER, read_pixels
 from pipeline.errors import ConfigError
 from pipeline.evaluation.source_images import UNIT, dataset_of, load_net, source_images
+from pipeline.logs import Progress
+from pipeline.metrics import images
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import GRID, GRID_IMAGES, Samples
 from pipeline.metrics.image_features import FeatureNet, Outputs, accuracy
-from pipeline.metrics.images import (
-    Difference,
-    Gaussian,
-    dataset_outputs,
-    difference,
-    frechet_distance,
-    inception_score,
-    reconstruction,
-    reference_statistics,
-    summarise,
-)
-from pipeline.metrics.likelihood import NORMAL_95
 from pipeline.models.vq import load_image_tokenizer
 from pipeline.reports.measures import Group, Measure
 from pipeline.reports.page import Block, Picture, picture
@@ -60,7 +48,7 @@ class ImageMeasurement:
     real: Outputs
     rebuilt: Outputs
     labels: Int[np.ndarray, "n"]
-    difference: Difference
+    difference: images.Difference
 
 
 class ImageMeasurer:
@@ -80,17 +68,28 @@ class ImageMeasurer:
         self._tokenizer = load_image_tokenizer(tokenizer, data.factor, data.encode_batch, device)
 
     def drawn(self, codes: Int[np.ndarray, "n T"]) -> Outputs:
-        """Decode codes and compute the net's outputs."""
+        """Decode codes and compute the net's outputs.
+
+        Args:
+            codes: of images.
+        """
         return self._net(self._tokenizer.decode(codes))
 
     def held_out(self, refs: Sequence[Ref]) -> ImageMeasurement | None:
-        """Read real images and compute the outputs for them; None if none of them can be read."""
+        """Read real images and compute the outputs for them; None if none of them can be read.
+
+        Args:
+            refs: of the images.
+        """
         pixels = read_pixels(refs, self._data)
         if not len(pixels.images):
             return None
         rebuilt = self._tokenizer.decode(self._tokenizer.encode(pixels.images))
         return ImageMeasurement(
-            self._net(pixels.images), self._net(rebuilt), pixels.labels, difference(pixels.images, rebuilt)
+            self._net(pixels.images),
+            self._net(rebuilt),
+            pixels.labels,
+            images.difference(pixels.images, rebuilt),
         )
 
 
@@ -118,29 +117,31 @@ class ImageEvaluator:
         assert data.kind == "image"
         if config.sampling.num_samples < 2:
             raise ConfigError("sampling.num_samples: 1; expected at least 2, since a covariance needs them")
-        images = source_images(data, corpus.manifest)
-        net = load_net(settings.features, settings.weights, data, images.train, settings.batch)
+        source = source_images(data, corpus.manifest)
+        net = load_net(settings.features, settings.weights, data, source.train, settings.batch)
         count = corpus.manifest.split("train").documents
 
         def outputs() -> Iterator[Outputs]:
             log.info("computing features of %d training images; they are kept for later evaluations", count)
             progress = Progress("computed features of", "batches", -(-count // net.batch), "images")
-            for part in dataset_outputs(dataset_of(images.train, data), net, run.resources):
+            for part in images.dataset_outputs(dataset_of(source.train, data), net, run.resources):
                 yield part
                 progress.add(len(part.features))
 
         self.real: list[Measure] = []
         self.notes: dict[str, str] = {}
         self._net, self._data = net, data
-        self._reference = reference_statistics(outputs, net.name, images.key, count, corpus.path)
+        self._reference = images.reference_statistics(outputs, net.name, source.key, count, corpus.path)
         self._method = f"{net.name}, against {count:,} training images"
-        self._held_out = [
-            images.validation[i] for i in validation_rows(len(images.validation), settings.rows)
-        ]
+        held_out = source.validation
+        self._held_out = [held_out[i] for i in validation_rows(len(held_out), settings.rows)]
         self._tokenizer, self._resources = storage.join(corpus.path, TOKENIZER), run.resources
 
     def measure(self, groups: Sequence[Int[np.ndarray, "n L"]]) -> list[list[Measure]]:
         """Compute the FID of groups of rows.
+
+        Args:
+            groups: rows of codes, BOS included.
 
         Raises:
             DataError: a group has fewer than two rows.
@@ -148,7 +149,7 @@ class ImageEvaluator:
         tasks = [(part,) for rows in groups for part in _units(rows[:, 1:])]
         with self._actors(len(tasks)) as actors:
             outputs = in_order(actors, "drawn", tasks)
-            return [[self._fid(summarise(islice(outputs, len(_units(rows))))[0])] for rows in groups]
+            return [[self._fid(images.summarise(islice(outputs, len(_units(rows))))[0])] for rows in groups]
 
     def report(self, samples: Samples, how: dict[str, Any]) -> tuple[list[Group], list[Block]]:
         """Compute the metrics of samples, of held-out images and of their reconstructions.
@@ -170,7 +171,7 @@ class ImageEvaluator:
             real = [part for part in in_order(actors, "held_out", real_tasks) if part is not None]
         classes = np.concatenate([np.empty(0, np.int64), *(part.labels for part in real)])
         intended = None if samples.labels is None else np.array(samples.labels)
-        lost = reconstruction(part.difference for part in real)
+        lost = images.reconstruction(part.difference for part in real)
         of_real = {"images": lost.images, "split": "validation"}
         of_tokenizer = {**of_real, "tokenizer": "/".join(self._tokenizer.rsplit("/", 2)[1:])}
         rebuilt = [
@@ -196,36 +197,25 @@ class ImageEvaluator:
         arguments = (ray.put(self._net), self._tokenizer, self._data, self._resources.cpus)
         return started(ImageMeasurer, arguments, self._resources, tasks)
 
-    def _fid(self, statistics: Gaussian) -> Measure:
-        return Measure("fid", "FID", frechet_distance(statistics, self._reference), by=self._method)
+    def _fid(self, statistics: images.Gaussian) -> Measure:
+        return Measure("fid", "FID", images.frechet_distance(statistics, self._reference), by=self._method)
 
     def _measures(
         self, outputs: list[Outputs], labels: Int[np.ndarray, "n"] | None, whose: str
     ) -> list[Measure]:
         """Compute FID, Inception Score and, under a classifier of the data's own classes, accuracy."""
-        statistics, probabilities = summarise(outputs)
+        statistics, probabilities = images.summarise(outputs)
         measures = [self._fid(statistics)]
         if probabilities is not None:
-            score, spread = inception_score(probabilities)
+            score, spread = images.inception_score(probabilities)
             method = f"{self._net.name}, standard deviation of its parts {spread:.2f}"
             measures.append(Measure("inception_score", "Inception Score", score, by=method))
             if self._net.spec == "classifier" and labels is not None:
-                share = accuracy(probabilities, labels)
-                interval = _share_interval(share, len(labels))
-                name = f"accuracy of the {whose} class"
-                measures.append(Measure("accuracy", name, share, interval, by=self._net.name))
+                share, name = accuracy(probabilities, labels), f"accuracy of the {whose} class"
+                test = binomtest(round(share * len(labels)), len(labels))
+                low, high = test.proportion_ci(method="wilson")
+                measures.append(Measure("accuracy", name, share, (low, high), by=self._net.name))
         return measures
-
-
-def _share_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95% interval of a share.
-
-    Source: Wilson 1927.
-    """
-    z = NORMAL_95
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
 
 
 def _units(items: Any) -> list[Any]:

@@ -66,14 +66,22 @@ class TextEvaluator:
         self.real = text_measures(rows, self._bos, self._bigram, self._scored, self._scorer)
 
     def measure(self, groups: Sequence[Rows]) -> list[list[Measure]]:
-        """Compute the metrics of groups of rows."""
+        """Compute the metrics of groups of rows.
+
+        Args:
+            groups: rows of token ids.
+        """
         return [
             text_measures(rows, self._bos, self._bigram, scored, self._scorer, self._scored)
             for rows, scored in zip(groups, self._score(groups), strict=True)
         ]
 
     def excerpt(self, rows: Rows) -> str:
-        """Return the beginnings of the first rows as text."""
+        """Return the beginnings of the first rows as text.
+
+        Args:
+            rows: of token ids.
+        """
         return excerpt(self._decode(rows))
 
     def report(self, samples: Samples, how: dict[str, Any]) -> tuple[list[Group], list[Block]]:

@@ -108,7 +108,11 @@ def evaluator_of(run: Run, corpus: Corpus, model: EvaluatedModel) -> Evaluator:
 
 @contextmanager
 def mlflow_run(run: Run) -> Iterator[Run]:
-    """Give the run the MLflow run of its folder; one is opened, and ended, where the folder has none."""
+    """Give the run the MLflow run of its folder; one is opened, and ended, where the folder has none.
+
+    Args:
+        run: of the evaluation.
+    """
     if recorded := tracking.recorded_run(run.folder):
         yield run.replace(run_id=recorded[0])
         return

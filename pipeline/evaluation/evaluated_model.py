@@ -46,6 +46,10 @@ class EvaluatedModel:
     def check_fits(self, corpus: Corpus, run: Run) -> None:
         """Refuse data that the model cannot read. A model without a tokenizer is taken to have that of the run.
 
+        Args:
+            corpus: the data.
+            run: of the evaluation, with its manifest.
+
         Raises:
             DataError: names every field that differs.
         """
@@ -89,7 +93,8 @@ def likelihood_groups(
     Returns:
         A list per model with a group per corpus.
     """
-    rows = [validation_rows(one.manifest.rows("validation"), run.config.evaluation.rows) for one in corpora]
+    count = run.config.evaluation.rows
+    rows = [validation_rows(corpus.manifest.rows("validation"), count) for corpus in corpora]
     cases = [
         Case(model.folder, corpus, numbers, model.config.classes is not None, model.masking)
         for model in models

@@ -15,8 +15,8 @@ import pandas as pd
 from jaxtyping import Int
 
 from pipeline.config.schema import SamplingConfig
-from pipeline.data.prepare.workflow import Progress
 from pipeline.evaluation.evaluated_model import EvaluatedModel
+from pipeline.logs import Progress
 from pipeline.metrics.draw import DrawnBatch, Sampler, batches_of
 from pipeline.reports import tables
 from pipeline.reports.measures import Measure
@@ -27,48 +27,32 @@ TIMED = 5  # times that every point's batch is drawn to measure its speed, after
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Samples of one model at one number of steps.
-
-    Attributes:
-        model: that drew them.
-        settings: of sampling.
-        tokens: the rows.
-        rates: tokens/s of every timed batch.
-    """
-
-    model: EvaluatedModel
-    settings: SamplingConfig
-    tokens: Int[np.ndarray, "n L"]
-    rates: Sequence[float]
-
-
-@dataclass(frozen=True)
 class Point:
     """Speed and quality of one model at one number of steps.
 
     Attributes:
-        drawn: the samples.
+        evaluated: the model.
+        settings: of sampling.
+        tokens: the samples.
+        rates: tokens/s of every timed batch.
         measures: of the samples.
     """
 
-    drawn: Drawn
-    measures: Sequence[Measure]
+    evaluated: EvaluatedModel
+    settings: SamplingConfig
+    tokens: Int[np.ndarray, "n L"]
+    rates: Sequence[float]
+    measures: Sequence[Measure] = ()
 
     @property
     def model(self) -> str:
         """Return the name of the model."""
-        return self.drawn.model.name
+        return self.evaluated.name
 
     @property
     def steps(self) -> int:
         """Return the number of steps."""
-        return self.drawn.settings.steps
-
-    @property
-    def rates(self) -> Sequence[float]:
-        """Return tokens/s of every timed batch."""
-        return self.drawn.rates
+        return self.settings.steps
 
     @property
     def speed(self) -> float:
@@ -76,19 +60,26 @@ class Point:
         return median(self.rates)
 
     def value(self, key: str) -> float:
-        """Return a metric by its key."""
+        """Return a metric by its key.
+
+        Args:
+            key: of the metric.
+        """
         return next(measure.value for measure in self.measures if measure.key == key)
 
 
 def draw_all(
     points: Sequence[tuple[EvaluatedModel, SamplingConfig]], predicted: int, resources: Resources
-) -> list[Drawn]:
+) -> list[Point]:
     """Sample from every model at every number of steps, and measure the speed.
 
     Args:
         points: models and settings, which all have the same number of samples and the same batch.
         predicted: tokens of a row that are drawn.
         resources: of the actors.
+
+    Returns:
+        A point per model and settings, without measures.
     """
     batches = batches_of(points[0][1])
     full = [batch for batch in batches if batch[1] == batches[0][1]]
@@ -109,7 +100,7 @@ def draw_all(
         draw(actors, rest, "sampled")
     order = [*timed, *rest]
     return [
-        Drawn(
+        Point(
             model,
             settings,
             np.concatenate([turns[order.index(batch)].tokens for batch in batches]),
@@ -120,12 +111,16 @@ def draw_all(
 
 
 def table(points: Sequence[Point]) -> pd.DataFrame:
-    """Make a table of texts with a row per point."""
+    """Make a table of texts with a row per point.
+
+    Args:
+        points: of all models.
+    """
     return tables.table_of(
         {
             "model": point.model,
-            "parameters": f"{point.drawn.model.parameters:,}",
-            "order": point.drawn.settings.order,
+            "parameters": f"{point.evaluated.parameters:,}",
+            "order": point.settings.order,
             "steps": str(point.steps),
             "tokens/s (median)": short(point.speed),
             "range": f"{short(min(point.rates))} to {short(max(point.rates))}",
@@ -136,13 +131,17 @@ def table(points: Sequence[Point]) -> pd.DataFrame:
 
 
 def to_csv(points: Sequence[Point]) -> str:
-    """Write the points as CSV in full precision."""
+    """Write the points as CSV in full precision.
+
+    Args:
+        points: of all models.
+    """
     rows = (
         {
             "model": point.model,
-            "kind": point.drawn.model.config.kind,
-            "parameters": point.drawn.model.parameters,
-            "order": point.drawn.settings.order,
+            "kind": point.evaluated.config.kind,
+            "parameters": point.evaluated.parameters,
+            "order": point.settings.order,
             "steps": point.steps,
             "tokens_per_second": point.speed,
             "slowest": min(point.rates),

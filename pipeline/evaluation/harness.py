@@ -17,10 +17,11 @@ from lm_eval.api.model import LM
 from pipeline.api import Model
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CapabilityError
-from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, seed_of, windows
+from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, windows
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import ragged_known, sample
+from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample
+from pipeline.seeds import text_seed
 
 T = TypeVar("T")
 
@@ -157,7 +158,7 @@ class DenoiserLM(LM):
         if self._model.left_to_right:
             order = Order("left_to_right")
         prompts = [ids or self._prefix for ids in self._encode(contexts)]
-        seeds = [seed_of(self._settings.seed, ids) for ids in prompts]
+        seeds = [text_seed(self._settings.seed, ids) for ids in prompts]
         written: list[list[int]] = [[] for _ in prompts]
         open_rows = list(range(len(prompts)))
         while open_rows:
@@ -165,7 +166,7 @@ class DenoiserLM(LM):
             for row in open_rows:
                 whole, missing = [*prompts[row], *written[row]], max_new - len(written[row])
                 known.append(whole[-max(self._room - missing, self._room // 2) :])
-            row_seeds = [seed_of(seeds[row], written[row]) for row in open_rows]
+            row_seeds = [text_seed(seeds[row], written[row]) for row in open_rows]
             for row, prompt, ids in zip(
                 open_rows, known, self._fill(known, order, filters, row_seeds), strict=True
             ):
@@ -184,18 +185,17 @@ class DenoiserLM(LM):
         start = int(self._bos is not None)
         given = ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length)
         missing = self._room - min(map(len, known))
-        rows = sample(
-            self._model,
-            len(known),
-            missing if self._model.left_to_right else min(self._settings.steps, missing),
-            self._settings.seed,
-            order,
-            self._bos,
-            first=seeds,
-            filters=filters,
+        request = SamplingRequest(
+            num_samples=len(known),
+            steps=missing if self._model.left_to_right else min(self._settings.steps, missing),
+            seed=self._settings.seed,
+            order=order,
+            bos=self._bos,
             known=given,
+            filters=filters,
+            indices=seeds,
         )
-        return rows[:, start:].tolist()
+        return sample(self._model, request)[:, start:].tolist()
 
     def _text(self, ids: list[int]) -> str:
         """Decode up to the end of the text."""

@@ -12,9 +12,9 @@ import ray.data
 
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.encoding import held_out, read_pixels
 from pipeline.data.prepare.image_archives import Ref
 from pipeline.data.prepare.image_sources import list_images, open_images
+from pipeline.data.prepare.images import held_out, read_pixels
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics.image_features import (
     CLASSIFIER_IMAGES,
@@ -54,15 +54,15 @@ def source_images(data: ImageDataConfig, manifest: Manifest) -> SourceImages:
         DataError: the source is missing, or has changed since.
     """
     source = open_images(data)
-    if source.fingerprint != manifest.source.fingerprint:
+    if source.info.fingerprint != manifest.source.fingerprint:
         raise DataError(
             f"data.source: {data.source!r} has changed since its codes were prepared; expected the same images, "
             "which are the reference for samples"
         )
     refs = list_images(source, data).refs
-    validation = held_out(np.arange(len(refs)), data.validation_images, len(refs))
-    splits = [[refs[i] for i in np.flatnonzero(mask)] for mask in (~validation, validation)]
-    return SourceImages(*splits, f"{manifest.content_key}-{source.fingerprint}")
+    is_held_out = held_out(np.arange(len(refs)), data.validation_images, len(refs))
+    train, validation = ([refs[i] for i in np.flatnonzero(mask)] for mask in (~is_held_out, is_held_out))
+    return SourceImages(train, validation, f"{manifest.content_key}-{source.info.fingerprint}")
 
 
 def load_net(
@@ -88,7 +88,7 @@ def load_net(
             f"{data.size}; expected 'inception', 'efficientnet' or package.module:factory"
         )
     labelled = _read_labelled(data, train) if spec == "classifier" else None
-    return load_features(spec, weights, labelled, batch, "cpu")
+    return load_features(spec, weights, labelled, batch)
 
 
 def dataset_of(refs: Sequence[Ref], data: ImageDataConfig) -> ray.data.Dataset:

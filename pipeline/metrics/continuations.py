@@ -1,6 +1,5 @@
 """Continuations of prompts: bounds on their likelihood, and whether a model would generate them greedily."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.errors import ConfigError
 from pipeline.models.autoregressive import AR
 from pipeline.models.denoiser import Batch, Denoiser
-from pipeline.models.layers import LOGITS_AT_ONCE, rows_at_once
+from pipeline.models.layers import CHUNK_LOGITS, chunk_rows
+from pipeline.seeds import text_seed
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its continuation
 
@@ -31,17 +31,6 @@ class Continuation:
     nats: float
     stderr: float
     tokens: int
-
-
-def seed_of(seed: int, *texts: Sequence[int]) -> int:
-    """Derive a seed from ids, so that it does not depend on the order of the requests.
-
-    Args:
-        seed: of all requests.
-        texts: ids.
-    """
-    digest = hashlib.sha256(repr((seed, [[int(i) for i in ids] for ids in texts])).encode())
-    return int.from_bytes(digest.digest()[:8])
 
 
 @torch.inference_mode()
@@ -119,7 +108,7 @@ def greedy_matches(
             model.extend(state, _packed(prompts, device), _packed(map(range, starts), device), starts)
             positions = [range(start, start + n) for start, n in zip(starts, lengths, strict=True)]
             hidden = model.hidden(state, _packed(positions, device), lengths)
-        chunk = rows_at_once(LOGITS_AT_ONCE, model.vocab_size, hidden.device)
+        chunk = chunk_rows(CHUNK_LOGITS, model.vocab_size, hidden.device)
         greedy = torch.cat([model.head(vectors).argmax(-1) for vectors in hidden.split(chunk)])
         hits = greedy == _packed(continuations, device)
         matches += [bool(row.all()) for row in hits.split(lengths)]
@@ -175,7 +164,7 @@ def _masked_rows(
         if model.left_to_right:
             groups[pair, :, begin:end], weights[pair, :, begin:end] = True, 1
             continue
-        rng = np.random.default_rng(seed_of(seed, continuation))
+        rng = np.random.default_rng(text_seed(seed, continuation))
         n = 1 + np.floor(stratified(draws, rng) * len(continuation)).astype(np.int64)
         hidden: Bool[np.ndarray, "draws n"] = draw_subset(rng, n, len(continuation), bos=False)
         groups[pair, :, begin:end] = hidden

@@ -16,9 +16,9 @@ from jaxtyping import Float64, Int, UInt
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare.workflow import Progress
 from pipeline.data.shards import ShardReader
 from pipeline.errors import DataError
+from pipeline.logs import Progress
 from pipeline.metrics import likelihood
 from pipeline.metrics.likelihood import Likelihood, Masking
 from pipeline.models import model_folder
@@ -45,7 +45,11 @@ class Corpus:
     manifest: Manifest
 
     def reader(self, split: str) -> ShardReader:
-        """Open the rows of a split."""
+        """Open the rows of a split.
+
+        Args:
+            split: "train" or "validation".
+        """
         return ShardReader(self.path, self.manifest, split)
 
 

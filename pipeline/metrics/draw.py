@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,13 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config.schema import Precision, SamplingConfig
-from pipeline.data.prepare.workflow import Progress
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
+from pipeline.logs import Progress
 from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.reports.pictures import sample_grid
 from pipeline.runtime.actors import Resources, in_order, own_device, started
-from pipeline.sampling.logits import Filters
-from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 
 GRID = "samples.png"
 GRID_IMAGES = 80  # images of the overview, at most
@@ -34,7 +32,12 @@ GRID_IMAGES = 80  # images of the overview, at most
 
 @dataclass(frozen=True)
 class DrawnBatch:
-    """A batch of rows, and the seconds that it took to draw them."""
+    """A batch of rows.
+
+    Attributes:
+        tokens: the rows.
+        seconds: that it took to draw them.
+    """
 
     tokens: Int[np.ndarray, "n L"]
     seconds: float
@@ -81,20 +84,13 @@ def draw_rows(
     (first, count), condition = batch, None
     if model.classes is not None:
         condition = torch.tensor(labels_of(settings, model.classes.num_embeddings - 1, first, count))
-    return sample(
-        model,
-        count,
-        settings.steps,
-        settings.seed,
-        Order.of(settings),
-        bos,
-        condition,
-        first,
-        filters=Filters.of(settings),
-        refresh_every=settings.refresh_every,
-        guidance=settings.guidance,
-        revealed_at=revealed_at,
+    request = replace(
+        SamplingRequest.of(settings, bos),
+        num_samples=count,
+        condition=condition,
+        indices=range(first, first + count),
     )
+    return sample(model, request, revealed_at=revealed_at)
 
 
 class Sampler:
@@ -126,7 +122,14 @@ class Sampler:
             self._models[folder, precision] = model.to(own_device(), DTYPES[precision]), facts.bos
 
     def draw(self, folder: str, settings: SamplingConfig, first: int, count: int) -> DrawnBatch:
-        """Draw rows `first` to `first + count - 1` from a model; loading it is not part of the time."""
+        """Draw rows `first` to `first + count - 1` from a model; loading it is not part of the time.
+
+        Args:
+            folder: of the model, readable on every node.
+            settings: how to draw.
+            first: index of the first row.
+            count: number of rows.
+        """
         self.load(folder, settings.precision)
         model, bos = self._models[folder, settings.precision]
         began = time.perf_counter()
@@ -134,7 +137,12 @@ class Sampler:
         return DrawnBatch(tokens, time.perf_counter() - began)
 
     def decode(self, folder: str, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"]:
-        """Turn rows into images with the tokenizer of a model's folder."""
+        """Turn rows into images with the tokenizer of a model's folder.
+
+        Args:
+            folder: of the model.
+            tokens: rows, BOS included.
+        """
         if folder not in self._tokenizers:
             local = str(storage.fetch(folder))
             self._tokenizers[folder] = vq.load_image_tokenizer(local, None, IMAGES_AT_ONCE, own_device())
@@ -144,6 +152,9 @@ class Sampler:
 def batches_of(settings: SamplingConfig) -> list[tuple[int, int]]:
     """Split `num_samples` into batches.
 
+    Args:
+        settings: of the sampling.
+
     Returns:
         Index of the first row and number of rows, for every batch.
     """
@@ -152,7 +163,14 @@ def batches_of(settings: SamplingConfig) -> list[tuple[int, int]]:
 
 
 def labels_of(settings: SamplingConfig, classes: int, first: int, count: int) -> list[int]:
-    """List the classes of rows `first` to `first + count - 1`: those of the settings, or all, in turn."""
+    """List the classes of rows `first` to `first + count - 1`: those of the settings, or all, in turn.
+
+    Args:
+        settings: of the sampling.
+        classes: number of classes of the model.
+        first: index of the first row.
+        count: number of rows.
+    """
     labels = settings.labels or range(classes)
     return [labels[(first + i) % len(labels)] for i in range(count)]
 
@@ -214,15 +232,10 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
         "refresh_every": settings.refresh_every if settings.refresh_every > 1 else None,
         "labels": settings.labels,
     }
-    return {
-        "samples": count,
-        "order": settings.order,
-        "steps": settings.steps,
-        "temperature": settings.temperature,
-        **{key: value for key, value in optional.items() if value is not None},
-        "seed": settings.seed,
-        "precision": str(DTYPES[settings.precision]).removeprefix("torch."),
-    }
+    how: dict[str, object] = {"samples": count, "order": settings.order, "steps": settings.steps}
+    how |= {"temperature": settings.temperature}
+    how |= {key: value for key, value in optional.items() if value is not None}
+    return how | {"seed": settings.seed, "precision": str(DTYPES[settings.precision]).removeprefix("torch.")}
 
 
 def _write_images(

@@ -64,13 +64,20 @@ class ScorerTokenizer:
     context: int | None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts; the pipeline's end-of-text marks become the scorer's own."""
+        """Encode texts; the pipeline's end-of-text marks become the scorer's own.
+
+        Args:
+            texts: to encode.
+        """
         end = self.tokenizer.eos_token or ""
         texts = [text.replace(END_OF_TEXT, end) for text in texts]
         return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
     def check_context(self, texts: Sequence[str]) -> None:
         """Refuse a scorer whose context is shorter than the texts.
+
+        Args:
+            texts: as long as those that will be scored.
 
         Raises:
             ConfigError: names the length of the texts and a context that suffices.
@@ -122,7 +129,11 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, texts: Sequence[str]) -> Scored:
-        """Score texts. Padding stands behind the texts, where a causal model does not see it."""
+        """Score texts. Padding stands behind the texts, where a causal model does not see it.
+
+        Args:
+            texts: to score; those without two tokens are left out.
+        """
         ids = self._tokenizer.encode(texts)
         kept = [text[: self._tokenizer.context] for text in ids]
         cut = sum(map(len, ids)) - sum(map(len, kept))
@@ -177,6 +188,9 @@ def score_texts(spec: str, groups: Sequence[Sequence[str]], batch: int, resource
 
 def total(parts: Iterable[Scored]) -> Scored:
     """Add sums up.
+
+    Args:
+        parts: sums of parts of the texts.
 
     Raises:
         DataError: no text has a token to score.

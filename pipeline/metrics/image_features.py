@@ -41,13 +41,12 @@ class Outputs:
 
 
 class FeatureNet:
-    """A network on a device.
+    """A network on a device, the CPU at first.
 
     Args:
         spec: its name in the config.
         module: from uint8 images [n, 3, S, S] to features [n, D], or to features and class logits [n, K].
         batch: images of a forward pass.
-        device: where it runs.
 
     Attributes:
         spec: as given.
@@ -55,14 +54,17 @@ class FeatureNet:
         name: identifies network and weights; features of equal names can be compared.
     """
 
-    def __init__(self, spec: str, module: nn.Module, batch: int, device: str | torch.device):
-        self.name = f"{spec}-{digest(spec, {k: v.cpu() for k, v in module.state_dict().items()})[:16]}"
+    def __init__(self, spec: str, module: nn.Module, batch: int):
+        self._module, self._device = module.cpu().eval(), torch.device("cpu")
         self.spec, self.batch = spec, batch
-        self._module = module.eval()
-        self.to(device)
+        self.name = f"{spec}-{digest(spec, module.state_dict())[:16]}"
 
     def to(self, device: str | torch.device) -> "FeatureNet":
-        """Move the network to a device and return it."""
+        """Move the network to a device and return it.
+
+        Args:
+            device: of the network.
+        """
         self._device = torch.device(device)
         self._module.to(self._device)
         return self
@@ -96,10 +98,8 @@ class FeatureNet:
         )
 
 
-def load_features(
-    spec: str, weights: str | None, labelled: Labelled | None, batch: int, device: str | torch.device
-) -> FeatureNet:
-    """Build a feature net.
+def load_features(spec: str, weights: str | None, labelled: Labelled | None, batch: int) -> FeatureNet:
+    """Build a feature net on the CPU.
 
     Args:
         spec: "inception" (as in published FIDs), "efficientnet" (ImageNet, without any download), "classifier" (a
@@ -108,7 +108,6 @@ def load_features(
         weights: path or URL of Inception's weights; None downloads those of torch-fidelity.
         labelled: images and labels for "classifier".
         batch: images of a forward pass.
-        device: where it runs.
 
     Raises:
         ConfigError: the name is unknown, or labelled images or weights are missing.
@@ -131,7 +130,7 @@ def load_features(
         )
     else:
         module = fit_classifier(*labelled, seed=0)
-    return FeatureNet(spec, module, batch, device)
+    return FeatureNet(spec, module, batch)
 
 
 class Classifier(nn.Module):

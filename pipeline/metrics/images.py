@@ -156,6 +156,9 @@ def inception_score(probabilities: Float[np.ndarray, "n K"], splits: int = 10) -
 def summarise(outputs: Iterable[Outputs]) -> tuple[Gaussian, Float[np.ndarray, "n K"] | None]:
     """Summarise a net's outputs.
 
+    Args:
+        outputs: of all images, in blocks.
+
     Returns:
         Statistics of the features, and all class probabilities; None for a net without classes.
 
@@ -241,6 +244,9 @@ def difference(images: Images, rebuilt: Images) -> Difference:
 
 def reconstruction(parts: Iterable[Difference]) -> Reconstruction:
     """Average the errors of all batches.
+
+    Args:
+        parts: sums over batches of images.
 
     Raises:
         DataError: there are no images.

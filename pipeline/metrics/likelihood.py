@@ -213,7 +213,12 @@ def estimator_for(
 
 
 def summarise(sums: Float[torch.Tensor, "R"], masking: Masking) -> Likelihood:
-    """Average the row sums of all workers; the standard error is over rows, each averaged over its draws."""
+    """Average the row sums of all workers; the standard error is over rows, each averaged over its draws.
+
+    Args:
+        sums: of the estimates of every row over its draws.
+        masking: that they were measured with.
+    """
     per_row, rows = sums / masking.draws, len(sums)
     stderr = float(per_row.std(unbiased=True)) / math.sqrt(rows) if rows > 1 else math.inf
     return Likelihood(float(per_row.mean()), stderr, masking.estimator, masking.draws, rows, masking.seed)
@@ -224,13 +229,12 @@ def measure(
     masking: Masking,
     tokens: Int[np.ndarray, "R L"],
     labels: Int[np.ndarray, "R"] | None = None,
-    device: torch.device = CPU,
 ) -> Likelihood:
     """Measure the bound, or the exact value, in this process.
 
     Args:
         score: as in `row_sums`.
-        masking, tokens, labels, device: as in `masked_batches`.
+        masking, tokens, labels: as in `masked_batches`.
 
     Raises:
         CapabilityError: "exact" for a model that is not autoregressive, or another estimator for one that is.
@@ -240,5 +244,4 @@ def measure(
             f"estimator {masking.estimator!r} does not fit {type(score).__name__}; "
             f"expected {'exact' if score.left_to_right else 'count or mdlm'}"
         )
-    batches = masked_batches(masking, tokens, labels, device=device)
-    return summarise(row_sums(score, batches, len(tokens)), masking)
+    return summarise(row_sums(score, masked_batches(masking, tokens, labels), len(tokens)), masking)

@@ -11,41 +11,33 @@ Rows = Integer[np.ndarray, "n L"]
 _PORTION = 1 << 22  # tokens counted at a time
 
 
-def unigram_perplexity(
-    train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
-) -> float:
+def unigram_perplexity(train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int) -> float:
     """Compute the perplexity of rows under add-one counts of the training rows' tokens.
 
     Args:
         train_rows: blocks of training rows.
         rows: blocks of the rows to score; they never enter the counts.
         vocabulary: V, the number of token ids.
-        max_train_rows: count only in the first so many training rows.
     """
     counts = np.zeros(vocabulary, np.int64)
-    for portion in _portions(train_rows, max_train_rows):
+    for portion in _portions(train_rows):
         counts += np.bincount(portion.ravel(), minlength=vocabulary)
     log_probs = np.log(_add_one(counts))
     return _perplexity(log_probs[portion] for portion in _portions(rows))
 
 
-def bigram_perplexity(
-    train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
-) -> float:
+def bigram_perplexity(train_rows: Iterable[Rows], rows: Iterable[Rows], vocabulary: int) -> float:
     """Compute the perplexity of rows under `bigram_model`.
 
     Args:
         train_rows: blocks of training rows.
         rows: blocks of the rows to score; they never enter the counts.
         vocabulary: V, the number of token ids.
-        max_train_rows: count only in the first so many training rows.
     """
-    return bigram_model(train_rows, vocabulary, max_train_rows)(rows)
+    return bigram_model(train_rows, vocabulary)(rows)
 
 
-def bigram_model(
-    train_rows: Iterable[Rows], vocabulary: int, max_train_rows: int | None = None
-) -> Callable[[Iterable[Rows]], float]:
+def bigram_model(train_rows: Iterable[Rows], vocabulary: int) -> Callable[[Iterable[Rows]], float]:
     """Count token pairs in training rows and return the perplexity as a function of blocks of rows.
 
     The first token of a row is predicted by the unigram, the others by Witten-Bell interpolation: with `c(a, b)` the
@@ -56,14 +48,13 @@ def bigram_model(
     Args:
         train_rows: blocks of training rows.
         vocabulary: V, the number of token ids.
-        max_train_rows: count only in the first so many training rows.
 
     Source: Witten and Bell 1991, method C.
     """
     counts = np.zeros(vocabulary, np.int64)
     pairs: np.ndarray = np.empty(0, np.int64)  # codes a V + b, sorted
     pair_counts: np.ndarray = np.empty(0, np.int64)  # c(a, b)
-    for portion in _portions(train_rows, max_train_rows):
+    for portion in _portions(train_rows):
         counts += np.bincount(portion.ravel(), minlength=vocabulary)
         new_pairs, new_counts = np.unique(_codes(portion, vocabulary), return_counts=True)
         pairs, index = np.unique(np.concatenate([pairs, new_pairs]), return_inverse=True)
@@ -84,18 +75,14 @@ def bigram_model(
     return lambda rows: _perplexity(log_probs(portion) for portion in _portions(rows))
 
 
-def _portions(blocks: Iterable[Rows], max_rows: int | None = None) -> Iterator[Rows]:
-    """Yield the first `max_rows` rows in portions of about `_PORTION` tokens, as indices."""
-    left = math.inf if max_rows is None else max_rows
+def _portions(blocks: Iterable[Rows]) -> Iterator[Rows]:
+    """Yield the rows in portions of about `_PORTION` tokens, as indices."""
     portion: list[Rows] = []
     for block in blocks:
-        portion.append(block[: int(min(left, len(block)))])
-        left -= len(portion[-1])
+        portion.append(block)
         if sum(part.size for part in portion) >= _PORTION:
             yield np.concatenate(portion).astype(np.int64)
             portion = []
-        if left <= 0:
-            break
     if portion:
         yield np.concatenate(portion).astype(np.int64)
 

@@ -93,7 +93,11 @@ def compare(
 
 
 def points(qualities: Sequence[Quality]) -> dict[str, list[tuple[int, float, float]]]:
-    """Group qualities by model, as `figures.quality_against_steps` takes them."""
+    """Group qualities by model, as `figures.quality_against_steps` takes them.
+
+    Args:
+        qualities: of all models.
+    """
     return {
         model: [(q.steps, q.perplexity, q.entropy) for q in qualities if q.model == model]
         for model in dict.fromkeys(q.model for q in qualities)
@@ -101,7 +105,11 @@ def points(qualities: Sequence[Quality]) -> dict[str, list[tuple[int, float, flo
 
 
 def table(qualities: Sequence[Quality]) -> str:
-    """Make a Markdown table: a row per model, a column per number of steps, each `perplexity (entropy)`."""
+    """Make a Markdown table: a row per model, a column per number of steps, each `perplexity (entropy)`.
+
+    Args:
+        qualities: of all models.
+    """
     counts = sorted({q.steps for q in qualities})
     cells = {(q.model, q.steps): f"{q.perplexity:.2f} ({q.entropy:.2f})" for q in qualities}
     return markdown(

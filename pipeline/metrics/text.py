@@ -16,6 +16,9 @@ Rows = Integer[np.ndarray, "n L"]
 def unigram_entropy(rows: Rows) -> float:
     """Compute the entropy of each row's own token frequencies and average it over rows.
 
+    Args:
+        rows: token ids.
+
     Returns:
         Nats, at most log L.
 
@@ -31,6 +34,10 @@ def unigram_entropy(rows: Rows) -> float:
 
 def distinct(rows: Rows, n: int) -> float:
     """Compute the share of different n-grams among all n-grams of all rows.
+
+    Args:
+        rows: token ids.
+        n: length of the n-grams.
 
     Raises:
         DataError: there are no rows.

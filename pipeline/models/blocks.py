@@ -1,10 +1,13 @@
 """Transformer blocks over packed segments: self-attention (encoder, masked models) and cross-attention."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
+from pipeline.config.schema import SwapConfig, TrunkConfig
 from pipeline.models.attention import Cache, CacheAppend, Segments, attend
 from pipeline.models.layers import (
     MLP,
@@ -15,134 +18,236 @@ from pipeline.models.layers import (
     rotary,
     rotate,
     sinusoid,
-    wide,
+    upcast,
 )
 
-Rotary = Complex[Tensor, "_ 1 half"]  # of as many tokens as it is for
+Rotary = Complex[Tensor, "_ 1 half"]  # the rotary codes of any number of tokens
 
 
-class SelfBlock(nn.Module):
-    """Pre-norm block: self-attention inside segments, then MLP, both with gated residuals."""
+class Layout(NamedTuple):
+    """How packed tokens lie: the segments that they fill, and the rotary code of each token's position."""
 
-    def __init__(
-        self, hidden: int, heads: int, dropout: float, conditional: bool = False, causal: bool = False
-    ):
+    segments: Segments
+    code: Rotary
+
+
+class EncoderReader(nn.Module):
+    """Base of the modules that read encoder outputs by cross-attention.
+
+    Attributes:
+        heads: N.
+        kv_norm: norm of the encoder outputs in front of `kv_proj`.
+        kv_proj: maps encoder outputs to keys and values.
+    """
+
+    heads: int
+    kv_norm: nn.Module
+    kv_proj: nn.Linear
+
+    def keys_values(
+        self, encoded: Float[Tensor, "T H"], code: Rotary
+    ) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
+        """Compute the keys, with their rotary code applied, and the values of encoder outputs.
+
+        Args:
+            encoded: encoder outputs.
+            code: rotary code of their positions.
+
+        Returns:
+            Keys and values, [T, N, D] each.
+        """
+        k, v = self.kv_proj(self.kv_norm(encoded)).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        return rotate(k, code), v
+
+    def read(
+        self,
+        q: Float[Tensor, "Tq N D"],
+        encoded: Float[Tensor, "Tk H"],
+        q_segments: Segments,
+        keys: Layout,
+        cache: Cache | None,
+    ) -> Float[Tensor, "Tq H"]:
+        """Attend from each query segment to its key segment of encoder outputs.
+
+        Args:
+            q: queries with their rotary code applied.
+            encoded: encoder outputs.
+            q_segments: of the queries.
+            keys: layout of the encoder outputs.
+            cache: keys and values of the encoder outputs, if they are stored; None: they are computed.
+
+        Returns:
+            [Tq, H], heads side by side.
+        """
+        if cache is not None:
+            return cache.read(q, q_segments, keys.segments).flatten(1)
+        return attend(q, *self.keys_values(encoded, keys.code), q_segments, keys.segments).flatten(1)
+
+
+class Block(nn.Module):
+    """Base of pre-norm blocks: attention, then an MLP, both modulated and on gated residual branches.
+
+    Args:
+        config: sizes, dropout, and whether there are classes.
+    """
+
+    def __init__(self, config: TrunkConfig):
         super().__init__()
-        self.heads, self.dropout, self.causal = heads, dropout, causal
-        self.modulation = Modulation(hidden, 6, conditional)
-        self.norm1 = LayerNorm(hidden)
-        self.qkv_proj = nn.Linear(hidden, 3 * hidden, bias=False)
+        hidden = config.hidden
+        self.heads, self.dropout = config.heads, config.dropout
+        self.modulation = Modulation(hidden, 6, config.classes is not None)
+        self._add_projections(hidden)
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.norm2 = LayerNorm(hidden)
         self.mlp = MLP(hidden)
+
+    def _add_projections(self, hidden: int) -> None:
+        """Create the norms and projections in front of the attention.
+
+        They come between modulation and output, since the order of creation fixes the initial weights of a
+        seed, and the order of parameters in checkpoints.
+        """
+        raise NotImplementedError
+
+    def residuals(
+        self, x: Float[Tensor, "T H"], attended: Float[Tensor, "T H"], modulation: tuple[Tensor, ...]
+    ) -> Float[Tensor, "T H"]:
+        """Add both residual branches: the projected attention, then the MLP.
+
+        Args:
+            x: the block's input.
+            attended: output of the attention, heads side by side.
+            modulation: the block's six vectors.
+
+        Returns:
+            The block's output, [T, H].
+        """
+        _, _, attention_gate, shift, scale, mlp_gate = modulation
+        dropped = F.dropout(self.out(attended), self.dropout, self.training)
+        x = torch.addcmul(x, attention_gate, dropped)
+        dropped = F.dropout(self.mlp(self.norm2(x, shift, scale)), self.dropout, self.training)
+        return torch.addcmul(x, mlp_gate, dropped)
+
+
+class SelfBlock(Block):
+    """Pre-norm block with self-attention inside segments.
+
+    Args:
+        config: sizes, dropout, and whether there are classes.
+        causal: tokens read only those before them and themselves.
+    """
+
+    def __init__(self, config: TrunkConfig, causal: bool = False):
+        super().__init__(config)
+        self.causal = causal
+
+    def _add_projections(self, hidden: int) -> None:
+        self.norm1 = LayerNorm(hidden)
+        self.qkv_proj = nn.Linear(hidden, 3 * hidden, bias=False)
 
     def forward(
         self,
         x: Float[Tensor, "T H"],
-        segments: Segments,
-        code: Rotary,
+        layout: Layout,
         condition: Condition | None = None,
         cache: Cache | None = None,
-        growth: CacheAppend | None = None,
+        append: CacheAppend | None = None,
     ) -> Float[Tensor, "T H"]:
-        """With a cache, x are the new tokens of `growth` and the cache holds those before."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        qkv = self.qkv_proj(self.norm1(x, shift1, scale1)).unflatten(-1, (3 * self.heads, -1))  # [T, 3N, D]
+        """Transform packed tokens.
+
+        Args:
+            x: tokens; with a cache, only the new ones.
+            layout: of the tokens.
+            condition: class vectors of the tokens.
+            cache: keys and values of the tokens before; the new ones are added to it.
+            append: where the new tokens belong in the cache.
+
+        Returns:
+            [T, H].
+        """
+        modulation = self.modulation(condition)
+        qkv = self.qkv_proj(self.norm1(x, *modulation[:2])).unflatten(-1, (3 * self.heads, -1))  # [T, 3N, D]
         qk, v = qkv.split([2 * self.heads, self.heads], 1)
-        q, k = rotate(qk, code).chunk(2, 1)  # [T, N, D], turned together: one pass instead of two
-        if cache is not None and growth is not None:
-            y = cache.attend(q, k, v, growth)
+        q, k = rotate(qk, layout.code).chunk(2, 1)  # [T, N, D], rotated together: one pass instead of two
+        if cache is not None and append is not None:
+            y = cache.attend(q, k, v, append)
         else:
-            y = attend(q, k, v, segments, segments, self.causal)
-        x = torch.addcmul(x, gate1, self._drop(self.out(y.flatten(1))))
-        return torch.addcmul(x, gate2, self._drop(self.mlp(self.norm2(x, shift2, scale2))))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+            y = attend(q, k, v, layout.segments, layout.segments, self.causal)
+        return self.residuals(x, y.flatten(1), modulation)
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(Block, EncoderReader):
     """Decoder block: queries read the encoder outputs of their partner segment; no self-attention.
 
-    Source: arXiv 2505.18883, section 4; separate norms for queries and keys, only queries modulated.
+    Args:
+        config: sizes, dropout, and whether there are classes.
+
+    Source:
+        arXiv 2505.18883, section 4; separate norms for queries and keys, of which only the query side is
+        modulated: docs/method.md section 2, "Block details".
     """
 
-    def __init__(self, hidden: int, heads: int, dropout: float, conditional: bool = False):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.modulation = Modulation(hidden, 6, conditional)
+    def _add_projections(self, hidden: int) -> None:
         self.q_norm = LayerNorm(hidden)
         self.kv_norm = LayerNorm(hidden)
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.kv_proj = nn.Linear(hidden, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, hidden, bias=False)
-        self.norm2 = LayerNorm(hidden)
-        self.mlp = MLP(hidden)
 
     def forward(
         self,
         x: Float[Tensor, "Tq H"],
         encoded: Float[Tensor, "Tk H"],
-        q_segments: Segments,
-        k_segments: Segments,
-        q_code: Rotary,
-        k_code: Rotary,
+        queries: Layout,
+        keys: Layout,
         condition: Condition | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "Tq H"]:
-        """With a cache, it holds the keys and values of the encoder outputs."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        q = self.q_proj(self.q_norm(x, shift1, scale1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
-        q = rotate(q, q_code)
-        if cache is not None:
-            y = cache.read(q, q_segments, k_segments)
-        else:
-            y = attend(q, *self.keys_values(encoded, k_code), q_segments, k_segments)
-        x = torch.addcmul(x, gate1, F.dropout(self.out(y.flatten(1)), self.dropout, self.training))
-        rest = F.dropout(self.mlp(self.norm2(x, shift2, scale2)), self.dropout, self.training)
-        return torch.addcmul(x, gate2, rest)
+        """Transform the decoder state of packed positions.
 
-    def keys_values(
-        self, encoded: Float[Tensor, "T H"], code: Rotary
-    ) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
-        """What queries read of encoder outputs."""
-        return _keys_values(self.kv_proj(self.kv_norm(encoded)), self.heads, code)
+        Args:
+            x: decoder state.
+            encoded: encoder outputs.
+            queries: layout of the decoder state.
+            keys: layout of the encoder outputs.
+            condition: class vectors of the tokens.
+            cache: keys and values of the encoder outputs, if they are stored.
+
+        Returns:
+            [Tq, H].
+        """
+        modulation = self.modulation(condition)
+        q = self.q_proj(self.q_norm(x, *modulation[:2])).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
+        y = self.read(rotate(q, queries.code), encoded, queries.segments, keys, cache)
+        return self.residuals(x, y, modulation)
 
 
-class GroupSwap(nn.Module):
+class GroupSwap(EncoderReader):
     """Cross-attention through which information changes groups: queries that know no token, no residual.
 
-    The query of position i is `f(norm(u + pos_i + Y))`: a learned `u`, a sinusoidal code, and, in the pooled
-    variants, one vector that sums up the encoder outputs of the partner segment (0 if that is empty). It
-    depends on where the position is and on what the other group holds, never on its own group.
+    The query of position i is `f(norm(u + pos_i + Y))`: a learned `u`, a sinusoidal code and, in the pooled
+    variants, one vector that pools the encoder outputs of the partner segment (0 if that is empty). It depends
+    on the position and on the other group's tokens, never on its own group's.
 
     Args:
-        positional: add the sinusoidal code.
-        pooling: how Y is made from the partner's encoder outputs: "none", "mean" or "logsumexp".
-        query: f, one linear map ("linear"), or H -> 4H -> H with SiLU ("mlp4").
-        norm: of the sum, "layer" or "rms".
+        hidden: H.
+        heads: N.
+        config: the variant: position code, pooling, query map and norm.
 
-    Source: arXiv 2505.18883, section 4.2 and equation 11; Y is added before the norm (method.md section 2).
+    Source:
+        arXiv 2505.18883, section 4.2 and equation 11; Y is added before the norm (docs/method.md section 2).
     """
 
-    def __init__(
-        self,
-        hidden: int,
-        heads: int,
-        positional: bool = True,
-        pooling: str = "none",
-        query: str = "linear",
-        norm: str = "layer",
-    ):
+    def __init__(self, hidden: int, heads: int, config: SwapConfig):
         super().__init__()
-        self.heads, self.positional, self.pooling = heads, positional, pooling
+        self.heads, self.positional, self.pooling = heads, config.positional, config.pooling
         self.base = nn.Parameter(torch.randn(hidden) * 0.02)
-        self.norm = LayerNorm(hidden, bias=True) if norm == "layer" else RMSNorm(hidden)
+        self.norm = LayerNorm(hidden, bias=True) if config.norm == "layer" else RMSNorm(hidden)
         self.query: nn.Module = nn.Linear(hidden, hidden)
-        if query == "mlp4":
+        if config.query == "mlp4":
             self.query = nn.Sequential(
                 nn.Linear(hidden, 4 * hidden), nn.SiLU(), nn.Linear(4 * hidden, hidden)
             )
+        self.kv_norm = nn.Identity()
         self.kv_proj = nn.Linear(hidden, 2 * hidden)
         self.out = nn.Linear(hidden, hidden)
 
@@ -152,49 +257,53 @@ class GroupSwap(nn.Module):
         positions: Int[Tensor, "Tq"],
         extent: int,
         q_segments: Segments,
-        k_segments: Segments,
-        k_code: Rotary,
+        keys: Layout,
         cache: Cache | None = None,
     ) -> Float[Tensor, "Tq H"]:
-        """Read the partner segments at `positions`, all of them below `extent`; caches are those of blocks."""
-        # Without pooling, queries depend on the position alone and rows share them: make each once.
+        """Read the partner segments from packed positions.
+
+        Args:
+            encoded: encoder outputs.
+            positions: of the queries.
+            extent: a number that all positions are below.
+            q_segments: of the queries.
+            keys: layout of the encoder outputs.
+            cache: keys and values of the encoder outputs, if they are stored.
+
+        Returns:
+            [Tq, H].
+        """
+        # Without pooling, a query depends on its position alone, so all rows share the queries of `extent` places.
         shared = self.pooling == "none" and len(positions) > extent
         places = torch.arange(extent, device=positions.device) if shared else positions
         raw = self.base.expand(len(places), -1)
         if self.positional:
             raw = raw + sinusoid(places, raw.shape[-1]).to(raw.dtype)
         if self.pooling != "none":
-            raw = raw + pool(encoded, k_segments, self.pooling)[q_segments.ids]
+            raw = raw + pool(encoded, keys.segments, self.pooling)[q_segments.ids]
         queries = self.query(self.norm(raw)).unflatten(-1, (self.heads, -1))  # [places, N, D]
         q = rotate(queries, rotary(places, queries.shape[-1]))
         if shared:
             q = F.embedding(positions, q.flatten(1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
-        if cache is not None:
-            return self.out(cache.read(q, q_segments, k_segments).flatten(1))
-        return self.out(attend(q, *self.keys_values(encoded, k_code), q_segments, k_segments).flatten(1))
-
-    def keys_values(
-        self, encoded: Float[Tensor, "T H"], code: Rotary
-    ) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
-        """What queries read of encoder outputs."""
-        return _keys_values(self.kv_proj(encoded), self.heads, code)
-
-
-def _keys_values(
-    product: Float[Tensor, "T two_H"], heads: int, code: Rotary
-) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
-    """A product that holds both, as heads, keys turned."""
-    k, v = product.unflatten(-1, (2, heads, -1)).unbind(1)
-    return rotate(k, code), v
+        return self.out(self.read(q, encoded, q_segments, keys, cache))
 
 
 def pool(x: Float[Tensor, "T H"], segments: Segments, how: str) -> Float[Tensor, "S H"]:
-    """One vector a segment, in float32 inside: the "mean" or the "logsumexp" over its tokens; 0 for none.
+    """Reduce every segment to one vector, with float32 sums.
 
-    Source: arXiv 2505.18883, section 4.2 (data-dependent queries).
+    Args:
+        x: packed tokens.
+        segments: of the tokens.
+        how: "mean" or "logsumexp", over the tokens of a segment.
+
+    Returns:
+        [S, H] in the dtype of x, 0 for an empty segment.
+
+    Source:
+        arXiv 2505.18883, section 4.2 (data-dependent queries).
     """
     lengths = torch.tensor(segments.lengths, device=x.device)[:, None]  # [S, 1]
-    values = wide(x)
+    values = upcast(x)
     zeros = values.new_zeros(len(segments), x.shape[1])
     if how == "mean":
         return (zeros.index_add(0, segments.ids, values) / lengths.clamp(min=1)).to(x.dtype)
@@ -202,4 +311,4 @@ def pool(x: Float[Tensor, "T H"], segments: Segments, how: str) -> Float[Tensor,
         0, segments.ids[:, None].expand_as(values), values.detach(), "amax", include_self=False
     )
     sums = zeros.index_add(0, segments.ids, (values - top[segments.ids]).exp())
-    return ((sums + (lengths == 0)).log() + top).to(x.dtype)  # of nothing: log 1 + 0
+    return ((sums + (lengths == 0)).log() + top).to(x.dtype)  # for an empty segment: log 1 + 0

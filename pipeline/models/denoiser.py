@@ -1,29 +1,35 @@
 """The interface between models and everything that trains, samples or scores with them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from pipeline.config.schema import Precision, TrunkConfig
 from pipeline.errors import CapabilityError
+from pipeline.models.attention import Cache, CacheAppend, Segments
+from pipeline.models.blocks import Layout
 from pipeline.models.distill_loss import DistillTargets
-from pipeline.models.layers import Condition, FinalNorm, Head
+from pipeline.models.layers import ClassVectors, Condition, FinalNorm, Head, rotary
 
+Labels = Int[Tensor, "B"] | None  # class labels of a batch's rows
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens split into two groups, and what is to be predicted from what.
+    """Rows of tokens split into two groups, and which of them are predicted.
 
-    Built on the host: every length and index that shapes a kernel call is known without asking a device.
+    Built on the host, so that every length and index that shapes a kernel call is known without waiting for a
+    device.
 
     Attributes:
         tokens: [B, L] ids.
@@ -32,16 +38,33 @@ class Batch:
         weights: [B, L] float32 loss weight of every position.
         condition: [B] class labels, or None.
         device: where the model computes.
-        teaching: a teacher's view of the targets, which replaces the tokens themselves as what is learnt.
+        distill_targets: a teacher's predictions, to be learned in place of the tokens.
     """
 
     tokens: Int[Tensor, "B L"]
     groups: Bool[Tensor, "B L"]
     targets: Bool[Tensor, "B L"]
     weights: Float[Tensor, "B L"]
-    condition: Int[Tensor, "B"] | None = None
+    condition: Labels = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    teaching: DistillTargets | None = None
+    distill_targets: DistillTargets | None = None
+
+    @classmethod
+    def of_arrays(
+        cls,
+        tokens: Int[np.ndarray, "B L"],
+        groups: Bool[np.ndarray, "B L"],
+        targets: Bool[np.ndarray, "B L"],
+        weights: Float[np.ndarray, "B L"],
+        *,
+        labels: Int[np.ndarray, "B"] | None = None,
+        device: torch.device,
+    ) -> "Batch":
+        """Make a batch of NumPy arrays; the arguments are the attributes, `labels` the condition."""
+        tensor = torch.from_numpy
+        condition = None if labels is None else tensor(labels)
+        weights = weights.astype(np.float32)
+        return cls(tensor(tokens), tensor(groups), tensor(targets), tensor(weights), condition, device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,24 +73,17 @@ class Batch:
 
     @cached_property
     def target_index(self) -> Int[Tensor, "Q"]:
-        """Flat indices of the targets: row by row, group 1 before group 0, ascending positions within."""
-        key = torch.where(self.targets, (~self.groups).long(), 2)  # 0: group 1, 1: group 0, 2: not asked
-        order = key.argsort(dim=1, stable=True) + self.starts
-        asked = torch.arange(self.shape[1]) < self.targets.sum(1, keepdim=True)
-        return order[asked]
+        """Flat indices of the targets: row by row, group 1 before group 0, then by position."""
+        key = torch.where(self.targets, (~self.groups).long(), 2)  # 0: group 1, 1: group 0, 2: no target
+        order = key.argsort(dim=1, stable=True) + torch.arange(self.shape[0])[:, None] * self.shape[1]
+        return order[torch.arange(self.shape[1]) < self.targets.sum(1, keepdim=True)]
 
-    @cached_property
-    def starts(self) -> Int[Tensor, "B 1"]:
-        """Flat index of every row's first token."""
-        rows, length = self.shape
-        return torch.arange(rows)[:, None] * length
+    def gather(self, values: Shaped[Tensor, "B _"], index: Int[Tensor, "T"]) -> Shaped[Tensor, "T"]:
+        """Return the entries of a [B, ...] field at flat indices, on the batch's device."""
+        return values.flatten()[index].to(self.device, non_blocking=True)
 
-    def gather(self, field_values: Tensor, index: Int[Tensor, "T"]) -> Tensor:
-        """Entries of a [B, L] field at flat indices, on the batch's device."""
-        return field_values.flatten()[index].to(self.device, non_blocking=True)
-
-    def by_row(self, values: Float[Tensor, "Q"]) -> Float[Tensor, "B"]:
-        """Weighted sum over the targets of every row."""
+    def row_sums(self, values: Float[Tensor, "Q"]) -> Float[Tensor, "B"]:
+        """Sum values of the targets, in the order of `target_index` and weighted, over every row."""
         # float64: added one by one in float32, a thousand equal terms drift by 1e-5.
         weighted = values.double() * self.gather(self.weights, self.target_index)
         rows = (self.target_index // self.shape[1]).to(self.device, non_blocking=True)
@@ -76,24 +92,33 @@ class Batch:
 
 @dataclass
 class State:
-    """What a model remembers of rows that are being sampled or scored.
+    """What a model knows of the rows that are being sampled or scored.
 
     Attributes:
-        tokens, positions: [B, capacity] known tokens of every row, in the order they came.
-        lengths: known tokens of every row, host integers.
-        refresh_every: predictions from one full encoding to the next.
+        tokens: [B, capacity] known tokens of every row, in the order in which they were added.
+        positions: [B, capacity] their positions.
+        lengths: number of known tokens of every row, host integers.
+        condition: [B] class labels, or None.
         memory: what the model keeps from one prediction to the next, if anything.
+        refresh_every: predictions from one full encoding to the next.
     """
 
     tokens: Int[Tensor, "B capacity"]
     positions: Int[Tensor, "B capacity"]
     lengths: list[int]
-    condition: Int[Tensor, "B"] | None = None
+    condition: Labels = None
     memory: Any = None
     refresh_every: int = 1
 
-    def asked(self, lengths: Sequence[int]) -> tuple["State", list[int]]:
-        """The rows of which something is asked, without their memory, and how much is asked of each."""
+    def active(self, lengths: Sequence[int]) -> tuple["State", list[int]]:
+        """Select the rows that a prediction is needed of.
+
+        Args:
+            lengths: number of positions to predict in every row.
+
+        Returns:
+            A state of the rows with at least one position, without their memory, and their `lengths`.
+        """
         rows = [row for row, count in enumerate(lengths) if count]
         if len(rows) == len(lengths):
             return self, list(lengths)
@@ -103,52 +128,42 @@ class State:
         return state, [lengths[row] for row in rows]
 
     def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
-        """Known tokens and their positions, packed row after row."""
+        """Return the known tokens and their positions, packed row after row."""
         tokens, positions = packed(self.lengths, self.tokens, self.positions)
         return tokens, positions
 
 
-def packed(lengths: Sequence[int], *fields: Tensor) -> tuple[Tensor, ...]:
-    """The first `lengths[b]` entries of row b of every [B, stride, ...] tensor, row after row."""
-    count = max(lengths, default=0)
-    if all(length == count for length in lengths):
-        return tuple(field[:, :count].flatten(0, 1) for field in fields)
-    index = flat_index(lengths, [0] * len(lengths), fields[0].shape[1]).to(fields[0].device)
-    return tuple(field.flatten(0, 1)[index] for field in fields)
-
-
-def flat_index(lengths: Sequence[int], starts: Sequence[int], stride: int) -> Int[Tensor, "T"]:
-    """Flat indices of `lengths[b]` consecutive entries from `starts[b]` in row b of a [B, stride] tensor."""
-    counts = torch.tensor(lengths, dtype=torch.int64)
-    first = torch.arange(len(counts)) * stride + torch.tensor(starts, dtype=torch.int64)
-    within = torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return torch.repeat_interleave(first, counts) + within
+def packed(lengths: Sequence[int], *fields: Shaped[Tensor, "B _ *rest"]) -> list[Shaped[Tensor, "T *rest"]]:
+    """Return the first `lengths[b]` entries of row b of every field, packed row after row."""
+    append = CacheAppend([0] * len(lengths), lengths, fields[0].shape[1], fields[0].device)
+    return [append.take(values) for values in fields]
 
 
 class Denoiser(nn.Module, ABC):
-    """A model that predicts tokens at asked positions from known tokens.
+    """A model that predicts tokens at given positions from known tokens.
 
-    Training calls the module: `forward(batch)` gives every row's weighted sum of cross-entropies. Inference
-    is stateful: `open` rows, `extend` them with known tokens, ask for `hidden` vectors at positions, and turn
-    chunks of those into logits with `head`. Positions count tokens, BOS included where the data has one.
+    Training calls the module: `forward(batch)` returns every row's weighted sum of cross-entropies. Inference is
+    stateful: `open` rows, `extend` them with known tokens, compute `hidden` vectors at positions, and map chunks
+    of those to logits with `head`. Positions count tokens, BOS included where the data has one.
 
-    Class labels (`condition`) are 0..C-1 for a model with C classes, and C or None for "no class". Registers
-    are vectors that blocks may use as scratch space: they lie in front of every row and move its tokens'
-    positions up by their number, inside the model only.
+    Class labels (`condition`) are 0 to C - 1 for a model with C classes, and C or None for "no class". Registers
+    are vectors that blocks may use as scratch space: they lie before every row's tokens and shift the positions
+    of these by their number, inside the model only.
 
     Args:
         config: sizes, classes and registers.
-        vocab_size: V, ids that can be predicted.
+        vocab_size: V, number of ids that can be predicted.
         length: L of the data that the model is trained on, BOS included where it has one.
-        ids: ids that the model reads: V, and whatever mask, BOS or start there is beyond.
+        ids: number of ids that the model reads: V, and the mask, BOS or start that lie beyond.
 
     Attributes:
         vocab_size: logits cover exactly these ids.
         embedding: a row for every id that is read, then one for every register.
-        both_groups: learns from the tokens of both groups in one pass, else from those of group 1.
-        reuses: can encode new tokens beside stored old ones.
-        left_to_right: predicts a row's next token only, from all before; knows no groups.
-        recompute: trade the memory of a block's activations for a second forward pass in training.
+        both_groups: the model learns from the tokens of both groups in one pass, else from those of group 1.
+        reuses: the model can encode new tokens beside stored old ones.
+        left_to_right: the model predicts only the next token of a row, from all before; it has no groups.
+        recompute: in training, do not keep the activations of blocks but compute them again for the backward
+            pass.
     """
 
     both_groups: bool = False
@@ -159,111 +174,220 @@ class Denoiser(nn.Module, ABC):
     def __init__(self, config: TrunkConfig, vocab_size: int, length: int, ids: int):
         super().__init__()
         self.vocab_size, self.length, self.registers = vocab_size, length, config.registers
-        self.head_size, self.conditional = config.hidden // config.heads, config.classes is not None
+        self.head_size, conditional = config.hidden // config.heads, config.classes is not None
         self.embedding = nn.Embedding(ids + config.registers, config.hidden)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.classes: nn.Embedding | None = None
         if config.classes is not None:
             self.classes = nn.Embedding(config.classes + 1, config.hidden)
             nn.init.normal_(self.classes.weight, std=0.02)
-        self.final = FinalNorm(config.hidden, self.conditional)
+        self.final = FinalNorm(config.hidden, conditional)
         self.head = Head(config.hidden, vocab_size)
 
     def register_ids(self, device: torch.device) -> Int[Tensor, "R"]:
-        """Rows of the embedding that hold the registers."""
+        """Return the rows of the embedding that hold the registers."""
         return torch.arange(self.registers, device=device) + self.embedding.num_embeddings - self.registers
 
-    def losses(self, hidden: Float[Tensor, "Q H"], batch: Batch) -> Float[Tensor, "B"]:
-        """Every row's weighted sum over its targets, from the vectors at `batch.target_index`."""
-        if batch.teaching is not None:
-            return batch.by_row(self.head(hidden, teaching=batch.teaching))
-        return batch.by_row(self.head(hidden, batch.gather(batch.tokens, batch.target_index)))
-
-    def class_vectors(self, labels: Int[Tensor, "B"] | None, rows: int) -> Float[Tensor, "B H"] | None:
-        """The vector of every row's class, "no class" where there are no labels; None without classes."""
+    def class_vectors(self, labels: Labels, rows: int) -> ClassVectors:
+        """Return the vector of every row's class, of "no class" without labels; None for a model without classes."""
         if self.classes is None:
             return None
         if labels is None:
             labels = torch.full((rows,), self.classes.num_embeddings - 1)
         return self.classes(labels.to(self.head.weight.device, non_blocking=True))
 
+    def layout(self, segments: Segments, positions: Int[Tensor, "T"]) -> Layout:
+        """Return the layout of packed tokens at `positions`, which count registers."""
+        return Layout(segments, rotary(positions, self.head_size))
+
     def run_block(self, block: nn.Module, *inputs: Any) -> Float[Tensor, "T H"]:
-        """One block of the trunk; with `recompute` its activations are made again in the backward pass."""
+        """Run one block of the trunk; with `recompute` its activations are computed again in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    @abstractmethod
+    def run_blocks(
+        self,
+        blocks: Iterable[nn.Module],
+        ids: Int[Tensor, "T"],
+        layout: Layout,
+        condition: Condition,
+        caches: Iterable[Cache | None] = repeat(None),
+        append: CacheAppend | None = None,
+    ) -> Float[Tensor, "T H"]:
+        """Embed packed ids and run them through self-attention blocks.
+
+        Args:
+            blocks: `SelfBlock`s.
+            ids: rows of the embedding.
+            layout: of the ids.
+            condition: class vectors of the ids.
+            caches: the tokens before, one cache for each block; the ids are added to them. Default: no caches.
+            append: where the ids belong in the caches.
+
+        Returns:
+            [T, H] outputs of the last block.
+        """
+        x = self.embedding(ids)
+        for block, cache in zip(blocks, caches, strict=False):
+            x = self.run_block(block, x, layout, condition, cache, append)
+        return x
+
+    def run_rows(
+        self, blocks: Iterable[nn.Module], ids: Int[Tensor, "B W"], vectors: ClassVectors
+    ) -> Float[Tensor, "B_times_W H"]:
+        """Run whole rows through self-attention blocks, each row as one segment.
+
+        Args:
+            blocks: `SelfBlock`s.
+            ids: rows of the embedding, registers first.
+            vectors: class vector of every row.
+
+        Returns:
+            [B * W, H] outputs of the last block.
+        """
+        rows, width = ids.shape
+        segments = Segments([width] * rows, ids.device)
+        layout = self.layout(segments, torch.arange(width, device=ids.device).repeat(rows))
+        return self.run_blocks(blocks, ids.flatten(), layout, Condition(vectors, segments.ids))
+
+    def empty_caches(self, layers: int, rows: int, slots: int) -> list[Cache]:
+        """Return empty caches with room for `slots` tokens in each of `rows` rows, one for each layer."""
+        weight = self.head.weight
+        shape = (rows, slots, self.embedding.embedding_dim // self.head_size, self.head_size)
+        return [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(layers)]
+
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
-        """Weighted sum over each row's targets of the cross-entropy, nats, float32."""
+        """Compute every row's loss.
+
+        Args:
+            batch: tokens, groups, targets and weights.
+
+        Returns:
+            [B] float32: the weighted sum over a row's targets of cross-entropies (nats), or of divergences from
+            a teacher.
+
+        Raises:
+            CapabilityError: class labels that the model has no vectors for, or targets that it cannot predict.
+        """
+        self.check_condition(batch.condition, batch.shape[0])
+        possible = self.both_groups or self.left_to_right or not (batch.targets & ~batch.groups).any()
+        assert possible, "a masked model predicts masked tokens only"
+        hidden = self.target_vectors(batch)
+        if batch.distill_targets is not None:
+            return batch.row_sums(self.head(hidden, distill_targets=batch.distill_targets))
+        return batch.row_sums(self.head(hidden, batch.gather(batch.tokens, batch.target_index)))
 
     @abstractmethod
+    def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:
+        """Compute the vectors that the head maps to the targets' logits.
+
+        Args:
+            batch: tokens, groups and targets; its labels fit the model.
+
+        Returns:
+            [Q, H], in the order of `batch.target_index`.
+
+        Raises:
+            CapabilityError: targets that the model cannot predict.
+        """
+
     def logits(
-        self,
-        tokens: Int[Tensor, "B L"],
-        groups: Bool[Tensor, "B L"],
-        condition: Int[Tensor, "B"] | None = None,
+        self, tokens: Int[Tensor, "B L"], groups: Bool[Tensor, "B L"], condition: Labels = None
     ) -> Float[Tensor, "B L V"]:
-        """Logits at every position from the tokens of the other group.
+        """Compute logits at every position from the tokens of the other group.
+
+        Args:
+            tokens: ids.
+            groups: True = group 1.
+            condition: class labels, or None.
+
+        Returns:
+            [B, L, V] float32.
 
         Raises:
             CapabilityError: class labels that the model has no vectors for, or a model without groups.
         """
+        self.check_condition(condition, len(tokens))
+        device = self.head.weight.device
+        every = torch.ones_like(groups, dtype=torch.bool, device="cpu")
+        batch = Batch(tokens.cpu(), groups.cpu(), every, every.float(), condition, device)
+        logits = self.head(self.target_vectors(batch))
+        out = torch.empty_like(logits)
+        out[batch.target_index.to(device)] = logits
+        return out.view(*tokens.shape, self.vocab_size)
 
     @abstractmethod
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
     ) -> Float[Tensor, "Q H"]:
-        """Vectors for the head at packed positions, `lengths[b]` of them in row b."""
-
-    def open(
-        self,
-        batch: int,
-        condition: Int[Tensor, "B"] | None = None,
-        capacity: int | None = None,
-        refresh_every: int = 1,
-    ) -> State:
-        """A state of `batch` rows that know nothing yet and have room for `capacity` tokens each.
+        """Compute vectors for the head at positions that are not known.
 
         Args:
-            refresh_every: encode all known tokens at every so many predictions, and between them only the
-                new ones, which read the stored keys and values of the old (1: exact).
+            state: rows and their known tokens.
+            positions: packed row after row.
+            lengths: number of positions in every row.
+
+        Returns:
+            [Q, H].
 
         Raises:
-            CapabilityError: class labels that the model has no vectors for, reuse where nothing is encoded.
+            CapabilityError: positions that the model cannot predict next.
+        """
+
+    def open(
+        self, batch: int, condition: Labels = None, capacity: int | None = None, refresh_every: int = 1
+    ) -> State:
+        """Return a state of rows without known tokens.
+
+        Args:
+            batch: number of rows.
+            condition: class labels, or None.
+            capacity: known tokens that a row has room for; None: L.
+            refresh_every: encode all known tokens at every so many predictions, and between them only the new
+                ones, which read the stored keys and values of the old (1: exact).
+
+        Raises:
+            CapabilityError: class labels that the model has no vectors for, or reuse by a model that encodes
+                nothing.
         """
         if refresh_every != 1 and not self.reuses:
             raise CapabilityError(
                 f"refresh_every: {refresh_every}; {type(self).__name__} keeps no encoder outputs, expected 1"
             )
         self.check_condition(condition, batch)
-        capacity = self.length if capacity is None else capacity
-        device = self.head.weight.device
-        blank = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
-        return State(blank, blank.clone(), [0] * batch, condition, refresh_every=refresh_every)
+        shape = (batch, self.length if capacity is None else capacity)
+        tokens, positions = torch.zeros(2, *shape, dtype=torch.int64, device=self.head.weight.device)
+        return State(tokens, positions, [0] * batch, condition, refresh_every=refresh_every)
 
     def extend(
         self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]
     ) -> None:
-        """Add packed known tokens, `lengths[b]` of them to row b."""
-        assert max(map(sum, zip(state.lengths, lengths, strict=True))) <= state.tokens.shape[1], (
-            "beyond capacity"
-        )
-        count, known = lengths[0], state.lengths[0]
-        if all(n == count for n in lengths) and all(n == known for n in state.lengths):
-            state.tokens[:, known : known + count] = tokens.view(len(lengths), -1)
-            state.positions[:, known : known + count] = positions.view(len(lengths), -1)
-        else:
-            index = flat_index(lengths, state.lengths, state.tokens.shape[1]).to(state.tokens.device)
-            state.tokens.view(-1)[index] = tokens
-            state.positions.view(-1)[index] = positions
-        state.lengths = [a + b for a, b in zip(state.lengths, lengths, strict=True)]
+        """Add known tokens to a state, in place.
 
-    def check_condition(self, labels: Tensor | None, rows: int) -> None:
-        """Refuse class labels that this model has no vectors for.
+        Args:
+            state: rows to extend.
+            tokens: packed row after row.
+            positions: of the tokens.
+            lengths: number of tokens in every row, 0 allowed.
 
         Raises:
-            CapabilityError: labels for a model without classes, not one a row, or outside 0..C.
+            CapabilityError: tokens that the model cannot be given next.
+        """
+        append = CacheAppend(state.lengths, lengths, state.tokens.shape[1], state.tokens.device)
+        append.put(state.tokens, tokens)
+        append.put(state.positions, positions)
+        state.lengths = append.ends
+
+    def check_condition(self, labels: Tensor | None, rows: int) -> None:
+        """Check that the model has vectors for class labels.
+
+        Args:
+            labels: class labels, or None.
+            rows: number of rows that need one.
+
+        Raises:
+            CapabilityError: labels for a model without classes, not one for each row, or outside 0 to C.
         """
         if labels is None:
             return
@@ -279,8 +403,3 @@ class Denoiser(nn.Module, ABC):
                 f"condition: label {int(wrong[0])} for {name} of {none} classes; "
                 f"expected 0 to {none - 1}, or {none} for no class"
             )
-
-
-def conditioned(vectors: Float[Tensor, "B H"] | None, rows: Int[Tensor, "T"]) -> Condition | None:
-    """Class vectors with the row that each packed token belongs to; None where there are no classes."""
-    return None if vectors is None else Condition(vectors, rows)

@@ -1,4 +1,4 @@
-"""Divergence of a student's distributions from a teacher's, never holding more than a chunk of either."""
+"""Divergence between the distributions of a student and a teacher, computed in chunks of rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ Divergence = Literal["reverse_kl", "forward_kl", "total_variation", "mse"]
 
 @dataclass(frozen=True)
 class DistillTargets:
-    """What a teacher says about a batch's targets.
+    """The teacher's predictions at a batch's targets.
 
     Attributes:
         hidden: [Q, H] the teacher's vectors, in the order of `Batch.target_index`.
-        head: turns a chunk of them into float32 logits.
-        divergence: how far from them the student is, by position.
+        head: maps a chunk of them to float32 logits.
+        divergence: the loss at every position.
     """
 
     hidden: Float[Tensor, "Q H_teacher"]
@@ -30,65 +30,84 @@ class DistillTargets:
 def divergence(
     student: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"], kind: Divergence
 ) -> Float[Tensor, "T"]:
-    """Divergence of two sets of distributions, given as logits; gradients reach whichever asks for them.
+    """Compute the divergence between two distributions in every row.
 
-    reverse_kl: KL(student || teacher), nats. forward_kl: KL(teacher || student), nats. total_variation: half
-    the sum of absolute differences. mse: mean over V of squared differences of log-probabilities.
+    Args:
+        student: logits.
+        teacher: logits; gradients reach both arguments.
+        kind: "reverse_kl" is KL(student || teacher) and "forward_kl" is KL(teacher || student), in nats;
+            "total_variation" is half the sum of absolute differences; "mse" is the mean over V of squared
+            differences of log-probabilities.
 
-    Source: arXiv 2410.21035, section 4.
+    Returns:
+        [T].
+
+    Source:
+        arXiv 2410.21035, section 4.
     """
-    ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
+    student_log, teacher_log = student.log_softmax(-1), teacher.log_softmax(-1)
     if kind == "reverse_kl":
-        return (ours.exp() * (ours - theirs)).sum(-1)
+        return (student_log.exp() * (student_log - teacher_log)).sum(-1)
     if kind == "forward_kl":
-        return (theirs.exp() * (theirs - ours)).sum(-1)
+        return (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
     if kind == "total_variation":
-        return (ours.exp() - theirs.exp()).abs().sum(-1) / 2
-    return (ours - theirs).square().mean(-1)
+        return (student_log.exp() - teacher_log.exp()).abs().sum(-1) / 2
+    return (student_log - teacher_log).square().mean(-1)
 
 
-def matched(
+def chunked_divergence(
     hidden: Float[Tensor, "T H"],
     weight: Float[Tensor, "V H"],
     bias: Float[Tensor, "V"],
-    teaching: DistillTargets,
+    targets: DistillTargets,
     chunk: int,
 ) -> Float[Tensor, "T"]:
-    """`divergence` of a linear head's rows from the teacher's, `chunk` rows at a time in both passes.
+    """Compute `divergence` of a linear head's logits from the teacher's, a chunk of rows at a time.
 
-    The backward pass makes every chunk's logits again, so memory grows with the chunk and not with the rows;
-    values and gradients are those of the direct computation. All in the tensors' own precision.
+    The backward pass computes every chunk's logits again, so memory grows with the chunk and not with the rows.
+    Values and gradients are those of the direct computation, in the tensors' own precision.
+
+    Args:
+        hidden: the student's vectors.
+        weight: of the student's head.
+        bias: of the student's head.
+        targets: the teacher's vectors for the same rows, its head and the kind of divergence.
+        chunk: rows whose logits are held together.
+
+    Returns:
+        [T].
     """
-    result: Tensor = _Matched.apply(hidden, weight, bias, teaching, chunk)
+    result: Tensor = _ChunkedDivergence.apply(hidden, weight, bias, targets, chunk)
     return result
 
 
-class _Matched(torch.autograd.Function):
+class _ChunkedDivergence(torch.autograd.Function):
+    """`chunked_divergence` with a backward pass that recomputes the logits."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, teaching: DistillTargets, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: DistillTargets, chunk: int
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.teaching, ctx.chunk = teaching, chunk
-        rows = zip(hidden.split(chunk), teaching.hidden.split(chunk), strict=True)
-        values = [
-            divergence(F.linear(x, weight, bias), teaching.head(y), teaching.divergence) for x, y in rows
-        ]
-        return torch.cat(values)
+        ctx.targets, ctx.chunk = targets, chunk
+        rows = zip(hidden.split(chunk), targets.hidden.split(chunk), strict=True)
+        return torch.cat(
+            [divergence(F.linear(x, weight, bias), targets.head(y), targets.divergence) for x, y in rows]
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        teaching, chunk = ctx.teaching, ctx.chunk
-        to_hidden, to_weight, to_bias = (torch.zeros_like(t) for t in (hidden, weight, bias))
-        parts = (x.split(chunk) for x in (hidden, to_hidden, teaching.hidden, grads[0]))
-        for x, to_x, y, upstream in zip(*parts, strict=True):
+        targets = ctx.targets
+        hidden_grad, weight_grad, bias_grad = (torch.zeros_like(t) for t in (hidden, weight, bias))
+        parts = (x.split(ctx.chunk) for x in (hidden, hidden_grad, targets.hidden, grads[0]))
+        for x, x_grad, y, upstream in zip(*parts, strict=True):
             with torch.no_grad():
-                logits, theirs = F.linear(x, weight, bias), teaching.head(y)
+                logits, teacher_logits = F.linear(x, weight, bias), targets.head(y)
             with torch.enable_grad():
-                value = divergence(logits.requires_grad_(), theirs, teaching.divergence)
-                (to_logits,) = torch.autograd.grad(value, logits, upstream)
-            to_x.copy_(to_logits @ weight)
-            to_weight.addmm_(to_logits.T, x)
-            to_bias += to_logits.sum(0)
-        return to_hidden, to_weight, to_bias, None, None
+                value = divergence(logits.requires_grad_(), teacher_logits, targets.divergence)
+                (logits_grad,) = torch.autograd.grad(value, logits, upstream)
+            x_grad.copy_(logits_grad @ weight)
+            weight_grad.addmm_(logits_grad.T, x)
+            bias_grad += logits_grad.sum(0)
+        return hidden_grad, weight_grad, bias_grad, None, None

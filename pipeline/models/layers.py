@@ -1,6 +1,7 @@
-"""Small layers that every trunk is made of: norm, modulation, rotary and sinusoidal positions, MLP, head."""
+"""Layers that all models are made of: norms, modulation, position codes, MLP and head."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,54 +10,79 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from pipeline.models.distill_loss import DistillTargets, matched
+from pipeline.models.distill_loss import DistillTargets, chunked_divergence
 
-PERIOD = 10_000.0  # longest period of rotary and sinusoidal codes
-# Entries of rows x V, by kind of device, above which logits are made in chunks of rows. A CPU's fit its caches; a
-# GPU's are so large that the head's gradient, read and written once a chunk, costs little beside the products.
-LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
+MAX_PERIOD = 10_000.0  # of rotary and sinusoidal codes
+# Largest number of logits (rows x V) that are computed together, by device type. On a CPU they fit the caches. On a
+# GPU they are so many that the head's gradient, read and written once a chunk, costs little beside the products.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
-def rows_at_once(entries: Mapping[str, int], width: int, device: torch.device) -> int:
-    """Rows of `width` entries that are made together on a device, at least one."""
+def chunk_rows(entries: Mapping[str, int], width: int, device: torch.device) -> int:
+    """Return the number of rows to compute together on a device, at least 1.
+
+    Args:
+        entries: largest number of entries that are computed together, by device type; others count as "cpu".
+        width: entries of a row.
+        device: where they are computed.
+    """
     return max(1, entries.get(device.type, entries["cpu"]) // width)
 
 
-def wide(x: Tensor) -> Tensor:
-    """The tensor in float32, or as it is in a float64 model: what sums and norms are computed in."""
+def upcast(x: Tensor) -> Tensor:
+    """Convert to float32, the precision of sums and norms; float64 stays as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _frequencies(count: int, device: torch.device) -> Float[Tensor, "count"]:
-    return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(PERIOD) / count))
+def _angles(positions: Int[Tensor, "T"], count: int) -> Float[Tensor, "T count"]:
+    """Angles of `count` frequencies at every position, in float32."""
+    steps = torch.arange(count, device=positions.device, dtype=torch.float32)
+    return positions[:, None].float() * torch.exp(steps * (-math.log(MAX_PERIOD) / count))
 
 
 def rotary(positions: Int[Tensor, "T"], size: int) -> Complex[Tensor, "T 1 half"]:
-    """Rotary position embedding for heads of `size` entries: cosine + i sine of every angle, in float32."""
-    angles = positions[:, None].float() * _frequencies(size // 2, positions.device)  # [T, D/2]
+    """Compute the rotary position code of every position for attention heads of `size` entries.
+
+    Returns:
+        [T, 1, size / 2] complex64: cosine + i sine of every angle.
+    """
+    angles = _angles(positions, size // 2)
     return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
 def rotate(x: Float[Tensor, "T N D"], code: Complex[Tensor, "T 1 half"]) -> Float[Tensor, "T N D"]:
-    """Apply a rotary code: entries 2i and 2i + 1 of a head are one complex number, turned in one pass.
+    """Apply a rotary code: entries 2i and 2i + 1 of a head are one complex number, rotated in one pass.
 
-    Released weights turn entry i with entry i + D/2; their rows are reordered when they are read
-    (`pretrained.translate`), which changes no product of queries and keys.
+    Released weights rotate entry i with entry i + D/2. Their rows are reordered when they are read
+    (`pipeline.models.released.architecture`), which changes no product of queries and keys.
 
-    Source: method.md section 2, "Block details".
+    Args:
+        x: queries or keys.
+        code: of their positions, from `rotary`.
+
+    Returns:
+        [T, N, D] in the dtype of x.
+
+    Source:
+        docs/method.md section 2, "Block details".
     """
-    numbers = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))
+    numbers = torch.view_as_complex(upcast(x).unflatten(-1, (-1, 2)))
     return torch.view_as_real(numbers * code).flatten(-2).to(x.dtype)
 
 
 def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:
-    """Sinusoidal position code, cosines then sines, in float32."""
-    angles = positions[:, None].float() * _frequencies(size // 2, positions.device)  # [T, H/2]
+    """Compute the sinusoidal position code, cosines then sines, [T, size] in float32."""
+    angles = _angles(positions, size // 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm in float32, eps 1e-5, optionally modulated: `norm(x) * (1 + scale) + shift`."""
+    """LayerNorm in float32 with eps 1e-5, optionally modulated: `norm(x) * (1 + scale) + shift`.
+
+    Args:
+        size: H.
+        bias: whether there is a bias beside the weight.
+    """
 
     def __init__(self, size: int, bias: bool = False):
         super().__init__()
@@ -69,46 +95,66 @@ class LayerNorm(nn.Module):
         shift: Float[Tensor, "H"] | Float[Tensor, "T H"] | None = None,
         scale: Float[Tensor, "H"] | Float[Tensor, "T H"] | None = None,
     ) -> Float[Tensor, "T H"]:
-        weight = wide(self.weight)
-        bias = None if self.bias is None else wide(self.bias)
-        if scale is not None and shift is not None:
-            if scale.dim() == 2:  # a vector for each token
-                normed = F.layer_norm(wide(x), weight.shape, weight, bias, 1e-5)
-                return (normed * (1 + wide(scale)) + wide(shift)).to(x.dtype)
-            # One vector for all tokens: folded, so that one kernel does it all.
-            weight = weight * (1 + wide(scale))
-            bias = wide(shift) if bias is None else bias * (1 + wide(scale)) + wide(shift)
-        return F.layer_norm(wide(x), weight.shape, weight, bias, 1e-5).to(x.dtype)
+        """Normalise every token, and modulate it if there are a shift and a scale.
+
+        Args:
+            x: tokens.
+            shift: one vector for all tokens, or one for each; None: no modulation.
+            scale: in the same form.
+
+        Returns:
+            [T, H] in the dtype of x.
+        """
+        weight = upcast(self.weight)
+        bias = None if self.bias is None else upcast(self.bias)
+        if scale is None or shift is None:
+            return F.layer_norm(upcast(x), weight.shape, weight, bias, 1e-5).to(x.dtype)
+        factor, shift = 1 + upcast(scale), upcast(shift)
+        if scale.dim() == 2:
+            normed = F.layer_norm(upcast(x), weight.shape, weight, bias, 1e-5)
+            return (normed * factor + shift).to(x.dtype)
+        # One vector for all tokens: folded into weight and bias, so that one kernel does it all.
+        bias = shift if bias is None else bias * factor + shift
+        return F.layer_norm(upcast(x), weight.shape, weight * factor, bias, 1e-5).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square in float32, eps 1e-5, with a weight and no bias."""
+    """Division by the root mean square in float32 with eps 1e-5, with a weight and no bias.
+
+    Args:
+        size: H.
+    """
 
     def __init__(self, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
-        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), 1e-5).to(x.dtype)
+        """Normalise every token, [T, H] in the dtype of x."""
+        return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), 1e-5).to(x.dtype)
+
+
+ClassVectors = Float[Tensor, "B H"] | None  # of a batch's rows; None: a model without classes
 
 
 class Condition(NamedTuple):
-    """The class vectors of a batch, and which of them each packed token goes by."""
+    """Class vectors of a batch's rows, and the row that each packed token belongs to."""
 
-    vectors: Float[Tensor, "B H"]
+    vectors: ClassVectors
     rows: Int[Tensor, "T"]
-
-    def at(self, rows: Int[Tensor, "Q"]) -> "Condition":
-        """The same vectors for other tokens."""
-        return Condition(self.vectors, rows)
 
 
 class Modulation(nn.Module):
-    """The vectors (shift, scale, gate, ...) of a block: adaLN.
+    """The vectors (shift, scale, gate, ...) of a block, as in adaLN.
 
-    Without classes they are learned constants: the released text models feed adaLN maps a constant condition,
-    which is the same function (method.md section 2). With classes they are a linear map of the class vector.
-    Both start at zero, and zero gates make every block the identity.
+    Without classes they are learned constants: the released text models feed a constant condition to their adaLN
+    maps, which is the same function (docs/method.md section 2). With classes they are a linear map of the class
+    vector. Both start at zero, and zero gates make every block the identity.
+
+    Args:
+        size: H.
+        count: number of vectors.
+        conditional: whether the model has classes.
     """
 
     def __init__(self, size: int, count: int, conditional: bool = False):
@@ -123,18 +169,20 @@ class Modulation(nn.Module):
             self.vectors = nn.Parameter(torch.zeros(count, size))
 
     def forward(self, condition: Condition | None = None) -> tuple[Tensor, ...]:
-        """`count` vectors for all tokens, each [H], or with a condition for each token, each [T, H]."""
-        assert (condition is None) == (self.map is None)
-        if condition is None or self.map is None:
+        """Return `count` vectors: each [H] for all tokens or, with class vectors, [T, H] for each token."""
+        vectors = None if condition is None else condition.vectors
+        assert (vectors is None) == (self.map is None)
+        if condition is None or vectors is None or self.map is None:
             # A copy: under ZeRO-3 the parameter's storage is gone once this forward has returned.
             return self.vectors.clone().unbind(0)
-        return F.embedding(condition.rows, self.map(condition.vectors)).chunk(self.count, dim=-1)
+        return F.embedding(condition.rows, self.map(vectors)).chunk(self.count, dim=-1)
 
 
 class GeluLinear(nn.Linear):
     """A linear map with bias, then tanh-GELU."""
 
     def forward(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+        """Map every token, [T, O]."""
         on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         if on_cpu and not torch.is_grad_enabled():
             # Product, bias and GELU in one kernel, which torch.compile would choose too, but needs a compiler for.
@@ -143,20 +191,24 @@ class GeluLinear(nn.Linear):
         return F.gelu(super().forward(x), approximate="tanh")
 
 
-class MLP(nn.Module):
-    """H -> 4H -> H with tanh-GELU and biases."""
+class MLP(nn.Sequential):
+    """H -> 4H -> H with tanh-GELU and biases.
+
+    Args:
+        size: H.
+    """
 
     def __init__(self, size: int):
-        super().__init__()
-        self.up = GeluLinear(size, 4 * size)
-        self.down = nn.Linear(4 * size, size)
-
-    def forward(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
-        return self.down(self.up(x))
+        super().__init__(OrderedDict(up=GeluLinear(size, 4 * size), down=nn.Linear(4 * size, size)))
 
 
 class FinalNorm(nn.Module):
-    """The modulated norm behind the last block, in front of the head."""
+    """The modulated norm between the last block and the head.
+
+    Args:
+        size: H.
+        conditional: whether the model has classes.
+    """
 
     def __init__(self, size: int, conditional: bool = False):
         super().__init__()
@@ -164,12 +216,17 @@ class FinalNorm(nn.Module):
         self.modulation = Modulation(size, 2, conditional)
 
     def forward(self, x: Float[Tensor, "T H"], condition: Condition | None = None) -> Float[Tensor, "T H"]:
-        shift, scale = self.modulation(condition)
-        return self.norm(x, shift, scale)
+        """Normalise and modulate every token, [T, H]."""
+        return self.norm(x, *self.modulation(condition))
 
 
 class Head(nn.Module):
-    """Projection to the vocabulary; the only place where V-wide tensors are made."""
+    """Projection to the vocabulary; the only module that makes tensors with V entries a row.
+
+    Args:
+        size: H.
+        vocab_size: V.
+    """
 
     def __init__(self, size: int, vocab_size: int):
         super().__init__()
@@ -181,20 +238,26 @@ class Head(nn.Module):
         self,
         hidden: Float[Tensor, "T H"],
         targets: Int[Tensor, "T"] | None = None,
-        teaching: DistillTargets | None = None,
+        distill_targets: DistillTargets | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, "T"]:
-        """Logits; or the loss of every row, never holding all logits.
+        """Compute logits, or the loss of every row without ever holding all logits.
 
-        The loss is the cross-entropy with `targets` in nats, or with `teaching` the divergence from a teacher.
+        Args:
+            hidden: vectors from the final norm.
+            targets: ids below V; the loss is the cross-entropy with them, in nats.
+            distill_targets: a teacher's vectors for the same rows; the loss is the divergence from the teacher.
 
         Shape:
-            hidden: [T, H]; targets: [T] ids below V. Returns float32 [T, V], or [T].
+            hidden: [T, H]; targets: [T].
+
+        Returns:
+            Logits [T, V] without targets, else losses [T]; float32.
         """
-        # float32 from here on: cross-entropies from bf16 logits are off by up to 0.25 nats.
-        x, weight, bias = wide(hidden), wide(self.weight), wide(self.bias)
-        chunk = rows_at_once(LOGITS_AT_ONCE, self.vocab_size, hidden.device)
-        if teaching is not None:
-            return matched(x, weight, bias, teaching, chunk)
+        # float32 from here on: cross-entropies from bf16 logits are wrong by up to 0.25 nats.
+        x, weight, bias = upcast(hidden), upcast(self.weight), upcast(self.bias)
+        chunk = chunk_rows(CHUNK_LOGITS, self.vocab_size, hidden.device)
+        if distill_targets is not None:
+            return chunked_divergence(x, weight, bias, distill_targets, chunk)
         if targets is None:
             return F.linear(x, weight, bias)
         options = None

@@ -8,7 +8,7 @@ value, and flash attention, which keeps no scores.
 from dataclasses import dataclass
 
 from pipeline.config.schema import ModelConfig, TrainConfig
-from pipeline.models.layers import LOGITS_AT_ONCE
+from pipeline.models.layers import CHUNK_LOGITS
 from pipeline.models.model_folder import DataFacts
 
 FLOAT32 = 4  # bytes of a value in norms, master weights, moments and logits
@@ -41,7 +41,7 @@ class Activations:
         The head holds one chunk of float32 logits where they are computed in chunks. Where all logits fit into one
         chunk they are not chunked, and log-probabilities, their gradient and the logits' gradient exist together.
         """
-        chunk = LOGITS_AT_ONCE["cuda"]
+        chunk = CHUNK_LOGITS["cuda"]
         entries = chunk if rows * self.logits > chunk else 3 * rows * self.logits
         return self.kept(rows) + max(FLOAT32 * entries, rows * self.recomputed)
 

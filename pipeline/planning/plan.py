@@ -5,7 +5,7 @@ them. Model states follow from how DeepSpeed lays them out, activations from `pi
 """
 
 from collections.abc import Mapping
-from dataclasses import astuple, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pipeline.models.flops import flops, training_work
 from pipeline.models.model_folder import DataFacts
 from pipeline.planning.gpus import GPU
 from pipeline.planning.memory import Activations, Memory, activations, states
+from pipeline.reports.tables import aligned, table_of
 
 SHARE_OF_PEAK = 0.35  # of the dense peak that a step is assumed to reach
 RESERVE = 0.9  # share of a GPU's memory that tensors can have; the rest is CUDA's and fragmentation
@@ -163,6 +164,8 @@ def report(
     counts = parameters(config, facts)
     micro_batches = -(-train.batch // (workers * train.micro_batch))
     needed_flops = step_flops(config, facts)
+    by_stage = [memory(config, facts, stage) for stage in (0, 1, 2, 3)]
+    needed = by_stage[train.zero_stage].total
     lines = [
         f"parameters   {sum(counts.values()):,} ({', '.join(f'{k} {n:,}' for k, n in counts.items() if n)})",
         f"tokens       {train.steps * train.batch * facts.length:,} in {train.steps:,} steps of {train.batch} rows "
@@ -173,26 +176,19 @@ def report(
         f"compute      {needed_flops:.3g} FLOP per step, {needed_flops * train.steps:.3g} FLOP in total",
         "",
         f"memory per GPU, GiB, {train.precision} (* is the run's ZeRO stage)",
-        "  stage  weights  gradients  optimiser    EMA  activations  total",
+        aligned(
+            table_of(
+                {"stage": f"{stage}{'*' * (stage == train.zero_stage)}"}
+                | {name: f"{value / 2**30:.2f}" for name, value in (asdict(m) | {"total": m.total}).items()}
+                for stage, m in enumerate(by_stage)
+            )
+        ),
+        "",
+        f"time on {workers} GPUs at {SHARE_OF_PEAK:.0%} of their dense {train.precision} peak",
+        aligned(table_of(_gpu_cells(config, name, gpu, needed_flops, needed) for name, gpu in gpus.items())),
+        "",
     ]
-    by_stage = [memory(config, facts, stage) for stage in (0, 1, 2, 3)]
-    for stage, parts in enumerate(by_stage):
-        mark = "*" if stage == train.zero_stage else ""
-        gib = [value / 2**30 for value in (*astuple(parts), parts.total)]
-        lines.append(
-            "{:>7}  {:7.2f}  {:9.2f}  {:9.2f}  {:5.2f}  {:11.2f}  {:.2f}".format(f"{stage}{mark}", *gib)
-        )
-    needed = by_stage[train.zero_stage].total / 2**30
-    lines += ["", f"time on {workers} GPUs at {SHARE_OF_PEAK:.0%} of their dense {train.precision} peak"]
-    for name, gpu in gpus.items():
-        rate = workers * SHARE_OF_PEAK * 1e12 * (gpu.bf16 if train.precision == "bf16" else gpu.fp32)
-        seconds = needed_flops / rate
-        fits = "fits" if needed <= RESERVE * gpu.memory else "DOES NOT FIT"
-        lines.append(
-            f"  {name:<10} {seconds:9.3g} s per step, {seconds * train.steps / 3600:9.3g} hours; "
-            f"{needed:.1f} of {gpu.memory:g} GiB: {fits}"
-        )
-    return "\n".join([*lines, "", *_resource_lines(config, available)])
+    return "\n".join([*lines, *_resource_lines(config, available)])
 
 
 def _empty_model(config: RunConfig, facts: DataFacts) -> Denoiser:
@@ -203,8 +199,23 @@ def _empty_model(config: RunConfig, facts: DataFacts) -> Denoiser:
 
 def _groups(config: RunConfig, facts: DataFacts) -> Bool[np.ndarray, "B L"]:
     """Draw the groups of some rows as training draws them."""
-    bos, settings = facts.bos is not None, config.diffusion
-    return partition.draw(config.seed, 0, _ROWS, facts.length, settings.eps, bos, settings.schedule)[1]
+    bos, shape = facts.bos is not None, (_ROWS, facts.length)
+    return partition.draw(config.diffusion, seed=config.seed, step=0, shape=shape, bos=bos).groups
+
+
+def _gpu_cells(config: RunConfig, name: str, gpu: GPU, step: float, needed: float) -> dict[str, str]:
+    """Write the time and memory of a run on GPUs of one type, from its FLOP per step and its bytes."""
+    rate = SHARE_OF_PEAK * 1e12 * (gpu.bf16 if config.train.precision == "bf16" else gpu.fp32)
+    seconds = step / (config.cluster.most * rate)
+    fits = needed <= RESERVE * gpu.memory * 2**30
+    return {
+        "GPU": name,
+        "s per step": f"{seconds:.3g}",
+        "hours": f"{seconds * config.train.steps / 3600:.3g}",
+        "GiB needed": f"{needed / 2**30:.1f}",
+        "GiB": f"{gpu.memory:g}",
+        "memory": "fits" if fits else "DOES NOT FIT",
+    }
 
 
 def _resource_lines(config: RunConfig, available: Mapping[str, float]) -> list[str]:

@@ -6,8 +6,8 @@ was run on that many GPUs.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from pipeline.config.schema import PGMConfig, RunConfig, TrainConfig
@@ -15,11 +15,11 @@ from pipeline.models.model_folder import DataFacts
 from pipeline.planning import plan
 from pipeline.planning.gpus import GPU, GPUS
 from pipeline.planning.memory import Activations, states
+from pipeline.reports.tables import markdown, table_of
 
 Stage = Literal[0, 1, 2, 3]
 
 HOP = 10e-6  # seconds of a message to the next GPU, an assumption; matters for small models on many GPUs only
-_FACTS = DataFacts(50_257, 1024, None, None)  # OpenWebText in GPT-2 tokens
 
 
 @dataclass(frozen=True)
@@ -48,52 +48,55 @@ H100 = Server("H100 80GB", GPUS["h100"], network=8 * 50)
 
 @dataclass(frozen=True)
 class Workload:
-    """What training one row costs.
-
-    Attributes:
-        parameters: number of parameters of the model.
-        row_flops: floating-point operations of a row's forward and backward pass.
-        activations: memory of a micro-batch.
-        share: of the GPU's peak rate that training reaches.
-    """
-
-    parameters: int
-    row_flops: float
-    activations: Activations
-    share: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A model of the paper, trained in bf16.
+    """What is trained, in bf16.
 
     Attributes:
         name: as shown in tables.
-        model: its architecture.
-        rows_per_second: throughput of one A100 at batch 32, as arXiv 2505.18883 reports of the authors' code.
+        parameters: number of parameters.
+        row_flops: floating-point operations of a row's forward and backward pass.
+        activations: memory of a micro-batch.
+        rows_per_second: measured throughput of one A100.
     """
 
     name: str
-    model: PGMConfig
+    parameters: int
+    row_flops: float
+    activations: Activations
     rows_per_second: float
 
-    @cached_property
-    def workload(self) -> Workload:
-        """Count parameters, operations and activations; the share follows from the reported throughput."""
-        config = RunConfig(name="scaling", model=self.model, train=TrainConfig(precision="bf16"))
-        row_flops = 3 * plan.forward_flops(config, _FACTS)
-        return Workload(
-            parameters=sum(plan.parameters(config, _FACTS).values()),
-            row_flops=row_flops,
-            activations=plan.step_activations(config, _FACTS),
-            share=self.rows_per_second * row_flops / (A100.gpu.bf16 * 1e12),
-        )
+    @property
+    def share(self) -> float:
+        """Share of a GPU's peak rate that training reaches."""
+        return self.rows_per_second * self.row_flops / (A100.gpu.bf16 * 1e12)
 
 
-PGM_8_8 = Recipe("PGM 8/8, H 768", PGMConfig(encoder_blocks=8, decoder_blocks=8, hidden=768, heads=12), 68.0)
-PGM_6_6 = Recipe(
-    "PGM 6/6, H 1024", PGMConfig(encoder_blocks=6, decoder_blocks=6, hidden=1024, heads=16), 62.9
-)
+def paper_workloads() -> tuple[Workload, Workload]:
+    """Describe PGM 8/8 and PGM 6/6, with the throughput of the authors' code at batch 32.
+
+    Source:
+        arXiv 2505.18883.
+    """
+    return (
+        _workload(
+            "PGM 8/8, H 768", PGMConfig(encoder_blocks=8, decoder_blocks=8, hidden=768, heads=12), 68.0
+        ),
+        _workload(
+            "PGM 6/6, H 1024", PGMConfig(encoder_blocks=6, decoder_blocks=6, hidden=1024, heads=16), 62.9
+        ),
+    )
+
+
+def _workload(name: str, model: PGMConfig, rows_per_second: float) -> Workload:
+    """Count parameters, operations and activations of a model on OpenWebText in GPT-2 tokens."""
+    config = RunConfig(name="scaling", model=model, train=TrainConfig(precision="bf16"))
+    facts = DataFacts(50_257, 1024, None, None)
+    return Workload(
+        name,
+        parameters=sum(plan.parameters(config, facts).values()),
+        row_flops=3 * plan.forward_flops(config, facts),
+        activations=plan.step_activations(config, facts),
+        rows_per_second=rows_per_second,
+    )
 
 
 @dataclass(frozen=True)
@@ -181,60 +184,67 @@ def break_even(workload: Workload, server: Server, gpus: int) -> float:
 
 def report() -> str:
     """Write all tables of docs/scaling.md."""
-    recipes = (PGM_8_8, PGM_6_6)
-    lines = [
-        "| Model | Parameters | TFLOP per row | Sequences/s, A100 | Share of peak | Activations, GB per row |",
-        "|---|---:|---:|---:|---:|---:|",
+    workloads = pgm_8_8, pgm_6_6 = paper_workloads()
+    models = [
+        {
+            "Model": work.name,
+            "Parameters, M": f"{work.parameters / 1e6:.1f}",
+            "TFLOP per row": f"{work.row_flops / 1e12:.2f}",
+            "Sequences/s, A100": f"{work.rows_per_second}",
+            "Share of peak": f"{work.share:.0%}",
+            "Activations, GB per row": f"{work.activations.per_row / 1e9:.2f}",
+        }
+        for work in workloads
     ]
-    for recipe in recipes:
-        work = recipe.workload
-        lines.append(
-            f"| {recipe.name} | {work.parameters / 1e6:.1f}M | {work.row_flops / 1e12:.2f} "
-            f"| {recipe.rows_per_second} | {work.share:.0%} | {work.activations.per_row / 1e9:.2f} |"
-        )
-    lines += ["", "### Rows per GPU below which communication takes longer than computing, ZeRO 1", ""]
-    lines += ["| Model | Server | 8 GPUs | 64 GPUs | 1,024 GPUs |", "|---|---|---:|---:|---:|"]
-    for recipe in recipes:
-        for server in (A100, A100_ETHERNET, H100):
-            rows = (f"{break_even(recipe.workload, server, gpus):.2g}" for gpus in (8, 64, 1024))
-            lines.append(f"| {recipe.name} | {server.name} | {' | '.join(rows)} |")
-    for recipe, server, batch, stage in _TABLES:
+    limits = [
+        {"Model": work.name, "Server": server.name}
+        | {f"{gpus:,} GPUs": f"{break_even(work, server, gpus):.2g}" for gpus in (8, 64, 1024)}
+        for work in workloads
+        for server in (A100, A100_ETHERNET, H100)
+    ]
+    blocks = [
+        markdown(table_of(models)),
+        "### Rows per GPU below which communication takes longer than computing, ZeRO 1",
+        markdown(table_of(limits)),
+    ]
+    tables: tuple[tuple[Workload, Server, int | None, Stage], ...] = (
+        (pgm_8_8, A100, 512, 1),
+        (pgm_8_8, A100, None, 1),
+        (pgm_8_8, A100, None, 3),
+        (pgm_8_8, A100_ETHERNET, 512, 1),
+        (pgm_8_8, A100_ETHERNET, None, 1),
+        (pgm_8_8, H100, 512, 1),
+        (pgm_6_6, A100, 512, 1),
+    )
+    for work, server, batch, stage in tables:
         spread = f"{batch} rows per step" if batch else "32 rows per GPU"
-        share = f"{recipe.workload.share:.0%} of the peak"
-        lines += ["", f"### {recipe.name} on {server.name}, {spread}, ZeRO {stage}, {share}", ""]
-        lines += _table(recipe.workload, server, batch, stage)
-    return "\n".join(lines)
+        blocks.append(
+            f"### {work.name} on {server.name}, {spread}, ZeRO {stage}, {work.share:.0%} of the peak"
+        )
+        blocks.append(markdown(table_of(_steps(work, server, batch, stage))))
+    return "\n\n".join(blocks)
 
 
-def _table(workload: Workload, server: Server, batch: int | None, stage: Stage) -> list[str]:
-    """Write Markdown rows for 1 to 1,024 GPUs that share a batch, or that take 32 rows each."""
-    lines = [
-        "| GPUs | Rows per GPU | Compute, ms | Communication, ms | Optimiser, ms | Step, ms | Sequences/s "
-        "| Efficiency | GB per GPU | Largest term |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
+def _steps(workload: Workload, server: Server, batch: int | None, stage: Stage) -> Iterator[dict[str, str]]:
+    """Predict steps on 1 to 1,024 GPUs that share a batch, or that take 32 rows each."""
     for gpus in (1, 4, 8, 16, 64, 128, 256, 512, 1024):
         rows = batch / gpus if batch is not None else 32.0
         if rows < 1:
             continue  # a row is not split over GPUs
         step = predict(workload, server, gpus, rows, stage)
-        lines.append(
-            f"| {gpus:,} | {rows:g} | {step.compute * 1e3:,.1f} | {step.communication * 1e3:,.1f} "
-            f"| {step.optimiser * 1e3:.1f} | {step.step * 1e3:,.1f} | {rows * gpus / step.step:,.0f} "
-            f"| {step.efficiency:.0%} | {step.memory / 1e9:.1f} | {step.largest} |"
-        )
-    return lines
+        yield {
+            "GPUs": f"{gpus:,}",
+            "Rows per GPU": f"{rows:g}",
+            "Compute, ms": f"{step.compute * 1e3:,.1f}",
+            "Communication, ms": f"{step.communication * 1e3:,.1f}",
+            "Optimiser, ms": f"{step.optimiser * 1e3:.1f}",
+            "Step, ms": f"{step.step * 1e3:,.1f}",
+            "Sequences/s": f"{rows * gpus / step.step:,.0f}",
+            "Efficiency": f"{step.efficiency:.0%}",
+            "GB per GPU": f"{step.memory / 1e9:.1f}",
+            "Largest term": step.largest,
+        }
 
-
-_TABLES: tuple[tuple[Recipe, Server, int | None, Stage], ...] = (
-    (PGM_8_8, A100, 512, 1),
-    (PGM_8_8, A100, None, 1),
-    (PGM_8_8, A100, None, 3),
-    (PGM_8_8, A100_ETHERNET, 512, 1),
-    (PGM_8_8, A100_ETHERNET, None, 1),
-    (PGM_8_8, H100, 512, 1),
-    (PGM_6_6, A100, 512, 1),
-)
 
 if __name__ == "__main__":
     print(report())  # noqa: T201

@@ -91,8 +91,8 @@ def frontier(
             line = [(speed, metrics[index]) for _, speed, metrics in values]
             panel.plot(*zip(*line, strict=True), "o-", color=color, linewidth=1.6, markersize=5, label=model)
             for (steps, _, _), point in zip(values, line, strict=True):
-                offset = {"xytext": (4, 5), "textcoords": "offset points"}
-                panel.annotate(str(steps), point, **offset, fontsize=7.5, color=color)
+                label = panel.annotate(str(steps), point, (4, 5), textcoords="offset points", fontsize=7.5)
+                label.set_color(color)
         shown = [metrics[index] for values in points.values() for _, _, metrics in values]
         _logarithmic(panel.yaxis, [*shown, *references[index : index + 1]])
         _logarithmic(panel.xaxis, speeds)
@@ -159,10 +159,11 @@ def label_right(axes: Axes, labels: Sequence[Label]) -> None:
     axes.get_ylim()  # settles the scale, which matplotlib otherwise leaves until it draws
     to_axes = axes.transData + axes.transAxes.inverted()
     floor = -1.0
-    for height, text, color in sorted((float(to_axes.transform((0, y))[1]), *rest) for y, *rest in labels):
+    heights = sorted((float(to_axes.transform((0, value))[1]), text, color) for value, text, color in labels)
+    for height, text, color in heights:
         floor = max(height, floor + _LABEL_HEIGHT)
-        style = {"color": color, "fontsize": 9, "fontweight": "normal" if color == INK else "bold"}
-        axes.text(1.015, floor, text, transform=axes.transAxes, va="center", **style)
+        label = axes.text(1.015, floor, text, transform=axes.transAxes, va="center", color=color, fontsize=9)
+        label.set_fontweight("normal" if color == INK else "bold")
 
 
 def png(figure: Figure) -> bytes:
@@ -173,7 +174,11 @@ def png(figure: Figure) -> bytes:
 
 
 def finite(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Split a history into steps and values, without those that are not finite."""
+    """Split a history into steps and values, without those that are not finite.
+
+    Args:
+        points: (step, value) by step.
+    """
     table = np.array(points, dtype=np.float64).reshape(-1, 2)
     table = table[np.abs(np.nan_to_num(table[:, 1], nan=np.inf)) < _HUGE]
     return table[:, 0], table[:, 1]

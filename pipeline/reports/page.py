@@ -20,7 +20,7 @@ HTML, MARKDOWN = "report.html", "report.md"
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """A paragraph of text."""
 
     kind: ClassVar = "text"
     text: str
@@ -36,7 +36,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG; `name` is the name of its file, without the suffix."""
+    """A picture.
+
+    Attributes:
+        name: of its file, without the suffix.
+        png: content of the file.
+        caption: below the picture.
+    """
 
     kind: ClassVar = "picture"
     name: str
@@ -59,7 +65,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Folded:
-    """A long text that is opened with a click."""
+    """A long text under a title, which opens it with a click."""
 
     kind: ClassVar = "folded"
     title: str
@@ -79,7 +85,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report."""
+    """A whole report: sections under a title."""
 
     title: str
     sections: Sequence[Section]
@@ -126,12 +132,22 @@ class Page:
 
 
 def picture(name: str, figure: Figure, caption: str) -> Picture:
-    """Make a block of a figure."""
+    """Make a block of a figure.
+
+    Args:
+        name: of the PNG file, without the suffix.
+        figure: to show.
+        caption: below the figure.
+    """
     return Picture(name, png(figure), caption)
 
 
 def excerpt(texts: Sequence[str]) -> str:
-    """Join the beginnings of the first texts, for a column."""
+    """Join the beginnings of the first texts, for a column.
+
+    Args:
+        texts: all texts.
+    """
     return "\n\n".join(text[:_EXCERPT_LENGTH] for text in texts[:_EXCERPT_TEXTS])
 
 

@@ -8,21 +8,19 @@ from matplotlib.figure import Figure
 
 _INK, _GREY = "#22262b", "#7a828c"
 _HIDDEN = 208  # grey level of tokens that are not revealed yet
+_COLUMNS = 8  # of a grid without labels
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the steps, at which a sample is shown
 
 
-def sample_grid(
-    images: UInt8[np.ndarray, "n S S 3"], labels: Sequence[int] | None = None, columns: int = 8
-) -> Figure:
+def sample_grid(images: UInt8[np.ndarray, "n S S 3"], labels: Sequence[int] | None = None) -> Figure:
     """Arrange images in a grid; with labels, in one column per class under its number.
 
     Args:
         images: of one size.
         labels: class of every image, None for unconditional samples.
-        columns: number of columns without labels.
     """
     if labels is None:
-        groups, names = [images[i::columns] for i in range(min(columns, len(images)))], [""] * columns
+        groups, names = [images[i::_COLUMNS] for i in range(min(_COLUMNS, len(images)))], [""] * _COLUMNS
     else:
         classes = list(dict.fromkeys(labels))
         groups, names = [images[np.asarray(labels) == label] for label in classes], [*map(str, classes)]

@@ -39,7 +39,12 @@ def setting_sections(config: RunConfig, manifest: Manifest) -> list[Section]:
 
 
 def metrics_section(title: str, groups: Sequence[Group]) -> Section:
-    """Show a table per group, under how it was measured."""
+    """Show a table per group, under how it was measured.
+
+    Args:
+        title: of the section.
+        groups: of metrics.
+    """
     blocks: list[Block] = []
     for group in groups:
         blocks += [Text(group.heading), Table(measure_table(group.measures))]
@@ -58,7 +63,8 @@ def paper_section(models: Mapping[str, ModelConfig], manifest: Manifest) -> Sect
         {"model": name, "in the paper": row.name, "its data": row.data, "metric": metric, "value": value}
         for name, section in models.items()
         for row in published(section, length)
-        for metric, value in row.figures.items()
+        for metric, value in row.results.items()
     ]
-    blocks = [Text(f"Source: {SOURCE}."), Table(table_of(rows))]
-    return Section("Published results", blocks if rows else [Text("The paper has no model of these sizes.")])
+    if not rows:
+        return Section("Published results", [Text("The paper has no model of these sizes.")])
+    return Section("Published results", [Text(f"Source: {SOURCE}."), Table(table_of(rows))])

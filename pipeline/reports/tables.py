@@ -10,7 +10,11 @@ _NUMBER = re.compile(r"[-+]?([\d,.]+%?|inf)|nan")
 
 
 def table_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
-    """Make a table of rows that map column names to values; values keep their types, also beside None."""
+    """Make a table of rows that map column names to values; values keep their types, also beside None.
+
+    Args:
+        rows: values by column name.
+    """
     return pd.DataFrame(list(rows), dtype=object)
 
 
@@ -28,7 +32,11 @@ def is_number(cell: str) -> bool:
 
 
 def aligned(table: pd.DataFrame) -> str:
-    """Lay a table of texts out for the terminal, indented by two spaces; numbers are right-aligned."""
+    """Lay a table of texts out for the terminal, indented by two spaces; numbers are right-aligned.
+
+    Args:
+        table: of texts.
+    """
     columns = []
     for name, numeric, cells in _columns(table):
         width = max(map(len, [name, *cells]))
@@ -37,14 +45,22 @@ def aligned(table: pd.DataFrame) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Write a table of texts in Markdown; numbers are right-aligned."""
+    """Write a table of texts in Markdown; numbers are right-aligned.
+
+    Args:
+        table: of texts.
+    """
     columns = [[name, "---:" if numeric else "---", *cells] for name, numeric, cells in _columns(table)]
     lines = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in zip(*columns, strict=True))
     return "\n".join(f"| {line} |" for line in lines)
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """Write a table as CSV in full precision; None and NaN become empty cells."""
+    """Write a table as CSV in full precision; None and NaN become empty cells.
+
+    Args:
+        table: of values.
+    """
     return table.to_csv(index=False, lineterminator="\n")
 
 

@@ -1,7 +1,6 @@
 """From hidden vectors to drawn tokens, a chunk of rows at a time."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,18 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
-from pipeline.models.layers import LOGITS_AT_ONCE, Head, rows_at_once
+from pipeline.models.layers import CHUNK_LOGITS, Head, chunk_rows
 
-# Entries of rows x V that are turned into draws together, by kind of device: 4 and 256 MiB.
-_DOUBLES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 25}
+# Largest number of logits (rows x V) that are drawn from together in float64, by device type: 4 and 256 MiB.
+_CHUNK_DOUBLES = {"cpu": 1 << 19, "cuda": 1 << 25}
 _LEAST = math.log(torch.finfo(torch.float64).tiny)
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What is done to a distribution before a token is drawn from it.
+    """Changes to a distribution before a token is drawn from it.
 
     Attributes:
         temperature: logits are divided by it.
@@ -35,11 +33,6 @@ class Filters:
     top_k: int | None = None
     top_p: float | None = None
 
-    @classmethod
-    def of(cls, settings: SamplingConfig) -> "Filters":
-        """The filters that a config names."""
-        return cls(settings.temperature, settings.top_k, settings.top_p)
-
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ConfigError(
@@ -51,12 +44,30 @@ class Filters:
             raise ConfigError(f"top_p: {self.top_p}; expected above 0 and at most 1, or None")
 
 
-class Drawn(NamedTuple):
-    """Tokens, their log-probability and the entropy of what they were drawn from (nats, float64)."""
+class Guidance(NamedTuple):
+    """Classifier-free guidance: logits become `(1 + w) log p(x | c) - w log p(x)`.
 
-    tokens: Int[Tensor, "Q"]
-    log_prob: Float[Tensor, "Q"]
-    entropy: Float[Tensor, "Q"]
+    Attributes:
+        unconditional: [Q, H] vectors of the same positions without class.
+        weight: w.
+    """
+
+    unconditional: Float[Tensor, "Q H"]
+    weight: float
+
+
+class Drawn(NamedTuple):
+    """Drawn tokens.
+
+    Attributes:
+        tokens: ids.
+        log_prob: log-probability of every token, nats, float64; empty if `certainty` was not requested.
+        entropy: entropy of the distribution that it was drawn from, nats, float64; empty as `log_prob`.
+    """
+
+    tokens: Int[Tensor, "*Q"]
+    log_prob: Float[Tensor, "*Q"]
+    entropy: Float[Tensor, "*Q"]
 
 
 def draw_tokens(
@@ -64,103 +75,71 @@ def draw_tokens(
     hidden: Float[Tensor, "Q H"],
     noise: Float[Tensor, "Q"],
     filters: Filters = Filters(),
-    unconditional: Float[Tensor, "Q H"] | None = None,
-    guidance: float = 0.0,
+    guidance: Guidance | None = None,
+    certainty: bool = False,
 ) -> Drawn:
     """Draw one token a row from softmax(head(hidden)) by inverting the cumulative distribution in float64.
 
-    Low precision makes categorical draws less diverse than the model is (method.md section 4). One uniform
-    number a token, so what a sample draws depends on its own noise only, whatever rows are beside it.
+    Low precision makes categorical draws less diverse than the model is (docs/method.md section 4). A row's token
+    depends on its own vector and its own noise only, whatever rows are beside it.
 
     Args:
-        unconditional: vectors of the same positions without class; with them logits are
-            `(1 + w) log p(x | c) - w log p(x)` for w = `guidance`, before any filter.
+        head: maps vectors to logits; tensors with V entries a row exist for a chunk of rows only.
+        hidden: vectors to draw from.
+        noise: float64 uniforms in [0, 1), one a row.
+        filters: temperature, top-k and nucleus, applied after guidance.
+        guidance: vectors without class, and the weight of guidance.
+        certainty: also compute log-probabilities and entropies, which takes several times as long.
 
     Shape:
-        hidden: [Q, H]; noise: [Q] float64 uniforms in [0, 1); returns [Q] each. V-wide tensors exist for a
-        chunk of rows only.
+        hidden: [Q, H]; noise: [Q].
+
+    Returns:
+        Tokens [Q] and, with `certainty`, their log-probabilities and entropies.
     """
-    chunks = _chunks(head, hidden, noise, filters, unconditional, guidance)
-    drawn = [_with_certainty(logits, u) for logits, u in chunks]
-    if not drawn:
-        return Drawn(noise.long(), noise, noise)
+    # The head takes as many rows as suit its product; what follows takes fewer, which stay in a CPU's cache.
+    rows, fewer = (
+        chunk_rows(entries, head.vocab_size, hidden.device) for entries in (CHUNK_LOGITS, _CHUNK_DOUBLES)
+    )
+    drawn = [Drawn(noise[:0].long(), noise[:0], noise[:0])]
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        logits = head(hidden[part])
+        if guidance is not None:
+            conditional, free = (
+                x.double().log_softmax(-1) for x in (logits, head(guidance.unconditional[part]))
+            )
+            logits = (1 + guidance.weight) * conditional - guidance.weight * free
+        for chunk, uniform in zip(logits.split(fewer), noise[part].split(fewer), strict=True):
+            drawn.append(_draw(_filtered(chunk.double(), filters), uniform, certainty))
     return Drawn(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
 
 
-def draw_ids(
-    head: Head,
-    hidden: Float[Tensor, "Q H"],
-    noise: Float[Tensor, "Q"],
-    filters: Filters = Filters(),
-    unconditional: Float[Tensor, "Q H"] | None = None,
-    guidance: float = 0.0,
-) -> Int[Tensor, "Q"]:
-    """The tokens of `draw_tokens` alone, for orders that do not ask how sure they are: several times as fast."""
-    chunks = _chunks(head, hidden, noise, filters, unconditional, guidance)
-    drawn = [_inverted(logits, u) for logits, u in chunks]
-    return torch.cat(drawn) if drawn else noise.long()
-
-
-def _chunks(
-    head: Head,
-    hidden: Float[Tensor, "Q H"],
-    noise: Float[Tensor, "Q"],
-    filters: Filters,
-    unconditional: Float[Tensor, "Q H"] | None,
-    guidance: float,
-) -> Iterator[tuple[Float[Tensor, "q V"], Float[Tensor, "q"]]]:
-    """Filtered logits in float64 and their noise, for some rows at a time.
-
-    The head takes as many rows as its product likes, and what comes after it fewer, which stay in a CPU's cache.
-    """
-    rows, fewer = (
-        rows_at_once(entries, head.vocab_size, hidden.device)
-        for entries in (LOGITS_AT_ONCE, _DOUBLES_AT_ONCE)
-    )
-    for start in range(0, len(hidden), rows):
-        part = slice(start, start + rows)
-        other = None if unconditional is None else unconditional[part]
-        logits = _guided(head, hidden[part], other, guidance)
-        for few, u in zip(logits.split(fewer), noise[part].split(fewer), strict=True):
-            doubled = few.double()
-            if filters.temperature != 1:
-                doubled = doubled / filters.temperature
-            yield _filtered(doubled, filters), u
-
-
-def _guided(
-    head: Head, hidden: Float[Tensor, "q H"], unconditional: Float[Tensor, "q H"] | None, guidance: float
-) -> Float[Tensor, "q V"]:
-    if unconditional is None:
-        return head(hidden)
-    with_class, without = (head(h).double().log_softmax(-1) for h in (hidden, unconditional))
-    return (1 + guidance) * with_class - guidance * without
-
-
-def _inverted(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"]) -> Int[Tensor, "q"]:
-    """Ids at which the cumulative distribution passes the noise, which is stretched to the sum: no division."""
+def _draw(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"], certainty: bool) -> Drawn:
+    """Draw the ids at which the cumulative distribution passes the noise."""
+    # The noise is scaled to the sum of the distribution, which needs no division.
     cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
     # `right`: the first id whose cumulative probability exceeds the noise, so never one of probability 0.
-    found = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)
-    return found.clamp(max=cumulative.shape[-1] - 1).squeeze(1)
-
-
-def _with_certainty(logits: Float[Tensor, "q V"], noise: Float[Tensor, "q"]) -> Drawn:
+    ids = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)
+    ids = ids.clamp(max=cumulative.shape[-1] - 1)
+    if not certainty:
+        return Drawn(ids.squeeze(1), noise[:0], noise[:0])
     log_prob = logits - logits.logsumexp(-1, keepdim=True)
-    tokens = _inverted(logits, noise)
-    # 0 log 0 is 0. A product with the logarithm: special.entr takes several times as long as all the rest.
+    # 0 log 0 is 0. A product with the logarithm, since special.entr takes several times as long as the rest.
     entropy = -(log_prob.exp() * log_prob.clamp(min=_LEAST)).sum(-1)
-    return Drawn(tokens, log_prob.gather(1, tokens[:, None]).squeeze(1), entropy)
+    return Drawn(ids.squeeze(1), log_prob.gather(1, ids).squeeze(1), entropy)
 
 
 def _filtered(logits: Float[Tensor, "q V"], filters: Filters) -> Float[Tensor, "q V"]:
-    """Logits with everything outside top-k and the nucleus at minus infinity."""
+    """Logits divided by the temperature, with everything outside top-k and the nucleus at minus infinity."""
+    if filters.temperature != 1:
+        logits = logits / filters.temperature
     if filters.top_k is not None and filters.top_k < logits.shape[-1]:
         smallest = logits.topk(filters.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if filters.top_p is not None and filters.top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         likely = ordered.softmax(-1)
-        outside = likely.cumsum(-1) - likely >= filters.top_p  # what stands before already reaches top_p
+        outside = likely.cumsum(-1) - likely >= filters.top_p  # the tokens before already reach top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -torch.inf)
     return logits

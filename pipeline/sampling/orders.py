@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError, did_you_mean
+from pipeline.sampling.logits import Drawn
 
 PLANNED = ("uniform", "binomial", "halton", "left_to_right")
 CHOSEN = ("confidence", "entropy")
@@ -23,11 +23,11 @@ class Order:
     """An order and its settings.
 
     Attributes:
-        name: one of `ORDERS`. uniform: a random permutation in equal parts. binomial: the MDLM posterior on a
-            grid of `steps` times. halton: a low-discrepancy order of a square grid. confidence: predict all
-            unknown tokens, keep the most likely. entropy: predict all, keep as many as are nearly independent.
-            left_to_right: ascending positions, the only order of an autoregressive model.
-        schedule: how many a step; None: arccos for confidence and halton, linear otherwise.
+        name: one of `ORDERS`. "uniform": a random permutation in equal parts. "binomial": the MDLM posterior on a
+            grid of `steps` times. "halton": a low-discrepancy order of a square grid. "confidence": predict all
+            unknown tokens and keep the most likely. "entropy": predict all and keep as many as are nearly
+            independent. "left_to_right": ascending positions, the only order of an autoregressive model.
+        schedule: how many positions each step reveals; None: arccos for confidence and halton, linear otherwise.
         gumbel: scale of the Gumbel noise on log-confidences at the first step, falling linearly to 0.
         gamma: bound, in nats, on the error of taking an entropy step's tokens as independent.
     """
@@ -37,17 +37,19 @@ class Order:
     gumbel: float = 1.0
     gamma: float = 0.1
 
-    @classmethod
-    def of(cls, settings: SamplingConfig) -> "Order":
-        """The order that a config names."""
-        return cls(settings.order, settings.schedule, settings.gumbel, settings.gamma)
-
 
 def check(order: Order, steps: int, unknown: int, length: int) -> None:
-    """Refuse an unknown order, more steps than positions to reveal, a Halton order of what is no square.
+    """Check that an order can reveal a row in a number of steps.
+
+    Args:
+        order: the order.
+        steps: number of steps.
+        unknown: positions to reveal in the row that has the most.
+        length: positions of a row, without BOS.
 
     Raises:
-        ConfigError: names the choices, or the largest number of steps.
+        ConfigError: an unknown order, fewer than 1 step or more steps than positions, or a Halton order of rows that
+            are no square grid.
     """
     name = order.name
     if name not in ORDERS:
@@ -61,12 +63,16 @@ def check(order: Order, steps: int, unknown: int, length: int) -> None:
 
 
 def step_counts(unknown: int, steps: int, schedule: Schedule) -> Int[np.ndarray, "steps"]:
-    """Positions revealed at every step, `unknown` in all.
+    """Return how many positions each step reveals.
 
-    linear: sizes that differ by at most one. arccos: one each (while they last), and the rest growing as
-    `arccos(1 - s / steps)`, so that the first steps, which know least, reveal least.
+    Args:
+        unknown: positions to reveal in all.
+        steps: number of steps.
+        schedule: "linear": counts that differ by at most one. "arccos": one each (while they last), and the rest
+            growing as `arccos(1 - s / steps)`, so that the first steps, which know least, reveal least.
 
-    Source: arXiv 2503.17076 (arccos schedule), method.md section 4.
+    Source:
+        arXiv 2503.17076 (arccos schedule); docs/method.md section 4.
     """
     if schedule == "linear" or unknown <= steps:
         return unknown // steps + (np.arange(steps) < unknown % steps)
@@ -76,16 +82,27 @@ def step_counts(unknown: int, steps: int, schedule: Schedule) -> Int[np.ndarray,
 
 
 def schedule_of(order: Order) -> Schedule:
-    """The order's schedule, or its default."""
+    """Return the schedule of an order, or the default one of its name."""
     return order.schedule or ("arccos" if order.name in ("confidence", "halton") else "linear")
 
 
 def plan(
     order: Order, unknown: Int[np.ndarray, "U"], steps: int, rng: np.random.Generator, bos: bool
 ) -> tuple[Int[np.ndarray, "U"], Int[np.ndarray, "steps"]]:
-    """One row's positions in the order of their revelation, and how many every step reveals.
+    """Plan the revelation of one row by an order of `PLANNED`.
 
-    Source: arXiv 2406.07524 (the posterior behind `binomial`), arXiv 2503.17076 (`halton`).
+    Args:
+        order: the order.
+        unknown: positions to reveal, ascending.
+        steps: number of steps.
+        rng: source of random orders.
+        bos: position 0 holds BOS.
+
+    Returns:
+        The positions in the order of their revelation, and how many each step reveals.
+
+    Source:
+        arXiv 2406.07524 (the posterior behind `binomial`); arXiv 2503.17076 (`halton`).
     """
     if order.name == "binomial":
         # A token's time of revelation is uniform under the log-linear schedule, so drawing all times at once
@@ -102,7 +119,7 @@ def plan(
 
 
 def _halton(cells: Int[np.ndarray, "U"], side: int) -> Int[np.ndarray, "U"]:
-    """The given cells of a side x side grid, in the order in which a Halton sequence first visits them."""
+    """Cells of a side x side grid, in the order in which a Halton sequence first visits them."""
     visited: dict[int, None] = {}
     wanted, index = set(cells.tolist()), 1
     while len(visited) < len(wanted):
@@ -114,7 +131,7 @@ def _halton(cells: Int[np.ndarray, "U"], side: int) -> Int[np.ndarray, "U"]:
 
 
 def _radical_inverse(index: int, base: int) -> float:
-    """Digits of `index` in `base`, mirrored behind the point."""
+    """The digits of `index` in `base`, mirrored at the decimal point."""
     value, scale = 0.0, 1.0
     while index:
         scale /= base
@@ -126,38 +143,43 @@ def _radical_inverse(index: int, base: int) -> float:
 def choose(
     order: Order,
     unknown: Bool[Tensor, "B L"],
-    log_prob: Float[Tensor, "B L"],
-    entropy: Float[Tensor, "B L"],
+    drawn: Drawn,
     gumbel: Float[Tensor, "B L"],
+    *,
     counts: Sequence[int],
     progress: float,
 ) -> Bool[Tensor, "B L"]:
-    """Which unknown positions to keep, after a prediction of all of them.
+    """Choose the positions to keep by an order of `CHOSEN`, after all unknown positions were drawn.
 
     Args:
-        log_prob: log-probability of the token drawn at every position.
-        entropy: of the prediction at every position, nats.
+        order: the order.
+        unknown: positions to choose from.
+        drawn: tokens, log-probabilities and entropies at every position, [B, L] each.
         gumbel: standard Gumbel noise.
-        counts: how many to keep in every row (confidence), or at least (entropy).
-        progress: share of the steps done.
+        counts: number of positions to keep in every row ("confidence"), or at least ("entropy").
+        progress: share of the steps that are done.
 
-    Source: arXiv 2202.04200 (confidence with annealed noise); arXiv 2505.24857, section 4 (entropy bound: of
-    the most certain positions the largest set whose entropies sum to at most gamma beyond the largest one).
+    Returns:
+        [B, L], True = kept.
+
+    Source:
+        arXiv 2202.04200 (confidence with annealed noise); arXiv 2505.24857, section 4 (entropy bound: of the most
+        certain positions the largest set whose entropies sum to at most gamma beyond the largest one).
     """
     least = torch.tensor(counts, device=unknown.device)[:, None]
-    # Rounded, so that positions of equal certainty rank by place, not by the last bit, which a batch may change.
-    log_prob, entropy = (x.mul(1e9).round() / 1e9 for x in (log_prob, entropy))
+    # Rounded, so that positions of equal certainty rank by place, not by the last bit, which the batch may change.
+    log_prob, entropy = (x.mul(1e9).round() / 1e9 for x in (drawn.log_prob, drawn.entropy))
     if order.name == "confidence":
         score = log_prob + order.gumbel * (1 - progress) * gumbel
         return _ranks(score.masked_fill(~unknown, -torch.inf)) < least
-    ranks = _ranks(-entropy.masked_fill(~unknown, torch.inf))
-    ascending = entropy.masked_fill(~unknown, torch.inf).sort(dim=1).values
+    entropy = entropy.masked_fill(~unknown, torch.inf)
+    ascending = entropy.sort(dim=1).values
     # In ascending order the largest entropy of a prefix is its last: the sum of those before bounds the error.
     before = ascending.cumsum(1) - ascending
     allowed = (before <= order.gamma).sum(1, keepdim=True)
-    return unknown & (ranks < torch.maximum(allowed, least))
+    return unknown & (_ranks(-entropy) < torch.maximum(allowed, least))
 
 
 def _ranks(score: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Place of every entry in its row, 0 for the largest."""
+    """Rank of every entry in its row, 0 for the largest."""
     return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

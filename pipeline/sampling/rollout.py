@@ -1,4 +1,4 @@
-"""Two ancestral steps of a teacher from partly hidden rows: where the targets of distillation come from."""
+"""Two ancestral steps of a teacher from partly hidden rows: the source of the targets of distillation."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,52 +13,55 @@ def roll_out(
     teacher: Denoiser,
     tokens: Int[Tensor, "B L"],
     hidden: Bool[Tensor, "B L"],
+    *,
     time: Float[Tensor, "B"],
     dt: float,
-    uniforms: Float[Tensor, "B L"],
-    noise: Float[Tensor, "B L"],
+    noise: Float[Tensor, "B 2 L"],
     condition: Int[Tensor, "B"] | None = None,
 ) -> Float[Tensor, "Q H"]:
-    """The teacher's vectors at all hidden positions, each from the step at which the position was revealed.
+    """Compute the teacher's vectors at all hidden positions, each from the step that reveals the position.
 
     The first step, from `time` to `time - dt`, reveals a hidden position with the posterior's probability
-    `(alpha(s - dt) - alpha(s)) / (1 - alpha(s)) = dt / s` of the log-linear schedule, and only those are
-    predicted and drawn. The second, from there to `time - 2 dt`, predicts all the others: those that it
-    reveals and those that stay hidden take its prediction alike, so which are which is never drawn.
+    `(alpha(s - dt) - alpha(s)) / (1 - alpha(s)) = dt / s` of the log-linear schedule, and only those are predicted
+    and drawn. The second, from there to `time - 2 dt`, predicts all others: those that it reveals and those that
+    stay hidden use its prediction alike, so which is which is never drawn.
 
     Args:
+        teacher: in eval mode.
+        tokens: ids.
         hidden: positions that the teacher does not know; it knows all others.
         time: at which the rows are hidden, at least 2 dt.
-        uniforms: in [0, 1), decide what the first step reveals.
-        noise: float64 in [0, 1), from which tokens are drawn.
+        dt: length of a step.
+        noise: float64 uniforms in [0, 1): the first of each row decide what the first step reveals, from the second
+            tokens are drawn.
+        condition: class labels, or None.
 
     Shape:
-        tokens, hidden, uniforms, noise: [B, L] on the host. Returns [Q, H], row by row, ascending positions.
+        tokens, hidden: [B, L]; time: [B]; noise: [B, 2, L]; all on the host.
 
-    Source: arXiv 2410.21035, algorithm 1, on the right time grid (method.md section 5).
+    Returns:
+        [Q, H], row by row in ascending positions.
+
+    Source:
+        arXiv 2410.21035, algorithm 1, on the correct time grid (docs/method.md section 5).
     """
     device = teacher.head.weight.device
-    first = hidden & (uniforms < dt / time[:, None])
+    first = hidden & (noise[:, 0] < dt / time[:, None])
     state = teacher.open(len(tokens), condition)
 
-    def extend(known: Bool[Tensor, "B L"], values: Int[Tensor, "T"]) -> None:
-        positions = known.nonzero(as_tuple=True)[1].to(device)
-        teacher.extend(state, values.to(device), positions, known.sum(1).tolist())
+    def locate(where: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "T"], list[int]]:
+        return where.nonzero(as_tuple=True)[1].to(device), where.sum(1).tolist()
 
-    def vectors(asked: Bool[Tensor, "B L"]) -> Float[Tensor, "q H"]:
-        positions = asked.nonzero(as_tuple=True)[1].to(device)
-        return teacher.hidden(state, positions, asked.sum(1).tolist())
-
-    extend(~hidden, tokens[~hidden])
-    parts = []
-    for asked in (first, hidden & ~first):
-        if asked.any():
-            parts.append((asked, vectors(asked)))
-        if asked is first and parts:
-            extend(first, draw_tokens(teacher.head, parts[0][1], noise[first].to(device)).tokens)
+    teacher.extend(state, tokens[~hidden].to(device), *locate(~hidden))
+    parts, rest = [], hidden & ~first
+    if first.any():
+        parts.append(teacher.hidden(state, *locate(first)))
+        drawn = draw_tokens(teacher.head, parts[0], noise[:, 1][first].to(device)).tokens
+        teacher.extend(state, drawn, *locate(first))
+    if rest.any():
+        parts.append(teacher.hidden(state, *locate(rest)))
     if not parts:
         return teacher.head.weight.new_empty(0, teacher.head.weight.shape[1])
-    found = parts[0][1].new_empty(int(hidden.sum()), parts[0][1].shape[1])
-    for asked, values in parts:
-        found[asked[hidden].to(device)] = values
-    return found
+    # The parts hold the first step's positions, then the others: sort them back by row and position.
+    order = first[hidden].long().argsort(descending=True, stable=True)
+    return torch.cat(parts)[order.argsort().to(device)]

@@ -1,340 +1,300 @@
-"""The one sampling loop: pick positions, predict only those, draw, append."""
+"""The one sampling loop: choose positions, predict only those, draw their tokens, add them to what is known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling import orders
-from pipeline.sampling.logits import Drawn, Filters, draw_ids, draw_tokens
+from pipeline.sampling.logits import Drawn, Filters, Guidance, draw_tokens
 from pipeline.sampling.orders import Order
+from pipeline.seeds import mix_seed
 
 Progress = Callable[[int, int], None]  # (steps done, steps)
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """What to sample.
+
+    Attributes:
+        num_samples: number of rows.
+        steps: number of forward passes, over which the positions are spread.
+        seed: sample i depends on (seed, i) only: its order and its noise are the same in any batch.
+        order: the name of an order, or an `Order` with its settings.
+        bos: id that stands known at position 0, or None.
+        condition: [num_samples] class labels, or None.
+        known: [num_samples, L] tokens, and where they are given; all other positions are drawn.
+        filters: temperature, top-k and nucleus.
+        guidance: weight w of classifier-free guidance at the last step, reached linearly from 0 at the first;
+            requires `condition`. The model then holds every row twice, with its class and without.
+        refresh_every: steps from one encoding of all known tokens to the next; the steps between encode only new
+            ones (PGM; 1 is exact, more is approximate).
+        indices: the index i of every sample in a longer list; None: 0 to num_samples - 1.
+    """
+
+    num_samples: int
+    steps: int
+    seed: int = 0
+    order: str | Order = "uniform"
+    bos: int | None = None
+    condition: Int[Tensor, "B"] | None = None
+    known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None
+    filters: Filters = Filters()
+    guidance: float = 0.0
+    refresh_every: int = 1
+    indices: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, settings: SamplingConfig, bos: int | None) -> "SamplingRequest":
+        """Return the request of a sampling config: its number of samples, steps, seed, order, filters and the like.
+
+        Args:
+            settings: the config.
+            bos: id that stands known at position 0, or None.
+        """
+        return cls(
+            settings.num_samples,
+            settings.steps,
+            settings.seed,
+            Order(settings.order, settings.schedule, settings.gumbel, settings.gamma),
+            bos,
+            filters=Filters(settings.temperature, settings.top_k, settings.top_p),
+            guidance=settings.guidance,
+            refresh_every=settings.refresh_every,
+        )
 
 
 @torch.inference_mode()
 def sample(
     model: Denoiser,
-    num_samples: int,
-    steps: int,
-    seed: int,
-    order: str | Order = "uniform",
-    bos: int | None = None,
-    condition: Int[Tensor, "B"] | None = None,
-    first: int | Sequence[int] = 0,
+    request: SamplingRequest,
     progress: Progress | None = None,
-    filters: Filters = Filters(),
-    known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
-    refresh_every: int = 1,
-    guidance: float = 0.0,
     revealed_at: Int[Tensor, "B L"] | None = None,
 ) -> Int[Tensor, "B L"]:
-    """Draw rows of tokens: from nothing, from BOS, or around any given tokens.
-
-    Sample i of the call depends on (seed, first + i) only, or on (seed, first[i]): its order and its noise are the
-    same in any batch.
+    """Draw rows of tokens: from nothing, from BOS, or around given tokens.
 
     Args:
         model: in eval mode.
-        steps: forward passes at most; the positions are spread over them.
-        order: a name with its default settings, or an `Order`.
-        bos: id that stands known at position 0.
-        condition: [B] class labels.
-        first: index of the first sample, for batches of a longer list; or an index for every sample.
+        request: what to sample.
         progress: called with (steps done, steps) after every step.
-        known: tokens and where they are given; all other positions are drawn.
-        refresh_every: encode known tokens anew at every so many steps, and between them only new ones (PGM;
-            1 is exact, more is approximate).
-        guidance: w of classifier-free guidance at the last step, reached linearly from 0 at the first; needs
-            `condition`. Every row is then in the model twice, with its class and without, in the same calls.
         revealed_at: filled with the step at which every position was drawn, from 1; 0 for given ones.
 
-    Shape:
-        Returns [num_samples, L] ids, BOS included.
+    Returns:
+        [num_samples, L] ids, BOS included, on the model's device.
 
     Raises:
-        ConfigError: unknown order, or more steps than positions.
+        ConfigError: an unknown order, more steps than positions, or guidance without labels.
         CapabilityError: class labels that the model has no vectors for, or an order that it cannot follow.
 
-    Source: method.md section 4; arXiv 2207.12598 (guidance).
+    Source:
+        docs/method.md section 4; arXiv 2207.12598 (guidance).
     """
-    order = Order(order) if isinstance(order, str) else order
-    device, length = model.head.weight.device, model.length
-    tokens = torch.zeros(num_samples, length, dtype=torch.int64)
-    given = torch.zeros(num_samples, length, dtype=torch.bool)
-    if known is not None:
-        given = given | known[1].cpu()
-        tokens = torch.where(given, known[0].cpu(), tokens)
-    if bos is not None:
-        tokens[:, 0], given[:, 0] = bos, True
-    unknown = [np.flatnonzero(row) for row in (~given).numpy()]
-    orders.check(order, steps, max(map(len, unknown), default=0), length - (bos is not None))
-    index = range(first, first + num_samples) if isinstance(first, int) else first
-    generators = [np.random.default_rng([seed, i]) for _, i in zip(range(num_samples), index, strict=True)]
-
-    held = _Rows(model, num_samples, condition, refresh_every, guidance, filters)
-    if given.any():
-        rows, positions = (index.to(device) for index in given.nonzero(as_tuple=True))
-        tokens = tokens.to(device)
-        held.extend(tokens[rows, positions], positions, given.sum(1).tolist())
-    tokens = tokens.to(device)
-    if order.name in orders.PLANNED:
-        plans = [
-            orders.plan(order, places, steps, rng, bos is not None)
-            for places, rng in zip(unknown, generators, strict=True)
-        ]
-        when = _follow(held, tokens, plans, generators, progress)
-    else:
-        when = _choose(held, tokens, ~given.to(device), steps, order, generators, progress)
+    rows = _Rows(model, request)
+    steps = rows.follow() if rows.order.name in orders.PLANNED else rows.choose()
+    for done, _ in enumerate(steps, 1):
+        if progress is not None:
+            progress(done, request.steps)
     if revealed_at is not None:
-        revealed_at.copy_(when)
-    return tokens
+        revealed_at.copy_(rows.revealed_at)
+    return rows.tokens
 
 
 class _Rows:
-    """The rows being sampled as the model holds them: once, or under guidance with class and without."""
+    """Rows that are being sampled, and the model's state of them.
 
-    def __init__(
-        self,
-        model: Denoiser,
-        count: int,
-        condition: Int[Tensor, "B"] | None,
-        refresh_every: int,
-        guidance: float,
-        filters: Filters,
-    ):
-        self._model, self._filters, self._guidance = model, filters, guidance
-        if guidance:
+    Attributes:
+        order: the order of the request.
+        tokens: [B, L] tokens so far, 0 where unknown, on the model's device.
+        revealed_at: [B, L] the step at which every position is drawn, from 1.
+    """
+
+    def __init__(self, model: Denoiser, request: SamplingRequest):
+        self._model, self._request = model, request
+        self.order = Order(request.order) if isinstance(request.order, str) else request.order
+        rows, device = request.num_samples, model.head.weight.device
+        tokens = torch.zeros(rows, model.length, dtype=torch.int64)
+        given = torch.zeros(rows, model.length, dtype=torch.bool)
+        if request.known is not None:
+            given = given | request.known[1].cpu()
+            tokens = torch.where(given, request.known[0].cpu(), tokens)
+        if request.bos is not None:
+            tokens[:, 0], given[:, 0] = request.bos, True
+        most, length = int((~given).sum(1).max()) if rows else 0, model.length - (request.bos is not None)
+        orders.check(self.order, request.steps, most, length)
+        indices = range(rows) if request.indices is None else request.indices
+        assert len(indices) == rows, (len(indices), rows)
+        self._generators = [np.random.default_rng([request.seed, index]) for index in indices]
+        condition = request.condition
+        self._copies = 2 if request.guidance else 1  # with class, and without
+        if request.guidance:
             if condition is None or model.classes is None:
                 raise ConfigError(
-                    f"guidance: {guidance} without class labels; expected labels, or guidance 0"
+                    f"guidance: {request.guidance} without class labels; expected labels, or guidance 0"
                 )
-            none = torch.full_like(condition, model.classes.num_embeddings - 1)
-            condition = torch.cat([condition, none])
-        self._copies = 2 if guidance else 1
-        self._state = model.open(self._copies * count, condition, model.length, refresh_every)
+            condition = torch.cat([condition, torch.full_like(condition, model.classes.num_embeddings - 1)])
+        self._state = model.open(self._copies * rows, condition, model.length, request.refresh_every)
+        self._unknown, self.tokens = ~given, tokens.to(device)
+        self.revealed_at = torch.zeros_like(tokens)
+        if given.any():
+            positions = given.nonzero(as_tuple=True)[1]
+            self._extend(tokens[given].to(device), positions.to(device), given.sum(1).tolist())
 
-    def extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
-        """Make packed tokens known, `lengths[b]` of them in row b."""
+    def follow(self) -> Iterator[None]:
+        """Reveal by plans that are made before the first step; yields after every step.
+
+        Rows may reveal different numbers of tokens. No loop over rows runs after the plans are made.
+        """
+        (rows, length), steps, device = self.tokens.shape, self._request.steps, self.tokens.device
+        bos = self._request.bos is not None
+        plans = [
+            orders.plan(self.order, np.flatnonzero(unknown), steps, rng, bos)
+            for unknown, rng in zip(self._unknown.numpy(), self._generators, strict=True)
+        ]
+        noise = np.stack([rng.random(length) for rng in self._generators]).ravel()
+        counts = np.stack([count for _, count in plans], axis=1)  # [steps, B]
+        # The positions of all rows, sorted by step and then by row: every step takes the next few.
+        step_of = np.concatenate([np.repeat(np.arange(steps), count) for _, count in plans])
+        by_step = step_of.argsort(kind="stable")
+        position = np.concatenate([sequence for sequence, _ in plans])[by_step]
+        cell = np.repeat(np.arange(rows), counts.sum(0))[by_step] * length + position
+        self.revealed_at.view(-1)[cell] = torch.from_numpy(step_of[by_step] + 1)
+        fields = [torch.from_numpy(x).to(device) for x in (position, cell, noise[cell])]
+        parts = zip(*(x.split(counts.sum(1).tolist()) for x in fields), strict=True)
+        for step, (lengths, (places, cells, uniform)) in enumerate(zip(counts.tolist(), parts, strict=True)):
+            if any(lengths):  # a step in which no row reveals anything is not run
+                drawn = self._draw(places, lengths, uniform, step).tokens
+                self.tokens.view(-1)[cells] = drawn
+                self._extend(drawn, places, lengths)
+            yield
+
+    def choose(self) -> Iterator[None]:
+        """Predict all unknown positions at every step and keep some of them; yields after every step."""
+        steps, device, length = self._request.steps, self.tokens.device, self.tokens.shape[1]
+        unknown, schedule = self._unknown.to(device), orders.schedule_of(self.order)
+        self.revealed_at = torch.zeros_like(self.tokens)
+        remaining = unknown.sum(1).tolist()
+        counts = [orders.step_counts(n, steps, schedule) for n in remaining]
+        for step in range(steps):
+            if any(remaining):
+                row, position = unknown.nonzero(as_tuple=True)
+                noise = np.stack([rng.random((2, length)) for rng in self._generators])  # [B, 2, L]
+                uniform, other = torch.from_numpy(noise).to(device).unbind(1)
+                gumbel = -(-other.clamp(min=1e-300).log()).log()
+                drawn = self._draw(position, remaining, uniform[row, position], step, certainty=True)
+                canvas = Drawn(
+                    *(torch.zeros_like(unknown, dtype=x.dtype).masked_scatter(unknown, x) for x in drawn)
+                )
+                # Confidence keeps to the schedule; entropy may be ahead of it, but must end with it.
+                least = [max(0, n - int(c[step + 1 :].sum())) for n, c in zip(remaining, counts, strict=True)]
+                keep = orders.choose(self.order, unknown, canvas, gumbel, counts=least, progress=step / steps)
+                kept = keep.sum(1).tolist()
+                self.tokens[keep] = canvas.tokens[keep]
+                self.revealed_at[keep] = step + 1
+                self._extend(self.tokens[keep], keep.nonzero(as_tuple=True)[1], kept)
+                unknown = unknown & ~keep
+                remaining = [n - k for n, k in zip(remaining, kept, strict=True)]
+            yield
+
+    def _extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
+        """Give the model packed tokens, `lengths[b]` of them in row b."""
         copies = self._copies
         self._model.extend(
             self._state, tokens.repeat(copies), positions.repeat(copies), list(lengths) * copies
         )
 
-    def draw(
+    def _draw(
         self,
         positions: Int[Tensor, "Q"],
         lengths: Sequence[int],
         noise: Float[Tensor, "Q"],
-        progress: float,
+        step: int,
+        certainty: bool = False,
     ) -> Drawn:
-        """Tokens at packed positions, after a share `progress` of the steps, and how sure the model is."""
-        hidden, other = self._hidden(positions, lengths)
-        return draw_tokens(self._model.head, hidden, noise, self._filters, other, progress * self._guidance)
-
-    def draw_ids(
-        self,
-        positions: Int[Tensor, "Q"],
-        lengths: Sequence[int],
-        noise: Float[Tensor, "Q"],
-        progress: float,
-    ) -> Int[Tensor, "Q"]:
-        """The tokens of `draw` alone."""
-        hidden, other = self._hidden(positions, lengths)
-        return draw_ids(self._model.head, hidden, noise, self._filters, other, progress * self._guidance)
-
-    def _hidden(
-        self, positions: Int[Tensor, "Q"], lengths: Sequence[int]
-    ) -> tuple[Float[Tensor, "Q H"], Float[Tensor, "Q H"] | None]:
-        """Vectors with class, and under guidance those without."""
-        copies = self._copies
+        """Draw tokens at packed positions, `lengths[b]` of them in row b."""
+        request, copies, guidance = self._request, self._copies, None
         hidden = self._model.hidden(self._state, positions.repeat(copies), list(lengths) * copies)
-        own, *without = hidden.chunk(copies)
-        return own, without[0] if without else None
-
-
-def _follow(
-    rows: _Rows,
-    tokens: Int[Tensor, "B L"],
-    plans: list[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "steps"]]],
-    generators: list[np.random.Generator],
-    progress: Progress | None,
-) -> Int[Tensor, "B L"]:
-    """Reveal by plans that were made before the first step; ragged, and without a loop over rows."""
-    batch, length = tokens.shape
-    noise = np.stack([rng.random(length) for rng in generators]).ravel()
-    counts = np.stack([count for _, count in plans], axis=1)  # [steps, B]
-    # All rows' positions, sorted by step and in it by row: every step takes the next few.
-    when = np.concatenate([np.repeat(np.arange(len(count)), count) for _, count in plans])
-    by_step = when.argsort(kind="stable")
-    position = np.concatenate([sequence for sequence, _ in plans])[by_step]
-    cell = np.repeat(np.arange(batch), counts.sum(0))[by_step] * length + position
-    revealed_at = np.zeros(batch * length, dtype=np.int64)
-    revealed_at[cell] = when[by_step] + 1
-    places = (torch.from_numpy(x).to(tokens.device) for x in (position, cell, noise[cell]))
-    parts = zip(*(x.split(counts.sum(1).tolist()) for x in places), strict=True)
-    for step, (lengths, (position, cell, uniform)) in enumerate(zip(counts.tolist(), parts, strict=True)):
-        if any(lengths):  # a step in which no row reveals anything is not run
-            done = step / max(len(counts) - 1, 1)
-            drawn = rows.draw_ids(position, lengths, uniform, done)
-            tokens.view(-1)[cell] = drawn
-            rows.extend(drawn, position, lengths)
-        if progress is not None:
-            progress(step + 1, len(counts))
-    return torch.from_numpy(revealed_at).view(batch, length)
-
-
-def _choose(
-    rows: _Rows,
-    tokens: Int[Tensor, "B L"],
-    unknown: Bool[Tensor, "B L"],
-    steps: int,
-    order: Order,
-    generators: list[np.random.Generator],
-    progress: Progress | None,
-) -> Int[Tensor, "B L"]:
-    """Predict all unknown positions at every step and keep some of them."""
-    schedule = orders.schedule_of(order)
-    left = unknown.sum(1).tolist()
-    counts = [orders.step_counts(n, steps, schedule) for n in left]
-    revealed_at = torch.zeros_like(tokens)
-    for step in range(steps):
-        if any(left):
-            row, position = unknown.nonzero(as_tuple=True)
-            noise = _noise(generators, unknown)
-            drawn = rows.draw(position, left, noise[0][row, position], step / max(steps - 1, 1))
-            canvas = _on_canvas(drawn, unknown)
-            # Confidence keeps to the schedule; entropy may run ahead of it, but must end with it.
-            done = [int(count[: step + 1].sum()) for count in counts]
-            least = [max(0, d - int(c.sum()) + n) for d, c, n in zip(done, counts, left, strict=True)]
-            keep = orders.choose(
-                order, unknown, canvas.log_prob, canvas.entropy, noise[1], least, step / steps
-            )
-            kept = keep.sum(1).tolist()
-            tokens[keep] = canvas.tokens[keep]
-            revealed_at[keep] = step + 1
-            rows.extend(tokens[keep], keep.nonzero(as_tuple=True)[1], kept)
-            unknown = unknown & ~keep
-            left = [n - k for n, k in zip(left, kept, strict=True)]
-        if progress is not None:
-            progress(step + 1, steps)
-    return revealed_at
-
-
-def _noise(
-    generators: list[np.random.Generator], like: Tensor
-) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
-    """A step's uniforms and Gumbel noise, each row's from its own generator."""
-    drawn = np.stack([rng.random((2, like.shape[1])) for rng in generators])  # [B, 2, L]
-    uniform, other = torch.from_numpy(drawn).to(like.device).unbind(1)
-    return uniform, -(-other.clamp(min=1e-300).log()).log()
-
-
-def _on_canvas(drawn: Drawn, unknown: Bool[Tensor, "B L"]) -> Drawn:
-    """Packed values back at their positions, 0 elsewhere."""
-    return Drawn(*(torch.zeros_like(unknown, dtype=x.dtype).masked_scatter(unknown, x) for x in drawn))
+        if copies > 1:
+            hidden, unconditional = hidden.chunk(copies)
+            guidance = Guidance(unconditional, step / max(request.steps - 1, 1) * request.guidance)
+        return draw_tokens(self._model.head, hidden, noise, request.filters, guidance, certainty)
 
 
 def sample_long(
-    model: Denoiser,
-    num_samples: int,
-    length: int,
-    stride: int,
-    steps: int,
-    seed: int,
-    order: str | Order = "uniform",
-    bos: int | None = None,
-    condition: Int[Tensor, "B"] | None = None,
-    filters: Filters = Filters(),
-    known: tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None = None,
-    stop: int | None = None,
+    model: Denoiser, request: SamplingRequest, *, length: int, stride: int, stop: int | None = None
 ) -> Int[Tensor, "B length"]:
-    """Rows of any length, window by window: the end of what is there is the next window's given beginning.
+    """Draw rows of any length, window by window: the end of a window is given at the start of the next.
 
     Args:
+        model: in eval mode.
+        request: the first window; `steps` are those of a full window, and later windows take their share.
         length: tokens of a row.
         stride: new tokens of every window after the first.
-        steps: of a full window; a window of `stride` new tokens takes its share.
-        known: given tokens of the first window.
-        stop: an id at which a row ends; it and what would follow are filled with it.
+        stop: an id at which a row ends; it and everything after it are filled with it.
+
+    Returns:
+        [num_samples, length] ids, BOS included.
 
     Raises:
         ConfigError: a stride that leaves no context, or a length below the model's.
     """
-    window, start = model.length, int(bos is not None)
+    window, start, known = model.length, int(request.bos is not None), request.known
     if not 1 <= stride < window - start:
         raise ConfigError(f"stride: {stride}; expected 1 to {window - start - 1} for windows of {window}")
     if length < window:
         raise ConfigError(f"length: {length}; expected at least the model's {window}")
     given = int(known[1].any(0).nonzero().max()) + 1 if known is not None and known[1].any() else start
-    rows = sample(model, num_samples, steps, seed, order, bos, condition, 0, None, filters, known)
-    index = 1
-    while rows.shape[1] < length and not _ended(rows, stop, given).all():
-        new = min(stride, length - rows.shape[1])
-        context = rows[:, rows.shape[1] - (window - start - new) :]
-        tokens = torch.zeros(num_samples, window, dtype=torch.int64, device=rows.device)
-        tokens[:, start : start + context.shape[1]] = context
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
-        mask[:, start : start + context.shape[1]] = True
-        share = max(1, min(new, round(steps * new / (window - start))))
-        share = new if model.left_to_right else share
-        # Other windows, other noise: the window's index is part of the seed.
-        drawn = sample(
-            model,
-            num_samples,
-            share,
-            _mixed(seed, index),
-            order,
-            bos,
-            condition,
-            0,
-            None,
-            filters,
-            (tokens, mask),
+    rows, index = sample(model, request), 0
+    while rows.shape[1] < length and not (stop is not None and _ended(rows, stop, given)[:, -1].all()):
+        new, index = min(stride, length - rows.shape[1]), index + 1
+        tokens = F.pad(rows[:, rows.shape[1] - (window - start - new) :], (start, new))
+        places = torch.arange(window, device=rows.device)
+        context = ((places >= start) & (places < window - new)).expand_as(tokens)
+        steps = (
+            new if model.left_to_right else max(1, min(new, round(request.steps * new / (window - start))))
         )
+        # Each window has its own noise: its index is part of the seed.
+        seed = mix_seed(request.seed, index)
+        drawn = sample(model, replace(request, steps=steps, seed=seed, known=(tokens, context)))
         rows = torch.cat([rows, drawn[:, window - new :]], dim=1)
-        index += 1
     if stop is None:
         return rows
-    rows = torch.where(_ended(rows, stop, given, inclusive=True), stop, rows)
-    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=stop)
+    rows = torch.where(_ended(rows, stop, given), stop, rows)
+    return F.pad(rows, (0, length - rows.shape[1]), value=stop)
 
 
-def _ended(
-    rows: Int[Tensor, "B T"], stop: int | None, given: int, inclusive: bool = False
-) -> Bool[Tensor, "B T"] | Bool[Tensor, "B"]:
-    """Which rows hold `stop` behind the given tokens; with `inclusive`, at which positions it has come."""
-    if stop is None:
-        return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+def _ended(rows: Int[Tensor, "B T"], stop: int, given: int) -> Bool[Tensor, "B T"]:
+    """Positions at and after the first `stop` behind the given tokens."""
     hits = rows.eq(stop)
     hits[:, :given] = False
-    return hits.cummax(1).values if inclusive else hits.any(1)
-
-
-def _mixed(seed: int, index: int) -> int:
-    """A seed for window `index` that no other (seed, index) shares."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+    return hits.cummax(1).values
 
 
 def ragged_known(
     prompts: Sequence[dict[int, int]], length: int
 ) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-    """`{position: token}` of every row as tokens and mask.
+    """Convert the given tokens of every row to tensors.
+
+    Args:
+        prompts: `{position: token}` of every row.
+        length: L.
+
+    Returns:
+        [B, L] tokens, 0 where none is given, and [B, L] where they are given.
 
     Raises:
         ConfigError: a position outside the row.
     """
-    tokens = torch.zeros(len(prompts), length, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        for position, token in prompt.items():
-            if not 0 <= position < length:
-                raise ConfigError(
-                    f"known: position {position}; expected 0 to {length - 1} for rows of {length}"
-                )
-            tokens[row, position], mask[row, position] = token, True
-    return tokens, mask
+    outside = [position for prompt in prompts for position in prompt if not 0 <= position < length]
+    if outside:
+        raise ConfigError(f"known: position {outside[0]}; expected 0 to {length - 1} for rows of {length}")
+    tokens = [[prompt.get(position, 0) for position in range(length)] for prompt in prompts]
+    mask = [[position in prompt for position in range(length)] for prompt in prompts]
+    return torch.tensor(tokens), torch.tensor(mask)

@@ -21,8 +21,7 @@ class Trial:
         choices: label or number by entry of the space.
         seed: of the run.
         status: how it ended.
-        step: updates done, of `steps`.
-        steps: updates of a finished trial.
+        step: number of updates done.
         curve: (step, metric) points from training, ascending.
         parameters: of the model; None where the trial left none; so are the rates.
         train_rate, sample_rate: tokens/s.
@@ -35,7 +34,6 @@ class Trial:
     seed: int
     status: Status
     step: int
-    steps: int
     curve: Sequence[tuple[int, float]] = ()
     parameters: int | None = None
     train_rate: float | None = None
@@ -50,14 +48,23 @@ class Trial:
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation; the latter is nan of a single value, both of none."""
+    """Spread of a figure over seeds.
+
+    Attributes:
+        mean: nan without a value.
+        deviation: sample standard deviation; nan with fewer than two values.
+    """
 
     mean: float
     deviation: float
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Spread":
-        """Average the values that are neither None nor infinite."""
+        """Average the values that are neither None nor infinite.
+
+        Args:
+            values: of the seeds.
+        """
         known = [value for value in values if value is not None and math.isfinite(value)]
         mean = float(np.mean(known)) if known else math.nan
         return cls(mean, float(np.std(known, ddof=1)) if len(known) > 1 else math.nan)
@@ -118,28 +125,24 @@ def rows(trials: Sequence[Trial], mode: Literal["min", "max"]) -> list[Row]:
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.variant, []).append(trial)
-    finals = {
-        name: {t.seed: t.value for t in group if t.status == "finished" and t.value is not None}
-        for name, group in groups.items()
-    }
-    first = next(iter(groups))
-    table = [
-        Row(
+    table: list[Row] = []
+    reference: dict[int, float] = {}
+    for name, group in groups.items():
+        finished = [trial for trial in group if trial.status == "finished"]
+        finals = {trial.seed: trial.value for trial in finished if trial.value is not None}
+        reference = reference if table else finals
+        pairs = [value - reference[seed] for seed, value in finals.items() if seed in reference]
+        row = Row(
             variant=name,
             choices=group[0].choices,
             trials=group,
-            metric=Spread.of([t.value for t in group if t.status == "finished"] or [t.value for t in group]),
-            difference=None
-            if name == first
-            else Spread.of(
-                [v - finals[first][seed] for seed, v in finals[name].items() if seed in finals[first]]
-            ),
-            parameters=next((t.parameters for t in group if t.parameters is not None), None),
-            train_rate=Spread.of([t.train_rate for t in group]),
-            sample_rate=Spread.of([t.sample_rate for t in group]),
+            metric=Spread.of([trial.value for trial in finished or group]),
+            difference=Spread.of(pairs) if table else None,
+            parameters=next((trial.parameters for trial in group if trial.parameters is not None), None),
+            train_rate=Spread.of([trial.train_rate for trial in group]),
+            sample_rate=Spread.of([trial.sample_rate for trial in group]),
         )
-        for name, group in groups.items()
-    ]
+        table.append(row)
 
     def rank(row: Row) -> tuple[bool, int, bool, float]:
         unknown = math.isnan(row.metric.mean)
@@ -151,7 +154,11 @@ def rows(trials: Sequence[Trial], mode: Literal["min", "max"]) -> list[Row]:
 
 
 def best(table: Sequence[Row]) -> Row | None:
-    """Return the best finished variant; where none finished, the best of those with a value; else None."""
+    """Return the best finished variant; where none finished, the best of those with a value; else None.
+
+    Args:
+        table: from `rows`.
+    """
     return next((row for row in table if not math.isnan(row.metric.mean)), None)
 
 

@@ -120,7 +120,6 @@ def _result(trial: PlannedTrial, metric: str, speeds: dict[str, tuple[int, float
         seed=trial.seed,
         status=(end or lost).status,
         step=(end or lost).step,
-        steps=trial.run.config.train.steps,
         curve=[(int(point["step"]), point[metric]) for point in read_reports(folder) if metric in point],
         parameters=parameters,
         train_rate=_train_rate(trial.run.tracking_uri, run_id) if run_id else None,

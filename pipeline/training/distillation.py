@@ -3,6 +3,7 @@
 import json
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import storage, tracking
-from pipeline.config.schema import DistillConfig, ModelConfig
+from pipeline.config.schema import DiffusionConfig, DistillConfig, ModelConfig
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import as_batch
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
@@ -140,11 +140,10 @@ def teach(
         teacher,
         torch.from_numpy(tokens.repeat(count, axis=0)),
         interleaved([hidden for hidden, _ in sides]),
-        interleaved([time for _, time in sides]),
-        dt,
-        interleaved([noise[:, side, 0] for side in range(count)]),
-        interleaved([noise[:, side, 1] for side in range(count)]),
-        None if labels is None else torch.from_numpy(labels.repeat(count)),
+        time=interleaved([time for _, time in sides]),
+        dt=dt,
+        noise=interleaved([noise[:, side] for side in range(count)]),
+        condition=None if labels is None else torch.from_numpy(labels.repeat(count)),
     )
 
 
@@ -189,7 +188,12 @@ class Distillation:
         self._dt = time_step(self._distill, done)
         rows, eps = config.train.batch, config.diffusion.eps
         t, self._groups = partition.draw(
-            config.seed, step, rows, self._length, eps, self._bos, least=2 * self._dt
+            DiffusionConfig(eps=eps),
+            seed=config.seed,
+            step=step,
+            shape=(rows, self._length),
+            bos=self._bos,
+            least=2 * self._dt,
         )
         self._sides = hidden_sides(self._groups, t, self._dt, self._distill.form, eps, self._bos)
         self._dropped = partition.draw_dropped(config.seed, step, rows, config.train.class_drop)
@@ -213,9 +217,10 @@ class Distillation:
         sides = [(hidden[index], time[index]) for hidden, time in self._sides]
         with self._engine.assembled(self._teacher):
             vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels)
-        teaching = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         weights *= present[:, None]
-        return as_batch(tokens, self._groups[index], targets, weights, labels, device, teaching)
+        batch = Batch.of_arrays(tokens, self._groups[index], targets, weights, labels=labels, device=device)
+        distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
+        return replace(batch, distill_targets=distill_targets)
 
     def _begin(self, done: int, at_its_start: bool) -> None:
         """Load the teacher of a round; at the round's first step it is the student as it is now."""

@@ -78,11 +78,11 @@ def read_averages(files: Iterable[Path]) -> dict[str, Tensor]:
     Returns:
         A flat float32 tensor for every parameter name; it ends where the first slice is missing.
     """
-    pieces = []
+    pieces: list[tuple[str, int, Tensor]] = []
     for file in files:
         for key, values in load_file(file).items():
-            name, _, offset = key.rpartition("@")
-            pieces.append((name, int(offset), values))
+            name, _, start = key.rpartition("@")
+            pieces.append((name, int(start), values))
     parts: defaultdict[str, list[Tensor]] = defaultdict(lambda: [torch.empty(0)])
     for name, offset, values in sorted(pieces, key=itemgetter(0, 1)):
         if offset == sum(part.numel() for part in parts[name]):

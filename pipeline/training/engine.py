@@ -205,7 +205,8 @@ class Engine:
             }
         if self._plain:
             return {(name, 0): p.detach().view(-1) for name, p in named}
-        optimiser, masters = self._engine.optimizer, {}  # bf16
+        optimiser = self._engine.optimizer  # bf16
+        masters: dict[int, Tensor] = {}
         for low, high in zip(optimiser.fp16_groups, optimiser.fp32_groups, strict=True):
             masters |= dict(zip(map(id, low), high, strict=True))
         return {(name, 0): masters[id(p)].detach().view(-1) for name, p in named}

@@ -25,6 +25,7 @@ from pipeline.models import build
 from pipeline.run import Run
 from pipeline.runtime.control_files import Requests
 from pipeline.runtime.session import HangWatch, Session
+from pipeline.seeds import mix_seed
 from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
@@ -143,7 +144,8 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             for part, micro in enumerate(micros):
                 if part > 0:
                     engine.step(step)  # not the last micro-batch: only moves the accumulation on
-                torch.manual_seed(_mix(config.seed, step, int(micro.index[0])))  # dropout
+                # Seeds dropout; + 1, because the index of a missing row is -1.
+                torch.manual_seed(mix_seed(config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
                 present = (micro.index >= 0) & ~np.isin(micro.index, skipped.get(step, ()))
                 part_losses.append(engine.backward(task.batch(micro, present)))
             row_losses = torch.cat(part_losses)  # [slots], of `places`
@@ -270,11 +272,6 @@ def _report_nonfinite(
         raise TrainingError(f"{message} {reason}")
     if session.rank == 0:
         log.warning("%s; going back to the last checkpoint and skipping them", message)
-
-
-def _mix(*numbers: int) -> int:
-    """Mix several numbers into a seed of a generator."""
-    return int(np.random.SeedSequence([n + 1 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _memory(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 
 from pipeline.data.reading_order import MicroBatch
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import next_token_batch, normaliser, training_batch
+from pipeline.diffusion.objective import Objective
 from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.run import Run
 
@@ -55,8 +55,10 @@ class Pretraining:
     """
 
     def __init__(self, run: Run, model: Denoiser, device: torch.device):
-        self._config, self._model, self._device = run.config, model, device
-        self._length, self._bos = run.manifest.length, run.manifest.special.bos is not None
+        config, self._device = run.config, device
+        self._config, self._length = config, run.manifest.length
+        self._bos = run.manifest.special.bos is not None
+        self._objective = Objective(config.diffusion, self._bos, model.both_groups, model.left_to_right)
 
     def facts(self) -> dict[str, Any]:
         """Return nothing: pretraining has no rounds."""
@@ -64,31 +66,20 @@ class Pretraining:
 
     def start(self, step: int) -> None:
         """Draw times, groups and dropped classes of a step; see `Task.start`."""
-        config, diffusion = self._config, self._config.diffusion
-        rows = config.train.batch
-        self._t, self._groups = partition.draw(
-            config.seed, step, rows, self._length, diffusion.eps, self._bos, diffusion.schedule
+        config, rows = self._config, self._config.train.batch
+        self._draws = partition.draw(
+            config.diffusion, seed=config.seed, step=step, shape=(rows, self._length), bos=self._bos
         )
         self._dropped = partition.draw_dropped(config.seed, step, rows, config.train.class_drop)
-        self._divisor = normaliser(self._groups, diffusion, self._model.both_groups, self._bos)
+        self._divisor = self._objective.normaliser(self._draws.groups)
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started; see `Task.batch`."""
-        index, train = micro.index, self._config.train
+        index = micro.index
         tokens, labels = np.where(present[:, None], micro.tokens, 0), None
         if self._config.model.classes is not None and micro.labels is not None:
             labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
-        if self._model.left_to_right:
-            return next_token_batch(tokens, present, train.batch, self._bos, self._device, labels)
-        return training_batch(
-            tokens,
-            self._t[index],
-            self._groups[index],
-            present,
-            self._config.diffusion,
-            self._model.both_groups,
-            self._divisor,
-            self._bos,
-            self._device,
-            labels,
+        draws = self._draws.rows(index)
+        return self._objective.batch(
+            tokens, draws, present, divisor=self._divisor, labels=labels, device=self._device
         )

@@ -16,15 +16,16 @@ from pipeline.benchmarks.dense_baseline import dense_loss, sample_every_hidden, 
 from pipeline.benchmarks.phases import PhaseTimer
 from pipeline.benchmarks.preparation import byte_level_bpe
 from pipeline.benchmarks.roofline import matmul_peak, roofline, seconds
-from pipeline.config.schema import ARConfig, MDLMConfig, ModelConfig, PGMConfig, SwapConfig
+from pipeline.config.schema import ARConfig, DiffusionConfig, MDLMConfig, ModelConfig, PGMConfig, SwapConfig
 from pipeline.data.tokenizers import load_tokenizer
-from pipeline.diffusion.objective import next_token_batch
+from pipeline.diffusion.objective import Objective
+from pipeline.diffusion.partition import StepDraws
 from pipeline.models import attention, build
 from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.models.flops import Op, flops, sampling_work, training_work
 from pipeline.models.pgm import PGM
 from pipeline.sampling.orders import step_counts
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.small_models import random_rows, randomised
 
 V, L, ROWS = 11, 16, 3
@@ -48,7 +49,10 @@ MDLMS = [
 
 def training_batch(model: Denoiser, tokens: torch.Tensor, groups: torch.Tensor) -> Batch:
     if model.left_to_right:
-        return next_token_batch(tokens.numpy(), np.ones(ROWS, bool), ROWS, False, torch.device("cpu"))
+        objective = Objective(DiffusionConfig(), bos=False, both_groups=False, left_to_right=True)
+        draws, present = StepDraws(np.ones(ROWS), groups.numpy()), np.ones(ROWS, bool)
+        divisor, cpu = objective.normaliser(draws.groups), torch.device("cpu")
+        return objective.batch(tokens.numpy(), draws, present, divisor=divisor, device=cpu)
     targets = torch.ones_like(groups) if model.both_groups else groups
     weights = torch.rand(groups.shape, generator=torch.Generator().manual_seed(1))
     return Batch(tokens, groups, targets, weights)
@@ -92,7 +96,7 @@ def test_needed_flops_of_sampling(config: PGMConfig | MDLMConfig, refresh_every:
     fused = {torch.ops.mkldnn._linear_pointwise: fused_product_flops}
     counting = FlopCounterMode(display=False, custom_mapping=fused)
     with sdpa_kernel(SDPBackend.MATH), counting as counter:
-        sample(model, ROWS, 5, 0, refresh_every=refresh_every)
+        sample(model, SamplingRequest(ROWS, 5, 0, refresh_every=refresh_every))
     counts = step_counts(L, 5, "linear").tolist()
     assert counter.get_total_flops() == flops(sampling_work(config, V, L, ROWS, counts, refresh_every))
 
@@ -130,7 +134,7 @@ def test_the_plain_samplers_draw_the_same_distribution() -> None:
     model = randomised(MDLMS[0], length=4)
     rows = 3000
     for plain, order in ((sample_every_position, "binomial"), (sample_every_hidden, "uniform")):
-        drawn = [plain(model, rows, 2, seed=1), sample(model, rows, 2, 0, order)]
+        drawn = [plain(model, rows, 2, seed=1), sample(model, SamplingRequest(rows, 2, 0, order))]
         assert all(x.shape == (rows, 4) and x.min() >= 0 and x.max() < V for x in drawn)
         ours, theirs = (torch.nn.functional.one_hot(x, V).double().mean(0) for x in drawn)
         error = ((ours * (1 - ours) + theirs * (1 - theirs)) / rows).sqrt()

@@ -10,11 +10,12 @@ import pytest
 from pipeline import storage
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import MANIFEST, Manifest, ShardFile, SpecialIds, Split, check_fits, token_dtype
-from pipeline.data.shards import ShardReader, encode_shard
+from pipeline.data.manifest import MANIFEST, Manifest, check_fits
+from pipeline.data.shards import ShardReader, encode_shard, token_dtype
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError
 from tests.support.data_helpers import SIZES, L, make_shards, write_ranks
+from tests.support.small_manifest import small_manifest, write_shard
 
 
 def fitting(manifest: Manifest) -> Manifest:
@@ -66,16 +67,8 @@ def test_labels_stand_beside_their_rows(tmp_path: Path) -> None:
 def test_rows_of_images_hold_a_bos_behind_the_mask(tmp_path: Path) -> None:
     """256 codes fit into a byte, the BOS 257 does not."""
     tokens = np.array([[257, 255, 0]], dtype="<u2")
-    data, digest = encode_shard(tokens, np.array([3]))
-    storage.publish_bytes(str(tmp_path / "train-00000.parquet"), data)
-    file = ShardFile(name="train-00000.parquet", rows=1, sha256=digest)
-    changes = {
-        "length": 3,
-        "vocabulary": 256,
-        "special": SpecialIds(eot=None, bos=257),
-        "splits": {"train": Split(files=(file,), documents=1, tokens=3, tokens_dropped=0)},
-    }
-    manifest = make_shards(tmp_path / "x", SIZES, classes=7).model_copy(update=changes)
+    file = write_shard(str(tmp_path), "train-00000.parquet", tokens, np.array([3]))
+    manifest = small_manifest([file], 3, vocabulary=256, special={"eot": None, "bos": 257}, classes=7)
     reader = ShardReader(str(tmp_path), manifest, "train")
     np.testing.assert_array_equal(reader.rows(np.array([0])), tokens)
     assert reader.rows(np.array([0])).dtype == np.uint16

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipeline.config.schema import DiffusionConfig, MDLMConfig, PGMConfig
-from pipeline.diffusion.objective import loss_weights, normaliser, training_batch
-from pipeline.diffusion.partition import draw
+from pipeline.diffusion.objective import Objective
+from pipeline.diffusion.partition import StepDraws, draw
 from pipeline.diffusion.schedule import alpha, complement, weight
 from pipeline.models.denoiser import Batch
 from tests.support.small_models import BOTH_KINDS, randomised
@@ -28,8 +28,9 @@ def batch_of(
     rows = len(groups)
     tokens = np.random.default_rng(0).integers(0, 11, groups.shape)
     present = np.ones(rows, bool) if present is None else present
-    divisor = normaliser(groups, config, both, bos)
-    return training_batch(tokens, t, groups, present, config, both, divisor, bos, CPU)
+    objective = Objective(config, bos, both)
+    divisor = objective.normaliser(groups)
+    return objective.batch(tokens, StepDraws(t, groups), present, divisor=divisor, device=CPU)
 
 
 def batch_losses(config: DiffusionConfig, draws: int, rows: int, length: int) -> np.ndarray:
@@ -55,7 +56,7 @@ def test_the_papers_time_spreads_more() -> None:
 
 @pytest.mark.parametrize("config", [MATCHED, PAPER], ids=["matched", "paper"])
 def test_a_training_batch_has_the_weights_of_those_losses(config: DiffusionConfig) -> None:
-    t, groups = draw(0, 0, 512, 1024, EPS, bos=False)
+    t, groups = draw(MATCHED, seed=0, step=0, shape=(512, 1024), bos=False)
     weights = batch_of(t, groups, config).weights.double().numpy()
     ones = groups.sum(1)
     sums = ones * weight(t) + (1024 - ones) * weight(complement(t, EPS, config.complement_time))
@@ -67,10 +68,10 @@ def test_a_training_batch_has_the_weights_of_those_losses(config: DiffusionConfi
 def test_matched_weights_are_bounded_and_the_papers_are_not() -> None:
     t = np.concatenate([np.linspace(EPS, 1, 10_001), 1 - np.logspace(-12, -3, 10)])
     for groups in (np.zeros((len(t), 2), bool), np.ones((len(t), 2), bool)):
-        assert loss_weights(t, groups, MATCHED).max() <= 1 / EPS * (1 + 1e-9)
-    late = np.array([1 - 1e-6])
-    assert loss_weights(late, np.zeros((1, 1), bool), PAPER).item() > 1e5
-    assert loss_weights(late, np.zeros((1, 1), bool), MATCHED).item() < 1 / EPS
+        assert Objective(MATCHED, False, True).weights(StepDraws(t, groups)).max() <= 1 / EPS * (1 + 1e-9)
+    late = StepDraws(np.array([1 - 1e-6]), np.zeros((1, 1), bool))
+    assert Objective(PAPER, False, True).weights(late).item() > 1e5
+    assert Objective(MATCHED, False, True).weights(late).item() < 1 / EPS
 
 
 def test_the_matched_time_hides_exactly_group_0() -> None:
@@ -97,7 +98,7 @@ def test_the_rare_side_weighs_more() -> None:
 
 
 def test_a_partition_model_learns_from_all_positions_at_half_weight() -> None:
-    t, groups = draw(0, 0, 4, 8, EPS, bos=False)
+    t, groups = draw(MATCHED, seed=0, step=0, shape=(4, 8), bos=False)
     both, masked = batch_of(t, groups, MATCHED), batch_of(t, groups, MATCHED, both=False)
     assert both.targets.all()
     assert torch.equal(masked.targets, torch.from_numpy(groups))
@@ -110,7 +111,7 @@ def test_a_partition_model_learns_from_all_positions_at_half_weight() -> None:
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize("config", [MATCHED, PAPER, UNIFORM], ids=["matched", "paper", "uniform"])
 def test_bos_is_never_a_target_and_does_not_count(both: bool, config: DiffusionConfig) -> None:
-    t, groups = draw(0, 0, 6, 9, EPS, bos=True)
+    t, groups = draw(MATCHED, seed=0, step=0, shape=(6, 9), bos=True)
     batch = batch_of(t, groups, config, both, bos=True)
     assert not batch.targets[:, 0].any()
     assert batch.weights[:, 0].eq(0).all()
@@ -120,7 +121,7 @@ def test_bos_is_never_a_target_and_does_not_count(both: bool, config: DiffusionC
 
 
 def test_uniform_weights() -> None:
-    t, groups = draw(0, 0, 4, 8, EPS, bos=False)
+    t, groups = draw(MATCHED, seed=0, step=0, shape=(4, 8), bos=False)
     assert batch_of(t, groups, UNIFORM).weights.numpy() == pytest.approx(np.full((4, 8), 0.5 / 32))
     masked = batch_of(t, groups, UNIFORM, both=False).weights.numpy()
     assert masked == pytest.approx(groups / 32)
@@ -128,7 +129,7 @@ def test_uniform_weights() -> None:
 
 @pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 def test_rows_that_are_not_present_weigh_nothing(config: PGMConfig | MDLMConfig) -> None:
-    t, groups = draw(0, 0, 4, 16, EPS, bos=False)
+    t, groups = draw(MATCHED, seed=0, step=0, shape=(4, 16), bos=False)
     present = np.array([True, False, True, False])
     both = config.kind == "pgm"
     model = randomised(config).double()
@@ -144,15 +145,14 @@ def test_rows_that_are_not_present_weigh_nothing(config: PGMConfig | MDLMConfig)
 def test_micro_batches_add_up_to_the_global_batch(config: PGMConfig | MDLMConfig) -> None:
     """Losses and gradients of parts, one of them filled up with an absent row, sum to the whole batch's."""
     both = config.kind == "pgm"
-    t, groups = draw(2, 3, 5, 16, EPS, bos=True)
+    t, groups = draw(MATCHED, seed=2, step=3, shape=(5, 16), bos=True)
     tokens = np.random.default_rng(4).integers(0, 11, (5, 16))
-    model, divisor = randomised(config).double(), normaliser(groups, MATCHED, both, bos=True)
+    model, objective = randomised(config).double(), Objective(MATCHED, True, both)
+    draws, divisor = StepDraws(t, groups), objective.normaliser(groups)
 
     def measure(rows: list[int]) -> tuple[float, list[torch.Tensor]]:
         index = np.array(rows)
-        batch = training_batch(
-            tokens[index], t[index], groups[index], index >= 0, MATCHED, both, divisor, True, CPU
-        )
+        batch = objective.batch(tokens[index], draws.rows(index), index >= 0, divisor=divisor, device=CPU)
         loss = model(batch).sum()
         return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
 

@@ -3,21 +3,23 @@
 import numpy as np
 import pytest
 
+from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.partition import draw, draw_subset, stratified
 from pipeline.diffusion.schedule import alpha
 
 EPS = 1e-3
+CONFIG = DiffusionConfig(eps=EPS)
 
 
 def test_a_draw_depends_on_seed_and_step_alone() -> None:
-    t, groups = draw(7, 11, 16, 32, EPS, bos=False)
+    t, groups = draw(CONFIG, seed=7, step=11, shape=(16, 32), bos=False)
     np.random.seed(0)
     np.random.random(5)
-    again, groups_again = draw(7, 11, 16, 32, EPS, bos=False)
+    again, groups_again = draw(CONFIG, seed=7, step=11, shape=(16, 32), bos=False)
     assert np.array_equal(t, again)
     assert np.array_equal(groups, groups_again)
     for seed, step in ((7, 12), (8, 11), (11, 7)):
-        other, other_groups = draw(seed, step, 16, 32, EPS, bos=False)
+        other, other_groups = draw(CONFIG, seed=seed, step=step, shape=(16, 32), bos=False)
         assert not np.isin(other, t).any()
         assert not np.array_equal(groups, other_groups)
 
@@ -25,7 +27,7 @@ def test_a_draw_depends_on_seed_and_step_alone() -> None:
 @pytest.mark.parametrize("batch", [1, 7, 512])
 @pytest.mark.parametrize("step", range(5))
 def test_every_stratum_of_the_global_batch_has_one_time(batch: int, step: int) -> None:
-    t, _ = draw(0, step, batch, 2, EPS, bos=False)
+    t, _ = draw(CONFIG, seed=0, step=step, shape=(batch, 2), bos=False)
     assert t.min() >= EPS
     assert t.max() <= 1
     uniform = (t - EPS) / (1 - EPS)
@@ -44,7 +46,7 @@ def test_the_offset_moves() -> None:
 
 def test_no_worker_holds_all_the_large_times() -> None:
     """Contiguous shares of the batch, as workers take them, have times like the whole batch's."""
-    times = np.stack([draw(3, step, 512, 1, EPS, bos=False)[0] for step in range(40)])
+    times = np.stack([draw(CONFIG, seed=3, step=step, shape=(512, 1), bos=False)[0] for step in range(40)])
     shares = times.reshape(40, 8, 64).mean(-1)
     assert np.abs(shares - 0.5).max() < 5 * np.sqrt(1 / 12 / 64)
     ranks = times.argsort(1)
@@ -52,7 +54,7 @@ def test_no_worker_holds_all_the_large_times() -> None:
 
 
 def test_groups_have_their_frequency() -> None:
-    t, groups = draw(1, 0, 64, 8192, EPS, bos=False)
+    t, groups = draw(CONFIG, seed=1, step=0, shape=(64, 8192), bos=False)
     hidden = 1 - alpha(t, EPS)
     deviation = (groups.mean(1) - hidden) / np.sqrt(hidden * (1 - hidden) / 8192)
     assert np.abs(deviation).max() < 4.5
@@ -61,10 +63,10 @@ def test_groups_have_their_frequency() -> None:
 
 
 def test_bos_is_in_group_0() -> None:
-    _, groups = draw(0, 0, 256, 4, EPS, bos=True)
+    _, groups = draw(CONFIG, seed=0, step=0, shape=(256, 4), bos=True)
     assert not groups[:, 0].any()
     assert groups[:, 1:].mean() > 0.4
-    _, groups = draw(0, 0, 256, 4, EPS, bos=False)
+    _, groups = draw(CONFIG, seed=0, step=0, shape=(256, 4), bos=False)
     assert groups[:, 0].mean() > 0.4
 
 

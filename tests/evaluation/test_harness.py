@@ -13,7 +13,7 @@ import jobs.harness
 from pipeline.config.schema import ARConfig, DiffusionConfig, MDLMConfig, ModelConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import normaliser, training_batch
+from pipeline.diffusion.objective import Objective
 from pipeline.metrics.continuations import score_continuations
 from pipeline.models import build, model_folder
 from pipeline.models.denoiser import Denoiser
@@ -41,13 +41,13 @@ def trained_on_repeats(steps: int = 150) -> Denoiser:
     rng, config = np.random.default_rng(0), DiffusionConfig(loss_weight="uniform")
     model = build(PGM, 257, L)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
-    present = np.ones(16, bool)
+    objective, present = Objective(config, bos=False, both_groups=True), np.ones(16, bool)
     for step in range(steps):
         letters = rng.choice(np.frombuffer(LETTERS.encode(), np.uint8), 16)
         tokens = np.repeat(letters[:, None], L, 1).astype(np.int64)
-        t, groups = partition.draw(0, step, 16, L, config.eps, bos=False)
-        divisor = normaliser(groups, config, True, False)
-        batch = training_batch(tokens, t, groups, present, config, True, divisor, False, torch.device("cpu"))
+        draws = partition.draw(config, seed=0, step=step, shape=(16, L), bos=False)
+        divisor = objective.normaliser(draws.groups)
+        batch = objective.batch(tokens, draws, present, divisor=divisor, device=torch.device("cpu"))
         model(batch).sum().backward()
         optimiser.step()
         optimiser.zero_grad()

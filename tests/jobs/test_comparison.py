@@ -20,7 +20,7 @@ from pipeline.metrics.ngram import bigram_perplexity
 from pipeline.metrics.text import unigram_entropy
 from pipeline.models import model_folder
 from pipeline.run import Run
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model, write_rows
 
@@ -80,7 +80,7 @@ def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
     for one in found.points:
         model = model_folder.read(Path(config.cluster.storage) / one.model / "model")[0]
         order = "left_to_right" if one.model == "AR" else "uniform"
-        rows = sample(model, 20, one.steps, 0, order).numpy()
+        rows = sample(model, SamplingRequest(20, one.steps, 0, order)).numpy()
         assert one.value("bigram_perplexity") == pytest.approx(bigram_perplexity([seen], [rows], 257))
         assert one.value("entropy") == pytest.approx(unigram_entropy(rows))
         assert len(one.rates) == 5

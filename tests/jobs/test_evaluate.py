@@ -7,23 +7,12 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import storage
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import (
-    MANIFEST,
-    Manifest,
-    ShardFile,
-    Skipped,
-    SourceInfo,
-    SpecialIds,
-    Split,
-    TokenizerInfo,
-)
-from pipeline.data.prepare.encoding import held_out, read_pixels
+from pipeline.data.manifest import Manifest
 from pipeline.data.prepare.image_sources import list_images, open_images
-from pipeline.data.prepare.images import TOKENIZER, content
-from pipeline.data.shards import ShardReader, encode_shard
+from pipeline.data.prepare.images import TOKENIZER, content, held_out, read_pixels
+from pipeline.data.shards import ShardReader
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.drawn_images import ImageMeasurer
@@ -37,6 +26,7 @@ from pipeline.run import Run
 from pipeline.tracking import tracking_uri
 from pipeline.training.validation import validation_rows
 from tests.support.page_check import check_page
+from tests.support.small_manifest import small_manifest, write_shard
 from tests.support.small_models import shake
 
 CODES = 16
@@ -72,32 +62,23 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     pixels = read_pixels(refs, data)
     tokenizer = fit_patches(pixels.images[~out], CODES, 4, seed=0)
     rows = np.concatenate([np.full((len(refs), 1), CODES + 1), tokenizer.encode(pixels.images)], axis=1)
-    splits = {}
-    for split, mine in (("train", ~out), ("validation", out)):
-        shard, digest = encode_shard(rows[mine].astype(np.uint8), pixels.labels[mine])
-        storage.publish_bytes(f"{path}/{split}-00000.parquet", shard)
-        file = ShardFile(name=f"{split}-00000.parquet", rows=int(mine.sum()), sha256=digest)
-        splits[split] = Split(
-            files=(file,), documents=int(mine.sum()), tokens=5 * file.rows, tokens_dropped=0
-        )
-    manifest = Manifest(
+    files = [
+        write_shard(path, f"{split}-00000.parquet", rows[mine].astype(np.uint8), pixels.labels[mine])
+        for split, mine in (("train", ~out), ("validation", out))
+    ]
+    manifest = small_manifest(
+        files,
         length=5,
         vocabulary=CODES,
-        special=SpecialIds(eot=None, bos=CODES + 1),
-        wrap="none",
-        tokenizer=TokenizerInfo(name=tokenizer.name, hash=tokenizer.hash),
-        source=SourceInfo(name="digits", revision=None, fingerprint=source.fingerprint),
+        special={"eot": None, "bos": CODES + 1},
+        tokenizer={"name": tokenizer.name, "hash": tokenizer.hash},
+        source=source.info,
         content=content(data),
-        content_key="x",
-        splits=splits,
         documents=len(refs),
-        documents_empty=0,
-        tokens=rows.size,
-        skipped=Skipped(count=0, names=()),
         classes=10,
         grid=2,
     )
-    storage.publish_text(f"{path}/{MANIFEST}", manifest.model_dump_json())
+    manifest.publish(path)
     tokenizer.save(Path(path) / TOKENIZER)
     write_model(config, tokenizer, Path(config.cluster.storage) / "judged" / "model")
     return config

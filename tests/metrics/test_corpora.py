@@ -5,27 +5,19 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import parse
-from pipeline.data.manifest import Manifest, Skipped, SourceInfo, SpecialIds, Split, TokenizerInfo
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics.corpora import Corpus, check_fits, likelihood_group, open_corpora
 from pipeline.metrics.likelihood import Likelihood
 from pipeline.models.model_folder import DataFacts
+from tests.support.small_manifest import small_manifest
 
-EMPTY = Split(files=(), documents=0, tokens=0, tokens_dropped=0)
-MANIFEST = Manifest(
+EMPTY = {"files": (), "documents": 0, "tokens": 0, "tokens_dropped": 0}
+MANIFEST = small_manifest(
     length=32,
     vocabulary=257,
-    special=SpecialIds(eot=256, bos=None),
-    wrap="none",
-    tokenizer=TokenizerInfo(name="bytes", hash="a" * 64),
-    source=SourceInfo(name="x", revision=None, fingerprint="x"),
-    content={},
-    content_key="x",
+    special={"eot": 256, "bos": None},
+    tokenizer={"name": "bytes", "hash": "a" * 64},
     splits={"train": EMPTY, "validation": EMPTY},
-    documents=1,
-    documents_empty=0,
-    tokens=1,
-    skipped=Skipped(count=0, names=()),
 )
 
 

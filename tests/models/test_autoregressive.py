@@ -12,10 +12,10 @@ from pipeline.api import Model
 from pipeline.config.schema import ARConfig
 from pipeline.errors import CapabilityError
 from pipeline.models import attention
-from pipeline.models.attention import Segments, attend
+from pipeline.models.attention import Segments, attend, flat_index
 from pipeline.models.autoregressive import AR
-from pipeline.models.denoiser import Batch, flat_index
-from pipeline.sampling.sampler import ragged_known, sample, sample_long
+from pipeline.models.denoiser import Batch
+from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample, sample_long
 from tests.support.small_models import random_rows, randomised
 
 V, L = 11, 16
@@ -168,7 +168,7 @@ def test_sampling_with_and_without_the_cache() -> None:
     slots: dict[AR, list[int]] = {model: [], other: []}
     for one in slots:
         one.blocks[0].register_forward_hook(lambda _, inputs, output, one=one: slots[one].append(len(output)))
-    drawn = [sample(one, 3, L, seed=0, order="left_to_right") for one in slots]
+    drawn = [sample(one, SamplingRequest(3, L, seed=0, order="left_to_right")) for one in slots]
     assert torch.equal(*drawn)
     assert slots[model] == [3] * L
     assert slots[other] == [3 * (known + 1) for known in range(L)]
@@ -176,10 +176,15 @@ def test_sampling_with_and_without_the_cache() -> None:
 
 def test_sampling_with_bos_and_alone() -> None:
     model = randomised(PLAIN, V, L).double()
-    together = sample(model, 5, L - 1, seed=4, order="left_to_right", bos=2)
+    together = sample(model, SamplingRequest(5, L - 1, seed=4, order="left_to_right", bos=2))
     assert together[:, 0].eq(2).all()
     apart = [
-        sample(model, count, L - 1, seed=4, order="left_to_right", bos=2, first=first)
+        sample(
+            model,
+            SamplingRequest(
+                count, L - 1, seed=4, order="left_to_right", bos=2, indices=range(first, first + count)
+            ),
+        )
         for first, count in ((0, 1), (1, 4))
     ]
     assert torch.equal(together, torch.cat(apart))
@@ -204,9 +209,9 @@ def test_what_it_cannot_answer() -> None:
         model.extend(state, torch.tensor([1, 1]), torch.tensor([2, 5]), [1, 1])
     assert state.lengths == [2, 1]
     with pytest.raises(CapabilityError, match="left to right"):
-        sample(model, 2, L, seed=0)
+        sample(model, SamplingRequest(2, L, seed=0))
     with pytest.raises(CapabilityError, match="left to right"):
-        sample(model, 2, 4, seed=0, order="left_to_right")
+        sample(model, SamplingRequest(2, 4, seed=0, order="left_to_right"))
 
 
 @EVERY
@@ -252,10 +257,13 @@ def test_prompts_and_windows() -> None:
     rows = Model(model).sample(3, known=prompts, seed=1)
     assert rows[0, :2].tolist() == [3, 4]
     assert rows[2].eq(5).all()
-    assert torch.equal(rows[1:2], sample(model, 1, L, seed=1, order="left_to_right", first=1))
+    assert torch.equal(
+        rows[1:2],
+        sample(model, SamplingRequest(1, L, seed=1, order="left_to_right", indices=[1])),
+    )
     with pytest.raises(CapabilityError, match=r"known positions.*from 0 on"):
         Model(model).sample(1, known={4: 1})
     known = ragged_known([{0: 3, 1: 4}], L)
-    long = sample_long(model, 1, 40, 6, L - 2, 0, "left_to_right", known=known)
+    long = sample_long(model, SamplingRequest(1, L - 2, 0, "left_to_right", known=known), length=40, stride=6)
     assert long.shape == (1, 40)
     assert long[0, :2].tolist() == [3, 4]

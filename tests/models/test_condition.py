@@ -8,7 +8,7 @@ from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
 from pipeline.errors import CapabilityError
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.models.test_leaks import CHECKS, partitioned
 from tests.models.test_predict import ragged
 from tests.support.small_models import MDLM, PGM, random_rows, randomised, shake
@@ -79,10 +79,10 @@ def test_sampling_is_the_training_form(config: Config) -> None:
         return vectors[-1]
 
     model.hidden = hidden
-    tokens = sample(model, 3, L - 1, seed=0, order=order, bos=BOS, condition=labels)
+    tokens = sample(model, SamplingRequest(3, L - 1, seed=0, order=order, bos=BOS, condition=labels))
     assert tokens[:, 0].eq(BOS).all()
     assert tokens[:, 1:].lt(V).all()
-    assert not torch.equal(tokens, sample(model, 3, L - 1, seed=0, order=order, bos=BOS))
+    assert not torch.equal(tokens, sample(model, SamplingRequest(3, L - 1, seed=0, order=order, bos=BOS)))
     last = torch.zeros(tokens.shape, dtype=torch.bool).scatter(1, asked[L - 2][:, None], True)
     batch = Batch(tokens, last, last, last.float(), labels)
     with torch.no_grad():

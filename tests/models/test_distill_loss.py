@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.distill_loss import DistillTargets, Divergence, divergence, matched
+from pipeline.models.distill_loss import DistillTargets, Divergence, chunked_divergence, divergence
 from pipeline.models.layers import Head
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_chunks_equal_the_direct_form(kind: Divergence, chunk: int, dtype: torch
         if direct:
             values = divergence(F.linear(hidden, weight, bias), told.head(told.hidden), kind)
         else:
-            values = matched(hidden, weight, bias, told, chunk)
+            values = chunked_divergence(hidden, weight, bias, told, chunk)
         gradients = torch.autograd.grad(values, inputs, upstream(rows, dtype))
         results.append((values.detach(), *gradients))
     for expected, found in zip(*results, strict=True):
@@ -64,7 +64,7 @@ def test_chunks_equal_the_direct_form(kind: Divergence, chunk: int, dtype: torch
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_at_all(kind: Divergence) -> None:
     inputs = student(0, torch.float32)
-    values = matched(*inputs, teaching(0, torch.float32, kind), 4)
+    values = chunked_divergence(*inputs, teaching(0, torch.float32, kind), 4)
     assert values.shape == (0,)
     gradients = torch.autograd.grad(values.sum(), inputs)
     assert [g.shape for g in gradients] == [x.shape for x in inputs]
@@ -75,7 +75,7 @@ def test_no_rows_at_all(kind: Divergence) -> None:
 def test_gradients_are_those_of_differences(kind: Divergence) -> None:
     """Numerically, so that an error that the direct form shares is found too."""
     told = teaching(4, torch.float64, kind)
-    assert torch.autograd.gradcheck(lambda *x: matched(*x, told, 3), student(4, torch.float64))
+    assert torch.autograd.gradcheck(lambda *x: chunked_divergence(*x, told, 3), student(4, torch.float64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +112,7 @@ def test_a_student_that_follows_the_gradient_becomes_its_teacher(kind: Divergenc
     target = told.head(told.hidden).softmax(-1)
     for step in range(250):
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / 250)
-        loss = matched(hidden, weight, bias, told, 4).sum()
+        loss = chunked_divergence(hidden, weight, bias, told, 4).sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -128,7 +128,7 @@ def test_the_head_matches_in_float32() -> None:
     for head in heads:
         torch.nn.init.normal_(head.weight, generator=generator)
     vectors = [torch.randn(6, 8, generator=generator).bfloat16() for _ in range(2)]
-    loss = heads[0](vectors[0], teaching=DistillTargets(vectors[1], heads[1], "reverse_kl"))
+    loss = heads[0](vectors[0], distill_targets=DistillTargets(vectors[1], heads[1], "reverse_kl"))
     assert loss.dtype == torch.float32
     wide = [
         F.linear(x.float(), h.weight.float(), h.bias.float()) for x, h in zip(vectors, heads, strict=True)
@@ -165,7 +165,7 @@ before = kib("VmRSS")
 if sys.argv[1] == "direct":
     loss = divergence(student(hidden), teacher(theirs), "reverse_kl").mean()
 else:
-    loss = student(hidden, teaching=DistillTargets(theirs, teacher, "reverse_kl")).mean()
+    loss = student(hidden, distill_targets=DistillTargets(theirs, teacher, "reverse_kl")).mean()
 loss.backward()
 print(kib("VmHWM") - before, loss.item(), student.weight.grad.norm().item(), hidden.grad.norm().item())
 """

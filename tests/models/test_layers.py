@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models import build
-from pipeline.models.layers import LOGITS_AT_ONCE, GeluLinear, Head, LayerNorm, rotary, rotate, sinusoid
+from pipeline.models.layers import CHUNK_LOGITS, GeluLinear, Head, LayerNorm, rotary, rotate, sinusoid
 from tests.support.small_models import PGM, randomised
 
 H = 16
 SIZES = [
     pytest.param(37, 50, id="one chunk"),
-    pytest.param(LOGITS_AT_ONCE["cpu"] // 500, 1201, id="three chunks"),  # 500 rows, 500 rows, 201 rows
+    pytest.param(CHUNK_LOGITS["cpu"] // 500, 1201, id="three chunks"),  # 500 rows, 500 rows, 201 rows
 ]
 
 

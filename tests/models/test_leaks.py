@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.models import attention
 from pipeline.models.attention import Cache, Segments
-from pipeline.models.blocks import GroupSwap, Rotary
+from pipeline.models.blocks import GroupSwap, Layout
 from pipeline.models.denoiser import Batch
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.models.pgm import Encoded
@@ -110,11 +110,11 @@ class OwnMean(GroupSwap):
         positions: Tensor,
         extent: int,
         q_segments: Segments,
-        k_segments: Segments,
-        k_code: Rotary,
+        keys: Layout,
         cache: Cache | None = None,
     ) -> Tensor:
-        out = super().forward(encoded, positions, extent, q_segments, k_segments, k_code, cache)
+        out = super().forward(encoded, positions, extent, q_segments, keys, cache)
+        k_segments = keys.segments
         own = q_segments.ids ^ 1  # keys lie group 0, group 1; queries group 1, group 0
         sums = encoded.new_zeros(len(k_segments), encoded.shape[1]).index_add(0, k_segments.ids, encoded)
         means = sums / torch.tensor(k_segments.lengths).clamp(min=1)[:, None]
@@ -126,7 +126,7 @@ class LeakySwap(PartitionModel):
 
     def __init__(self) -> None:
         super().__init__(PGM, V, 16)
-        self.swap = OwnMean(PGM.hidden, PGM.heads, PGM.swap.positional)
+        self.swap = OwnMean(PGM.hidden, PGM.heads, PGM.swap)
 
 
 class LeakyEncoder(PartitionModel):
@@ -137,7 +137,8 @@ class LeakyEncoder(PartitionModel):
 
     def _encode(self, tokens: Tensor, positions: Tensor, segments: Segments, condition: None) -> Encoded:
         rows = Segments([a + b for a, b in zip(segments.lengths[::2], segments.lengths[1::2], strict=True)])
-        return super()._encode(tokens, positions, rows, condition)._replace(segments=segments)
+        encoded = super()._encode(tokens, positions, rows, condition)
+        return encoded._replace(layout=encoded.layout._replace(segments=segments))
 
 
 @pytest.mark.parametrize("leaky", [LeakySwap, LeakyEncoder])

@@ -31,7 +31,7 @@ groups = torch.rand(ROWS, LENGTH) < 0.5
 batch = Batch(tokens, groups, torch.ones_like(groups), torch.full((ROWS, LENGTH), 1 / (ROWS * LENGTH)))
 before = kib("VmRSS")
 if sys.argv[1] == "logits":
-    logits = model.head(model._both_sides(batch))
+    logits = model.head(model.target_vectors(batch))
     loss = F.cross_entropy(logits, tokens.flatten()[batch.target_index])
 else:
     loss = model(batch).sum()

@@ -14,7 +14,7 @@ from jobs.plan import plan as print_plan
 from pipeline.config.load import load, parse
 from pipeline.config.schema import RunConfig
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import next_token_batch, normaliser, training_batch
+from pipeline.diffusion.objective import Objective
 from pipeline.errors import ConfigError
 from pipeline.models import build, layers
 from pipeline.models.denoiser import Batch, Denoiser
@@ -68,11 +68,10 @@ def first_batch(config: RunConfig, model: Denoiser) -> Batch:
     diffusion, cpu = config.diffusion, torch.device("cpu")
     tokens = np.random.default_rng(0).integers(0, 256, (ROWS, LENGTH))
     present = np.ones(ROWS, dtype=bool)
-    if model.left_to_right:
-        return next_token_batch(tokens, present, ROWS, False, cpu, None)
-    t, groups = partition.draw(config.seed, 0, ROWS, LENGTH, diffusion.eps, False, diffusion.schedule)
-    divisor = normaliser(groups, diffusion, model.both_groups, False)
-    return training_batch(tokens, t, groups, present, diffusion, model.both_groups, divisor, False, cpu, None)
+    draws = partition.draw(diffusion, seed=config.seed, step=0, shape=tokens.shape, bos=False)
+    objective = Objective(diffusion, False, model.both_groups, model.left_to_right)
+    divisor = objective.normaliser(draws.groups)
+    return objective.batch(tokens, draws, present, divisor=divisor, device=cpu)
 
 
 def known_facts(config: RunConfig) -> DataFacts:
@@ -117,8 +116,8 @@ def prepare_as_on_gpus(config: RunConfig, monkeypatch: pytest.MonkeyPatch, chunk
     monkeypatch.setattr(
         torch.nn.functional, "dropout", lambda x, p, training: torch.native_dropout(x, p, training)[0]
     )
-    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", {"cpu": chunk})
-    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", {"cuda": chunk})
+    monkeypatch.setattr(layers, "CHUNK_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr(memory, "CHUNK_LOGITS", {"cuda": chunk})
     model = real(config)
     model.recompute = config.train.activation_checkpointing
     return model.bfloat16() if config.train.precision == "bf16" else model
@@ -182,11 +181,11 @@ def held(rank: int, workers: int, config: RunConfig, vocabulary: int) -> dict[st
     engine = Engine(model, config, 1, torch.device("cpu"), universal=False)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, config.data.length))
-    t, groups = partition.draw(0, 0, 2, config.data.length, 1e-3, False)
-    divisor = normaliser(groups, config.diffusion, True, False)
+    draws = partition.draw(config.diffusion, seed=0, step=0, shape=tokens.shape, bos=False)
+    objective = Objective(config.diffusion, bos=False, both_groups=True)
+    divisor = objective.normaliser(draws.groups)
     cpu = torch.device("cpu")
-    present = np.ones(2, dtype=bool)
-    batch = training_batch(tokens, t, groups, present, config.diffusion, True, divisor, False, cpu, None)
+    batch = objective.batch(tokens, draws, np.ones(2, dtype=bool), divisor=divisor, device=cpu)
     engine.backward(batch)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     engine.step(0)
@@ -248,9 +247,9 @@ def test_a_plan_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
         f"tokens       {500 * 32 * 64:,} in 500 steps of 32 rows of 64",
         "epochs       unknown until the data is prepared",
         "8, each with 1 micro-batches of up to 16 rows",
-        "     1*  ",
+        "  1*  ",
         "  h100 ",
-        "GiB: fits",
+        "  fits",
         f"GPUs         8 needed, {torch.cuda.device_count()} available",
     ):
         assert part in output, output

@@ -10,16 +10,17 @@ from pipeline.planning.scaling import (
     A100,
     A100_ETHERNET,
     HOP,
-    PGM_8_8,
     Workload,
     break_even,
+    paper_workloads,
     predict,
     report,
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 LOGITS = 4 * 2**27  # a chunk of float32
-WORKLOAD = Workload(10**9, 1e12, Activations(per_row=1e9, logits=1e8), share=0.5)
+# Half of an A100's peak.
+WORKLOAD = Workload("", 10**9, 1e12, Activations(per_row=1e9, logits=1e8), rows_per_second=156)
 
 
 def test_one_gpu_only_computes() -> None:
@@ -63,14 +64,16 @@ def test_few_logits_are_not_chunked() -> None:
 
 
 def test_break_even_is_where_the_terms_meet() -> None:
-    rows = break_even(PGM_8_8.workload, A100_ETHERNET, gpus=64)
-    step = predict(PGM_8_8.workload, A100_ETHERNET, gpus=64, rows=rows)
+    workload, _ = paper_workloads()
+    rows = break_even(workload, A100_ETHERNET, gpus=64)
+    step = predict(workload, A100_ETHERNET, gpus=64, rows=rows)
     assert step.compute == pytest.approx(step.communication)
 
 
 def test_the_recipe_is_the_papers() -> None:
-    assert PGM_8_8.workload.parameters == pytest.approx(193.0e6, rel=0.001)
-    assert 0.1 < PGM_8_8.workload.share < 0.6
+    workload, _ = paper_workloads()
+    assert workload.parameters == pytest.approx(193.0e6, rel=0.001)
+    assert 0.1 < workload.share < 0.6
 
 
 def test_the_page_holds_what_is_computed() -> None:

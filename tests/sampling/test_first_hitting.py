@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
 from pipeline.models.denoiser import Denoiser, State
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.small_models import randomised
 
 V, L = 11, 16
@@ -53,24 +53,31 @@ def test_only_rows_that_reveal_something_are_computed(
     model: Denoiser, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     went, needed = watch(model, monkeypatch)
-    few = sample(model, 4, steps, 7, "binomial", condition=labels(model, 4))
+    few = sample(model, SamplingRequest(4, steps, 7, "binomial", condition=labels(model, 4)))
     assert went == needed
     # As if every row had to be computed at every step: the same samples from more work.
-    monkeypatch.setattr(State, "asked", lambda state, lengths: (state, list(lengths)))
+    monkeypatch.setattr(State, "active", lambda state, lengths: (state, list(lengths)))
     done = sum(went)
     went.clear()
-    assert torch.equal(few, sample(model, 4, steps, 7, "binomial", condition=labels(model, 4)))
+    assert torch.equal(
+        few, sample(model, SamplingRequest(4, steps, 7, "binomial", condition=labels(model, 4)))
+    )
     assert sum(went) > 1.5 * done if steps >= 40 else sum(went) >= done
 
 
 def test_a_sample_is_the_same_in_any_batch_on_a_fine_grid(model: Denoiser) -> None:
     classes = labels(model, 5)
-    together = sample(model, 5, 60, 3, "binomial", condition=classes)
+    together = sample(model, SamplingRequest(5, 60, 3, "binomial", condition=classes))
     for first, count in ((0, 1), (1, 3), (4, 1)):
         some = None if classes is None else classes[first : first + count]
         assert torch.equal(
             together[first : first + count],
-            sample(model, count, 60, 3, "binomial", condition=some, first=first),
+            sample(
+                model,
+                SamplingRequest(
+                    count, 60, 3, "binomial", condition=some, indices=range(first, first + count)
+                ),
+            ),
         )
 
 

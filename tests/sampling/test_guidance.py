@@ -8,9 +8,9 @@ from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import Head
-from pipeline.sampling.logits import Filters, draw_tokens
+from pipeline.sampling.logits import Filters, Guidance, draw_tokens
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.small_models import randomised
 
 SIZES = {"hidden": 16, "heads": 2, "dropout": 0.0, "classes": 3}
@@ -47,19 +47,24 @@ def in_two_passes(model: Denoiser, label: int, seed: int, index: int, scale: flo
 
 
 def test_one_call_equals_two_passes(model: Denoiser) -> None:
-    drawn = sample(model, 3, model.length, 5, "left_to_right", condition=LABELS, guidance=2.5)
+    drawn = sample(
+        model, SamplingRequest(3, model.length, 5, "left_to_right", condition=LABELS, guidance=2.5)
+    )
     alone = [in_two_passes(model, int(label), 5, row, 2.5) for row, label in enumerate(LABELS)]
     assert drawn.tolist() == alone
-    plain = sample(model, 3, model.length, 5, "left_to_right", condition=LABELS)
+    plain = sample(model, SamplingRequest(3, model.length, 5, "left_to_right", condition=LABELS))
     assert not torch.equal(plain, drawn)
 
 
 @pytest.mark.parametrize("order", ["uniform", "binomial", "halton", "confidence", "entropy"])
 def test_a_guided_row_does_not_depend_on_its_batch(order: str) -> None:
     model = randomised(KINDS[0]).double().eval()
-    together = sample(model, 3, 5, 1, Order(order), condition=LABELS, guidance=3.0)
+    together = sample(model, SamplingRequest(3, 5, 1, Order(order), condition=LABELS, guidance=3.0))
     alone = [
-        sample(model, 1, 5, 1, Order(order), condition=LABELS[i : i + 1], first=i, guidance=3.0)
+        sample(
+            model,
+            SamplingRequest(1, 5, 1, Order(order), condition=LABELS[i : i + 1], guidance=3.0, indices=[i]),
+        )
         for i in range(3)
     ]
     assert torch.equal(together, torch.cat(alone))
@@ -73,8 +78,9 @@ def test_the_mixed_distribution() -> None:
     draws = 20_000
     noise = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     with torch.inference_mode():
-        rows = (given.expand(draws, -1), noise, Filters(temperature=0.7), free.expand(draws, -1), 1.5)
-        share = draw_tokens(head, *rows).tokens.bincount(minlength=5) / draws
+        guidance = Guidance(free.expand(draws, -1), 1.5)
+        drawn = draw_tokens(head, given.expand(draws, -1), noise, Filters(temperature=0.7), guidance)
+        share = drawn.tokens.bincount(minlength=5) / draws
         p, q = (head(h)[0].softmax(-1) for h in (given, free))
     expected = (p**2.5 / q**1.5) ** (1 / 0.7)
     assert share.double().numpy() == pytest.approx((expected / expected.sum()).numpy(), abs=2e-4)
@@ -82,4 +88,4 @@ def test_the_mixed_distribution() -> None:
 
 def test_guidance_needs_labels(model: Denoiser) -> None:
     with pytest.raises(ConfigError, match=r"guidance: 1\.0 without class labels"):
-        sample(model, 1, 1, 0, "uniform", guidance=1.0)
+        sample(model, SamplingRequest(1, 1, 0, "uniform", guidance=1.0))

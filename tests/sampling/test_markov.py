@@ -13,11 +13,11 @@ from torch import Tensor
 from pipeline.config.schema import DiffusionConfig, PGMConfig
 from pipeline.data.prepare.markov import Chain
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import normaliser, training_batch
+from pipeline.diffusion.objective import Objective
 from pipeline.metrics.likelihood import Masking, measure
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 
 V, L, BATCH, STEPS, RATE = 8, 32, 32, 1000, 3e-3
 MODEL = PGMConfig(hidden=64, heads=4, encoder_blocks=1, decoder_blocks=2, dropout=0)
@@ -43,11 +43,12 @@ def trained() -> Denoiser:
     optimiser = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS, pct_start=0.1)
     config = DiffusionConfig(loss_weight="uniform")
+    objective = Objective(config, bos=False, both_groups=True)
     for step in range(STEPS):
-        t, groups = partition.draw(0, step, BATCH, L, config.eps, bos=False)
-        present, divisor = np.ones(BATCH, bool), normaliser(groups, config, True, False)
-        tokens = CHAIN.draw(BATCH, L, rng)
-        batch = training_batch(tokens, t, groups, present, config, True, divisor, False, torch.device("cpu"))
+        draws = partition.draw(config, seed=0, step=step, shape=(BATCH, L), bos=False)
+        divisor = objective.normaliser(draws.groups)
+        tokens, present = CHAIN.draw(BATCH, L, rng), np.ones(BATCH, bool)
+        batch = objective.batch(tokens, draws, present, divisor=divisor, device=torch.device("cpu"))
         model(batch).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -93,7 +94,7 @@ def test_samples_have_the_pairs_of_the_source(trained: Denoiser) -> None:
     may move the chances of a token given its neighbour by at most 0.14, were it all spent there. Tokens drawn
     without regard to each other are seven times as far away.
     """
-    rows = sample(trained, 500, steps=L, seed=0)
+    rows = sample(trained, SamplingRequest(500, steps=L, seed=0))
     noise = distance(pairs_of(CHAIN.draw(500, L, np.random.default_rng(3))), PAIRS)
     unaware = distance(np.outer(CHAIN.first, CHAIN.first), PAIRS)
     assert noise < 0.025

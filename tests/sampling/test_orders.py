@@ -14,9 +14,9 @@ from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser, State
 from pipeline.models.layers import Head
 from pipeline.sampling import orders
-from pipeline.sampling.logits import Filters, draw_tokens
+from pipeline.sampling.logits import Drawn, Filters, draw_tokens
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import ragged_known, sample, sample_long
+from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample, sample_long
 
 V, L = 3, 4
 CONFIGS = [
@@ -45,7 +45,7 @@ class Exact(Denoiser):
         self.head = Plain(self.vocab_size)
         self.calls = 0
 
-    def forward(self, batch: Batch) -> Tensor:
+    def target_vectors(self, batch: Batch) -> Tensor:
         raise AssertionError("not trained")
 
     def logits(self, tokens: Tensor, groups: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -88,12 +88,13 @@ def frequencies(tokens: Tensor) -> np.ndarray:
 )
 def test_exact_orders_draw_the_source(joint: np.ndarray, order: str | Order, steps: int):
     count = 1500
-    found = frequencies(sample(Exact(joint), count, steps, seed=1, order=order))
+    found = frequencies(sample(Exact(joint), SamplingRequest(count, steps, seed=1, order=order)))
     distance = 0.5 * np.abs(found - joint.ravel()).sum()
     # Of `count` exact draws: the expected distance is at most half the sum of the standard deviations.
     expected = 0.5 * np.sqrt(joint.ravel() / count).sum()
     assert distance < 1.3 * expected
-    wrong = frequencies(sample(Exact(joint), count, 1, seed=1, order="uniform"))  # all at once: independent
+    # All at once: independent.
+    wrong = frequencies(sample(Exact(joint), SamplingRequest(count, 1, seed=1, order="uniform")))
     assert 0.5 * np.abs(wrong - joint.ravel()).sum() > 3 * expected
 
 
@@ -115,7 +116,7 @@ def test_binomial_counts_are_the_posteriors(joint: np.ndarray):
 
 def test_steps_that_reveal_nothing_are_not_run(joint: np.ndarray):
     model = Exact(joint)
-    sample(model, 2, 1000, seed=0, order="binomial")
+    sample(model, SamplingRequest(2, 1000, seed=0, order="binomial"))
     assert 0 < model.calls <= 2 * L
 
 
@@ -149,14 +150,22 @@ def test_every_order_with_given_tokens(config: PGMConfig | MDLMConfig, order: st
     nn.init.normal_(model.head.weight)
     prompts = [{0: 7, 5: 2}, {}, {15: 1}, dict.fromkeys(range(9), 4)]
     known = ragged_known(prompts, 16)
-    tokens = sample(model, 4, steps, seed=3, order=order, known=known)
+    tokens = sample(model, SamplingRequest(4, steps, seed=3, order=order, known=known))
     for row, prompt in enumerate(prompts):
         assert {p: int(tokens[row, p]) for p in prompt} == prompt
-    assert tokens.equal(sample(model, 4, steps, seed=3, order=order, known=known))
-    assert not tokens.equal(sample(model, 4, steps, seed=4, order=order, known=known))
+    assert tokens.equal(sample(model, SamplingRequest(4, steps, seed=3, order=order, known=known)))
+    assert not tokens.equal(sample(model, SamplingRequest(4, steps, seed=4, order=order, known=known)))
     for row in range(4):  # alone as in the batch
         alone = sample(
-            model, 1, steps, 3, order, first=row, known=(known[0][row : row + 1], known[1][row : row + 1])
+            model,
+            SamplingRequest(
+                1,
+                steps,
+                3,
+                order,
+                known=(known[0][row : row + 1], known[1][row : row + 1]),
+                indices=[row],
+            ),
         )
         assert alone[0].equal(tokens[row])
 
@@ -172,7 +181,7 @@ def test_each_position_is_revealed_once(order: str, monkeypatch: pytest.MonkeyPa
         extend(state, tokens, positions, lengths)
 
     monkeypatch.setattr(model, "extend", watch)
-    sample(model, 1, 7, seed=0, order=order, bos=None if order == "halton" else 3)
+    sample(model, SamplingRequest(1, 7, seed=0, order=order, bos=None if order == "halton" else 3))
     assert sorted(torch.cat(revealed).tolist()) == list(range(16))
 
 
@@ -183,7 +192,9 @@ def test_confidence_keeps_the_likeliest_and_entropy_the_surest():
     none = torch.zeros(1, 4)
 
     def kept(order: Order, least: int) -> list[int]:
-        return orders.choose(order, unknown, log_prob, entropy, none, [least], 0.0).nonzero()[:, 1].tolist()
+        drawn = Drawn(torch.zeros_like(unknown, dtype=torch.int64), log_prob, entropy)
+        chosen = orders.choose(order, unknown, drawn, none, counts=[least], progress=0.0)
+        return chosen.nonzero()[:, 1].tolist()
 
     assert kept(Order("confidence"), 2) == [1, 2]
     # 0.02 alone bounds {2, 0}; adding 0.5 would make the error bound 0.07.
@@ -196,8 +207,11 @@ def test_confidence_keeps_the_likeliest_and_entropy_the_surest():
 def test_gumbel_noise_fades():
     unknown = torch.ones(1, 2, dtype=torch.bool)
     log_prob, noise = torch.tensor([[-1.0, -2.0]]), torch.tensor([[0.0, 5.0]])
-    early = orders.choose(Order("confidence"), unknown, log_prob, log_prob, noise, [1], 0.0)
-    late = orders.choose(Order("confidence"), unknown, log_prob, log_prob, noise, [1], 0.9)
+    drawn = Drawn(torch.zeros(1, 2, dtype=torch.int64), log_prob, log_prob)
+    early, late = (
+        orders.choose(Order("confidence"), unknown, drawn, noise, counts=[1], progress=progress)
+        for progress in (0.0, 0.9)
+    )
     assert early.tolist() == [[False, True]]
     assert late.tolist() == [[True, False]]
 
@@ -217,7 +231,7 @@ def test_filters(filters: Filters, expected: list[float]):
     head = Plain(4)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
     noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = draw_tokens(head, logits, noise, filters)
+    drawn = draw_tokens(head, logits, noise, filters, certainty=True)
     found = np.bincount(drawn.tokens.numpy(), minlength=4) / 20_000
     assert found == pytest.approx(expected, abs=0.015)
     assert drawn.log_prob.exp().numpy() == pytest.approx(np.array(expected)[drawn.tokens.numpy()], abs=1e-3)
@@ -231,7 +245,7 @@ def test_long_rows_are_made_of_windows_that_see_each_other():
     for a in range(V):
         for b in range(V):
             joint[a, b, a, b] = 1 / V**2
-    rows = sample_long(Exact(joint), 50, length=11, stride=2, steps=L, seed=0)
+    rows = sample_long(Exact(joint), SamplingRequest(50, steps=L, seed=0), length=11, stride=2)
     assert rows.shape == (50, 11)
     assert rows[:, 2:].equal(rows[:, :-2])
     assert len({tuple(row[:2].tolist()) for row in rows}) == V**2
@@ -240,19 +254,28 @@ def test_long_rows_are_made_of_windows_that_see_each_other():
 def test_a_row_ends_at_its_stop():
     joint = np.zeros((V,) * L)
     joint[0, 1, 2, 0] = joint[0, 1, 1, 2] = 0.5
-    rows = sample_long(Exact(joint), 40, length=9, stride=2, steps=L, seed=0, stop=2)
+    rows = sample_long(Exact(joint), SamplingRequest(40, steps=L, seed=0), length=9, stride=2, stop=2)
     assert {tuple(row.tolist()) for row in rows} == {(0, 1) + (2,) * 7, (0, 1, 1) + (2,) * 6}
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda m: sample(m, 1, 3, 0, "haltn"), "did you mean 'halton'"),
-        (lambda m: sample(m, 1, 3, 0, "halton"), "square grid of tokens, not 15"),
-        (lambda m: sample(m, 1, 16, 0), "steps: 16 for 15 positions"),
-        (lambda m: sample(m, 1, 3, 0, known=ragged_known([{15: 0}], 15)), "position 15; expected 0 to 14"),
-        (lambda m: sample_long(m, 1, 30, 15, 3, 0), "stride: 15; expected 1 to 14"),
-        (lambda m: sample_long(m, 1, 10, 5, 3, 0), "length: 10; expected at least the model's 15"),
+        (lambda m: sample(m, SamplingRequest(1, 3, 0, "haltn")), "did you mean 'halton'"),
+        (lambda m: sample(m, SamplingRequest(1, 3, 0, "halton")), "square grid of tokens, not 15"),
+        (lambda m: sample(m, SamplingRequest(1, 16, 0)), "steps: 16 for 15 positions"),
+        (
+            lambda m: sample(m, SamplingRequest(1, 3, 0, known=ragged_known([{15: 0}], 15))),
+            "position 15; expected 0 to 14",
+        ),
+        (
+            lambda m: sample_long(m, SamplingRequest(1, 3, 0), length=30, stride=15),
+            "stride: 15; expected 1 to 14",
+        ),
+        (
+            lambda m: sample_long(m, SamplingRequest(1, 3, 0), length=10, stride=5),
+            "length: 10; expected at least the model's 15",
+        ),
         (lambda m: Filters(temperature=0.0), "temperature: 0"),
         (lambda m: Filters(top_k=0), "top_k: 0"),
         (lambda m: Filters(top_p=1.5), "top_p: 1.5"),

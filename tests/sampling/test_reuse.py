@@ -8,7 +8,7 @@ from pipeline.config.schema import MDLMConfig, PGMConfig
 from pipeline.errors import CapabilityError
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.small_models import PGM, randomised
 
 V, L = 11, 16
@@ -85,14 +85,14 @@ def test_new_tokens_see_old_and_each_other(model: Denoiser):
 
 @pytest.mark.parametrize("order", ["uniform", "binomial", "confidence"])
 def test_sampling_with_reuse(model: Denoiser, order: str):
-    tokens = sample(model, 3, 8, seed=1, order=order, refresh_every=4)
-    assert tokens.equal(sample(model, 3, 8, seed=1, order=order, refresh_every=4))
-    assert sample(model, 3, 8, seed=1, order=order).equal(
-        sample(model, 3, 8, seed=1, order=order, refresh_every=1)
+    tokens = sample(model, SamplingRequest(3, 8, seed=1, order=order, refresh_every=4))
+    assert tokens.equal(sample(model, SamplingRequest(3, 8, seed=1, order=order, refresh_every=4)))
+    assert sample(model, SamplingRequest(3, 8, seed=1, order=order)).equal(
+        sample(model, SamplingRequest(3, 8, seed=1, order=order, refresh_every=1))
     )
 
 
 def test_only_models_with_an_encoder_reuse():
     masked = build(MDLMConfig(kind="mdlm", hidden=16, heads=2, blocks=1, dropout=0), V, L).eval()
     with pytest.raises(CapabilityError, match="refresh_every: 2; MDLM keeps no encoder outputs"):
-        sample(masked, 1, 4, seed=0, refresh_every=2)
+        sample(masked, SamplingRequest(1, 4, seed=0, refresh_every=2))

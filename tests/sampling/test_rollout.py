@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config.schema import MDLMConfig, PGMConfig
 from pipeline.diffusion.schedule import complement
-from pipeline.models.distill_loss import DistillTargets, Divergence, matched
+from pipeline.models.distill_loss import DistillTargets, Divergence, chunked_divergence
 from pipeline.sampling.rollout import roll_out
 from pipeline.training.distillation import hidden_sides, teach
 from tests.support.known_source import Known, markov, naive_roll_out
@@ -77,10 +77,10 @@ def collect(source: Known, form: str, mistake: str | None = None) -> list[tuple[
                 source.logits,
                 torch.from_numpy(tokens),
                 torch.from_numpy(hidden),
-                torch.from_numpy(time),
-                DT,
-                *torch.from_numpy(noise[:, side]).unbind(1),
-                mistake,
+                time=torch.from_numpy(time),
+                dt=DT,
+                noise=torch.from_numpy(noise[:, side]),
+                mistake=mistake,
             ).view(MANY, -1, V)
             for side, (hidden, time) in enumerate(sides)
         ]
@@ -133,28 +133,29 @@ def test_sides_of_a_row_are_rolled_out_independently(
 
 
 def teaching_inputs(rows: int, length: int, vocab_size: int) -> tuple[Tensor, ...]:
-    """Tokens, hidden, time, uniforms, noise; rows with all hidden, nothing hidden, and nothing revealed first."""
+    """Tokens, hidden, time, noise; rows with all hidden, nothing hidden, and nothing revealed first."""
     tokens, hidden = random_rows(rows, length, vocab_size)
     generator = torch.Generator().manual_seed(5)
     time = torch.rand(rows, generator=generator, dtype=torch.float64) * 0.7 + 0.3
     uniforms, noise = torch.rand(2, rows, length, generator=generator, dtype=torch.float64)
     hidden[0], hidden[1], uniforms[2] = True, False, 0.999
-    return tokens, hidden, time, uniforms, noise
+    return tokens, hidden, time, torch.stack([uniforms, noise], 1)
 
 
 @pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 def test_models_teach_what_two_full_passes_would(config: PGMConfig | MDLMConfig) -> None:
     teacher = randomised(config).double()
-    tokens, hidden, time, uniforms, noise = teaching_inputs(6, teacher.length, teacher.vocab_size)
+    tokens, hidden, time, noise = teaching_inputs(6, teacher.length, teacher.vocab_size)
     with torch.no_grad():
-        found = teacher.head(roll_out(teacher, tokens, hidden, time, 0.15, uniforms, noise)).log_softmax(-1)
+        vectors = roll_out(teacher, tokens, hidden, time=time, dt=0.15, noise=noise)
+        found = teacher.head(vectors).log_softmax(-1)
 
     def predict(known: Tensor, unknown: Tensor) -> Tensor:
         return teacher.logits(known, unknown)
 
     def naive(mistake: str = "") -> Tensor:
         with torch.no_grad():
-            return naive_roll_out(predict, tokens, hidden, time, 0.15, uniforms, noise, mistake)
+            return naive_roll_out(predict, tokens, hidden, time=time, dt=0.15, noise=noise, mistake=mistake)
 
     assert float((found - naive()).abs().max()) < 1e-10
     assert float((found - naive("last")).abs().max()) > 0.1
@@ -165,20 +166,20 @@ def test_models_teach_what_two_full_passes_would(config: PGMConfig | MDLMConfig)
 def test_rows_do_not_know_of_each_other(config: PGMConfig | MDLMConfig) -> None:
     """A row's targets are the same alone, among others, and in front of them."""
     teacher = randomised(config).double()
-    inputs = teaching_inputs(6, teacher.length, teacher.vocab_size)
-    together = roll_out(teacher, *inputs[:3], 0.15, *inputs[3:]).split(inputs[1].sum(1).tolist())
-    for row, expected in enumerate(together):
-        one = [x[row : row + 1] for x in inputs]
-        alone = roll_out(teacher, *one[:3], 0.15, *one[3:])
+    tokens, hidden, time, noise = teaching_inputs(6, teacher.length, teacher.vocab_size)
+    together = roll_out(teacher, tokens, hidden, time=time, dt=0.15, noise=noise)
+    for row, expected in enumerate(together.split(hidden.sum(1).tolist())):
+        own = slice(row, row + 1)
+        alone = roll_out(teacher, tokens[own], hidden[own], time=time[own], dt=0.15, noise=noise[own])
         assert alone.shape == expected.shape
         torch.testing.assert_close(alone, expected, atol=1e-10, rtol=0)
 
 
 def test_each_hidden_position_is_asked_for_once(source: Known) -> None:
-    tokens, hidden, time, uniforms, noise = teaching_inputs(50, L, V)
+    tokens, hidden, time, noise = teaching_inputs(50, L, V)
     source.asked.clear()
-    roll_out(source, tokens, hidden, time, 0.15, uniforms, noise)
-    first = int((hidden & (uniforms < 0.15 / time[:, None])).sum())
+    roll_out(source, tokens, hidden, time=time, dt=0.15, noise=noise)
+    first = int((hidden & (noise[:, 0] < 0.15 / time[:, None])).sum())
     assert source.asked == [first, int(hidden.sum()) - first]
     assert 20 < first < hidden.sum() / 2
 
@@ -186,9 +187,9 @@ def test_each_hidden_position_is_asked_for_once(source: Known) -> None:
 @pytest.mark.parametrize("ratio", [1.0, 1.5])
 def test_the_last_step_reveals_everything(source: Known, ratio: float) -> None:
     """From a time of dt or less there is one step left: no token is drawn, and nothing is predicted twice."""
-    tokens, hidden, time, uniforms, noise = teaching_inputs(50, L, V)
+    tokens, hidden, time, noise = teaching_inputs(50, L, V)
     source.asked.clear()
-    found = roll_out(source, tokens, hidden, torch.full_like(time, 0.1), 0.1 * ratio, uniforms, noise)
+    found = roll_out(source, tokens, hidden, time=torch.full_like(time, 0.1), dt=0.1 * ratio, noise=noise)
     assert source.asked == [int(hidden.sum())]
     assert torch.equal(found, source.logits(tokens, hidden)[hidden])
 
@@ -196,9 +197,9 @@ def test_the_last_step_reveals_everything(source: Known, ratio: float) -> None:
 @pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 def test_nothing_is_hidden_at_all(config: PGMConfig | MDLMConfig) -> None:
     teacher = randomised(config)
-    tokens, hidden, time, uniforms, noise = teaching_inputs(3, teacher.length, teacher.vocab_size)
+    tokens, hidden, time, noise = teaching_inputs(3, teacher.length, teacher.vocab_size)
     none = torch.zeros_like(hidden)
-    found = roll_out(teacher, tokens, none, time, 0.15, uniforms, noise)
+    found = roll_out(teacher, tokens, none, time=time, dt=0.15, noise=noise)
     assert teacher.head(found).shape == (0, teacher.vocab_size)
 
 
@@ -242,7 +243,7 @@ def test_a_student_of_one_context_learns_the_mean_of_its_targets(source: Known, 
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
         sides = hidden_sides(groups, t, DT, "compatible", EPS, False)
         told = teach(source, tokens, sides, rng.random((rows, 2, 2, L)), DT)
-        loss = matched(place, table, bias, DistillTargets(told, source.head, kind), 4096).mean()
+        loss = chunked_divergence(place, table, bias, DistillTargets(told, source.head, kind), 4096).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -13,11 +13,11 @@ from pipeline.config.schema import MDLMConfig, PGMConfig
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser, State
-from pipeline.models.layers import LOGITS_AT_ONCE, Head
+from pipeline.models.layers import CHUNK_LOGITS, Head
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.sampling import orders
 from pipeline.sampling.logits import draw_tokens
-from pipeline.sampling.sampler import sample
+from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.small_models import BOTH_KINDS, PGM, random_rows, randomised
 
 V, L = 11, 16
@@ -41,7 +41,7 @@ class Recording(PartitionModel):
 def test_every_position_is_revealed_once(bos: int | None, steps: int) -> None:
     model = Recording(PGM, V, L).eval()
     model.steps, done = [], []
-    tokens = sample(model, 3, steps, seed=0, bos=bos, progress=lambda *at: done.append(at))
+    tokens = sample(model, SamplingRequest(3, steps, seed=0, bos=bos), progress=lambda *at: done.append(at))
     start, by_row = int(bos is not None), []
     assert len(model.steps) == steps
     assert done == [(step + 1, steps) for step in range(steps)]
@@ -71,7 +71,7 @@ def test_known_tokens_are_the_drawn_ones() -> None:
         original(state, tokens, positions, lengths)
 
     model.extend = extend
-    tokens = sample(model, 2, 4, seed=1)
+    tokens = sample(model, SamplingRequest(2, 4, seed=1))
     for drawn, positions in told:
         assert torch.equal(tokens.gather(1, positions.view(2, -1)), drawn.view(2, -1))
 
@@ -79,17 +79,20 @@ def test_known_tokens_are_the_drawn_ones() -> None:
 @KINDS
 def test_samples_follow_their_seed(config: PGMConfig | MDLMConfig) -> None:
     model = randomised(config, V, L)
-    first = sample(model, 4, 6, seed=1)
-    assert torch.equal(first, sample(model, 4, 6, seed=1))
-    assert not torch.equal(first, sample(model, 4, 6, seed=2))
+    first = sample(model, SamplingRequest(4, 6, seed=1))
+    assert torch.equal(first, sample(model, SamplingRequest(4, 6, seed=1)))
+    assert not torch.equal(first, sample(model, SamplingRequest(4, 6, seed=2)))
     assert len({tuple(row) for row in first.tolist()}) == 4
 
 
 @KINDS
 def test_a_sample_is_the_same_in_any_batch(config: PGMConfig | MDLMConfig) -> None:
     model = randomised(config, V, L).double()
-    together = sample(model, 7, 5, seed=4, bos=2)
-    apart = [sample(model, count, 5, seed=4, bos=2, first=first) for first, count in ((0, 1), (1, 4), (5, 2))]
+    together = sample(model, SamplingRequest(7, 5, seed=4, bos=2))
+    apart = [
+        sample(model, SamplingRequest(count, 5, seed=4, bos=2, indices=range(first, first + count)))
+        for first, count in ((0, 1), (1, 4), (5, 2))
+    ]
     assert torch.equal(together, torch.cat(apart))
 
 
@@ -100,7 +103,7 @@ def test_samples_have_the_chances_of_the_logits(config: PGMConfig | MDLMConfig) 
     chances = torch.tensor([0.0, 0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
     with torch.no_grad():
         model.head.bias.copy_(chances.log().clamp(min=-1e4))
-    tokens = sample(model, 1500, 3, seed=0)
+    tokens = sample(model, SamplingRequest(1500, 3, seed=0))
     counts = torch.bincount(tokens.flatten(), minlength=5)
     assert counts[[0, 4]].eq(0).all()
     deviation = (counts - 12000 * chances) / (12000 * chances * (1 - chances)).clamp(min=1).sqrt()
@@ -117,7 +120,7 @@ def test_later_draws_condition_on_earlier_ones(steps: int) -> None:
     model = randomised(PGM, 2, 2, scale=0.6, seed=3)
     with torch.no_grad():  # both tokens likely, whatever the random weights
         model.head.bias -= model.logits(torch.zeros(1, 2).long(), torch.tensor([[False, True]]))[0].mean(0)
-    tokens = sample(model, 8_000, steps, seed=0)
+    tokens = sample(model, SamplingRequest(8_000, steps, seed=0))
     known, nothing = torch.tensor([[0], [1]]), torch.zeros(2, 0, dtype=torch.int64)
     joint = torch.zeros(2, 2)
 
@@ -155,7 +158,7 @@ def test_draws_are_inverted_in_float64() -> None:
 
 
 def test_logits_exist_for_a_chunk_of_rows_only() -> None:
-    vocab_size = LOGITS_AT_ONCE["cpu"] // 50
+    vocab_size = CHUNK_LOGITS["cpu"] // 50
     head = Head(4, vocab_size).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -176,15 +179,15 @@ def test_logits_exist_for_a_chunk_of_rows_only() -> None:
 def test_what_cannot_be_sampled_is_refused(config: PGMConfig | MDLMConfig) -> None:
     model = build(config, V, L).eval()
     with pytest.raises(ConfigError, match=r"'unifrom' is not one of .*uniform.*did you mean 'uniform'"):
-        sample(model, 1, 4, 0, order="unifrom")
+        sample(model, SamplingRequest(1, 4, 0, order="unifrom"))
     for steps in (0, -1, 17):
         with pytest.raises(ConfigError, match=f"steps: {steps} for 16 positions.* 1 to 16"):
-            sample(model, 1, steps, 0)
+            sample(model, SamplingRequest(1, steps, 0))
     with pytest.raises(ConfigError, match="expected 1 to 15"):
-        sample(model, 1, 16, 0, bos=0)
-    assert sample(model, 1, 16, 0).shape == (1, L)
+        sample(model, SamplingRequest(1, 16, 0, bos=0))
+    assert sample(model, SamplingRequest(1, 16, 0)).shape == (1, L)
     with pytest.raises(CapabilityError, match="without classes"):
-        sample(model, 2, 4, 0, condition=torch.tensor([0, 1]))
+        sample(model, SamplingRequest(2, 4, 0, condition=torch.tensor([0, 1])))
 
 
 def test_orders_are_uniform() -> None:
@@ -206,7 +209,7 @@ def test_training_is_not_disturbed() -> None:
     tokens, _ = random_rows(1, L, V)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    drawn = sample(model, 1, 3, seed=0)
+    drawn = sample(model, SamplingRequest(1, 3, seed=0))
     assert torch.equal(before, torch.get_rng_state())
     assert not drawn.requires_grad
     assert drawn.dtype == tokens.dtype

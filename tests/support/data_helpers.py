@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import Manifest, ShardFile, Skipped, SourceInfo, SpecialIds, Split, TokenizerInfo
+from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare as preparation
-from pipeline.data.shards import encode_shard
+from tests.support.small_manifest import small_manifest, write_shard
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"Document {i}:\nzwölf ☃ {'x' * (i * 7 % 90)}\r\n" for i in range(40)]
@@ -33,27 +33,9 @@ def make_shards(path: Path, sizes: list[int], classes: int | None = None) -> Man
     for number, rows in enumerate(sizes):
         tokens = np.arange(first, first + rows)[:, None] + np.arange(L)
         labels = None if classes is None else tokens[:, 0] % classes
-        data, digest = encode_shard(tokens.astype("<u2"), labels)
-        files.append(ShardFile(name=f"train-{number:05d}.parquet", rows=rows, sha256=digest))
-        storage.publish_bytes(str(path / files[-1].name), data)
+        files.append(write_shard(str(path), f"train-{number:05d}.parquet", tokens.astype("<u2"), labels))
         first += rows
-    split = Split(files=tuple(files), documents=1, tokens=first * L, tokens_dropped=0)
-    return Manifest(
-        length=L,
-        vocabulary=1000,
-        special=SpecialIds(eot=999, bos=None),
-        wrap="none",
-        tokenizer=TokenizerInfo(name="x", hash="x"),
-        source=SourceInfo(name="x", revision=None, fingerprint="x"),
-        content={},
-        content_key="x",
-        splits={"train": split},
-        documents=1,
-        documents_empty=0,
-        tokens=first * L,
-        skipped=Skipped(count=0, names=()),
-        classes=classes,
-    )
+    return small_manifest(files, L, vocabulary=1000, special={"eot": 999, "bos": None}, classes=classes)
 
 
 def data_path(config: RunConfig) -> str:

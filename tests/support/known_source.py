@@ -63,7 +63,7 @@ class Known(Denoiser):
                 table[code, place] = np.nan if known else np.log(chances)
         self.table = torch.from_numpy(table)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def target_vectors(self, batch: Batch) -> Tensor:
         raise AssertionError("not trained")
 
     def logits(self, tokens: Tensor, groups: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -92,10 +92,10 @@ def naive_roll_out(
     predict: Predict,
     tokens: Int[Tensor, "B L"],
     hidden: Bool[Tensor, "B L"],
+    *,
     time: Float[Tensor, "B"],
     dt: float,
-    uniforms: Float[Tensor, "B L"],
-    noise: Float[Tensor, "B L"],
+    noise: Float[Tensor, "B 2 L"],
     mistake: str = "",
 ) -> Float[Tensor, "Q V"]:
     """Log-probabilities collected from two ancestral steps, each a full pass that predicts everything.
@@ -107,12 +107,12 @@ def naive_roll_out(
     """
     at = 1 - time if mistake == "grid" else time
     both, known = [], tokens
-    revealed = hidden & (uniforms < dt / at[:, None])
+    revealed = hidden & (noise[:, 0] < dt / at[:, None])
     for step in range(2):
         logits = predict(known, hidden if step == 0 else hidden & ~revealed)
         both.append(logits.log_softmax(-1))
         if step == 0:
-            drawn = draw_tokens(Plain(logits.shape[-1]), both[0][revealed], noise[revealed]).tokens
+            drawn = draw_tokens(Plain(logits.shape[-1]), both[0][revealed], noise[:, 1][revealed]).tokens
             known = tokens.masked_scatter(revealed, drawn)
     of_first = {"swapped": ~revealed, "first": hidden, "last": ~hidden}.get(mistake, revealed)
     return torch.where(of_first[..., None], *both)[hidden]

@@ -4,18 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import storage
-from pipeline.data.manifest import (
-    MANIFEST,
-    Manifest,
-    ShardFile,
-    Skipped,
-    SourceInfo,
-    SpecialIds,
-    Split,
-    TokenizerInfo,
-)
-from pipeline.data.shards import encode_shard
+from pipeline.data.manifest import Manifest
+from tests.support.small_manifest import small_manifest, write_shard
 
 CODES, CLASSES, SIDE = 12, 3, 4
 BOS = CODES + 1  # behind the mask
@@ -24,31 +14,20 @@ LENGTH = 1 + SIDE * SIDE
 
 def write(path: Path, rows: int = 200) -> Manifest:
     """Rows whose codes go by their class."""
-    splits, rng = {}, np.random.default_rng(0)
-    for name, count in (("train", rows), ("validation", 16)):
+    files, rng = [], np.random.default_rng(0)
+    for split, count in (("train", rows), ("validation", 16)):
         labels = rng.integers(CLASSES, size=count)
         tokens = (labels[:, None] * 4 + rng.integers(5, size=(count, LENGTH))) % CODES
         tokens[:, 0] = BOS
-        data, digest = encode_shard(tokens.astype("<u1"), labels)
-        file = ShardFile(name=f"{name}-00000.parquet", rows=count, sha256=digest)
-        storage.publish_bytes(str(path / file.name), data)
-        splits[name] = Split(files=(file,), documents=count, tokens=tokens.size, tokens_dropped=0)
-    manifest = Manifest(
-        length=LENGTH,
+        files.append(write_shard(str(path), f"{split}-00000.parquet", tokens.astype("<u1"), labels))
+    manifest = small_manifest(
+        files,
+        LENGTH,
         vocabulary=CODES,
-        special=SpecialIds(eot=None, bos=BOS),
-        wrap="none",
-        tokenizer=TokenizerInfo(name="patch", hash="none"),
-        source=SourceInfo(name="random", revision=None, fingerprint="random"),
-        content={},
-        content_key="random",
-        splits=splits,
-        documents=rows,
-        documents_empty=0,
-        tokens=rows * LENGTH,
-        skipped=Skipped(count=0, names=()),
+        special={"eot": None, "bos": BOS},
+        tokenizer={"name": "patch", "hash": "none"},
         classes=CLASSES,
         grid=SIDE,
     )
-    storage.publish_text(str(path / MANIFEST), manifest.model_dump_json())
+    manifest.publish(str(path))
     return manifest

@@ -13,7 +13,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.reading_order import ReadingOrder
 from pipeline.data.shards import ShardReader
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import normaliser, training_batch
+from pipeline.diffusion.objective import Objective
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.run import Run
@@ -42,12 +42,11 @@ def rows_of(config: RunConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
 def batch_of(config: RunConfig, step: int, skipped: Collection[int] = ()) -> Batch:
     """The whole global batch of a step, some places of which weigh nothing."""
     tokens, size = rows_of(config, step)[1], config.train.batch
-    t, groups = partition.draw(config.seed, step, size, tokens.shape[1], config.diffusion.eps, False)
+    draws = partition.draw(config.diffusion, seed=config.seed, step=step, shape=tokens.shape, bos=False)
     present = ~np.isin(np.arange(size), list(skipped))
-    divisor = normaliser(groups, config.diffusion, True, False)
-    return training_batch(
-        tokens, t, groups, present, config.diffusion, True, divisor, False, torch.device("cpu")
-    )
+    objective = Objective(config.diffusion, bos=False, both_groups=True)
+    divisor = objective.normaliser(draws.groups)
+    return objective.batch(tokens, draws, present, divisor=divisor, device=torch.device("cpu"))
 
 
 def fresh(config: RunConfig) -> Denoiser:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import DiffusionConfig, RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardReader
 from pipeline.diffusion import partition
@@ -42,7 +42,14 @@ def loss_of(config: RunConfig, step: int, student: Denoiser, teacher: Denoiser, 
         found = ShardReader(Run(config).data_path, manifest, "train").labels(rows)
         dropped = partition.draw_dropped(config.seed, step, size, config.train.class_drop)
         labels = torch.from_numpy(np.where(dropped, config.model.classes, found))
-    t, groups = partition.draw(config.seed, step, size, manifest.length, eps, bos, least=2 * dt)
+    t, groups = partition.draw(
+        DiffusionConfig(eps=eps),
+        seed=config.seed,
+        step=step,
+        shape=(size, manifest.length),
+        bos=bos,
+        least=2 * dt,
+    )
     noise = torch.from_numpy(
         np.random.default_rng([config.seed, step, 2]).random((size, 2, 2, manifest.length))
     )
@@ -60,10 +67,9 @@ def loss_of(config: RunConfig, step: int, student: Denoiser, teacher: Denoiser, 
                 lambda known, unknown: teacher.logits(known, unknown, labels),
                 tokens,
                 asked,
-                torch.from_numpy(time),
-                dt,
-                noise[:, side, 0],
-                noise[:, side, 1],
+                time=torch.from_numpy(time),
+                dt=dt,
+                noise=noise[:, side],
             )
         losses.append(divergence(logits[asked], told, config.distill.divergence).sum() / max(1, len(told)))
     return torch.stack(losses).mean()

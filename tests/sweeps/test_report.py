@@ -19,7 +19,7 @@ def trial(
     curve = [(10 * (i + 1), value) for i, value in enumerate(values)]
     choices = {"model.swap.pooling": variant, "optim.lr": 0.1 if variant == "none" else 0.003}
     return Trial(
-        variant, choices, seed, status, 10 * len(values), 30, curve,  # type: ignore[arg-type]
+        variant, choices, seed, status, 10 * len(values), curve,  # type: ignore[arg-type]
         parameters=1234 if values else None, train_rate=1000.0 + seed if values else None,
         sample_rate=50.0 if values else None, run_id=f"run-{variant}-{seed}", error=error,
     )  # fmt: skip

@@ -9,14 +9,14 @@ student. Medians of several turns, one thread.
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import PGMConfig
+from pipeline.config.schema import DiffusionConfig, PGMConfig
 from pipeline.diffusion import partition
-from pipeline.diffusion.objective import as_batch
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.models.distill_loss import DistillTargets, divergence
@@ -56,13 +56,16 @@ class Rows:
 
     def __init__(self, seed: int, form: Form):
         self.tokens = np.random.default_rng(seed).integers(V, size=(ROWS, L))
-        self.t, self.groups = partition.draw(seed, 0, ROWS, L, EPS, False, least=2 * DT)
+        self.t, self.groups = partition.draw(
+            DiffusionConfig(eps=EPS), seed=seed, step=0, shape=(ROWS, L), bos=False, least=2 * DT
+        )
         self.sides = hidden_sides(self.groups, self.t, DT, form, EPS, False)
         self.noise = np.random.default_rng([seed, 2]).random((ROWS, 2, 2, L))
 
-    def batch(self, targets: np.ndarray, teaching: DistillTargets | None = None) -> Batch:
+    def batch(self, targets: np.ndarray, distill_targets: DistillTargets | None = None) -> Batch:
         weights = np.full(targets.shape, 1 / targets.sum())
-        return as_batch(self.tokens, self.groups, targets, weights, None, CPU, teaching)
+        batch = Batch.of_arrays(self.tokens, self.groups, targets, weights, device=CPU)
+        return replace(batch, distill_targets=distill_targets)
 
 
 def lesson(rows: Rows) -> DistillTargets:
@@ -92,8 +95,8 @@ def naive_teacher_part(rows: Rows) -> Tensor:
     first = hidden & (uniforms < torch.from_numpy(DT / rows.t)[:, None])
     unknown = hidden
     for step in range(2):
-        batch = as_batch(canvas.numpy(), unknown.numpy(), every, every / 1.0, None, CPU)
-        packed = TEACHER._both_sides(batch)  # type: ignore[operator]
+        batch = Batch.of_arrays(canvas.numpy(), unknown.numpy(), every, every / 1.0, device=CPU)
+        packed = TEACHER.target_vectors(batch)
         vectors = torch.empty_like(packed)
         vectors[batch.target_index] = packed
         found.append(TEACHER.head(vectors[hidden.flatten()]).log_softmax(-1))
@@ -108,7 +111,7 @@ def naive_update(rows: Rows) -> None:
     """The student computes all positions too, of which group 1 counts."""
     told = naive_teacher_part(rows)
     batch = rows.batch(np.ones_like(rows.groups))
-    vectors = STUDENT._both_sides(batch)  # type: ignore[operator]
+    vectors = STUDENT.target_vectors(batch)
     asked = vectors[torch.from_numpy(rows.groups).flatten()[batch.target_index]]
     divergence(STUDENT.head(asked), told, "reverse_kl").mean().backward()
 

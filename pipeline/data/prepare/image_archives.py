@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.prepare.text_sources import Problem
+from pipeline.data.prepare.source_files import Problem
 from pipeline.errors import DataError, did_you_mean
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -21,13 +21,14 @@ _ROWS = 64  # of Parquet held at a time
 
 
 class Ref(NamedTuple):
-    """Where one image lies.
+    """The place of one image.
 
     Attributes:
-        place: row of Parquet, idx or digits, byte in a tar file, 0 in a file of its own.
-        size: bytes in a tar file, else 0.
+        path: of its file, or "digits".
+        place: row of Parquet, idx or digits; byte in a tar file; 0 in a file of its own.
+        size: number of bytes in a tar file, else 0.
         label: its class; -1 if it is read with the image.
-        name: in a tar file.
+        name: of the member of a tar file, else "".
     """
 
     path: str
@@ -45,17 +46,32 @@ class Ref(NamedTuple):
 
 
 def is_a(path: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file's name ends so, in whatever case."""
+    """Return whether a file's name ends with one of the suffixes, in upper or lower case."""
     return path.lower().endswith(suffixes)
 
 
 def outside(label: object, classes: int) -> str:
-    """What is wrong with a label that is none of the classes."""
+    """Describe a label that is none of the classes.
+
+    Args:
+        label: as the source has it.
+        classes: number of classes.
+    """
     return f"label {label!r}; expected 0 to {classes - 1} (data.classes)"
 
 
 def list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
-    """WebDataset: members next to each other whose names differ only behind the first dot are one sample."""
+    """List the samples of a tar file in WebDataset's layout.
+
+    Members next to each other whose names differ only behind the first dot are one sample.
+
+    Args:
+        path: of the file.
+        data: the data section of the config.
+
+    Returns:
+        The images with their labels, and in place of samples that cannot be read what is wrong with them.
+    """
     try:
         with storage.open_read(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = ((*_stem(member.name), member) for member in tar if member.isfile())
@@ -63,7 +79,11 @@ def list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
                 if not stem.rpartition("/")[2]:
                     continue  # a hidden file
                 sample = {suffix: member for _, suffix, member in group}
-                yield _list_sample(path, stem, sample, tar, data)
+                try:
+                    image, label = _sample(sample, tar, data)
+                    yield Ref(path, image.offset_data, image.size, label, image.name)
+                except DataError as error:
+                    yield Problem(f"{path}: {stem}", str(error))
     except (ConnectionError, TimeoutError):
         raise
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
@@ -71,40 +91,46 @@ def list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
 
 
 def _stem(name: str) -> tuple[str, str]:
+    """Split a member's name at the first dot of its last part."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
 
 
-def _list_sample(
-    path: str, stem: str, sample: dict[str, tarfile.TarInfo], tar: tarfile.TarFile, data: ImageDataConfig
-) -> Ref | Problem:
+def _sample(
+    sample: dict[str, tarfile.TarInfo], tar: tarfile.TarFile, data: ImageDataConfig
+) -> tuple[tarfile.TarInfo, int]:
+    """Return the image and the label of a sample; raise what is wrong with it."""
+    suffixes = ", ".join(sample)
     image = next((sample[end[1:]] for end in IMAGES if end[1:] in sample), None)
-    where, there = f"{path}: {stem}", ", ".join(sample)
     if image is None:
-        return Problem(where, f"no image among {there}; expected {', '.join(end[1:] for end in IMAGES)}")
-    texts: dict[str, str] = {}
+        raise DataError(f"no image among {suffixes}; expected {', '.join(end[1:] for end in IMAGES)}")
+    suffix = "cls" if "cls" in sample else "json"
     try:
-        texts |= {end: _text(tar, sample[end]) for end in ("cls", "json") if end in sample}
-        label = int(texts["cls"]) if "cls" in texts else json.loads(texts["json"])[data.label_field]
+        file = tar.extractfile(sample[suffix])
+        assert file is not None, suffix  # members are files
+        text = file.read().decode("utf-8")
+        label = int(text) if suffix == "cls" else json.loads(text)[data.label_field]
     except KeyError:
         expected = f"cls, or json with the field {data.label_field!r} (data.label_field)"
-        return Problem(where, f"no label among {there}; expected {expected}")
+        raise DataError(f"no label among {suffixes}; expected {expected}") from None
     except (ValueError, TypeError) as error:
-        return Problem(where, f"no label in {', '.join(texts)}: {error}")
+        raise DataError(f"no label in {suffix}: {error}") from None
     if not isinstance(label, int) or label < 0:
-        return Problem(where, outside(label, data.classes))
-    return Ref(path, image.offset_data, image.size, label, image.name)
-
-
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    file = tar.extractfile(member)
-    assert file is not None, member.name  # it is a file
-    return file.read().decode("utf-8")
+        raise DataError(outside(label, data.classes))
+    return image, label
 
 
 def read_tar(path: str, refs: Sequence[Ref]) -> Iterator[tuple[bytes, int]]:
-    """Bytes and label of each image."""
+    """Read images of a tar file.
+
+    Args:
+        path: of the file.
+        refs: which images.
+
+    Returns:
+        The bytes and the label of each image.
+    """
     with storage.open_read(path) as file:
         for ref in refs:
             file.seek(ref.place)
@@ -112,10 +138,17 @@ def read_tar(path: str, refs: Sequence[Ref]) -> Iterator[tuple[bytes, int]]:
 
 
 def list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
-    """Every row, its label left for later.
+    """List the rows of a Parquet file; their labels are read with the images.
+
+    Args:
+        path: of the file.
+        data: the data section of the config.
+
+    Returns:
+        The images, or what is wrong with the file.
 
     Raises:
-        DataError: no column of the names that the config gives.
+        DataError: there is no column of a name that the config gives.
     """
     try:
         with storage.open_read(path) as file:
@@ -134,7 +167,16 @@ def list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
 def read_parquet(
     path: str, refs: Sequence[Ref], data: ImageDataConfig
 ) -> Iterator[tuple[bytes, int] | Problem]:
-    """Bytes and label of each image, whose rows ascend: only their row groups are read, a few rows at a time."""
+    """Read images of a Parquet file: only their row groups, a few rows at a time.
+
+    Args:
+        path: of the file.
+        refs: which images, in ascending order of their rows.
+        data: the data section of the config.
+
+    Returns:
+        The bytes and the label of each image, or what is wrong with it.
+    """
     wanted = {ref.place for ref in refs}
     with storage.open_read(path) as file:
         parquet = pq.ParquetFile(file)
@@ -153,13 +195,12 @@ def read_parquet(
 
 
 def _cell(image: Any, label: Any, where: str, data: ImageDataConfig) -> tuple[bytes, int] | Problem:
-    """A row of Parquet; Hugging Face stores an image as its bytes and its file's name."""
+    """Return the bytes and the label in a row; Hugging Face stores an image as its bytes and its file's name."""
     image = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(image, bytes):
-        what = type(image).__name__
-        return Problem(
-            where, f"{data.image_field!r} (data.image_field) holds a {what}; expected an image's bytes"
-        )
+        kind = type(image).__name__
+        expected = "expected the bytes of an image"
+        return Problem(where, f"{data.image_field!r} (data.image_field) holds a {kind}; {expected}")
     if not isinstance(label, int) or not 0 <= label < data.classes:
         return Problem(where, outside(label, data.classes))
     return image, label

@@ -1,9 +1,9 @@
 """Labelled images from scikit-learn's digits, class folders, tar and Parquet files, idx files and the hub.
 
-A source is listed first: every image's place and, where it can be had without the pixels, its label. Any part of the
-list can then be read on its own. Sources that come sorted by class (digits, folders, idx) are listed in a fixed
-random order, since training shuffles only within windows of rows; tar and Parquet files, which are usually written
-shuffled, keep their own.
+A source is listed first: the place of every image and, where it can be had without the pixels, its label. Any part of
+the list can then be read on its own. Sources that come sorted by class (digits, folders, idx) are listed in a fixed
+random order, since training shuffles only within windows of rows. Tar and Parquet files, which are usually written
+shuffled, keep their own order.
 """
 
 import gzip
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,19 +20,10 @@ from jaxtyping import UInt8
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.prepare.image_archives import (
-    IMAGES,
-    PARQUET,
-    TAR,
-    Ref,
-    is_a,
-    list_parquet,
-    list_tar,
-    outside,
-    read_parquet,
-    read_tar,
-)
-from pipeline.data.prepare.text_sources import GLOB, HUB, Problem, digest, find, pinned, root_of
+from pipeline.data.manifest import SourceInfo
+from pipeline.data.prepare import image_archives, source_files
+from pipeline.data.prepare.image_archives import IMAGES, PARQUET, TAR, Ref, is_a, outside
+from pipeline.data.prepare.source_files import HUB, Problem, SourceFile
 from pipeline.data.reading_order import permutation
 from pipeline.errors import DataError, did_you_mean
 
@@ -43,32 +33,36 @@ _KINDS = {"image files": IMAGES, "tar files": TAR, "Parquet files": PARQUET, "id
 _ORDER = 1  # seed of the order of sources that come sorted by class
 _READERS = 8  # files listed at the same time
 
+Image = tuple[bytes | UInt8[np.ndarray, "..."], int]  # bytes of a file, or pixels; and the label
+
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The files of a source.
+    """The files of a source of images.
 
     Attributes:
-        files: (path, bytes, version) in order; one pair of images and labels for idx.
-        root: the folder that names are relative to.
-        revision: of a dataset on the hub, resolved.
-        fingerprint: SHA-256 over names and sizes; the same for a copy elsewhere.
+        files: in order; one pair of images and labels for idx.
+        info: what the manifest says of the source.
     """
 
-    files: tuple[tuple[str, int, str], ...]
-    root: str
-    revision: str | None
-    fingerprint: str
+    files: tuple[SourceFile, ...]
+    info: SourceInfo
 
     @property
     def plan(self) -> list[list[str]]:
-        """What an interrupted preparation may be taken up with."""
-        return [[path, version] for path, _, version in self.files]
+        """The files, which must be the same for an interrupted preparation to be continued."""
+        return [[file.path, file.version] for file in self.files]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a source in order, what is wrong with it, and its classes by label where they have names."""
+    """All images of a source.
+
+    Attributes:
+        refs: the images in order.
+        problems: what cannot be read.
+        class_names: by label, where the source has them.
+    """
 
     refs: list[Ref]
     problems: list[Problem]
@@ -76,52 +70,58 @@ class Listing:
 
 
 def open_images(data: ImageDataConfig) -> ImageSource:
-    """The files that `data.source` names.
+    """List the files that `data.source` names.
+
+    Args:
+        data: the data section of the config.
 
     Raises:
         DataError: nothing is there, nothing that can be read, or files of several kinds.
     """
     if data.source == DIGITS:
-        pixels = digest([_digits()[0].tobytes().hex()])
-        return ImageSource(((DIGITS, 0, pixels),), "", None, pixels)
+        info = source_files.describe(data, [_digits()[0].tobytes().hex()])
+        return ImageSource((SourceFile(DIGITS, "", 0, info.fingerprint),), info)
     if data.source.startswith(HUB):
         return _open_hub(data)
     suffixes = tuple(itertools.chain(*_KINDS.values()))
-    root = root_of(data.source, suffixes)
-    start = len(storage.join(root, ""))
-    files = [file for file in find(data.source, suffixes, DIGITS) if "/." not in f"/{file[0][start:]}"]
-    there = [kind for kind, ends in _KINDS.items() if any(is_a(path, ends) for path, _, _ in files)]
-    if len(there) != 1:
-        found = " and ".join(there) or "hidden files only"
+    files = source_files.find(data.source, suffixes, DIGITS)
+    files = [file for file in files if "/." not in f"/{file.name}"]
+    kinds = [kind for kind, ends in _KINDS.items() if any(is_a(file.path, ends) for file in files)]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "hidden files only"
         raise DataError(f"data.source: {found} at {data.source!r}; expected one kind of {', '.join(_KINDS)}")
-    if there == ["idx files"]:
+    if kinds == ["idx files"]:
         files = _idx_pair(files, data.source)
-    return ImageSource(tuple(files), root, None, digest(f"{path[start:]} {size}" for path, size, _ in files))
+    return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
 
 
 def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
-    """Every image of the source in order.
+    """List every image of a source in order.
+
+    Args:
+        source: the files.
+        data: the data section of the config.
 
     Raises:
-        DataError: no such column; folders of another number of classes.
+        DataError: a column is missing, or the number of class folders is not `data.classes`.
     """
-    first = source.files[0][0]
-    paths = [path for path, _, _ in source.files]
+    first = source.files[0].path
     names: tuple[str, ...] | None = None
     problems: list[Problem] = []
-    if first == DIGITS:
-        refs = [Ref(DIGITS, i, 0, int(label)) for i, label in enumerate(_digits()[1])]
-    elif is_a(first, IDX):
-        refs = _list_idx(*paths)
-    elif is_a(first, TAR + PARQUET):
-        one = list_tar if is_a(first, TAR) else list_parquet
+    if is_a(first, TAR + PARQUET):
+        list_file = image_archives.list_tar if is_a(first, TAR) else image_archives.list_parquet
         with ThreadPoolExecutor(_READERS) as pool:
-            found = list(itertools.chain(*pool.map(lambda path: list(one(path, data)), paths)))
-        refs = [item for item in found if isinstance(item, Ref)]
-        problems = [item for item in found if isinstance(item, Problem)]
+            lists = pool.map(lambda file: list(list_file(file.path, data)), source.files)
+            items = list(itertools.chain(*lists))
+        refs = [item for item in items if isinstance(item, Ref)]
+        problems = [item for item in items if isinstance(item, Problem)]
     else:
-        refs, problems, names = _list_folders(source, paths, data)
-    if not is_a(first, TAR + PARQUET):
+        if first == DIGITS:
+            refs = [Ref(DIGITS, i, 0, int(label)) for i, label in enumerate(_digits()[1])]
+        elif is_a(first, IDX):
+            refs = _list_idx(*(file.path for file in source.files))
+        else:
+            refs, problems, names = _list_folders(source.files, data)
         refs = [refs[i] for i in permutation(len(refs), _ORDER)]
     within = [ref for ref in refs if -1 <= ref.label < data.classes]
     strays = (ref for ref in refs if not -1 <= ref.label < data.classes)
@@ -129,38 +129,44 @@ def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
     return Listing(within, problems, names)
 
 
-def read_images(
-    refs: Sequence[Ref], data: ImageDataConfig
-) -> Iterator[tuple[bytes | UInt8[np.ndarray, "..."], int] | Problem]:
-    """A file's bytes or pixels, and the label, of every image in order; in their places those that are spoilt."""
+def read_images(refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[Image | Problem]:
+    """Read images in order.
+
+    Args:
+        refs: which images; those of one file are best next to each other, and ascend in Parquet.
+        data: the data section of the config.
+
+    Returns:
+        Of every image the bytes of its file, or its pixels, and its label; or why it cannot be read.
+    """
     for path, group in itertools.groupby(refs, key=lambda ref: ref.path):
-        part, given = list(group), 0
+        part, count = list(group), 0
         try:
             for item in _read(path, part, data):
                 yield item
-                given += 1
+                count += 1
         except (ConnectionError, TimeoutError):
             raise  # no fault of the data: it is read again
         except (OSError, EOFError, ValueError, pa.ArrowException) as error:
-            for ref in part[given:]:
+            for ref in part[count:]:
                 yield Problem(str(ref), f"cannot be read: {type(error).__name__}: {error}")
 
 
-def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[Any]:
-    if path == DIGITS:
-        return [(_digits()[0][ref.place], ref.label) for ref in refs]
-    if is_a(path, IDX):
-        return [(_idx(path)[ref.place], ref.label) for ref in refs]
+def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[Image | Problem]:
+    """Read images of one file."""
+    if path == DIGITS or is_a(path, IDX):
+        pixels = _digits()[0] if path == DIGITS else _idx(path)
+        return [(pixels[ref.place], ref.label) for ref in refs]
     if is_a(path, TAR):
-        return read_tar(path, refs)
+        return image_archives.read_tar(path, refs)
     if is_a(path, PARQUET):
-        return read_parquet(path, refs, data)
+        return image_archives.read_parquet(path, refs, data)
     return ((storage.read_bytes(ref.path), ref.label) for ref in refs)
 
 
 @lru_cache(maxsize=1)
 def _digits() -> tuple[UInt8[np.ndarray, "n 8 8"], np.ndarray]:
-    """1,797 digits of 8 x 8 in 17 shades, and which they are."""
+    """Load 1,797 digits of 8 x 8 pixels in 17 shades, and their classes."""
     from sklearn.datasets import load_digits  # slow to import, and other sources do without
 
     digits = load_digits()
@@ -168,14 +174,14 @@ def _digits() -> tuple[UInt8[np.ndarray, "n 8 8"], np.ndarray]:
 
 
 def _list_folders(
-    source: ImageSource, paths: list[str], data: ImageDataConfig
+    files: Sequence[SourceFile], data: ImageDataConfig
 ) -> tuple[list[Ref], list[Problem], tuple[str, ...]]:
-    """A folder is a class, whatever lies between it and its images; classes are numbered in order of their names."""
-    start = len(storage.join(source.root, ""))
-    if loose := next((path for path in paths if "/" not in path[start:]), None):
+    """List folders, each a class with all that lies in it; classes are numbered in the order of their names."""
+    if loose := next((file.path for file in files if "/" not in file.name), None):
         raise DataError(f"data.source: {loose!r} is in no class folder; expected FOLDER/CLASS/IMAGE")
-    classes = [path[start:].partition("/")[0] for path in paths]
-    empty = _folders(source.root) - set(classes) if not GLOB.intersection(data.source) else set()
+    classes = [file.name.partition("/")[0] for file in files]
+    root = files[0].path.removesuffix(files[0].name)
+    empty = set() if source_files.has_wildcard(data.source) else _folders(root).difference(classes)
     names = tuple(sorted(empty.union(classes)))
     if len(names) < data.classes:
         raise DataError(
@@ -183,38 +189,38 @@ def _list_folders(
             f"expected data.classes={len(names)}"
         )
     labels = {name: label for label, name in enumerate(names)}
-    refs = [Ref(path, 0, 0, labels[name]) for path, name in zip(paths, classes, strict=True)]
-    expected = f"no image in this class; expected {', '.join(IMAGES)}"
-    return refs, [Problem(storage.join(source.root, name), expected) for name in sorted(empty)], names
+    refs = [Ref(file.path, 0, 0, labels[name]) for file, name in zip(files, classes, strict=True)]
+    why = f"no image in this class; expected {', '.join(IMAGES)}"
+    return refs, [Problem(f"{root}{name}", why) for name in sorted(empty)], names
 
 
 def _folders(root: str) -> set[str]:
-    """Names of the folders in a folder, hidden ones left out."""
+    """Return the names of the folders in a folder, hidden ones left out."""
     fs, inner = storage.filesystem(root)
     infos = fs.ls(inner, detail=True)
     names = {info["name"].rstrip("/").rpartition("/")[2] for info in infos if info["type"] == "directory"}
     return {name for name in names if not name.startswith(".")}
 
 
-def _idx_pair(files: list[tuple[str, int, str]], source: str) -> list[tuple[str, int, str]]:
-    """One file of images and its labels: the training ones, where there are several."""
-    images = [file for file in files if re.search(r"images[-.]idx3-ubyte(\.gz)?$", file[0])]
-    chosen = [file for file in images if file[0].rpartition("/")[2].startswith("train")] or images
+def _idx_pair(files: list[SourceFile], source: str) -> list[SourceFile]:
+    """Return one file of images and the file of its labels: the training ones, where there are several."""
+    images = [file for file in files if re.search(r"images[-.]idx3-ubyte(\.gz)?$", file.path)]
+    chosen = [file for file in images if file.path.rpartition("/")[2].startswith("train")] or images
     if len(chosen) != 1:
-        names = ", ".join(file[0].rpartition("/")[2] for file in chosen or files)
+        names = ", ".join(file.path.rpartition("/")[2] for file in chosen or files)
         raise DataError(
             f"data.source: {names} at {source!r}; expected train-images-idx3-ubyte[.gz], or one such file"
         )
-    stem = re.sub(r"images([-.])idx3-ubyte(\.gz)?$", r"labels\1idx1-ubyte", chosen[0][0])
-    labels = next((stem + end for end in ("", ".gz") if storage.exists(stem + end)), None)
-    if labels is None:
-        raise DataError(f"data.source: {chosen[0][0]!r} without its labels; expected {stem!r} or with .gz")
-    fs, inner = storage.filesystem(labels)
-    info = fs.info(inner)
-    return [chosen[0], (labels, info["size"], digest([str(info)]))]
+    path, name = chosen[0].path, chosen[0].name
+    stem = re.sub(r"images([-.])idx3-ubyte(\.gz)?$", r"labels\1idx1-ubyte", path)
+    labels = [*source_files.list_files(stem), *source_files.list_files(f"{stem}.gz")]
+    if not labels:
+        raise DataError(f"data.source: {path!r} without its labels; expected {stem!r} or with .gz")
+    return [chosen[0], labels[0]._replace(name=labels[0].path[len(path) - len(name) :])]
 
 
 def _list_idx(images: str, labels: str) -> list[Ref]:
+    """List the images of an idx file with the labels of another one."""
     pixels, classes = _idx(images), _idx(labels)
     if pixels.ndim != 3 or classes.ndim != 1 or len(pixels) != len(classes):
         raise DataError(
@@ -226,7 +232,7 @@ def _list_idx(images: str, labels: str) -> list[Ref]:
 
 @lru_cache(maxsize=2)
 def _idx(path: str) -> UInt8[np.ndarray, "..."]:
-    """An idx file: two zeros, 8 for bytes, the number of dimensions, their sizes, the values."""
+    """Read an idx file: two zeros, 8 for bytes, the number of dimensions, their sizes, the values."""
     data = storage.read_bytes(path)
     try:
         data = gzip.decompress(data) if path.endswith(".gz") else data
@@ -242,34 +248,28 @@ def _idx(path: str) -> UInt8[np.ndarray, "..."]:
 
 
 def _open_hub(data: ImageDataConfig) -> ImageSource:
-    """A dataset of the Hugging Face hub, its revision pinned, or a local copy in the same layout.
+    """List a dataset of the Hugging Face hub, its revision pinned, or a local copy, which has no revision.
 
-    Its files are read as they are, so it must be one of Parquet or tar files.
+    The files are read as they are, so they must be Parquet or tar files.
     """
     from datasets import load_dataset_builder  # slow to import, and other sources do without
 
-    name = data.source.removeprefix(HUB)
-    fs, inner = storage.filesystem(name)
-    local = storage.is_local(name) and fs.isdir(inner)
-    revision = None if local else pinned(data)
+    folder = source_files.hub_folder(data)
+    revision = None if folder else source_files.pinned_revision(data)
+    name = folder or data.source.removeprefix(HUB)
     try:
-        builder = load_dataset_builder(inner if local else name, data.subset, revision=revision)
-    except (OSError, ValueError, RuntimeError) as error:  # its message names the subsets
+        splits = load_dataset_builder(name, data.subset, revision=revision).config.data_files or {}
+    except (OSError, ValueError, RuntimeError) as error:  # the message names the subsets
         raise DataError(f"data.source: {data.source!r} cannot be opened: {error}") from error
-    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if data.split not in splits:
-        near = did_you_mean(data.split, splits)
-        raise DataError(
-            f"data.split: no split {data.split!r} in {data.source!r}; known: {', '.join(splits)}{near}"
-        )
-    paths = splits[data.split]
+        known = f"{', '.join(map(str, splits))}{did_you_mean(data.split, splits)}"
+        raise DataError(f"data.split: no split {data.split!r} in {data.source!r}; known: {known}")
+    paths = list(splits[data.split])
     if not any(all(is_a(path, ends) for path in paths) for ends in (TAR, PARQUET)):
-        raise DataError(
-            f"data.source: {data.source!r} has files such as {paths[0]!r}; expected .parquet or .tar"
-        )
-    if not local:
-        files = tuple((path, 0, str(revision)) for path in paths)
-        return ImageSource(files, "", revision, digest([str(revision)]))
-    infos = [(path, fs.info(path)) for path in paths]
-    files = tuple((path, info["size"], digest([str(info)])) for path, info in infos)
-    return ImageSource(files, inner, None, digest(f"{path[len(inner) :]} {size}" for path, size, _ in files))
+        what = f"has files such as {paths[0]!r}; expected .parquet or .tar"
+        raise DataError(f"data.source: {data.source!r} {what}")
+    if folder:
+        files = [file for path in paths for file in source_files.list_files(path, folder)]
+        return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
+    files = [SourceFile(path, path, 0, str(revision)) for path in paths]
+    return ImageSource(tuple(files), source_files.describe(data, [str(revision)], revision))

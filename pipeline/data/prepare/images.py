@@ -1,17 +1,20 @@
-"""Image preparation: labelled images -> rows of BOS and a grid of codes, on Ray.
+"""Image preparation: labelled images become shards of rows of BOS and a grid of codes, on Ray.
 
-Three stages, each skipping what an earlier, interrupted run has finished:
-  1. The tokenizer is loaded, or fitted on training images, and kept beside the shards.
-  2. Ray Data reads units of images and encodes each, on a pool of actors, into one intermediate file.
-  3. Prefix sums over the units' rows give every shard its exact range; Ray tasks write them.
-What comes out depends on the input and the config alone; codes of a network also on the kind of device.
+1. The tokenizer is loaded, or fitted on training images, and kept beside the shards.
+2. Ray Data reads the units of images and encodes each, on a pool of actors, into one intermediate file.
+3. Ray tasks write the shards from the rows of the units. The mirrored copies of the training images follow behind
+   all of the originals: the two rows of an image are then as far from each other as can be, and rarely meet in a
+   batch.
+
+What the shards hold depends on the input and the config alone; codes of a network also on the kind of device.
 """
 
-import json
+import io
 import logging
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,26 +22,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 import ray.data
+from jaxtyping import Bool, Int64, UInt8
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.manifest import SpecialIds, Split, TokenizerInfo, token_dtype, weights_hash
-from pipeline.data.prepare.encoding import (
-    Encoder,
-    Layout,
-    Shard,
-    Unit,
-    held_out,
-    plan_pieces,
-    read_pixels,
-    read_unit,
-    read_unit_pixels,
-    refusal,
-    write_shard,
+from pipeline.data.manifest import (
+    Manifest,
+    SpecialIds,
+    Split,
+    TokenizerInfo,
+    hash_content,
+    image_tokenizer_id,
 )
+from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_archives import Ref
-from pipeline.data.prepare.image_sources import ImageSource, list_images
-from pipeline.data.prepare.workflow import PreparationResult, Progress, run_shards, run_units
+from pipeline.data.prepare.image_sources import ImageSource, Listing, list_images, read_images
+from pipeline.data.prepare.pixels import square
+from pipeline.data.prepare.source_files import Problem, refusal
+from pipeline.data.shards import Rows, token_dtype
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,175 +54,330 @@ _FIT_SEED = 0
 _READERS = 8  # threads that read the images on which the tokenizer is fitted
 
 
+@dataclass(frozen=True)
+class ImageUnit(workflow.Unit):
+    """The record of one encoded unit.
+
+    Its file (`npz`) has codes and labels of the training images, of their mirrored copies, of the held-out images.
+
+    Attributes:
+        train: number of training images, mirrored copies not counted.
+        validation: number of held-out images.
+    """
+
+    train: int = 0
+    validation: int = 0
+
+    @property
+    def amount(self) -> int:
+        """The number of images."""
+        return self.train + self.validation + len(self.problems)
+
+
+@dataclass
+class Pixels:
+    """Images that were read.
+
+    Attributes:
+        images: as RGB squares.
+        labels: their classes.
+        kept: their places among all images that were to be read.
+        problems: what is wrong with the others.
+    """
+
+    images: UInt8[np.ndarray, "n S S 3"]
+    labels: Int64[np.ndarray, "n"]
+    kept: Int64[np.ndarray, "n"]
+    problems: list[str] = field(default_factory=list)
+
+
 def content(data: ImageDataConfig) -> dict[str, Any]:
-    """Every setting that determines what the shards hold."""
+    """Return every setting that determines what the shards hold, by key of the config."""
     keys = ("kind", "source", "subset", "split", "revision", "on_error", "image_field", "label_field")
     shape = ("classes", "size", "factor", "flip", "validation_images", "shard_rows")
-    patch = data.tokenizer == "patch"  # whose codes do not depend on how many are encoded together
-    made = ("codes", "fit_images") if patch else ("encode_batch", "encode_threads")
-    values = {key: getattr(data, key) for key in keys + shape + made}
-    return {**values, "tokenizer": "patch" if patch else weights_hash(data.tokenizer), "format": FORMAT}
+    patch = data.tokenizer == "patch"  # its codes do not depend on how many images are encoded together
+    encoding = ("codes", "fit_images") if patch else ("encode_batch", "encode_threads")
+    values = {key: getattr(data, key) for key in keys + shape + encoding}
+    return {**values, "tokenizer": image_tokenizer_id(data.tokenizer), "format": FORMAT}
 
 
-def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> PreparationResult:
-    """Make the shards of `data`, or those that an interrupted run did not.
+def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> Manifest:
+    """Make the shards, except for those that an interrupted preparation has finished.
 
     Args:
+        data: the data section of the config.
+        source: the listed files.
         path: folder of the shards.
-        work: folder of intermediate files.
+        work: folder of the intermediate files.
+
+    Returns:
+        The manifest, which is not written yet.
 
     Raises:
         DataError: the source is empty, unreadable or too small.
-        ConfigError: no such tokenizer, or one that does not fit.
+        ConfigError: the tokenizer does not exist or does not fit.
     """
-    log.info("listing %s", data.source)
-    listing = list_images(source, data)
-    for problem in listing.problems:
-        if data.on_error == "fatal":
-            raise refusal(problem)
-        log.warning("skipped %s", problem)
-    images = len(listing.refs)
-    if not images:
-        raise DataError(f"data.source: {data.source!r} is empty: no image that can be read")
-    if data.validation_images >= images:
-        raise DataError(
-            f"data.validation_images: {data.validation_images} of {images} images would leave none to train on; "
-            f"expected less than {images}"
-        )
-    tokenizer = _tokenizer(data, listing.refs, work)
+    listing = _list(data, source)
+    refs = listing.refs
+    tokenizer = _tokenizer(data, refs, work)
     bos = tokenizer.codes + 1  # behind the mask
-    units = _encode(data, listing.refs, work)
-    pieces = plan_pieces(units, data.flip)
-    rows = {split: int(part[:, 2].sum()) for split, part in pieces.items()}
-    for split, count in rows.items():
-        if not count:
-            raise DataError(f"data.source: no image of the {split} split can be read")
-    shards = [
-        Shard(f"{split}-{number:05d}.parquet", split, start, min(start + data.shard_rows, count))
-        for split, count in rows.items()
-        for number, start in enumerate(range(0, count, data.shard_rows))
-    ]
-    layout = Layout(pieces, bos, token_dtype(bos + 1).str)
-    files = run_shards(shards, write_shard, layout, path, work, "rows")
+    size = unit_size(data)
+    inputs = [refs[start : start + size] for start in range(0, len(refs), size)]
+    encode = partial(_encode_units, data=data, images=len(refs), work=work)
+    units = workflow.run_units(inputs, ImageUnit, encode, work, "encoded", "images")
+    make = partial(_rows, work=work, bos=bos)
+    splits = workflow.write_shards(plan_splits(units, data), make, path, work, "rows")
     _save(tokenizer, storage.join(path, TOKENIZER))
-    kept = {
-        "train": sum(unit.train for unit in units),
-        "validation": sum(unit.validation for unit in units),
-    }
-    return PreparationResult(
+    settings = content(data)
+    return Manifest(
+        length=data.length,
         vocabulary=tokenizer.codes,
         special=SpecialIds(eot=None, bos=bos),
+        wrap="none",
         tokenizer=TokenizerInfo(name=tokenizer.name, hash=tokenizer.hash),
-        splits={
-            split: Split(
-                files=tuple(files[shard.name] for shard in shards if shard.split == split),
-                documents=kept[split],
-                tokens=count * data.length,
-                tokens_dropped=0,
-            )
-            for split, count in rows.items()
-        },
-        documents=sum(kept.values()),
-        empty=0,
-        tokens=sum(rows.values()) * data.length,
-        problems=(
-            *map(str, listing.problems),
-            *(problem for unit in units for problem in unit.problems),
-        ),
+        source=source.info,
+        content=settings,
+        content_key=hash_content(settings),
+        splits=splits,
+        documents=sum(split.documents for split in splits.values()),
+        documents_empty=0,
+        tokens=sum(split.tokens for split in splits.values()),
+        skipped=workflow.skipped(units, *map(str, listing.problems)),
         classes=data.classes,
         class_names=listing.class_names,
         grid=data.size // data.factor,
     )
 
 
+def held_out(numbers: Int64[np.ndarray, "n"], validation: int, images: int) -> Bool[np.ndarray, "n"]:
+    """Choose the images that belong to validation, evenly spread over all images.
+
+    Args:
+        numbers: of the images in question.
+        validation: how many of all images are held out.
+        images: number of all images.
+
+    Returns:
+        Whether each of the images in question is held out.
+    """
+    return (numbers + 1) * validation // images > numbers * validation // images
+
+
+@storage.retry
+def read_pixels(refs: Sequence[Ref], data: ImageDataConfig) -> Pixels:
+    """Read images, crop them to squares and resize them.
+
+    Args:
+        refs: which images.
+        data: the data section of the config.
+
+    Returns:
+        The images that can be read.
+
+    Raises:
+        DataError: one cannot be read, and `data.on_error` is fatal.
+    """
+    images, labels, kept, problems = [], [], [], []
+    for place, (ref, item) in enumerate(zip(refs, read_images(refs, data), strict=True)):
+        if not isinstance(item, Problem):
+            try:
+                images.append(square(item[0], data.size))
+                labels.append(item[1])
+                kept.append(place)
+                continue
+            except DataError as error:
+                item = Problem(str(ref), str(error))
+        if data.on_error == "fatal":
+            raise refusal(item)
+        problems.append(str(item))
+    pixels = np.stack(images) if images else np.empty((0, data.size, data.size, 3), np.uint8)
+    return Pixels(pixels, np.array(labels, np.int64), np.array(kept, np.int64), problems)
+
+
+def read_spread(
+    refs: Sequence[Ref], data: ImageDataConfig, most: int
+) -> tuple[UInt8[np.ndarray, "n S S 3"], Int64[np.ndarray, "n"]]:
+    """Read images, evenly spread over a list, in several threads.
+
+    Args:
+        refs: the list.
+        data: the data section of the config.
+        most: how many to read at most.
+
+    Returns:
+        The images that can be read, and their labels.
+
+    Raises:
+        DataError: one cannot be read, and `data.on_error` is fatal.
+    """
+    count = min(len(refs), most)
+    chosen = [refs[i * len(refs) // count] for i in range(count)]
+    parts = [chosen[start : start + _UNIT] for start in range(0, count, _UNIT)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        read = list(pool.map(lambda part: read_pixels(part, data), parts))
+    return np.concatenate([part.images for part in read]), np.concatenate([part.labels for part in read])
+
+
+def unit_size(data: ImageDataConfig) -> int:
+    """Return the number of images in a unit."""
+    return -(-_UNIT // data.encode_batch) * data.encode_batch
+
+
+class Encoder:
+    """Encodes units that were read, with the tokenizer in memory; for the actors of Ray Data.
+
+    Args:
+        data: the data section of the config.
+        images: number of all images.
+        work: folder of the intermediate files, which has the tokenizer.
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, data: ImageDataConfig, images: int, work: str, device: str) -> None:
+        import torch  # takes seconds, and readers of images and writers of shards do without
+
+        torch.set_num_threads(data.encode_threads)
+        self._tokenizer = _load(data, storage.join(work, TOKENIZER), device)
+        self._data, self._images, self._work = data, images, work
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encode one unit and write its file and its record.
+
+        Args:
+            row: the number and the `Pixels` of the unit, see `map_row`.
+
+        Returns:
+            A row of the record.
+        """
+        return workflow.map_row(row, self._encode)
+
+    def _encode(self, unit: tuple[int, Pixels]) -> ImageUnit:
+        """Write the codes and labels of a unit, then its record."""
+        (index, pixels), data = unit, self._data
+        out = held_out(index * unit_size(data) + pixels.kept, data.validation_images, self._images)
+        order = np.argsort(out, kind="stable")
+        images, labels, train = pixels.images[order], pixels.labels[order], int((~out).sum())
+        if data.flip:
+            images = np.concatenate([images[:train], images[:train, :, ::-1], images[train:]])
+            labels = np.concatenate([labels[:train], labels])
+        sink = io.BytesIO()
+        np.savez(sink, codes=self._tokenizer.encode(images).astype("<i4"), labels=labels)
+        storage.publish_bytes(workflow.unit_path(self._work, index, "npz"), sink.getvalue())
+        record = ImageUnit(index, pixels.problems, train, len(out) - train)
+        record.publish(self._work)
+        return record
+
+
+def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, workflow.SplitPlan]:
+    """Decide which shard holds which rows.
+
+    Args:
+        units: records of all units, in order.
+        data: the data section of the config.
+
+    Returns:
+        The plans of the splits "train" and "validation".
+
+    Raises:
+        DataError: a split has no rows.
+    """
+    copies = 2 if data.flip else 1
+    train = [(u.index, copy * u.train, (copy + 1) * u.train) for copy in range(copies) for u in units]
+    validation = [(u.index, copies * u.train, copies * u.train + u.validation) for u in units]
+    plans = {}
+    for name, pieces, documents in (
+        ("train", train, sum(unit.train for unit in units)),
+        ("validation", validation, sum(unit.validation for unit in units)),
+    ):
+        if not documents:
+            raise DataError(f"data.source: no image of the {name} split can be read")
+        rows = documents * (copies if name == "train" else 1)
+        split = Split(files=(), documents=documents, tokens=rows * data.length, tokens_dropped=0)
+        shards = workflow.plan_shards(name, np.array(pieces, np.int64), 0, rows, data.shard_rows)
+        plans[name] = workflow.SplitPlan(split, shards)
+    return plans
+
+
+def _rows(shard: workflow.Shard, work: str, bos: int) -> Rows:
+    """Read the codes and labels of a shard, and put the BOS in front of every row."""
+    codes, labels = [], []
+    for unit, start, stop in shard.pieces.tolist():
+        with np.load(io.BytesIO(storage.read_bytes(workflow.unit_path(work, unit, "npz")))) as file:
+            codes.append(file["codes"][start:stop])
+            labels.append(file["labels"][start:stop])
+    tokens = np.pad(np.concatenate(codes), ((0, 0), (1, 0)), constant_values=bos)
+    return tokens.astype(token_dtype(bos + 1)), np.concatenate(labels)
+
+
+def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
+    """List all images; raise what is wrong with the source."""
+    log.info("listing %s", data.source)
+    listing = list_images(source, data)
+    for problem in listing.problems:
+        if data.on_error == "fatal":
+            raise refusal(problem)
+        log.warning("skipped %s", problem)
+    workflow.check_held_out(
+        data.source, "data.validation_images", data.validation_images, len(listing.refs), "images"
+    )
+    return listing
+
+
 def _tokenizer(data: ImageDataConfig, refs: Sequence[Ref], work: str) -> "ImageTokenizer":
-    """Stage 1: the tokenizer, which encoders find in `work`."""
+    """Load or fit the tokenizer, and leave it in `work` for the encoders."""
+    folder = storage.join(work, TOKENIZER)
+    if not storage.folder_complete(folder):
+        patch = data.tokenizer == "patch"
+        tokenizer = _fit(data, refs) if patch else _load(data, data.tokenizer)
+        _save(tokenizer, folder)
+    return _load(data, folder)
+
+
+def _load(data: ImageDataConfig, spec: str, device: str = "cpu") -> "ImageTokenizer":
+    """Load a tokenizer."""
     from pipeline.models.vq import load_image_tokenizer  # takes seconds, and text does without
 
-    folder = storage.join(work, TOKENIZER)
-    if storage.folder_complete(folder):
-        return load_image_tokenizer(folder, data.factor, data.encode_batch, "cpu")
-    if data.tokenizer == "patch":
-        tokenizer = _fit(data, refs)
-    else:
-        tokenizer = load_image_tokenizer(data.tokenizer, data.factor, data.encode_batch, "cpu")
-    _save(tokenizer, folder)
-    return tokenizer
+    return load_image_tokenizer(spec, data.factor, data.encode_batch, device)
 
 
 def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
-    """A codebook of patches of training images, evenly spread."""
+    """Fit a codebook on patches of training images, which are evenly spread."""
     from pipeline.models.vq import fit_patches
 
-    numbers = np.arange(len(refs), dtype=np.int64)
-    train = numbers[~held_out(numbers, data.validation_images, len(refs))]
-    count = min(len(train), data.fit_images)
-    chosen = train[np.arange(count) * len(train) // count]
-    log.info("fitting %d codes on %d images", data.codes, count)
-    parts = np.array_split(chosen, -(-count // _UNIT))
-    with ThreadPoolExecutor(_READERS) as pool:
-        read = pool.map(lambda part: read_pixels([refs[i] for i in part], data).images, parts)
-        images = np.concatenate(list(read))
+    out = held_out(np.arange(len(refs)), data.validation_images, len(refs)).tolist()
+    train = [ref for ref, validation in zip(refs, out, strict=True) if not validation]
+    images, _ = read_spread(train, data, data.fit_images)
+    log.info("fitting %d codes on %d images", data.codes, len(images))
     return fit_patches(images, data.codes, data.factor, _FIT_SEED)
 
 
 def _save(tokenizer: "ImageTokenizer", folder: str) -> None:
+    """Write the tokenizer to a folder, whole or not at all."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(local := Path(scratch) / TOKENIZER)
         storage.publish_folder(local, folder)
 
 
-def _encode(data: ImageDataConfig, refs: Sequence[Ref], work: str) -> list[Unit]:
-    """Stage 2: every unit's codes in `work`, and their counts."""
-    size = -(-_UNIT // data.encode_batch) * data.encode_batch
-    count = -(-len(refs) // size)
-    there = set(storage.listing(work))
-    done = [read_unit(work, index) for index in range(count) if f"unit-{index:06d}.json" in there]
-    if done:
-        log.info("%d of %d units were encoded before", len(done), count)
-    finished = {unit.index for unit in done}
-    todo = [
-        {"index": index, "first": index * size, "refs": json.dumps(refs[index * size : (index + 1) * size])}
-        for index in range(count)
-        if index not in finished
-    ]
-    progress = Progress("encoded", "units", len(todo), "images")
-    for record in run_units(todo, *_stages(data, len(refs), work)):
-        unit = Unit(**record)
-        if unit.fatal:
-            raise DataError(unit.fatal)
-        done.append(unit)
-        progress.add(unit.train + unit.validation + len(unit.problems))
-    for problem in (problem for unit in done for problem in unit.problems):
-        log.warning("skipped %s", problem)
-    return sorted(done, key=lambda unit: unit.index)
-
-
-def _stages(data: ImageDataConfig, images: int, work: str) -> tuple[Any, ...]:
-    """Reading on any free CPU, then encoding on a pool of actors with a GPU each.
+def _encode_units(units: ray.data.Dataset, data: ImageDataConfig, images: int, work: str) -> ray.data.Dataset:
+    """Read units on any free CPU, then encode them on a pool of actors with a GPU each.
 
     Without GPUs both ask for the same, so that Ray Data runs them in one process, without a copy in between.
     """
-    there = ray.cluster_resources()
-    cpus, gpus = there.get("CPU", 1.0), int(there.get("GPU", 0))
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 1.0), int(resources.get("GPU", 0))
     actors = min(data.encoders, gpus) if gpus else data.encoders
     if actors < data.encoders:
-        log.warning(
-            "data.encoders: %d, but the cluster has %d GPUs: %d are used", data.encoders, gpus, actors
-        )
+        log.warning("data.encoders: %d, but the cluster has only %d GPUs", data.encoders, gpus)
     share = min(1.0, cpus / 2) if gpus else min(data.encode_threads, cpus / actors)
-    read = partial(read_unit_pixels, data=data, validation=data.validation_images, images=images)
+    return units.map(partial(workflow.map_row, function=partial(_read, data=data)), num_cpus=share).map(
+        Encoder,  # type: ignore[arg-type]  # a class, whose actors are called
+        fn_constructor_args=(data, images, work, "cuda" if gpus else "cpu"),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=min(share, cpus / 2 / actors) if gpus else share,
+        num_gpus=1 if gpus else 0,
+    )
 
-    def reading(units: ray.data.Dataset) -> ray.data.Dataset:
-        return units.map(read, num_cpus=share)
 
-    def encoding(units: ray.data.Dataset) -> ray.data.Dataset:
-        return units.map(
-            Encoder,  # type: ignore[arg-type]  # a class, whose actors are called
-            fn_constructor_args=(storage.join(work, TOKENIZER), data, work, "cuda" if gpus else "cpu"),
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=min(share, cpus / 2 / actors) if gpus else share,
-            num_gpus=1 if gpus else 0,
-        )
-
-    return reading, encoding
+def _read(unit: tuple[int, Sequence[Ref]], data: ImageDataConfig) -> tuple[int, Pixels]:
+    """Read the images of a unit."""
+    return unit[0], read_pixels(unit[1], data)

@@ -5,27 +5,26 @@ up where it stopped and one of another input is not; the manifest comes last and
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
-from pipeline.data.manifest import MANIFEST, Manifest, Skipped, SourceInfo
+from pipeline.data.manifest import MANIFEST, Manifest, differences, hash_content
 from pipeline.data.prepare import images, text
 from pipeline.data.prepare.image_sources import ImageSource, open_images
-from pipeline.data.prepare.text_sources import HUB, Source, open_source
-from pipeline.data.prepare.workflow import PreparationResult, start_ray
+from pipeline.data.prepare.source_files import HUB
+from pipeline.data.prepare.text_sources import TextSource, open_source
 from pipeline.errors import DataError
 
 log = logging.getLogger(__name__)
 
 _WORK = "_work-"
 _SHARD = re.compile(r"(train|validation)-\d{5}\.parquet")
-_NAMED = 1000  # names of what was skipped that the manifest keeps
 
 
 def data_path(data: AnyDataConfig, root: str) -> str:
@@ -59,7 +58,7 @@ def ensure(data: AnyDataConfig, path: str) -> Manifest:
         return prepare(data, path)
     if storage.is_local(data.source) and not data.source.startswith(HUB):
         with contextlib.suppress(DataError):  # the source may be gone: its shards are enough
-            if _open(data).fingerprint != manifest.source.fingerprint:
+            if _open(data).info.fingerprint != manifest.source.fingerprint:
                 log.warning("%s has changed since %s was prepared from it", data.source, path)
     return manifest
 
@@ -81,7 +80,7 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
     manifest = _prepared(data, path)
     source = _open(data)
     if manifest is not None:
-        if manifest.source.fingerprint != source.fingerprint:
+        if manifest.source.fingerprint != source.info.fingerprint:
             raise DataError(
                 f"data.source: {data.source!r} is not what it was when {path} was prepared from it; "
                 "remove that folder to prepare it again, or set data.path to another one"
@@ -92,30 +91,13 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
     # A sweep fills in data.path with the derived folder: the name tells which key the path came from.
     derived = data.path is None or path.endswith(f"/data/{_folder_name(data)}")
     storage.check_writable(path, "cluster.storage" if derived else "data.path")
-    content = _content(data)
-    work = storage.join(path, f"{_WORK}{_key({'content': content, 'plan': source.plan})[:16]}")
-    start_ray()
+    plan = hash_content({"content": _content(data), "plan": source.plan})
+    work = storage.join(path, f"{_WORK}{plan[:16]}")
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)
     log.info("preparing %s in %s", data.source, path)
-    built = _build(data, source, path, work)
-    manifest = Manifest(
-        length=data.length,
-        vocabulary=built.vocabulary,
-        special=built.special,
-        wrap=built.wrap,
-        tokenizer=built.tokenizer,
-        source=SourceInfo(name=data.source, revision=source.revision, fingerprint=source.fingerprint),
-        content=content,
-        content_key=_key(content),
-        splits=built.splits,
-        documents=built.documents,
-        documents_empty=built.empty,
-        tokens=built.tokens,
-        skipped=Skipped(count=len(built.problems), names=built.problems[:_NAMED]),
-        classes=built.classes,
-        class_names=built.class_names,
-        grid=built.grid,
-    )
-    storage.publish_text(storage.join(path, MANIFEST), manifest.model_dump_json(indent=2) + "\n")
+    manifest = _build(data, source, path, work)
+    manifest.publish(path)
     _clean(path, manifest)
     _report(path, manifest)
     return manifest
@@ -126,50 +108,48 @@ def _folder_name(data: AnyDataConfig) -> str:
     extent = data.length if data.kind == "text" else data.size
     names = (data.source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
     slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names)
-    return f"{slug}-{_key(_content(data))[:10]}"
+    return f"{slug}-{hash_content(_content(data))[:10]}"
 
 
 def _content(data: AnyDataConfig) -> dict[str, Any]:
-    """Every setting that determines what the shards hold."""
+    """Return every setting that determines what the shards hold."""
     return text.content(data) if data.kind == "text" else images.content(data)
 
 
-def _open(data: AnyDataConfig) -> Source | ImageSource:
-    """What `data.source` names, without reading it."""
+def _open(data: AnyDataConfig) -> TextSource | ImageSource:
+    """List what `data.source` names, without reading it."""
     return open_source(data) if data.kind == "text" else open_images(data)
 
 
-def _build(data: AnyDataConfig, source: Source | ImageSource, path: str, work: str) -> PreparationResult:
-    """The shards."""
+def _build(data: AnyDataConfig, source: TextSource | ImageSource, path: str, work: str) -> Manifest:
+    """Make the shards; return the manifest."""
     if data.kind == "text":
-        assert isinstance(source, Source)
+        assert isinstance(source, TextSource)
         return text.build(data, source, path, work)
     assert isinstance(source, ImageSource)
     return images.build(data, source, path, work)
 
 
 def _prepared(data: AnyDataConfig, path: str) -> Manifest | None:
-    """The manifest in `path` if it is this config's, None if there is none yet."""
+    """Return the manifest of the data in `path`, or None if there is none yet; refuse other data."""
     names = storage.listing(path)
-    if MANIFEST not in names:
-        if names and not any(name.startswith(_WORK) for name in names):
+    if MANIFEST in names:
+        manifest, wanted = Manifest.read(path), _content(data)
+        pairs = {
+            f"data.{key}": (manifest.content.get(key), wanted.get(key))
+            for key in {**wanted, **manifest.content}
+        }
+        if lines := differences(pairs, "config"):
             raise DataError(
-                f"data.path: {path!r} holds other files, such as {names[0]!r}; expected a new or empty folder"
+                f"data.path: {path!r} holds data of another config; set another path, or remove the folder:\n"
+                + "\n".join(lines)
             )
-        return None
-    manifest = Manifest.read(path)
-    wanted = _content(data)
-    found = [
-        f"{key}: the data has {manifest.content.get(key)!r}, the config {wanted.get(key)!r}"
-        for key in {**wanted, **manifest.content}
-        if manifest.content.get(key) != wanted.get(key)
-    ]
-    if found:
+        return manifest
+    if names and not any(name.startswith(_WORK) for name in names):
         raise DataError(
-            f"data.path: {path!r} holds data of another config; set another path, or remove the folder:\n"
-            + "\n".join(f"  data.{line}" for line in found)
+            f"data.path: {path!r} holds other files, such as {names[0]!r}; expected a new or empty folder"
         )
-    return manifest
+    return None
 
 
 def _clean(path: str, manifest: Manifest) -> None:
@@ -182,23 +162,13 @@ def _clean(path: str, manifest: Manifest) -> None:
 
 
 def _report(path: str, manifest: Manifest) -> None:
-    what = "documents" if manifest.grid is None else "images"
+    """Log what was prepared."""
+    kind = "documents" if manifest.grid is None else "images"
+    dropped = sum(split.tokens_dropped for split in manifest.splits.values())
     log.info(
-        "prepared %s: %d %s, %d tokens, %d training and %d validation rows of %d, %d tokens dropped, "
-        "%d %s skipped, %d empty ones left out",
+        "prepared %s: %s",
         path,
-        manifest.documents,
-        what,
-        manifest.tokens,
-        manifest.rows("train"),
-        manifest.rows("validation"),
-        manifest.length,
-        sum(split.tokens_dropped for split in manifest.splits.values()),
-        manifest.skipped.count,
-        what,
-        manifest.documents_empty,
+        f"{manifest.documents} {kind}, {manifest.tokens} tokens, {manifest.rows('train')} training and "
+        f"{manifest.rows('validation')} validation rows of {manifest.length} tokens, {dropped} tokens dropped, "
+        f"{manifest.skipped.count} {kind} skipped, {manifest.documents_empty} empty ones left out",
     )
-
-
-def _key(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,114 +1,256 @@
-"""Text preparation: documents -> token shards, on Ray.
+"""Text preparation: documents become shards of token rows, on Ray.
 
-Two stages, each skipping what an earlier, interrupted run has finished:
-  1. Ray Data tokenises the source's units, each into one intermediate file.
-  2. Prefix sums over the units' lengths give every shard its exact range of tokens; Ray tasks write them.
-What comes out depends on the input and the config alone.
+1. Ray Data tokenises the units of the source, each into one intermediate file.
+2. The tokens of all units, one after the other, form one stream, in which every document is followed by EOT. Ray
+   tasks cut the stream into rows and write the shards.
+
+What the shards hold depends on the input and the config alone.
 """
 
-import json
-import logging
-from dataclasses import asdict
-from functools import partial
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.config.data import TextDataConfig
-from pipeline.data.manifest import SpecialIds, Split, TokenizerInfo
-from pipeline.data.prepare.packing import (
-    Unit,
-    cached_tokenizer,
-    plan_splits,
-    read_unit,
-    tokenise_unit,
-    write_shard,
-)
-from pipeline.data.prepare.text_sources import Piece, Source
-from pipeline.data.prepare.workflow import PreparationResult, Progress, run_shards, run_units
-from pipeline.errors import DataError, PipelineError
-
-log = logging.getLogger(__name__)
+from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content
+from pipeline.data.prepare import workflow
+from pipeline.data.prepare.source_files import refusal
+from pipeline.data.prepare.text_sources import Piece, TextSource, read
+from pipeline.data.shards import Rows, token_dtype
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.errors import DataError
 
 FORMAT = 1  # raise it when the same config and input would give other shards
+_BATCH = 256  # documents that are tokenised together
+
+
+@dataclass(frozen=True)
+class TextUnit(workflow.Unit):
+    """The record of one tokenised unit. Its file (`bin`) holds the tokens, then the documents' ends as int64.
+
+    Attributes:
+        tokens: number of tokens, EOTs included.
+        documents: number of documents with any text.
+        empty: number of documents without text, which are left out.
+    """
+
+    tokens: int = 0
+    documents: int = 0
+    empty: int = 0
+
+    @property
+    def amount(self) -> int:
+        """The number of tokens."""
+        return self.tokens
+
+
+@lru_cache(maxsize=2)
+def cached_tokenizer(spec: str) -> Tokenizer:
+    """Load a tokenizer once per process: building a large one takes longer than tokenising most units.
+
+    Args:
+        spec: see `load_tokenizer`.
+    """
+    return load_tokenizer(spec)
 
 
 def content(data: TextDataConfig) -> dict[str, Any]:
-    """Every setting that determines what the shards hold."""
+    """Return every setting that determines what the shards hold, by key of the config."""
     keys = ("source", "text_field", "subset", "split", "revision", "on_error")
     shape = ("length", "wrap", "validation_documents", "shard_rows")
     values = {key: getattr(data, key) for key in keys + shape}
     return {**values, "tokenizer": cached_tokenizer(data.tokenizer).hash, "format": FORMAT}
 
 
-def build(data: TextDataConfig, source: Source, path: str, work: str) -> PreparationResult:
-    """Make the shards of `data`, or those that an interrupted run did not.
+def build(data: TextDataConfig, source: TextSource, path: str, work: str) -> Manifest:
+    """Make the shards, except for those that an interrupted preparation has finished.
 
     Args:
+        data: the data section of the config.
+        source: the listed source.
         path: folder of the shards.
-        work: folder of intermediate files.
+        work: folder of the intermediate files.
+
+    Returns:
+        The manifest, which is not written yet.
 
     Raises:
-        DataError: the source is empty or unreadable.
+        DataError: the source is empty, unreadable or too small.
     """
-    tokenizer = cached_tokenizer(data.tokenizer)
-    units = _tokenise(source, data, work)
-    plans = plan_splits(units, data, tokenizer, work)
-    starts = np.cumsum([0, *(unit.tokens for unit in units)])
-    shards = [shard for plan in plans.values() for shard in plan.shards]
-    files = run_shards(shards, write_shard, starts, path, work, "tokens")
-    return PreparationResult(
+    function = partial(workflow.map_row, function=partial(tokenise_unit, data=data, work=work))
+    units = workflow.run_units(
+        source.units, TextUnit, lambda dataset: dataset.map(function), work, "tokenised", "tokens"
+    )
+    plans = plan_splits(units, data, work)
+    splits = workflow.write_shards(plans, row_maker(data, work), path, work, "tokens")
+    return describe(data, source, units, splits)
+
+
+def describe(
+    data: TextDataConfig, source: TextSource, units: Sequence[TextUnit], splits: dict[str, Split]
+) -> Manifest:
+    """Return the manifest of shards that were written.
+
+    Args:
+        data: the data section of the config.
+        source: the listed source.
+        units: records of all units.
+        splits: the files of every split.
+    """
+    tokenizer, settings = cached_tokenizer(data.tokenizer), content(data)
+    return Manifest(
+        length=data.length,
         vocabulary=tokenizer.vocab_size,
         special=SpecialIds(eot=tokenizer.eot, bos=tokenizer.eot if data.wrap == "bos_eos" else None),
         wrap=data.wrap,
         tokenizer=TokenizerInfo(name=tokenizer.name, hash=tokenizer.hash),
-        splits={
-            split: Split(
-                files=tuple(files[shard.name] for shard in plan.shards),
-                documents=plan.documents,
-                tokens=plan.tokens,
-                tokens_dropped=plan.tokens % plan.shards[0].payload,
-            )
-            for split, plan in plans.items()
-        },
+        source=source.info,
+        content=settings,
+        content_key=hash_content(settings),
+        splits=splits,
         documents=sum(unit.documents for unit in units),
-        empty=sum(unit.empty for unit in units),
+        documents_empty=sum(unit.empty for unit in units),
         tokens=sum(unit.tokens for unit in units),
-        problems=tuple(name for unit in units for name in unit.problems),
+        skipped=workflow.skipped(units),
     )
 
 
-def _tokenise(source: Source, data: TextDataConfig, work: str) -> list[Unit]:
-    """Stage 1: every unit's tokens in `work`, and their counts."""
-    there = set(storage.listing(work))
-    done = [read_unit(work, index) for index in range(len(source.units)) if f"unit-{index:06d}.json" in there]
-    if done:
-        log.info("%d of %d units were tokenised before", len(done), len(source.units))
-    finished = {unit.index for unit in done}
-    todo = [
-        {"index": index, "pieces": json.dumps([asdict(piece) for piece in pieces])}
-        for index, pieces in enumerate(source.units)
-        if index not in finished
-    ]
-    progress = Progress("tokenised", "units", len(todo), "tokens")
-    tokenise = partial(_tokenise_row, data=data, work=work)
-    for record in run_units(todo, lambda units: units.map(tokenise)):
-        unit = Unit(**record)
-        if unit.fatal:
-            raise DataError(unit.fatal)
-        done.append(unit)
-        progress.add(unit.tokens)
-    for problem in (problem for unit in done for problem in unit.problems):
-        log.warning("skipped %s", problem)
-    return sorted(done, key=lambda unit: unit.index)
+@storage.retry
+def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work: str) -> TextUnit:
+    """Tokenise one unit and write its file and its record.
+
+    Args:
+        unit: its number, and the parts of the source that it consists of.
+        data: the data section of the config.
+        work: folder of the intermediate files.
+
+    Returns:
+        The record.
+
+    Raises:
+        DataError: a document cannot be read, and `data.on_error` is fatal.
+    """
+    index, pieces = unit
+    tokenizer = cached_tokenizer(data.tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
+    problems: list[str] = []
+    documents = _readable(pieces, data, problems)
+    lengths, empty = array("q"), 0
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "unit"
+        with local.open("wb") as file:
+            while batch := list(islice(documents, _BATCH)):
+                texts = [text for text in batch if text]
+                empty += len(batch) - len(texts)
+                for ids in tokenizer.encode_batch(texts):
+                    file.write(np.append(ids, tokenizer.eot).astype(dtype).tobytes())
+                    lengths.append(len(ids) + 1)
+            file.write(np.cumsum(lengths, dtype="<i8").tobytes())
+        storage.publish_file(local, workflow.unit_path(work, index, "bin"))
+    record = TextUnit(index, problems, sum(lengths), len(lengths), empty)
+    record.publish(work)
+    return record
 
 
-def _tokenise_row(row: dict[str, Any], data: TextDataConfig, work: str) -> dict[str, Any]:
-    """Ray Data's map function. JSON, so that no column's type depends on what a unit happened to hold."""
-    index, pieces = int(row["index"]), [Piece(**piece) for piece in json.loads(row["pieces"])]
-    try:
-        unit = tokenise_unit(index, pieces, data, work)
-    except PipelineError as error:  # as a result, since Ray would wrap it in a page of traceback
-        unit = Unit(index, fatal=str(error))
-    return {"record": json.dumps(asdict(unit))}
+def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> dict[str, workflow.SplitPlan]:
+    """Decide which shard holds which tokens; the last `data.validation_documents` documents are held out.
+
+    Args:
+        units: records of all units, in order.
+        data: the data section of the config.
+        work: folder of the intermediate files.
+
+    Returns:
+        The plans of the splits "train" and "validation".
+
+    Raises:
+        DataError: there are no documents, too few of them, or less than a row in a split.
+    """
+    documents = sum(unit.documents for unit in units)
+    held_out = data.validation_documents
+    workflow.check_held_out(data.source, "data.validation_documents", held_out, documents, "documents")
+    border = _border(units, documents - held_out, data, work)
+    total = sum(unit.tokens for unit in units)
+    payload = _payload(data)
+    pieces = np.array([(unit.index, 0, unit.tokens) for unit in units], np.int64)
+    plans = {}
+    for name, start, stop, count in (
+        ("train", 0, border, documents - held_out),
+        ("validation", border, total, held_out),
+    ):
+        tokens = stop - start
+        dropped = tokens % payload
+        if dropped == tokens:
+            raise DataError(
+                f"data.length: the {name} split has {tokens} tokens, less than one row of {payload}; "
+                "expected more documents in it or shorter rows"
+            )
+        split = Split(files=(), documents=count, tokens=tokens, tokens_dropped=dropped)
+        size = data.shard_rows * payload
+        plans[name] = workflow.SplitPlan(
+            split, workflow.plan_shards(name, pieces, start, stop - dropped, size)
+        )
+    return plans
+
+
+def row_maker(data: TextDataConfig, work: str) -> Callable[[workflow.Shard], Rows]:
+    """Return the function that makes the rows of a shard; it needs no tokenizer.
+
+    Args:
+        data: the data section of the config.
+        work: folder of the intermediate files.
+    """
+    tokenizer = cached_tokenizer(data.tokenizer)
+    wrap_id = tokenizer.eot if data.wrap == "bos_eos" else None
+    dtype = token_dtype(tokenizer.vocab_size)
+    return partial(_rows, work=work, payload=_payload(data), wrap_id=wrap_id, dtype=dtype)
+
+
+def _rows(shard: workflow.Shard, work: str, payload: int, wrap_id: int | None, dtype: np.dtype) -> Rows:
+    """Read the tokens of a shard and cut them into rows, between two `wrap_id` each where that is set."""
+    parts = []
+    for unit, start, stop in shard.pieces.tolist():
+        with storage.open_read(workflow.unit_path(work, unit, "bin")) as file:
+            file.seek(start * dtype.itemsize)
+            parts.append(np.frombuffer(file.read((stop - start) * dtype.itemsize), dtype))
+    rows = np.concatenate(parts).reshape(-1, payload)
+    if wrap_id is not None:
+        rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=wrap_id)
+    return rows, None
+
+
+def _payload(data: TextDataConfig) -> int:
+    """Tokens of a row that come from the documents."""
+    return data.length - 2 * (data.wrap == "bos_eos")
+
+
+def _border(units: Sequence[TextUnit], document: int, data: TextDataConfig, work: str) -> int:
+    """Find where a document starts in the stream of all tokens."""
+    index = int(np.searchsorted(np.cumsum([unit.documents for unit in units]), document, side="right"))
+    start = sum(unit.tokens for unit in units[:index])
+    before = document - sum(unit.documents for unit in units[:index])
+    if not before:
+        return start
+    dtype = token_dtype(cached_tokenizer(data.tokenizer).vocab_size)
+    with storage.open_read(workflow.unit_path(work, index, "bin")) as file:
+        file.seek(units[index].tokens * dtype.itemsize + (before - 1) * 8)
+        return start + int(np.frombuffer(file.read(8), "<i8")[0])
+
+
+def _readable(pieces: Sequence[Piece], data: TextDataConfig, problems: list[str]) -> Iterator[str]:
+    """Yield the documents that can be read; append the others to `problems`, or raise the first one."""
+    for document in (document for piece in pieces for document in read(piece, data)):
+        if isinstance(document, str):
+            yield document
+        elif data.on_error == "fatal":
+            raise refusal(document)
+        else:
+            problems.append(str(document))

@@ -1,135 +1,255 @@
-"""What the preparations of text and of images share: units through Ray Data, shards by Ray tasks, progress."""
+"""The steps that the preparations of text and of images share, on Ray.
+
+Ray Data turns every unit of the source into one intermediate file and a record of it. A shard consists of exact
+ranges of these files, so any Ray task can write any shard. Both steps skip what an earlier, interrupted preparation
+has finished.
+"""
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple, Self, TypeVar
 
+import numpy as np
 import ray
 import ray.data
+from jaxtyping import Int64
 
-from pipeline.data.manifest import ShardFile, SpecialIds, Split, TokenizerInfo
-from pipeline.errors import PipelineError
+from pipeline import storage
+from pipeline.data.manifest import ShardFile, Skipped, Split
+from pipeline.data.shards import Rows, publish_shard
+from pipeline.errors import DataError, PipelineError
+from pipeline.logs import Progress
 
 log = logging.getLogger(__name__)
 
-S = TypeVar("S", bound="_Range")
+_NAMES = 1000  # descriptions of what was skipped that a manifest keeps
 
-
-class _Range(Protocol):
-    """Part of a split that becomes one file."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
+Pieces = Int64[np.ndarray, "p 3"]
 
 
 @dataclass(frozen=True)
-class PreparationResult:
-    """What a preparation made, and what the manifest says of it beside source and config.
+class Unit:
+    """The record of one unit of the source.
 
     Attributes:
-        problems: what could not be read and was left out.
+        index: number of the unit.
+        problems: descriptions of what cannot be read and was left out.
     """
 
-    vocabulary: int
-    special: SpecialIds
-    tokenizer: TokenizerInfo
-    splits: dict[str, Split]
-    documents: int
-    empty: int
-    tokens: int
-    problems: tuple[str, ...]
-    wrap: str = "none"
-    classes: int | None = None
-    class_names: tuple[str, ...] | None = None
-    grid: int | None = None
+    index: int
+    problems: Sequence[str] = ()
+
+    @property
+    def amount(self) -> int:
+        """What the unit holds, as the log counts it."""
+        raise NotImplementedError
+
+    def publish(self, work: str) -> None:
+        """Write the record into the folder `work`, which says that the unit's file is complete."""
+        storage.publish_text(unit_path(work, self.index, "json"), json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, work: str, index: int) -> Self:
+        """Read the record of a unit that is finished from the folder `work`."""
+        values = json.loads(storage.read_text(unit_path(work, index, "json")))
+        values.pop("fatal", None)  # written by earlier versions
+        return cls(**values)
 
 
-def start_ray() -> None:
-    """Join the Ray that is there, or start one on this machine."""
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False)
+U = TypeVar("U", bound=Unit)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard to write.
+
+    Attributes:
+        name: of its file.
+        pieces: what it holds, in order: of every piece its unit, and where it starts and stops in the unit's file.
+    """
+
+    name: str
+    pieces: Pieces
+
+
+class SplitPlan(NamedTuple):
+    """The content of a split, before its shards are written.
+
+    Attributes:
+        split: what the manifest says of the split, the files left out.
+        shards: to write, in order.
+    """
+
+    split: Split
+    shards: list[Shard]
+
+
+def unit_path(work: str, index: int, suffix: str) -> str:
+    """Return the path of an intermediate file.
+
+    Args:
+        work: folder of the intermediate files.
+        index: number of the unit.
+        suffix: "json" for the record, which is written last; else that of the content.
+    """
+    return storage.join(work, f"unit-{index:06d}.{suffix}")
+
+
+def map_row(row: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """Call a function on the pickled value of a row, for Ray Data.
+
+    Errors of users are passed on in place of the result, since Ray would wrap them in a page of traceback.
+
+    Args:
+        row: with the column `value`.
+        function: of the value.
+
+    Returns:
+        A row with the pickled result.
+    """
+    value = pickle.loads(row["value"])
+    if not isinstance(value, PipelineError):
+        try:
+            value = function(value)
+        except PipelineError as error:
+            value = error
+    return {"value": pickle.dumps(value)}
 
 
 def run_units(
-    items: list[dict[str, Any]], *stages: Callable[[ray.data.Dataset], ray.data.Dataset]
-) -> Iterator[Any]:
-    """Run rows through Ray Data, one a block, yielding the `record` (JSON) of each as it comes."""
-    if not items:
-        return
-    units: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    for stage in stages:
-        units = stage(units)
-    units.context.enable_progress_bars = units.context.print_on_execution_start = False  # we log our own
-    for row in units.iter_rows():
-        yield json.loads(row["record"])
-
-
-def run_shards(
-    shards: list[S], write: Callable[..., ShardFile], shared: Any, path: str, work: str, unit: str
-) -> Mapping[str, ShardFile]:
-    """`write(shard, shared, path, work)` of every shard as a Ray task; files by name.
+    inputs: Sequence[Any],
+    record: type[U],
+    transform: Callable[[ray.data.Dataset], ray.data.Dataset],
+    work: str,
+    verb: str,
+    amounts: str,
+) -> list[U]:
+    """Run all units of a source through Ray Data, except for those that are finished already.
 
     Args:
-        shared: what all tasks read, sent once.
-        unit: what `start` and `stop` of a shard count, for the log.
+        inputs: by unit, what it consists of.
+        record: type of the units' records.
+        transform: applies `map_row` with functions that lead from (index, input) to the record of a unit.
+        work: folder of the intermediate files.
+        verb: what is done to the units, for the log, such as "encoded".
+        amounts: what `amount` of a record counts, for the log, such as "images".
+
+    Returns:
+        The records of all units, in order.
+
+    Raises:
+        PipelineError: a unit failed.
     """
-    task = ray.remote(num_cpus=1)(write)
-    sent = ray.put(shared)
-    tasks = {task.remote(shard, sent, path, work): shard for shard in shards}
+    names = set(storage.listing(work))
+    units = [record.read(work, i) for i in range(len(inputs)) if f"unit-{i:06d}.json" in names]
+    finished = {unit.index for unit in units}
+    if units:
+        log.info("%d of %d units were %s before", len(units), len(inputs), verb)
+    items = [{"value": pickle.dumps(unit)} for unit in enumerate(inputs) if unit[0] not in finished]
+    if items:
+        dataset = transform(ray.data.from_items(items, override_num_blocks=len(items)))
+        dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
+        progress = Progress(verb, "units", len(items), amounts)
+        for row in dataset.iter_rows():
+            unit = pickle.loads(row["value"])
+            if isinstance(unit, PipelineError):
+                raise unit
+            units.append(unit)
+            progress.add(unit.amount)
+    units.sort(key=lambda unit: unit.index)
+    for problem in (problem for unit in units for problem in unit.problems):
+        log.warning("skipped %s", problem)
+    return units
+
+
+def check_held_out(source: str, key: str, held_out: int, total: int, items: str) -> None:
+    """Refuse a source that is empty, or of which nothing would be left to train on.
+
+    Args:
+        source: `data.source`.
+        key: the key of the config that says how much is held out.
+        held_out: its value.
+        total: number of items of the source.
+        items: what they are, in the plural.
+
+    Raises:
+        DataError: there are not more than `held_out` items.
+    """
+    if not total:
+        raise DataError(f"data.source: {source!r} is empty: it has no {items} that can be used")
+    if held_out >= total:
+        raise DataError(
+            f"{key}: {held_out} of {total} {items} would leave none to train on; expected less than {total}"
+        )
+
+
+def skipped(units: Sequence[Unit], *others: str) -> Skipped:
+    """Return what the manifest says of what was left out.
+
+    Args:
+        units: records of all units.
+        others: descriptions of what was left out before.
+    """
+    problems = [*others, *(problem for unit in units for problem in unit.problems)]
+    return Skipped(count=len(problems), names=tuple(problems[:_NAMES]))
+
+
+def plan_shards(split: str, pieces: Pieces, start: int, stop: int, size: int) -> list[Shard]:
+    """Cut a range of a sequence of pieces into shards.
+
+    Args:
+        split: name of the split.
+        pieces: the sequence, see `Shard`.
+        start: where the range starts in the sequence.
+        stop: where it stops.
+        size: length of a shard; the last one may be shorter.
+    """
+    units, firsts, lasts = pieces.T
+    lengths = lasts - firsts
+    places = np.cumsum(lengths) - lengths
+    shards = []
+    for number, begin in enumerate(range(start, stop, size)):
+        skipped = np.maximum(begin - places, 0)
+        kept = np.minimum(min(begin + size, stop) - places, lengths)
+        cut = np.stack([units, firsts + skipped, firsts + kept], axis=1)
+        shards.append(Shard(f"{split}-{number:05d}.parquet", cut[skipped < kept]))
+    return shards
+
+
+def write_shards(
+    plans: Mapping[str, SplitPlan], make: Callable[[Shard], Rows], path: str, work: str, unit: str
+) -> dict[str, Split]:
+    """Write the shards of all splits by Ray tasks, except for those that are there already.
+
+    Args:
+        plans: by split.
+        make: returns the rows of a shard.
+        path: folder of the shards.
+        work: folder of the intermediate files.
+        unit: what the pieces of a shard count, for the log.
+
+    Returns:
+        What the manifest says of each split.
+    """
+    task = ray.remote(num_cpus=1)(publish_shard)
+    shards = [shard for plan in plans.values() for shard in plan.shards]
+    tasks = {task.remote(shard.name, path, work, partial(make, shard)): shard for shard in shards}
     progress = Progress("wrote", "shards", len(tasks), unit)
-    waiting = list(tasks)
     files: dict[str, ShardFile] = {}
+    waiting = list(tasks)
     while waiting:
-        done, waiting = ray.wait(waiting)
-        shard = tasks[done[0]]
+        (done,), waiting = ray.wait(waiting)
+        shard = tasks[done]
         try:
-            files[shard.name] = ray.get(done[0])
+            files[shard.name] = ray.get(done)
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, PipelineError) else error from None
-        progress.add(shard.stop - shard.start)
-    return files
-
-
-class Progress:
-    """A log line now and then: how many of how many, amount and amount/s, time left.
-
-    Args:
-        verb, what: as in "wrote 3 of 5 shards".
-        total: how many there are.
-        unit: of the amounts, as in "tokens".
-        interval: seconds between lines; the last one always comes.
-    """
-
-    def __init__(self, verb: str, what: str, total: int, unit: str, interval: float = 5.0) -> None:
-        self._verb, self._what, self._total, self._unit, self._interval = verb, what, total, unit, interval
-        self._count = self._amount = 0
-        self._begin = self._shown = time.monotonic()
-
-    def add(self, amount: int) -> None:
-        """One more is done, which held `amount`."""
-        self._count += 1
-        self._amount += amount
-        now = time.monotonic()
-        if now - self._shown < self._interval and self._count < self._total:
-            return
-        self._shown = now
-        seconds = max(now - self._begin, 1e-9)
-        log.info(
-            "%s %d of %d %s, %d %s, %.0f %s/s, %.0f s left",
-            self._verb,
-            self._count,
-            self._total,
-            self._what,
-            self._amount,
-            self._unit,
-            self._amount / seconds,
-            self._unit,
-            seconds / self._count * (self._total - self._count),
-        )
+        progress.add(int((shard.pieces[:, 2] - shard.pieces[:, 1]).sum()))
+    return {
+        name: plan.split.model_copy(update={"files": tuple(files[shard.name] for shard in plan.shards)})
+        for name, plan in plans.items()
+    }

@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.prepare.encoding import Pixels, read_pixels
 from pipeline.data.prepare.image_sources import Listing, list_images, open_images
+from pipeline.data.prepare.images import Pixels, read_pixels
 from pipeline.data.reading_order import permutation
 from pipeline.errors import DataError
 from tests.support.image_helpers import (
@@ -258,7 +258,7 @@ def test_fingerprints_are_of_names_and_sizes(tmp_path: Path) -> None:
     for name in ("here", "there"):
         write_tars(tmp_path / name, IMAGES, LABELS)
     here, there = (open_images(make_data(str(tmp_path / name))) for name in ("here", "there"))
-    assert here.fingerprint == there.fingerprint
+    assert here.info.fingerprint == there.info.fingerprint
     assert here.plan != there.plan
     write_tar(tmp_path / "there" / "shard-train-0000.tar", [{"png": encoded(IMAGES[0]), "cls": b"0"}])
-    assert open_images(make_data(str(tmp_path / "there"))).fingerprint != here.fingerprint
+    assert open_images(make_data(str(tmp_path / "there"))).info.fingerprint != here.info.fingerprint

@@ -12,8 +12,8 @@ import yaml
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest, check_fits
-from pipeline.data.prepare.encoding import held_out, read_pixels
 from pipeline.data.prepare.image_sources import list_images, open_images
+from pipeline.data.prepare.images import held_out, read_pixels
 from pipeline.data.shards import ShardReader
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.vq import load_image_tokenizer

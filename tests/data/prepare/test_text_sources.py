@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.config.data import TextDataConfig
 from pipeline.data.prepare import markov, text_sources
-from pipeline.data.prepare.text_sources import Problem, open_source, read
+from pipeline.data.prepare.source_files import Problem
+from pipeline.data.prepare.text_sources import open_source, read
 from pipeline.errors import DataError
 from tests.support.data_helpers import DOCUMENTS, lines, write_parquet
 
@@ -109,7 +110,7 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path: Path) -
         (tmp_path / folder).mkdir(exist_ok=True)
         for name, text in files.items():
             (tmp_path / folder / name).write_text(text)
-        return open_source(TextDataConfig(source=str(tmp_path / folder))).fingerprint
+        return open_source(TextDataConfig(source=str(tmp_path / folder))).info.fingerprint
 
     one = fingerprint("one", {"a.txt": "a", "b.txt": "bb"})
     assert fingerprint("two", {"a.txt": "a", "b.txt": "cc"}) == one
@@ -126,7 +127,7 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path: Path) -
         ("a.jsonl", b'\n{"txt": "x"}\n', r"line 2: no field 'text' .*fields: txt; did you mean 'txt'"),
         ("a.jsonl", b'{"text": null}\n', r"line 1: 'text' holds a NoneType; expected text"),
         ("a.jsonl", b"[1]\n", r"line 1: a list; expected an object"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a document is not UTF-8: surrogates"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl line 1: not UTF-8: surrogates"),
         ("a.jsonl.gz", gzip.compress(lines())[:-20], r"a.jsonl.gz: cannot be read to the end: EOFError"),
         ("a.jsonl.gz", b"plain", r"cannot be read to the end: BadGzipFile"),
         ("a.jsonl.zst", pa.compress(lines(), "zstd", asbytes=True)[:-20], r"zst: .*Truncated"),
