@@ -113,14 +113,12 @@ def check_visible(folder: str, uri: str) -> None:
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     machines = {node["NodeManagerAddress"] for node in nodes}
-    if len(machines) < 2:
-        return
-    if uri.startswith("sqlite"):
+    if len(machines) > 1 and uri.startswith("sqlite"):
         raise ConfigError(
             f"tracking.uri: {uri} is one machine's SQLite file and the cluster has {len(machines)} machines; "
             "expected the address of an MLflow server"
         )
-    if not storage.is_local(folder):
+    if len(machines) < 2 or not storage.is_local(folder):
         return
     probe = storage.join(folder, f"seen-{uuid.uuid4().hex}")
     storage.publish_bytes(probe, b"")
@@ -160,10 +158,9 @@ def stoppable(folder: str) -> Iterator[threading.Event]:
         log.warning("%s: saving a checkpoint and ending; send it again to end at once", name)
         storage.publish_bytes(file, b"")
 
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield requested
-        return
-    handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    main = threading.current_thread() is threading.main_thread()  # no other thread can handle signals
+    signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+    handlers = {number: signal.signal(number, request) for number in signals}
     try:
         yield requested
     finally:

@@ -5,7 +5,7 @@ import logging
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pipeline.config.schema import DiffusionConfig, DistillConfig, ModelConfig
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
+from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
@@ -30,15 +31,28 @@ from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
+from pipeline.training.pretraining import Task
 from pipeline.training.resume import differences
 
 log = logging.getLogger(__name__)
 
 ORIGIN = "origin.json"  # file in the first teacher's folder: where it was copied from
 Form = Literal["compatible", "complementary"]
-Side = tuple[
-    Bool[np.ndarray, "B L"], Float[np.ndarray, "B"]
-]  # hidden positions, and the time that hides them
+
+
+class Sides(NamedTuple):
+    """What is hidden from the teacher: one roll-out of every row, or two.
+
+    Attributes:
+        hidden: positions that are hidden in each roll-out.
+        time: that hides them.
+
+    Shape:
+        B rows of L positions, S roll-outs of each.
+    """
+
+    hidden: Bool[np.ndarray, "B S L"]
+    time: Float[np.ndarray, "B S"]
 
 
 def time_step(config: DistillConfig, done: int) -> float:
@@ -71,83 +85,72 @@ def teacher_folder(folder: str, done: int) -> str:
     return storage.join(folder, "rounds", f"{done}")
 
 
-def hidden_sides(
-    groups: Bool[np.ndarray, "B L"],
-    t: Float[np.ndarray, "B"],
-    dt: float,
-    form: Form,
-    eps: float,
-    bos: bool,
-) -> list[Side]:
+def hidden_sides(draws: StepDraws, dt: float, form: Form, eps: float, bos: bool) -> Sides:
     """Find what is hidden from the teacher, and the time that hides it.
 
     Group 1 is hidden at t. In the complementary form, group 0 is hidden too, in a roll-out of its own: it is what
     masking at time t' hides, clamped to the times from which two steps are possible.
 
     Args:
-        groups: group of every position.
-        t: time of every row.
+        draws: time and groups of every row.
         dt: of the teacher's steps.
         form: of the distillation.
         eps: of the noise schedule.
         bos: whether position 0 is BOS, which is never hidden.
 
-    Shape:
-        B rows of L positions.
-
     Returns:
-        One side (compatible form) or two sides.
+        One roll-out (compatible form) or two.
 
     Source:
         docs/method.md, section 5.
     """
     if form == "compatible":
-        return [(groups, t)]
-    others = ~groups
+        return Sides(draws.groups[:, None], draws.t[:, None])
+    others = ~draws.groups
     others[:, :bos] = False
-    return [(groups, t), (others, np.clip(complement(t, eps, "matched"), 2 * dt, 1.0))]
+    time = np.clip(complement(draws.t, eps, "matched"), 2 * dt, 1.0)
+    return Sides(np.stack([draws.groups, others], axis=1), np.stack([draws.t, time], axis=1))
 
 
 def teach(
     teacher: Denoiser,
     tokens: Int[np.ndarray, "B L"],
-    sides: list[Side],
-    noise: Float[np.ndarray, "B sides 2 L"],
+    sides: Sides,
+    noise: Float[np.ndarray, "B 2 2 L"],
     dt: float,
     labels: Int[np.ndarray, "B"] | None = None,
 ) -> Float[Tensor, "Q H"]:
     """Compute the teacher's vectors at all hidden positions, in the order of `Batch.target_index`.
 
-    All sides of all rows are rolled out together, row 0's first.
+    All roll-outs of all rows are computed together, row 0's first.
 
     Args:
         teacher: whose two steps are taken.
         tokens: clean rows.
         sides: what is hidden, and at which time.
-        noise: uniforms for every side: what the first step reveals, and which tokens it draws.
+        noise: uniforms for every roll-out: what the first step reveals, and which tokens it draws.
         dt: of the teacher's steps.
         labels: class of every row; None for an unconditional teacher.
 
     Shape:
         B rows of L positions; Q hidden positions; H hidden size.
+
+    Returns:
+        The vectors before the teacher's head.
     """
-    count = len(sides)
-
-    def interleaved(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
-
+    count, length = sides.hidden.shape[1:]
     return roll_out(
         teacher,
         torch.from_numpy(tokens.repeat(count, axis=0)),
-        interleaved([hidden for hidden, _ in sides]),
-        time=interleaved([time for _, time in sides]),
+        torch.from_numpy(sides.hidden.reshape(-1, length)),
+        time=torch.from_numpy(sides.time.reshape(-1)),
         dt=dt,
-        noise=interleaved([noise[:, side] for side in range(count)]),
+        noise=torch.from_numpy(noise[:, :count].reshape(-1, 2, length)),
         condition=None if labels is None else torch.from_numpy(labels.repeat(count)),
     )
 
 
-class Distillation:
+class Distillation(Task):
     """The task of distillation: match the teacher's two steps on rows of data (docs/method.md, section 5).
 
     A round takes `train.steps / rounds` steps. Its teacher is a model folder of the run, so that a resumed run
@@ -161,9 +164,8 @@ class Distillation:
     """
 
     def __init__(self, run: Run, engine: Engine, ema: EMA, session: Session) -> None:
-        self._run, self._config, self._distill = run, run.config, run.distill
-        self._engine, self._ema, self._session = engine, ema, session
-        self._length, self._bos = run.manifest.length, run.manifest.special.bos is not None
+        super().__init__(run, session.device)
+        self._distill, self._engine, self._ema, self._session = run.distill, engine, ema, session
         self._every = run.config.train.steps // run.distill.rounds
         self._round: int | None = None
 
@@ -181,44 +183,37 @@ class Distillation:
         Raises:
             CheckpointError: the teacher of the round is missing.
         """
-        config = self._config
+        super().start(step)
         done, inside = divmod(step, self._every)
         if done != self._round:
             self._begin(done, at_its_start=inside == 0)
-        self._dt = time_step(self._distill, done)
-        rows, eps = config.train.batch, config.diffusion.eps
-        t, self._groups = partition.draw(
+        seed, eps, self._dt = self._config.seed, self._config.diffusion.eps, time_step(self._distill, done)
+        self._draws = partition.draw(
             DiffusionConfig(eps=eps),
-            seed=config.seed,
+            seed=seed,
             step=step,
-            shape=(rows, self._length),
+            shape=self._shape,
             bos=self._bos,
             least=2 * self._dt,
         )
-        self._sides = hidden_sides(self._groups, t, self._dt, self._distill.form, eps, self._bos)
-        self._dropped = partition.draw_dropped(config.seed, step, rows, config.train.class_drop)
-        self._noise = np.random.default_rng([config.seed, step, 2]).random((rows, 2, 2, self._length))
+        self._sides = hidden_sides(self._draws, self._dt, self._distill.form, eps, self._bos)
+        rows, length = self._shape
+        self._noise = np.random.default_rng([seed, step, 2]).random((rows, 2, 2, length))
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started, with the teacher's vectors; see `Task.batch`."""
-        index, device = micro.index, self._session.device
-        tokens, labels = np.where(present[:, None], micro.tokens, 0), None
+        index, device = micro.index, self._device
+        tokens, labels = self._rows(micro, present)
         if self._bos:
             tokens[:, 0] = self._run.manifest.special.bos
-        if self._config.model.classes is not None:
-            assert micro.labels is not None, "data without labels passed the checks"
-            labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
-        targets = np.zeros(tokens.shape, dtype=bool)
-        weights = np.zeros(tokens.shape)
-        for hidden, _ in self._sides:
-            targets |= hidden[index]
-            # The mean over the targets of a side in the global batch, and the mean over the sides.
-            weights += hidden[index] / (len(self._sides) * max(1, int(hidden.sum())))
-        sides = [(hidden[index], time[index]) for hidden, time in self._sides]
+        sides = Sides(self._sides.hidden[index], self._sides.time[index])
+        # The mean over the targets of a roll-out in the global batch, and the mean over the roll-outs.
+        counts = np.maximum(1, self._sides.hidden.sum((0, 2)))
+        weights = (sides.hidden / (len(counts) * counts[:, None])).sum(1) * present[:, None]
         with self._engine.assembled(self._teacher):
             vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels)
-        weights *= present[:, None]
-        batch = Batch.of_arrays(tokens, self._groups[index], targets, weights, labels=labels, device=device)
+        groups, targets = self._draws.groups[index], sides.hidden.any(1)
+        batch = Batch.of_arrays(tokens, groups, targets, weights, labels=labels, device=device)
         distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         return replace(batch, distill_targets=distill_targets)
 

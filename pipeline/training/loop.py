@@ -44,8 +44,8 @@ class _NonfiniteStep(Exception):
 def train(run: Run, session: Session) -> dict[str, float]:
     """Train until `train.steps`, from the newest usable checkpoint of the run if there is one.
 
-    All randomness is a function of (seed, step, index in the global batch), and the position in the data is one
-    of the step. So a resumed run repeats exactly what an undisturbed run does.
+    All randomness is a function of (seed, step, index in the global batch), and the position in the data is a
+    function of the step. So a resumed run computes exactly what an uninterrupted run does.
 
     Args:
         run: with data; its manifest is read here.
@@ -96,8 +96,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     torch.manual_seed(config.seed)
     model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
     initial = None if resume else resuming.initial_weights(run, model)
-    universal = resume is not None and resume.universal
-    engine = Engine(model, config, parts, device, universal)
+    engine = Engine(model, config, parts, device, universal=resume is not None and resume.universal)
     ema = EMA(engine.masters(), settings.ema)
     if source := resume or initial:
         source.load(engine, ema)
@@ -114,7 +113,8 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
         )
 
     metrics: dict[str, float] = {}
-    losses: list[float] = []  # since the last log line, as the two below
+    # Since the last log line: losses, seconds of training, and seconds of these that waited for data.
+    losses: list[float] = []
     seconds, waited = 0.0, 0.0
     with ExitStack() as stack:
         tracker = requests = None

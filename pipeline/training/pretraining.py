@@ -1,10 +1,10 @@
 """The task of a training run: from rows of data to batches with targets and weights."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from pipeline.data.reading_order import MicroBatch
 from pipeline.diffusion import partition
@@ -13,8 +13,22 @@ from pipeline.models.denoiser import Batch, Denoiser
 from pipeline.run import Run
 
 
-class Task(Protocol):
-    """Makes the batches of a training run; its randomness is a function of (seed, step, index in the batch)."""
+class Task:
+    """Makes the batches of a training run; its randomness is a function of (seed, step, index in the batch).
+
+    Args:
+        run: with its manifest.
+        device: of the batches.
+    """
+
+    def __init__(self, run: Run, device: torch.device):
+        self._run, self._config, self._device = run, run.config, device
+        self._shape = (run.config.train.batch, run.manifest.length)
+        self._bos = run.manifest.special.bos is not None
+
+    def facts(self) -> dict[str, Any]:
+        """Return facts about the task for the checkpoint's state, as JSON values by name."""
+        return {}
 
     def start(self, step: int) -> None:
         """Make the random draws of a step for the whole global batch.
@@ -22,13 +36,8 @@ class Task(Protocol):
         Args:
             step: counted from 0.
         """
-
-    def facts(self) -> dict[str, Any]:
-        """Return facts about the task for the checkpoint's state.
-
-        Returns:
-            JSON values by name.
-        """
+        train = self._config.train
+        self._dropped = partition.draw_dropped(self._config.seed, step, train.batch, train.class_drop)
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started.
@@ -43,9 +52,20 @@ class Task(Protocol):
         Returns:
             The batch, on the device of the worker.
         """
+        raise NotImplementedError
+
+    def _rows(
+        self, micro: MicroBatch, present: Bool[np.ndarray, "m"]
+    ) -> tuple[Int[np.ndarray, "m L"], Int[np.ndarray, "m"] | None]:
+        """Tokens, 0 in rows that do not count, and labels, some of them dropped; None of a model without classes."""
+        tokens, classes = np.where(present[:, None], micro.tokens, 0), self._config.model.classes
+        if classes is None:
+            return tokens, None
+        assert micro.labels is not None, "data without labels passed the checks"
+        return tokens, np.where(self._dropped[micro.index], classes, micro.labels)
 
 
-class Pretraining:
+class Pretraining(Task):
     """The task of pretraining: the model's own objective (docs/method.md, section 2).
 
     Args:
@@ -55,31 +75,22 @@ class Pretraining:
     """
 
     def __init__(self, run: Run, model: Denoiser, device: torch.device):
-        config, self._device = run.config, device
-        self._config, self._length = config, run.manifest.length
-        self._bos = run.manifest.special.bos is not None
-        self._objective = Objective(config.diffusion, self._bos, model.both_groups, model.left_to_right)
-
-    def facts(self) -> dict[str, Any]:
-        """Return nothing: pretraining has no rounds."""
-        return {}
+        super().__init__(run, device)
+        self._objective = Objective(run.config.diffusion, self._bos, model.both_groups, model.left_to_right)
 
     def start(self, step: int) -> None:
         """Draw times, groups and dropped classes of a step; see `Task.start`."""
-        config, rows = self._config, self._config.train.batch
+        super().start(step)
+        config = self._config
         self._draws = partition.draw(
-            config.diffusion, seed=config.seed, step=step, shape=(rows, self._length), bos=self._bos
+            config.diffusion, seed=config.seed, step=step, shape=self._shape, bos=self._bos
         )
-        self._dropped = partition.draw_dropped(config.seed, step, rows, config.train.class_drop)
         self._divisor = self._objective.normaliser(self._draws.groups)
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started; see `Task.batch`."""
-        index = micro.index
-        tokens, labels = np.where(present[:, None], micro.tokens, 0), None
-        if self._config.model.classes is not None and micro.labels is not None:
-            labels = np.where(self._dropped[index], self._config.model.classes, micro.labels)
-        draws = self._draws.rows(index)
+        tokens, labels = self._rows(micro, present)
+        draws = self._draws.rows(micro.index)
         return self._objective.batch(
             tokens, draws, present, divisor=self._divisor, labels=labels, device=self._device
         )

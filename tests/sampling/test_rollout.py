@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
 from pipeline.models.distill_loss import DistillTargets, Divergence, chunked_divergence
 from pipeline.sampling.rollout import roll_out
-from pipeline.training.distillation import hidden_sides, teach
+from pipeline.training.distillation import Sides, hidden_sides, teach
 from tests.support.known_source import Known, markov, naive_roll_out
 from tests.support.small_models import BOTH_KINDS, random_rows, randomised
 
@@ -61,16 +62,21 @@ def distance(found: Tensor, expected: Iterable[tuple[float, Tensor]]) -> float:
     return float(np.abs(observed - expected_shares).sum() / 2)
 
 
+def by_side(sides: Sides) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(hidden [B, L], time [B]) of every roll-out."""
+    return [(sides.hidden[:, side], sides.time[:, side]) for side in range(sides.time.shape[1])]
+
+
 def collect(source: Known, form: str, mistake: str | None = None) -> list[tuple[np.ndarray, float, Tensor]]:
     """(hidden, time, targets [N, n, V]) of every side of many equal rows."""
     groups = np.tile(GROUPS, (MANY, 1))
-    sides = hidden_sides(groups, np.full(MANY, T), DT, form, EPS, False)  # type: ignore[arg-type]
+    sides = hidden_sides(StepDraws(np.full(MANY, T), groups), DT, form, EPS, False)  # type: ignore[arg-type]
     noise = np.random.default_rng(0).random((MANY, 2, 2, L))
     tokens = np.tile(ROW, (MANY, 1))
     if mistake is None:
         vectors = teach(source, tokens, sides, noise, DT).view(MANY, -1, V)
         # As in a batch: a row's group 1 before its group 0.
-        parts = vectors.split([int(hidden[0].sum()) for hidden, _ in sides], dim=1)
+        parts = vectors.split([int(hidden[0].sum()) for hidden, _ in by_side(sides)], dim=1)
     else:
         parts = [
             naive_roll_out(
@@ -82,9 +88,10 @@ def collect(source: Known, form: str, mistake: str | None = None) -> list[tuple[
                 noise=torch.from_numpy(noise[:, side]),
                 mistake=mistake,
             ).view(MANY, -1, V)
-            for side, (hidden, time) in enumerate(sides)
+            for side, (hidden, time) in enumerate(by_side(sides))
         ]
-    return [(hidden[0], float(time[0]), part) for (hidden, time), part in zip(sides, parts, strict=True)]
+    pairs = zip(by_side(sides), parts, strict=True)
+    return [(hidden[0], float(time[0]), part) for (hidden, time), part in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -206,21 +213,23 @@ def test_nothing_is_hidden_at_all(config: PGMConfig | MDLMConfig) -> None:
 def test_bos_is_never_hidden() -> None:
     groups = np.array([[False, True, False], [False, False, False], [False, True, True]])
     t = np.array([0.3, 0.01, 1.0])
-    (one, at), (other, then) = hidden_sides(groups, t, 0.1, "complementary", EPS, True)
+    draws = StepDraws(t, groups)
+    (one, at), (other, then) = by_side(hidden_sides(draws, 0.1, "complementary", EPS, True))
     assert not (one[:, 0] | other[:, 0]).any()
     assert (one ^ other)[:, 1:].all()
     assert (at == t).all()
     # The matched time, kept where two steps are possible: 1 - alpha(t') is group 0's share.
     assert then[0] == pytest.approx(complement(t, EPS, "matched")[0])
     assert (then[1], then[2]) == (pytest.approx(0.99, abs=0.02), 0.2)
-    assert hidden_sides(groups, t, 0.1, "complementary", EPS, False)[1][0][:, 0].all()
+    assert by_side(hidden_sides(draws, 0.1, "complementary", EPS, False))[1][0][:, 0].all()
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 def test_a_student_of_one_context_learns_the_mean_of_its_targets(source: Known, kind: Divergence) -> None:
     """Arithmetic for forward KL, geometric for reverse KL, of all that two steps teach there."""
     rows, steps = 512, 150
-    (hidden, time), *_ = hidden_sides(GROUPS[None], np.array([T]), DT, "compatible", EPS, False)
+    draws = StepDraws(np.array([T]), GROUPS[None])
+    ((hidden, time),) = by_side(hidden_sides(draws, DT, "compatible", EPS, False))
     chances, targets = zip(*outcomes(source, hidden[0], time[0]), strict=True)
     weights = torch.tensor(chances, dtype=torch.float64)[:, None, None]
     arithmetic = (weights * torch.stack(targets).exp()).sum(0)
@@ -241,9 +250,9 @@ def test_a_student_of_one_context_learns_the_mean_of_its_targets(source: Known, 
     assert far(expected) > 0.2
     for step in range(steps):
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
-        sides = hidden_sides(groups, t, DT, "compatible", EPS, False)
-        vectors = teach(source, tokens, sides, rng.random((rows, 2, 2, L)), DT)
-        loss = chunked_divergence(place, table, bias, DistillTargets(vectors, source.head, kind), 4096).mean()
+        sides = hidden_sides(StepDraws(t, groups), DT, "compatible", EPS, False)
+        told = teach(source, tokens, sides, rng.random((rows, 2, 2, L)), DT)
+        loss = chunked_divergence(place, table, bias, DistillTargets(told, source.head, kind), 4096).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -56,10 +56,11 @@ class Rows:
 
     def __init__(self, seed: int, form: Form):
         self.tokens = np.random.default_rng(seed).integers(V, size=(ROWS, L))
-        self.t, self.groups = partition.draw(
+        draws = partition.draw(
             DiffusionConfig(eps=EPS), seed=seed, step=0, shape=(ROWS, L), bos=False, least=2 * DT
         )
-        self.sides = hidden_sides(self.groups, self.t, DT, form, EPS, False)
+        self.t, self.groups = draws
+        self.sides = hidden_sides(draws, DT, form, EPS, False)
         self.noise = np.random.default_rng([seed, 2]).random((ROWS, 2, 2, L))
 
     def batch(self, targets: np.ndarray, distill_targets: DistillTargets | None = None) -> Batch:
@@ -82,7 +83,7 @@ def teacher_part(rows: Rows) -> None:
 
 
 def update(rows: Rows) -> None:
-    targets = np.any([hidden for hidden, _ in rows.sides], axis=0)
+    targets = rows.sides.hidden.any(1)
     STUDENT(rows.batch(targets, lesson(rows))).sum().backward()
 
 

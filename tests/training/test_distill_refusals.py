@@ -110,7 +110,7 @@ def test_a_corrected_teacher_replaces_the_one_that_was_refused(distil: Distil, t
 def test_an_autoregressive_teacher(distil: Distil, tmp_path: Path) -> None:
     teacher = save(tmp_path / "teacher", ARConfig(kind="ar", blocks=1, **SIZE))
     said = refusal(CapabilityError, distil(teacher))
-    assert said.startswith(f"distill.teacher: {teacher!r} is autoregressive: it draws one token a step")
+    assert said.startswith(f"distill.teacher: {teacher!r} is autoregressive: it draws one token per step")
     assert said.endswith("expected a pgm or mdlm teacher")
 
 
