@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float64, Int, UInt
 
 from pipeline import storage
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, differences
 from pipeline.data.shards import ShardReader
 from pipeline.errors import DataError
 from pipeline.logs import Progress

@@ -212,7 +212,7 @@ class Distillation(Task):
         weights = (sides.hidden / (len(counts) * counts[:, None])).sum(1) * present[:, None]
         with self._engine.assembled(self._teacher):
             vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels)
-        groups, targets = self._draws.groups[index], sides.hidden.any(1)
+        groups, targets = self._draws.groups[index], np.any(sides.hidden, axis=1)
         batch = Batch.of_arrays(tokens, groups, targets, weights, labels=labels, device=device)
         distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         return replace(batch, distill_targets=distill_targets)

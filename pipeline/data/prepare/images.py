@@ -373,7 +373,7 @@ def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
     from pipeline.models.vq import fit_patches
 
     out = held_out(np.arange(len(refs)), data.validation_images, len(refs))
-    train = [refs[i] for i in np.flatnonzero(~out)]
+    train = [refs[i] for i in np.flatnonzero(~out).tolist()]
     log.info("fitting %d codes on up to %d images", data.codes, data.fit_images)
     images, _ = read_spread(train, data, data.fit_images)
     return fit_patches(images, data.codes, data.factor, seed=_FIT_SEED)

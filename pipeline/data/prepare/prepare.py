@@ -165,5 +165,7 @@ def _report(path: str, manifest: Manifest) -> None:
     counts = (manifest.documents, kind, manifest.skipped.count, manifest.documents_empty)
     log.info("prepared %s: %d %s, besides %d that cannot be read and %d empty ones", path, *counts)
     for name, split in manifest.splits.items():
-        counts = (manifest.rows(name), manifest.length, split.tokens_dropped)
-        log.info("%s: %d rows of %d tokens, %d tokens dropped at the end", name, *counts)
+        rows, dropped = manifest.rows(name), split.tokens_dropped
+        log.info(
+            "%s: %d rows of %d tokens, %d tokens dropped at the end", name, rows, manifest.length, dropped
+        )

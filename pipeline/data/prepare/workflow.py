@@ -242,7 +242,7 @@ def write_shards(
     Returns:
         What the manifest says of each split.
     """
-    task = ray.remote(num_cpus=1)(publish_shard)
+    task: Any = ray.remote(num_cpus=1)(publish_shard)
     shards = [shard for plan in plans.values() for shard in plan.shards]
     tasks = {task.remote(shard.name, path, work, make=partial(make, shard)): shard for shard in shards}
     progress = Progress("wrote", "shards", len(tasks), unit)
