@@ -122,7 +122,8 @@ def windows(prompt: Sequence[int], continuation: Sequence[int], room: int) -> li
     it less than half of the room is cut, and every piece is the prompt of the next one, as far back as fits.
 
     Args:
-        prompt, continuation: ids.
+        prompt: ids.
+        continuation: ids.
         room: tokens of a row.
     """
     if len(continuation) <= max(room - len(prompt), room // 2):

@@ -109,7 +109,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     needed, which are never complex.
 
     Args:
-        a, b: statistics of two sets of images.
+        a: statistics of a set of images.
+        b: statistics of another set.
 
     Raises:
         DataError: features of different widths.

@@ -234,7 +234,9 @@ def measure(
 
     Args:
         score: as in `row_sums`.
-        masking, tokens, labels: as in `masked_batches`.
+        masking: as in `masked_batches`.
+        tokens: as in `masked_batches`.
+        labels: as in `masked_batches`.
 
     Raises:
         CapabilityError: "exact" for a model that is not autoregressive, or another estimator for one that is.

@@ -106,8 +106,9 @@ def mauve(real: Float[np.ndarray, "n H"], generated: Float[np.ndarray, "m H"]) -
     """Compute MAUVE, the similarity of generated and real texts between 0 and 1.
 
     Args:
-        real, generated: features of the texts, from another model than in the paper: values compare only within a
-            report.
+        real: features of real texts. The model that computes them is not that of the paper, so values compare only
+            within a report.
+        generated: features of generated texts.
 
     Returns:
         The value and the number of clusters that it rests on.
