@@ -134,7 +134,7 @@ def test_the_commands_are_found() -> None:
         ("pretrian configs/text/quickstart.yaml", "no such job"),
         ("pretrain configs/text/quikstart.yaml", "did you mean 'quickstart.yaml'"),
         ("pretrain configs/text/quickstart.yaml train.stpes=5", "did you mean 'steps'"),
-        ("pretrain configs/text/quickstart.yaml plan=h10", "plan: 'h10' is no GPU"),
+        ("pretrain configs/text/quickstart.yaml plan=h10", "did you mean 'h100'"),
         ("sweep configs/sweep/quickstart.yaml serch=grid", "serch: no such key"),
         ("benchmark configs/benchmark/tiny.yaml model=3", "did you mean 'models'"),
         ("convert a.ckpt b licence=mit", "licence"),
