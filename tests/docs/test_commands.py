@@ -1,4 +1,4 @@
-"""Every command in the README, in docs/, in cluster/README.md and in the headers of configs parses."""
+"""Every command in the pages of the root, of docs/ and of cluster/, and in the headers of configs, parses."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ from pipeline.config.sweep import load_sweep
 from pipeline.planning.gpus import select_gpus
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PLANNED = ("pretrain", "distill")  # jobs that take plan=GPU
 
