@@ -1,4 +1,4 @@
-"""Every command in the README, in docs/, in cluster/README.md and in the headers of configs parses."""
+"""Every command in the pages of the root, of docs/ and of cluster/, and in the headers of configs, parses."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ from pipeline.config.sweep import load_sweep
 from pipeline.planning.gpus import select_gpus
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PLANNED = ("pretrain", "distill")  # jobs that take plan=GPU
 
@@ -134,7 +134,7 @@ def test_the_commands_are_found() -> None:
         ("pretrian configs/text/quickstart.yaml", "no such job"),
         ("pretrain configs/text/quikstart.yaml", "did you mean 'quickstart.yaml'"),
         ("pretrain configs/text/quickstart.yaml train.stpes=5", "did you mean 'steps'"),
-        ("pretrain configs/text/quickstart.yaml plan=h10", "plan: 'h10' is no GPU"),
+        ("pretrain configs/text/quickstart.yaml plan=h10", "did you mean 'h100'"),
         ("sweep configs/sweep/quickstart.yaml serch=grid", "serch: no such key"),
         ("benchmark configs/benchmark/tiny.yaml model=3", "did you mean 'models'"),
         ("convert a.ckpt b licence=mit", "licence"),
