@@ -39,7 +39,7 @@ _ORDER = 1  # seed of the order of sources that come sorted by class
 _READERS = 8  # files listed at the same time
 _ROWS = 64  # of Parquet held at a time
 
-Image = tuple[bytes | UInt8[np.ndarray, "..."], int]  # bytes of a file, or pixels; and the label
+RawImage = tuple[bytes | UInt8[np.ndarray, "..."], int]  # bytes of a file, or pixels; and the label
 
 
 class Ref(NamedTuple):
@@ -175,7 +175,7 @@ def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
     return Listing(within, problems, names)
 
 
-def read_images(refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[Image | Problem]:
+def read_images(refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage | Problem]:
     """Read images in order.
 
     Args:
@@ -198,7 +198,7 @@ def read_images(refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[Image | 
                 yield Problem(str(ref), f"cannot be read: {type(error).__name__}: {error}")
 
 
-def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[Image | Problem]:
+def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[RawImage | Problem]:
     """Read images of one file."""
     if path == DIGITS or is_a(path, IDX):
         pixels = _digits()[0] if path == DIGITS else _idx(path)
