@@ -164,7 +164,7 @@ class State:
         return tokens, positions
 
 
-def packed(lengths: Sequence[int], *fields: Shaped[Tensor, "B _ *rest"]) -> list[Shaped[Tensor, "T *rest"]]:
+def packed(lengths: Sequence[int], *fields: Shaped[Tensor, "B _ ..."]) -> list[Shaped[Tensor, "T ..."]]:
     """Select the first entries of every row.
 
     Args:
