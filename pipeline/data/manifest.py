@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig, TextDataConfig
@@ -17,10 +17,8 @@ from pipeline.errors import ConfigError, DataError, did_you_mean
 MANIFEST = "manifest.json"
 
 
-class _Frozen(BaseModel):
+class _Frozen(BaseModel, extra="forbid", frozen=True):
     """A part of the manifest, which refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SpecialIds(_Frozen):
@@ -154,9 +152,7 @@ class Manifest(_Frozen):
         """
         file = storage.join(path, MANIFEST)
         if not storage.exists(file):
-            raise DataError(
-                f"{path}: no {MANIFEST}, so no complete data; `python -m jobs.prepare CONFIG` makes it"
-            )
+            raise DataError(f"{path}: no {MANIFEST}; `python -m jobs.prepare CONFIG` prepares the data")
         try:
             return cls.model_validate_json(storage.read_bytes(file))
         except ValidationError as error:

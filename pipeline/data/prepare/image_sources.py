@@ -396,7 +396,7 @@ def _idx(path: str) -> UInt8[np.ndarray, "..."]:
     shape = tuple(np.frombuffer(data[4 : 4 + 4 * rank], dtype=">i4").tolist())
     if not rank or len(shape) < rank or len(data) != 4 + 4 * rank + int(np.prod(shape)):
         raise DataError(
-            f"{path}: {len(data)} bytes that start with {data[:4].hex()} are no whole idx file of bytes"
+            f"{path}: not a complete idx file: {len(data)} bytes that start with {data[:4].hex()}"
         )
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
 

@@ -166,6 +166,4 @@ def _report(path: str, manifest: Manifest) -> None:
     log.info("prepared %s: %d %s, besides %d that cannot be read and %d empty ones", path, *counts)
     for name, split in manifest.splits.items():
         rows, dropped = manifest.rows(name), split.tokens_dropped
-        log.info(
-            "%s: %d rows of %d tokens, %d tokens dropped at the end", name, rows, manifest.length, dropped
-        )
+        log.info("%s: %d rows of %d tokens, %d tokens dropped", name, rows, manifest.length, dropped)

@@ -26,11 +26,14 @@ from pipeline.data.prepare import workflow
 from pipeline.data.prepare.source_files import refusal
 from pipeline.data.prepare.text_sources import Piece, TextSource, read
 from pipeline.data.shards import Rows, token_dtype
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import DataError
 
 FORMAT = 1  # raise it when the same config and input would give other shards
 _BATCH = 256  # documents that are tokenised together
+
+# Once per process, since building a large tokenizer takes longer than tokenising most units.
+cached_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,6 @@ class TextUnit(workflow.Unit):
     def amount(self) -> int:
         """The number of tokens."""
         return self.tokens
-
-
-@lru_cache(maxsize=2)
-def cached_tokenizer(spec: str) -> Tokenizer:
-    """Load a tokenizer once per process: building a large one takes longer than tokenising most units.
-
-    Args:
-        spec: see `load_tokenizer`.
-    """
-    return load_tokenizer(spec)
 
 
 def content(data: TextDataConfig) -> dict[str, Any]:

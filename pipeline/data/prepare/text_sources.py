@@ -186,10 +186,8 @@ def _text(row: Any, field: str, where: str) -> str | Problem:
     if not isinstance(row, dict):
         return Problem(where, f"a {type(row).__name__}; expected an object with the field {field!r}")
     if field not in row:
-        known = ", ".join(map(str, row))
-        return Problem(
-            where, f"no field {field!r} (data.text_field); fields: {known}{did_you_mean(field, row)}"
-        )
+        known = f"{', '.join(map(str, row))}{did_you_mean(field, row)}"
+        return Problem(where, f"no field {field!r} (data.text_field); fields: {known}")
     if not isinstance(row[field], str):
         return Problem(where, f"{field!r} holds a {type(row[field]).__name__}; expected text")
     try:
@@ -215,9 +213,8 @@ def _read_parquet(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]
             yield _text(dict.fromkeys(file.schema_arrow.names), field, piece.path)
             return
         stop = file.num_row_groups if piece.stop < 0 else piece.stop
-        numbers = itertools.count(
-            sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        )
+        first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        numbers = itertools.count(first)
         groups = list(range(piece.start, stop))
         for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[field]):
             for value in batch.column(0).to_pylist():
