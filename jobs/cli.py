@@ -74,7 +74,7 @@ def command(
         fail("interrupted", code=130)
     except (
         Exception
-    ) as error:  # a defect of the pipeline: the traceback, and the reason again as the last line
+    ) as error:  # a defect of the pipeline: print the traceback, and its reason as the last line
         print(logs.shown(traceback.format_exc()), file=sys.stderr)
         message = str(error).strip().splitlines() or ["no message"]
         fail(f"{type(error).__name__}: {message[-1].strip()}")

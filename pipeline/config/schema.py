@@ -163,7 +163,8 @@ class TrainConfig(Section):
         activation_checkpointing: Recomputes every block in the backward pass to save memory.
         class_drop: Share of rows that a model with classes sees without their class, for guidance.
         init_from: Weights to start from: a model folder, `models:/NAME@ALIAS` or a checkpoint.
-        on_nonfinite: Whether a loss or gradient that is not finite skips the update or stops the run.
+        on_nonfinite: After a loss or gradient that is not finite: return to the last checkpoint and skip the rows, or
+            stop.
         ema: Decay of the exponential moving average of the weights.
         log_every: Updates between two log lines.
         validate_every: Updates between two validations.

@@ -104,7 +104,7 @@ class PGM(Denoiser):
             segments = Segments(filled, tokens.device)
             encoded = self._encode(tokens, known, segments, Condition(vectors, segments.ids))
         segments = Segments(lengths, positions.device)
-        return self._decode(encoded, positions, segments, Condition(vectors, segments.ids))
+        return self._decode(encoded, positions, self.length, segments, Condition(vectors, segments.ids))
 
     def _slots(self, state: State) -> tuple[Int[Tensor, "B slots"], Int[Tensor, "B slots"], list[int]]:
         """Every row's clean tokens after the registers of group 0: ids, positions, and their number."""
@@ -167,23 +167,20 @@ class PGM(Denoiser):
         key_index = groups.long().argsort(dim=1, stable=True) + torch.arange(rows)[:, None] * width
         key_lengths = torch.stack([width - ones, ones], 1)
         query_lengths = torch.stack([ones_targets, targets - ones_targets], 1)
-        if query_lengths[:, 1].any():
-            per_row = int(targets[0])
-            window = per_row if per_row and bool((targets == per_row).all()) else None
-            keys = Segments(key_lengths.flatten().tolist(), batch.device, window=width)
-            queries = Segments(query_lengths.flatten().tolist(), batch.device, window=window)
-            key_index = key_index.flatten()
-        else:  # all targets are in group 1, so group 1 need not be encoded
-            keys = Segments(key_lengths[:, 0].tolist(), batch.device)
-            queries = Segments(query_lengths[:, 0].tolist(), batch.device)
-            key_index = key_index[torch.arange(width) < key_lengths[:, :1]]
+        sides = 2 if query_lengths[:, 1].any() else 1  # if all targets are in group 1, it need not be encoded
+        key_lengths, query_lengths = key_lengths[:, :sides], query_lengths[:, :sides]
+        key_index = key_index[torch.arange(width) < key_lengths.sum(1, keepdim=True)]
+        per_row = int(targets[:1].sum())
+        window = per_row if sides == 2 and per_row and bool((targets == per_row).all()) else None
+        keys = Segments(key_lengths.flatten().tolist(), batch.device, window=width if sides == 2 else None)
+        queries = Segments(query_lengths.flatten().tolist(), batch.device, window=window)
         tokens = batch.gather(ids, key_index)
         key_index = key_index.to(batch.device, non_blocking=True)
         target_index = batch.target_index.to(batch.device, non_blocking=True)
         vectors = self.class_vectors(batch.condition, rows)
         encoded = self._encode(tokens, key_index % width, keys, Condition(vectors, key_index // width))
         condition = Condition(vectors, target_index // length)
-        return self._decode(encoded, target_index % length, queries, condition)
+        return self._decode(encoded, target_index % length, length, queries, condition)
 
     def _encode(
         self,
@@ -197,10 +194,15 @@ class PGM(Denoiser):
         return Encoded(self.run_blocks(self.encoder, tokens, layout, condition), layout)
 
     def _decode(
-        self, encoded: Encoded, positions: Int[Tensor, "Q"], segments: Segments, condition: Condition
+        self,
+        encoded: Encoded,
+        positions: Int[Tensor, "Q"],
+        extent: int,
+        segments: Segments,
+        condition: Condition,
     ) -> Float[Tensor, "Q H"]:
-        """Compute vectors for the head at `positions`, which count tokens only."""
-        positions, extent = positions + self.registers, self.length + self.registers
+        """Compute vectors for the head at `positions` below `extent`, which count tokens only."""
+        positions, extent = positions + self.registers, extent + self.registers
         vectors, keys, stored = encoded
         caches: Iterable[Cache | None] = stored or repeat(None)
         (swap, first), *readers = zip(self._readers(), caches, strict=False)

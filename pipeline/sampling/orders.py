@@ -125,6 +125,7 @@ def plan(
     if order.name == "halton":
         side = round((unknown.max(initial=0) + 1 - bos) ** 0.5) if len(unknown) else 0
         return _halton(unknown - bos, side) + bos, counts
+    assert order.name == "uniform", order.name
     return rng.permutation(unknown), counts
 
 
@@ -183,6 +184,7 @@ def choose(
     if order.name == "confidence":
         score = log_prob + order.gumbel * (1 - progress) * gumbel
         return _ranks(score.masked_fill(~unknown, -torch.inf)) < least
+    assert order.name == "entropy", order.name
     entropy = entropy.masked_fill(~unknown, torch.inf)
     ascending = entropy.sort(dim=1).values
     # In ascending order the largest entropy of a prefix is its last: the sum of those before bounds the error.

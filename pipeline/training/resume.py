@@ -29,24 +29,9 @@ from pipeline.training.engine import TAG, Engine, fill
 log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.json"
-# Keys that may change between two starts of a run; its mathematics do not depend on them.
-FREE_KEYS = (
-    "train.steps",
-    "train.micro_batch",
-    "train.log_every",
-    "train.validate_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.persistent_parameters",
-    "train.offload_optimizer",
-    "train.activation_checkpointing",
-    "train.on_nonfinite",
-    "train.zero_stage",  # see _usable_state
-    "sampling.",
-    "evaluation.",
-    "tracking.",
-    "cluster.",
-)
+# Sections that may change between two starts of a run, except for the keys that its mathematics depend on.
+FREE_SECTIONS = ("train.", "sampling.", "evaluation.", "tracking.", "cluster.")
+FIXED_KEYS = {"train.batch", "train.precision", "train.class_drop", "train.init_from", "train.ema"}
 
 Skipped = dict[int, list[int]]  # step -> places in its global batch
 
@@ -160,11 +145,11 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
     Raises:
         CheckpointError: lists every difference as old -> new.
     """
-    fixed = ("train.steps",) if config.distill else ()  # they say where a round ends
+    fixed = FIXED_KEYS | ({"train.steps"} if config.distill else set())  # steps say where a round ends
     differing = [
         f"  {key}: {before!r} -> {now!r}"
         for key, (before, now) in differences(old, config.model_dump(mode="json")).items()
-        if key in fixed or not key.startswith(FREE_KEYS)
+        if key in fixed or not key.startswith(FREE_SECTIONS)
     ]
     if differing:
         raise CheckpointError(

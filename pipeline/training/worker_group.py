@@ -73,7 +73,6 @@ def run_group(run: Run, callbacks: Sequence[ray.train.UserCallback] = ()) -> Non
             storage_path=folder,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=None),
             callbacks=[BetweenGroups(run.folder), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
         ),
     )

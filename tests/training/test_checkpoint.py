@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.errors import CheckpointError
 from pipeline.run import Run
@@ -190,6 +190,12 @@ def test_what_a_resumed_run_may_change(config: RunConfig) -> None:
     assert plan is not None
     assert plan.state.step == 6
     assert not plan.universal
+
+
+def test_a_new_key_of_training_is_fixed_until_it_is_listed_here() -> None:
+    free = {"steps", "micro_batch", "log_every", "validate_every", "checkpoint_every", "keep", "on_nonfinite"}
+    free |= {"persistent_parameters", "offload_optimizer", "activation_checkpointing", "zero_stage"}
+    assert {f"train.{key}" for key in TrainConfig.model_fields.keys() - free} == resume.FIXED_KEYS
 
 
 @pytest.mark.parametrize("stage", [0, 3])
