@@ -151,8 +151,7 @@ def test_activations_are_what_autograd_keeps(
     assert expected == pytest.approx(sum(kept.values()), rel=tolerance)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("logits", ["in chunks", "at once"])
+@pytest.mark.parametrize(("logits", "recompute"), [("in chunks", True), ("at once", False)])
 def test_the_peak_is_what_the_allocator_sees(
     logits: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
