@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig, TextDataConfig
@@ -17,8 +17,10 @@ from pipeline.errors import ConfigError, DataError, did_you_mean
 MANIFEST = "manifest.json"
 
 
-class _Frozen(BaseModel, extra="forbid", frozen=True):
+class _Frozen(BaseModel):
     """A part of the manifest, which refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SpecialIds(_Frozen):
