@@ -57,7 +57,7 @@ class Task:
     def _rows(
         self, micro: MicroBatch, present: Bool[np.ndarray, "m"]
     ) -> tuple[Int[np.ndarray, "m L"], Int[np.ndarray, "m"] | None]:
-        """Return tokens, 0 in rows that do not count, and labels, some of them dropped, where model and data have any."""
+        """Return tokens, 0 in rows that do not count, and labels, some dropped, where model and data have any."""
         tokens, classes = np.where(present[:, None], micro.tokens, 0), self._config.model.classes
         if classes is None or micro.labels is None:  # text has no labels, whatever the model could read
             return tokens, None
