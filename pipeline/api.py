@@ -86,6 +86,7 @@ class Model:
         tokens: Int[Tensor, "B L"],
         groups: Int[Tensor, "B L"] | Bool[Tensor, "B L"],
         condition: Int[Tensor, "B"] | None = None,
+        order: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L V"]:
         """Compute logits at every position from the tokens of the other group (masked models: two passes).
 
@@ -93,9 +94,11 @@ class Model:
             tokens: ids below V; L includes BOS where the data has one.
             groups: 0 or 1 for every token.
             condition: class labels; None: without class.
+            order: rank of every token in its row's order of revelation, which a causal encoder reads it in; None:
+                ascending positions.
 
         Shape:
-            tokens, groups: [B, L]; condition: [B].
+            tokens, groups, order: [B, L]; condition: [B].
 
         Returns:
             [B, L, V] float32.
@@ -106,7 +109,7 @@ class Model:
         Source:
             arXiv 2505.18883, section 4.
         """
-        return self.denoiser.logits(tokens.to(self.device), groups.to(self.device).bool(), condition)
+        return self.denoiser.logits(tokens.to(self.device), groups.to(self.device).bool(), condition, order)
 
     @torch.inference_mode()
     def predict(
@@ -121,7 +124,7 @@ class Model:
         """Compute logits at query positions from known tokens alone.
 
         Args:
-            known: ids of known tokens, padded to the longest row.
+            known: ids of known tokens, padded to the longest row; a causal encoder reads them in this order.
             positions: of the known tokens.
             lengths: number of known tokens in every row, 0 allowed.
             queries: positions to predict, padded to the longest row.

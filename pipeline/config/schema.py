@@ -67,11 +67,13 @@ class PGMConfig(TrunkConfig):
 
     Attributes:
         kind: Selects the PGM; required in every model section.
+        encoder: What a clean token reads in the encoder: `bidirectional` its group, `causal` what came before it.
         encoder_blocks: Number of encoder blocks.
         decoder_blocks: Number of decoder blocks.
     """
 
     kind: Literal["pgm"] = "pgm"
+    encoder: Literal["bidirectional", "causal"] = "bidirectional"
     encoder_blocks: PositiveInt = 8
     decoder_blocks: PositiveInt = 8
     swap: SwapConfig = SwapConfig()
@@ -450,6 +452,10 @@ class RunConfig(Section):
             yield f"evaluation.steps: {too_many or '[]'} {row} numbers of at most {predicted}"
         if sampling.steps > most and self.model.kind != "ar":
             yield f"sampling.steps: {sampling.steps} steps {row} at most {predicted}"
+        refreshes = self.model.kind == "pgm" and self.model.encoder == "bidirectional"
+        if sampling.refresh_every > 1 and sampling.model is None and not refreshes:
+            bidirectional = "expected 1; only a pgm with model.encoder bidirectional can encode less often"
+            yield f"sampling.refresh_every: {sampling.refresh_every}; {bidirectional}"
         if self.model.kind == "ar" and sampling.model is None:
             if sampling.order != "left_to_right":
                 yield f"sampling.order: {sampling.order!r} for model.kind ar; expected left_to_right"

@@ -71,6 +71,7 @@ class Objective:
         *,
         divisor: int,
         labels: Int[np.ndarray, "B"] | None = None,
+        order: Int[np.ndarray, "B L"] | None = None,
         device: torch.device,
     ) -> Batch:
         """Build a micro-batch whose row losses, summed over the global batch, are the objective.
@@ -81,6 +82,7 @@ class Objective:
             present: rows that count; others have weight 0.
             divisor: `normaliser` of the global batch.
             labels: class labels, or None.
+            order: ranks of revelation, for models with a causal encoder.
             device: where the model computes.
 
         Returns:
@@ -94,4 +96,4 @@ class Objective:
         targets = np.ones_like(groups) if self.both_groups else groups.copy()
         targets[:, : self.bos] = False
         weights = self.weights(draws) * targets * present[:, None] / divisor
-        return Batch.of_arrays(tokens, groups, targets, weights, labels=labels, device=device)
+        return Batch.of_arrays(tokens, groups, targets, weights, labels=labels, order=order, device=device)

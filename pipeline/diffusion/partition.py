@@ -1,9 +1,11 @@
 """Random times and groups as a pure function of (seed, step, index in the global batch)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.schedule import hidden_share
@@ -82,6 +84,45 @@ def draw(
     groups = rng.random(shape) < hidden_share(u, config.schedule, eps)[:, None]
     groups[:, :bos] = False
     return StepDraws(eps + (1 - eps) * u, groups)
+
+
+def draw_order(
+    seed: Sequence[int], rows: Int[np.ndarray, "m"], length: int, bos: bool
+) -> Int[np.ndarray, "m L"]:
+    """Draw uniform random orders of revelation, each as a function of (seed, row).
+
+    Args:
+        seed: numbers that fix all orders, such as the seed of a run and a step.
+        rows: whose orders are drawn.
+        length: L.
+        bos: position 0 holds BOS, which comes first.
+
+    Returns:
+        [m, L] rank of every position, from 0.
+
+    Source:
+        docs/method.md section 9.
+    """
+    uniforms = np.stack([np.random.default_rng([*seed, row]).random(length) for row in rows.tolist()])
+    uniforms[:, :bos] = -1
+    return uniforms.argsort(axis=1).argsort(axis=1)
+
+
+def by_rank(where: Bool[Tensor, "B L"], order: Int[Tensor, "B L"] | None) -> Int[Tensor, "T"]:
+    """List positions in the order of their revelation.
+
+    Args:
+        where: the positions.
+        order: rank of every position in its row; None: ascending positions.
+
+    Returns:
+        [T] flat indices, row after row.
+    """
+    index = where.flatten().nonzero().squeeze(1)
+    if order is None:
+        return index
+    key = index // where.shape[1] * where.shape[1] + order.flatten()[index]
+    return index[key.argsort()]
 
 
 def draw_dropped(seed: int, step: int, batch: int, rate: float) -> Bool[np.ndarray, "B"]:

@@ -105,7 +105,13 @@ def greedy_matches(
             hidden = model.target_vectors(rows)
         else:
             state, starts = model.open(len(part)), [*map(len, prompts)]
-            model.extend(state, _packed(prompts, device), _packed(map(range, starts), device), starts)
+            places = [list(range(n)) for n in starts]
+            if model.causal:  # in a random order, as in training; BOS stays first
+                begin = int(bos is not None)
+                for row, prompt in zip(places, prompts, strict=True):
+                    row[begin:] = np.random.default_rng(text_seed(0, prompt)).permutation(row[begin:])
+            known = [[prompt[i] for i in row] for prompt, row in zip(prompts, places, strict=True)]
+            model.extend(state, _packed(known, device), _packed(places, device), starts)
             positions = [range(start, start + n) for start, n in zip(starts, lengths, strict=True)]
             hidden = model.hidden(state, _packed(positions, device), lengths)
         chunk = chunk_rows(CHUNK_LOGITS, model.vocab_size, hidden.device)
@@ -156,7 +162,9 @@ def _masked_rows(
     start, length = int(bos is not None), model.length
     tokens = np.zeros((len(pairs), draws, length), np.int64)
     groups = np.ones((len(pairs), draws, length), bool)
-    weights = np.zeros((len(pairs), draws, length))
+    weights, keys = np.zeros(
+        (2, len(pairs), draws, length)
+    )  # a row's order of revelation is that of its keys
     for pair, (prompt, continuation) in enumerate(pairs):
         begin, end = start + len(prompt), start + len(prompt) + len(continuation)
         tokens[pair, :, start:end] = [*prompt, *continuation]
@@ -170,9 +178,15 @@ def _masked_rows(
         hidden: Bool[np.ndarray, "draws n"] = draw_subset(rng, n, len(continuation), bos=False)
         groups[pair, :, begin:end] = hidden
         weights[pair, :, begin:end] = hidden * (len(continuation) / n[:, None])
-    flat = [torch.from_numpy(x.reshape(-1, length)).split(batch) for x in (tokens, groups, weights)]
+        keys[pair, :, begin:end] = 2 + rng.random((draws, len(continuation)))  # after the prompt
+        keys[pair, :, start:begin] = 1 + rng.random((draws, len(prompt)))
+    order = keys.argsort(axis=-1).argsort(axis=-1)
+    flat = [torch.from_numpy(x.reshape(-1, length)).split(batch) for x in (tokens, groups, weights, order)]
     device = model.head.weight.device
-    return [Batch(t, g, w > 0, w.float(), device=device) for t, g, w in zip(*flat, strict=True)]
+    return [
+        Batch(t, g, w > 0, w.float(), device=device, order=ranks)
+        for t, g, w, ranks in zip(*flat, strict=True)
+    ]
 
 
 def _packed(rows: Iterable[Sequence[int]], device: torch.device) -> Int[torch.Tensor, "T"]:

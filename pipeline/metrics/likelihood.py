@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 
 from pipeline.config.schema import RunConfig
-from pipeline.diffusion.partition import draw_subset, stratified
+from pipeline.diffusion.partition import draw_order, draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
 from pipeline.errors import CapabilityError
 from pipeline.models.denoiser import Batch, Denoiser
@@ -163,12 +163,13 @@ def masked_batches(
         groups[:, :bos] = False
         yield (
             np.where(real, rows, -1),
-            Batch(
-                tokens=torch.from_numpy(tokens[rows].astype(np.int64)),
-                groups=torch.from_numpy(groups),
-                targets=torch.from_numpy(groups),
-                weights=torch.from_numpy((weights * groups * real[:, None]).astype(np.float32)),
-                condition=None if labels is None else torch.from_numpy(labels[rows]),
+            Batch.of_arrays(
+                tokens[rows].astype(np.int64),
+                groups,
+                groups,
+                weights * groups * real[:, None],
+                labels=None if labels is None else labels[rows],
+                order=draw_order([masking.seed, masking.draws, 0, 1], pairs, length, bos),
                 device=device,
             ),
         )

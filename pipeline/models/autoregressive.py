@@ -80,13 +80,20 @@ class AR(Denoiser):
         x = x[row * ids.shape[1] + index % length + self.registers]
         return self.final(x, Condition(vectors, row))
 
-    def logits(self, tokens: Tensor, groups: Tensor, condition: Labels = None) -> Tensor:  # noqa: ARG002
+    def logits(
+        self,
+        tokens: Tensor,  # noqa: ARG002
+        groups: Tensor,  # noqa: ARG002
+        condition: Labels = None,  # noqa: ARG002
+        order: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
         """Refuse, because an autoregressive model has no groups.
 
         Args:
             tokens: not used.
             groups: not used.
             condition: not used.
+            order: not used.
 
         Raises:
             CapabilityError: always.

@@ -38,6 +38,8 @@ class Batch:
         weights: [B, L] float32 loss weight of every position.
         condition: [B] class labels, or None.
         device: where the model computes.
+        order: [B, L] distinct ranks by which the tokens of every row are revealed, which a causal encoder reads them
+            in; None: ascending positions.
         distill_targets: a teacher's predictions, to be learned in place of the tokens.
     """
 
@@ -47,6 +49,7 @@ class Batch:
     weights: Float[Tensor, "B L"]
     condition: Labels = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    order: Int[Tensor, "B L"] | None = None
     distill_targets: DistillTargets | None = None
 
     @classmethod
@@ -58,6 +61,7 @@ class Batch:
         weights: Float[np.ndarray, "B L"],
         *,
         labels: Int[np.ndarray, "B"] | None = None,
+        order: Int[np.ndarray, "B L"] | None = None,
         device: torch.device,
     ) -> "Batch":
         """Make a batch of NumPy arrays.
@@ -68,15 +72,16 @@ class Batch:
             targets: which positions are predicted.
             weights: loss weight of every position.
             labels: class labels, or None.
+            order: ranks of revelation, or None.
             device: where the model computes.
 
         Returns:
             The batch, on the host.
         """
         tensor = torch.from_numpy
-        condition = None if labels is None else tensor(labels)
+        condition, ranks = (None if x is None else tensor(x) for x in (labels, order))
         weights = weights.astype(np.float32)
-        return cls(tensor(tokens), tensor(groups), tensor(targets), tensor(weights), condition, device)
+        return cls(tensor(tokens), tensor(groups), tensor(targets), tensor(weights), condition, device, ranks)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -199,15 +204,17 @@ class Denoiser(nn.Module, ABC):
         vocab_size: logits cover exactly these ids.
         embedding: a row for every id that is read, then one for every register.
         both_groups: the model learns from the tokens of both groups in one pass, else from those of group 1.
-        reuses: the model can encode new tokens beside stored old ones.
+        refreshes: the model can encode new tokens beside stored old ones, and all together at times.
         left_to_right: the model predicts only the next token of a row, from all before; it has no groups.
+        causal: the model reads known tokens in their order of revelation, which batches and states must give.
         recompute: in training, do not keep the activations of blocks but compute them again for the backward
             pass.
     """
 
     both_groups: bool = False
-    reuses: bool = False
+    refreshes: bool = False
     left_to_right: bool = False
+    causal: bool = False
     recompute: bool = False
 
     def __init__(self, config: TrunkConfig, vocab_size: int, length: int, ids: int):
@@ -372,7 +379,11 @@ class Denoiser(nn.Module, ABC):
         """
 
     def logits(
-        self, tokens: Int[Tensor, "B L"], groups: Bool[Tensor, "B L"], condition: Labels = None
+        self,
+        tokens: Int[Tensor, "B L"],
+        groups: Bool[Tensor, "B L"],
+        condition: Labels = None,
+        order: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L V"]:
         """Compute logits at every position from the tokens of the other group.
 
@@ -380,6 +391,7 @@ class Denoiser(nn.Module, ABC):
             tokens: ids.
             groups: True = group 1.
             condition: class labels, or None.
+            order: ranks of revelation for a causal encoder; None: ascending positions.
 
         Returns:
             [B, L, V] float32.
@@ -390,9 +402,8 @@ class Denoiser(nn.Module, ABC):
         self.check_condition(condition, len(tokens))
         device = self.head.weight.device
         every = torch.ones_like(groups, dtype=torch.bool, device="cpu")
-        batch = Batch(
-            tokens.cpu(), groups.cpu(), every, weights=every.float(), condition=condition, device=device
-        )
+        ranks = None if order is None else order.cpu()
+        batch = Batch(tokens.cpu(), groups.cpu(), every, every.float(), condition, device, ranks)
         logits = self.head(self.target_vectors(batch))
         out = torch.empty_like(logits)
         out[batch.target_index.to(device)] = logits
@@ -429,12 +440,12 @@ class Denoiser(nn.Module, ABC):
             A state of rows without known tokens, with room for L of them in each.
 
         Raises:
-            CapabilityError: class labels that the model has no vectors for, or reuse by a model that encodes
-                nothing.
+            CapabilityError: class labels that the model has no vectors for, or `refresh_every` for a model without
+                encoder outputs, or with ones that never change.
         """
-        if refresh_every != 1 and not self.reuses:
+        if refresh_every != 1 and not self.refreshes:
             raise CapabilityError(
-                f"refresh_every: {refresh_every}; {type(self).__name__} keeps no encoder outputs, expected 1"
+                f"refresh_every: {refresh_every}; {type(self).__name__} has no encoder outputs to refresh, expected 1"
             )
         self.check_condition(condition, batch)
         device = self.head.weight.device

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
-from pipeline.config.schema import ARConfig, MDLMConfig, ModelConfig, PGMConfig, TrunkConfig
+from pipeline.config.schema import MDLMConfig, ModelConfig, PGMConfig, TrunkConfig
 from pipeline.models.layers import CHUNK_LOGITS
 
 BACKWARD = 2  # a product's backward pass is two products of its size: the gradients of its two operands
@@ -84,7 +84,8 @@ def training_work(config: ModelConfig, vocab_size: int, groups: Bool[np.ndarray,
     both = config.kind == "mdlm" and config.complementary
     widths = [width] * rows * (2 if both else 1)
     predicted = rows * length if both or config.kind == "ar" else sum(ones)
-    return _times(_self_block(config, widths, widths), config.blocks) + _final(config, vocab_size, predicted)
+    block = _self_block(config, widths, widths, causal=config.kind == "ar")
+    return _times(block, config.blocks) + _final(config, vocab_size, predicted)
 
 
 def sampling_work(
@@ -114,7 +115,8 @@ def sampling_work(
         if isinstance(config, MDLMConfig):
             work += _times(_self_block(config, [width] * rows, [width] * rows), config.blocks)
         else:
-            filled, kept = known + config.registers // 2, 0 if step % refresh_every == 0 else encoded
+            keeps = config.encoder == "causal" or step % refresh_every
+            filled, kept = known + config.registers // 2, encoded if keeps else 0
             new, read, targets = ([n] * rows for n in (filled - kept, filled, count))
             work += _pgm(config, new, read, targets, width)
             encoded = filled
@@ -126,7 +128,10 @@ def sampling_work(
 def _pgm(
     config: PGMConfig, new: Sequence[int], known: Sequence[int], targets: Sequence[int], extent: int
 ) -> Work:
-    """Segments of `known` tokens, `new` of them to encode and to make keys of, read from `targets` positions."""
+    """Segments of `known` tokens, `new` of them to encode and to make keys of, read from `targets` positions.
+
+    With a causal encoder, the new tokens' pairs among each other are counted in full where older tokens exist.
+    """
     hidden, tokens, queries, swap = config.hidden, sum(new), sum(targets), config.swap
     cross = _products(tokens, hidden, 2 * hidden) + _attention(config, targets, known)
     cross += _products(queries, hidden, hidden)  # output
@@ -139,17 +144,17 @@ def _pgm(
         cross += _products(raw, hidden, 4 * hidden) + _products(raw, 4 * hidden, hidden)
     else:
         cross += _products(raw, hidden, hidden)
-    work = _times(_self_block(config, new, known), config.encoder_blocks) + _times(
-        block, config.decoder_blocks
-    )
+    causal = config.encoder == "causal" and list(new) == list(known)
+    work = _times(_self_block(config, new, known, causal), config.encoder_blocks)
+    work += _times(block, config.decoder_blocks)
     return work + _times(cross, config.decoder_blocks if swap.every_block else 1)
 
 
-def _self_block(config: TrunkConfig, new: Sequence[int], known: Sequence[int]) -> Work:
+def _self_block(config: TrunkConfig, new: Sequence[int], known: Sequence[int], causal: bool = False) -> Work:
     """One self-attention block."""
     hidden, tokens = config.hidden, sum(new)
     work = _products(tokens, hidden, 3 * hidden) + _products(tokens, hidden, hidden)
-    work += _attention(config, new, known) + _norms(tokens, hidden, 2) + _mlp(tokens, hidden)
+    work += _attention(config, new, known, causal) + _norms(tokens, hidden, 2) + _mlp(tokens, hidden)
     return work + _modulation(config, 6, len(new))
 
 
@@ -167,9 +172,11 @@ def _final(config: TrunkConfig, vocab_size: int, rows: int) -> Work:
     return work + _products(rows % chunk, config.hidden, vocab_size)
 
 
-def _attention(config: TrunkConfig, queries: Sequence[int], keys: Sequence[int]) -> Work:
+def _attention(
+    config: TrunkConfig, queries: Sequence[int], keys: Sequence[int], causal: bool = False
+) -> Work:
     """Equal segments are one operation, others one each; pairs without queries or keys are none."""
-    kind: Literal["causal", "attention"] = "causal" if isinstance(config, ARConfig) else "attention"
+    kind: Literal["causal", "attention"] = "causal" if causal else "attention"
     pairs = Counter(pair for pair in zip(queries, keys, strict=True) if all(pair))
     equal = len(pairs) == 1 and pairs.total() == len(queries)
     work: Work = Counter()

@@ -20,19 +20,21 @@ class Encoded(NamedTuple):
     """Encoder outputs of packed clean tokens, which the decoder reads.
 
     Attributes:
-        vectors: the encoder outputs.
+        vectors: the encoder outputs; None where the caches hold all that is read.
         layout: of the tokens.
         caches: keys and values of these tokens for every swap and decoder block, if they are stored.
     """
 
-    vectors: Float[Tensor, "Tk H"]
+    vectors: Float[Tensor, "Tk H"] | None
     layout: Layout
     caches: Sequence[Cache] | None = None
 
 
 @dataclass
 class EncoderCache:
-    """Encoder outputs that are kept between predictions: an approximation, since old tokens never read newer ones.
+    """Encoder outputs that are kept between predictions, in which old tokens never read newer ones.
+
+    With a causal encoder this is exact, with a bidirectional one it is an approximation.
 
     Attributes:
         encoder: keys and values of every encoder block, in preallocated rows.
@@ -56,6 +58,9 @@ class PGM(Denoiser):
     to the decoder state. Of the registers the first half is in group 1 and the second half in group 0, where
     sampling knows it from the start.
 
+    With `encoder: causal`, a clean token reads in the encoder only the clean tokens of its group that were revealed
+    before it, and itself. So no encoder output ever changes, and sampling encodes every token once.
+
     Args:
         config: sizes and the variant of GroupSwap.
         vocab_size: V.
@@ -63,15 +68,16 @@ class PGM(Denoiser):
         bos: the data's BOS, or None.
 
     Source:
-        arXiv 2505.18883, section 4; docs/method.md section 2.
+        arXiv 2505.18883, section 4; docs/method.md sections 2 and 9.
     """
 
     both_groups = True
-    reuses = True
 
     def __init__(self, config: PGMConfig, vocab_size: int, length: int, bos: int | None = None):
         super().__init__(config, vocab_size, length, ids=max(vocab_size, 0 if bos is None else bos + 1))
-        self.encoder = nn.ModuleList(SelfBlock(config) for _ in range(config.encoder_blocks))
+        self.causal = config.encoder == "causal"
+        self.refreshes = not self.causal
+        self.encoder = nn.ModuleList(SelfBlock(config, self.causal) for _ in range(config.encoder_blocks))
         swaps = config.decoder_blocks if config.swap.every_block else 1
         self.swap, *later = (GroupSwap(config.hidden, config.heads, config.swap) for _ in range(swaps))
         self.later_swaps = nn.ModuleList(later)
@@ -93,11 +99,12 @@ class PGM(Denoiser):
         Returns:
             [Q, H].
         """
-        if state.refresh_every == 1:
+        keeps = self.causal or state.refresh_every > 1
+        if not keeps:
             state, lengths = state.active(lengths)  # the other rows need not be encoded
         vectors = self.class_vectors(state.condition, len(state.lengths))
-        if state.refresh_every > 1:
-            encoded = self._encode_new(state, vectors)
+        if keeps:
+            encoded = self._encode_new(state, vectors, lengths)
         else:
             ids, places, filled = self._slots(state)
             tokens, known = packed(filled, ids, places)
@@ -114,8 +121,11 @@ class PGM(Denoiser):
         places = torch.cat([own.expand(rows, -1), state.positions + self.registers], 1)
         return ids, places, [len(own) + known for known in state.lengths]
 
-    def _encode_new(self, state: State, vectors: ClassVectors) -> Encoded:
-        """Encode the new tokens, or all of them when a refresh is due; both take the same path."""
+    def _encode_new(self, state: State, vectors: ClassVectors, lengths: Sequence[int]) -> Encoded:
+        """Encode the new tokens, or all of them when a refresh is due; both take the same path.
+
+        A causal encoder encodes only those of the rows with `lengths[b]` positions to predict.
+        """
         ids, places, filled = self._slots(state)
         (rows, slots), device, readers = ids.shape, ids.device, self._readers()
         memory: EncoderCache | None = state.memory
@@ -124,21 +134,24 @@ class PGM(Denoiser):
             of_readers = self.empty_caches(len(readers), rows, slots)
             outputs = self.head.weight.new_zeros(rows, slots, self.embedding.embedding_dim)
             memory = state.memory = EncoderCache(of_encoder, of_readers, outputs, [0] * rows)
-        elif memory.age >= state.refresh_every:
+        elif not self.causal and memory.age >= state.refresh_every:
             memory.done, memory.age = [0] * rows, 0
         memory.age += 1
-        new = [a - b for a, b in zip(filled, memory.done, strict=True)]
+        new = [
+            known - done if count or not self.causal else 0
+            for known, done, count in zip(filled, memory.done, lengths, strict=True)
+        ]
         if any(new):
-            append = CacheAppend(memory.done, new, slots, device, causal=False)
+            append = CacheAppend(memory.done, new, slots, device, causal=self.causal)
             layout = self.layout(append.segments, append.take(places))
             condition = Condition(vectors, append.segments.ids)
             x = self.run_blocks(self.encoder, append.take(ids), layout, condition, memory.encoder, append)
             append.put(memory.vectors, x)
             for reader, cache in zip(readers, memory.readers, strict=True):
                 cache.put(*reader.keys_values(x, layout.code), append)
-            memory.done = filled
-        outputs, known = packed(filled, memory.vectors, places)
-        return Encoded(outputs, self.layout(Segments(filled, device), known), memory.readers)
+            memory.done = append.ends
+        outputs, known = packed(memory.done, memory.vectors, places)
+        return Encoded(outputs, self.layout(Segments(memory.done, device), known), memory.readers)
 
     def _readers(self) -> list[EncoderReader]:
         """All modules that read encoder outputs, in the order in which they run."""
@@ -159,12 +172,18 @@ class PGM(Denoiser):
         rows, length = batch.shape
         cpu = torch.device("cpu")  # where batches are
         in_group_1 = torch.arange(self.registers) < self.registers // 2
-        groups = torch.cat([in_group_1.expand(rows, -1), batch.groups], 1)  # [B, R + L]
+        groups = torch.cat([in_group_1.expand(rows, -1), batch.groups], 1).long()  # [B, R + L]
         ids = torch.cat([self.register_ids(cpu).expand(rows, -1), batch.tokens], 1)
         width, ones, targets = groups.shape[1], groups.sum(1), batch.targets.sum(1)
         ones_targets = (batch.targets & batch.groups).sum(1)
         # Keys of row b: group 0, group 1. Queries: group 1, group 0. Query segment i reads key segment i.
-        key_index = groups.long().argsort(dim=1, stable=True) + torch.arange(rows)[:, None] * width
+        sort_key = groups
+        if (
+            self.causal and batch.order is not None
+        ):  # inside a group: registers, then tokens as they are revealed
+            first = torch.full((rows, self.registers), -1)
+            sort_key = groups * (length + 1) + torch.cat([first, batch.order], 1)
+        key_index = sort_key.argsort(dim=1, stable=True) + torch.arange(rows)[:, None] * width
         key_lengths = torch.stack([width - ones, ones], 1)
         query_lengths = torch.stack([ones_targets, targets - ones_targets], 1)
         sides = 2 if query_lengths[:, 1].any() else 1  # if all targets are in group 1, it need not be encoded

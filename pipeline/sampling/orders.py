@@ -117,8 +117,9 @@ def plan(
     if order.name == "binomial":
         # A token's time of revelation is uniform under the log-linear schedule, so drawing all times at once
         # and counting them by steps is the posterior's Binomial counts, exactly.
-        step = np.minimum((rng.random(len(unknown)) * steps).astype(np.int64), steps - 1)
-        return unknown[np.argsort(step, kind="stable")], np.bincount(step, minlength=steps)
+        time = rng.random(len(unknown)) * steps
+        step = np.minimum(time.astype(np.int64), steps - 1)
+        return unknown[np.argsort(time)], np.bincount(step, minlength=steps)
     counts = step_counts(len(unknown), steps, schedule_of(order))
     if order.name == "left_to_right":
         return unknown, counts

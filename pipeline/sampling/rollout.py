@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.diffusion.partition import by_rank
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.logits import draw_tokens
 
@@ -18,6 +19,7 @@ def roll_out(
     dt: float,
     noise: Float[Tensor, "B 2 L"],
     condition: Int[Tensor, "B"] | None = None,
+    order: Int[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "Q H"]:
     """Compute the teacher's vectors at all hidden positions, each from the step that reveals the position.
 
@@ -35,9 +37,10 @@ def roll_out(
         noise: float64 uniforms in [0, 1): the first of each row decide what the first step reveals, from the second
             tokens are drawn.
         condition: class labels, or None.
+        order: ranks by which the tokens of a row are revealed; None: ascending positions.
 
     Shape:
-        tokens, hidden: [B, L]; time: [B]; noise: [B, 2, L]; all on the host.
+        tokens, hidden, order: [B, L]; time: [B]; noise: [B, 2, L]; all on the host.
 
     Returns:
         [Q, H], row by row in ascending positions.
@@ -52,12 +55,18 @@ def roll_out(
     def locate(where: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "T"], list[int]]:
         return where.nonzero(as_tuple=True)[1].to(device), where.sum(1).tolist()
 
-    teacher.extend(state, tokens[~hidden].to(device), *locate(~hidden))
+    def reveal(where: Bool[Tensor, "B L"]) -> None:
+        index = by_rank(where, order).to(device)
+        teacher.extend(state, canvas.view(-1)[index], index % where.shape[1], where.sum(1).tolist())
+
+    canvas = tokens.to(device, copy=True)
+    reveal(~hidden)
     parts, rest = [], hidden & ~first
     if first.any():
         parts.append(teacher.hidden(state, *locate(first)))
         drawn = draw_tokens(teacher.head, parts[0], noise[:, 1][first].to(device)).tokens
-        teacher.extend(state, drawn, *locate(first))
+        canvas.view(-1)[by_rank(first, None).to(device)] = drawn
+        reveal(first)
     if rest.any():
         parts.append(teacher.hidden(state, *locate(rest)))
     if not parts:

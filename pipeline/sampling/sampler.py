@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.config.schema import SamplingConfig
+from pipeline.diffusion.partition import by_rank, draw_order
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling import orders
@@ -147,8 +148,15 @@ class _Rows:
         self._unknown, self.tokens = ~given, tokens.to(device)
         self.revealed_at = torch.zeros_like(tokens)
         if given.any():
-            positions = given.nonzero(as_tuple=True)[1]
-            self._extend(tokens[given].to(device), positions.to(device), given.sum(1).tolist())
+            order = None
+            if model.causal:  # given tokens count as revealed in an order that the sample's seed fixes
+                seeds, rows_of_seed = [request.seed, 0, 1], np.array(indices)
+                order = torch.from_numpy(
+                    draw_order(seeds, rows_of_seed, model.length, request.bos is not None)
+                )
+            index = by_rank(given, order)
+            places = (index % model.length).to(device)
+            self._extend(tokens.flatten()[index].to(device), places, given.sum(1).tolist())
 
     def follow(self) -> Iterator[None]:
         """Reveal by plans that are made before the first step; yields after every step.

@@ -119,6 +119,7 @@ def teach(
     noise: Float[np.ndarray, "B 2 2 L"],
     dt: float,
     labels: Int[np.ndarray, "B"] | None = None,
+    order: Int[np.ndarray, "B L"] | None = None,
 ) -> Float[Tensor, "Q H"]:
     """Compute the teacher's vectors at all hidden positions, in the order of `Batch.target_index`.
 
@@ -131,6 +132,7 @@ def teach(
         noise: uniforms for every roll-out: what the first step reveals, and which tokens it draws.
         dt: of the teacher's steps.
         labels: class of every row; None for an unconditional teacher.
+        order: ranks by which the tokens of a row were revealed; None: ascending positions.
 
     Shape:
         B rows of L positions; Q hidden positions; H hidden size.
@@ -147,6 +149,7 @@ def teach(
         dt=dt,
         noise=torch.from_numpy(noise[:, :count].reshape(-1, 2, length)),
         condition=None if labels is None else torch.from_numpy(labels.repeat(count)),
+        order=None if order is None else torch.from_numpy(order.repeat(count, axis=0)),
     )
 
 
@@ -210,10 +213,11 @@ class Distillation(Task):
         # The mean over the targets of a roll-out in the global batch, and the mean over the roll-outs.
         counts = np.maximum(1, self._sides.hidden.sum((0, 2)))
         weights = (sides.hidden / (len(counts) * counts[:, None])).sum(1) * present[:, None]
+        order = self._order(index) if self._teacher.causal else None
         with self._engine.assembled(self._teacher):
-            vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels)
+            vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels, order)
         groups, targets = self._draws.groups[index], np.any(sides.hidden, axis=1)
-        batch = Batch.of_arrays(tokens, groups, targets, weights, labels=labels, device=device)
+        batch = Batch.of_arrays(tokens, groups, targets, weights, labels=labels, order=order, device=device)
         distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         return replace(batch, distill_targets=distill_targets)
 

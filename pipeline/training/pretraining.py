@@ -37,6 +37,7 @@ class Task:
             step: counted from 0.
         """
         train = self._config.train
+        self._step = step
         self._dropped = partition.draw_dropped(self._config.seed, step, train.batch, train.class_drop)
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
@@ -53,6 +54,10 @@ class Task:
             The batch, on the device of the worker.
         """
         raise NotImplementedError
+
+    def _order(self, index: Int[np.ndarray, "m"]) -> Int[np.ndarray, "m L"]:
+        """Draw the orders of revelation of some rows of the global batch, for models with a causal encoder."""
+        return partition.draw_order([self._config.seed, self._step, 3], index, self._shape[1], self._bos)
 
     def _rows(
         self, micro: MicroBatch, present: Bool[np.ndarray, "m"]
@@ -75,6 +80,7 @@ class Pretraining(Task):
 
     def __init__(self, run: Run, model: Denoiser, device: torch.device):
         super().__init__(run, device)
+        self._causal = model.causal
         self._objective = Objective(run.config.diffusion, self._bos, model.both_groups, model.left_to_right)
 
     def start(self, step: int) -> None:
@@ -91,5 +97,11 @@ class Pretraining(Task):
         tokens, labels = self._rows(micro, present)
         draws = self._draws.rows(micro.index)
         return self._objective.batch(
-            tokens, draws, present, divisor=self._divisor, labels=labels, device=self._device
+            tokens,
+            draws,
+            present,
+            divisor=self._divisor,
+            labels=labels,
+            order=self._order(micro.index) if self._causal else None,
+            device=self._device,
         )

@@ -146,10 +146,12 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
         CheckpointError: lists every difference as old -> new.
     """
     fixed = FIXED_KEYS | ({"train.steps"} if config.distill else set())  # steps say where a round ends
+    # A key that came after the run before was started had its default then.
+    stated = flatten(old).keys() | flatten(config.model_dump(mode="json", exclude_defaults=True)).keys()
     differing = [
         f"  {key}: {before!r} -> {now!r}"
         for key, (before, now) in differences(old, config.model_dump(mode="json")).items()
-        if key in fixed or not key.startswith(FREE_SECTIONS)
+        if key in stated and (key in fixed or not key.startswith(FREE_SECTIONS))
     ]
     if differing:
         raise CheckpointError(

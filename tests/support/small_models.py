@@ -8,6 +8,7 @@ from pipeline.models.denoiser import Denoiser
 
 PGM = PGMConfig(hidden=32, heads=4, encoder_blocks=2, decoder_blocks=2, dropout=0)
 MDLM = MDLMConfig(kind="mdlm", hidden=32, heads=4, blocks=2, dropout=0)
+CAUSAL = PGM.model_copy(update={"encoder": "causal"})
 BOTH_KINDS = [PGM, MDLM]
 
 
