@@ -182,7 +182,7 @@ class PGM(Denoiser):
             self.causal and batch.order is not None
         ):  # inside a group: registers, then tokens as they are revealed
             first = torch.full((rows, self.registers), -1)
-            sort_key = groups * (length + 1) + torch.cat([first, batch.order], 1)
+            sort_key = groups * (batch.order.amax() + 2) + torch.cat([first, batch.order], 1)
         key_index = sort_key.argsort(dim=1, stable=True) + torch.arange(rows)[:, None] * width
         key_lengths = torch.stack([width - ones, ones], 1)
         query_lengths = torch.stack([ones_targets, targets - ones_targets], 1)

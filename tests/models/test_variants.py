@@ -13,7 +13,7 @@ from pipeline.models.attention import Segments
 from pipeline.models.blocks import pool
 from pipeline.models.denoiser import Batch, Denoiser
 from tests.models.test_leaks import CHECKS, V, partitioned
-from tests.support.small_models import PGM, random_rows, randomised, shake
+from tests.support.small_models import CAUSAL, PGM, random_rows, randomised, shake
 
 
 def with_swap(**changes: object) -> PGMConfig:
@@ -29,6 +29,10 @@ VARIANTS = {
     "rms": with_swap(norm="rms"),
     "every block": with_swap(every_block=True),
     "all at once": with_swap(pooling="logsumexp", query="mlp4", norm="rms", every_block=True),
+    "causal": CAUSAL,
+    "causal, all at once": CAUSAL.model_copy(
+        update={"swap": SwapConfig(pooling="logsumexp", query="mlp4", norm="rms", every_block=True)}
+    ),
     "1 + 3 blocks": PGM.model_copy(update={"encoder_blocks": 1, "decoder_blocks": 3}),
     "3 + 1 blocks": PGM.model_copy(update={"encoder_blocks": 3, "decoder_blocks": 1}),
 }

@@ -15,7 +15,7 @@ from pipeline.models.distill_loss import DistillTargets, Divergence, chunked_div
 from pipeline.sampling.rollout import roll_out
 from pipeline.training.distillation import Sides, hidden_sides, teach
 from tests.support.known_source import Known, markov, naive_roll_out
-from tests.support.small_models import BOTH_KINDS, random_rows, randomised
+from tests.support.small_models import BOTH_KINDS, CAUSAL, random_rows, randomised
 
 V, L, EPS = 3, 5, 1e-3
 ROW = np.array([2, 0, 1, 1, 0])
@@ -149,16 +149,18 @@ def rollout_inputs(rows: int, length: int, vocab_size: int) -> tuple[Tensor, ...
     return tokens, hidden, time, torch.stack([uniforms, noise], 1)
 
 
-@pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
+@pytest.mark.parametrize("config", [*BOTH_KINDS, CAUSAL], ids=["pgm", "mdlm", "causal"])
 def test_models_teach_what_two_full_passes_would(config: PGMConfig | MDLMConfig) -> None:
     teacher = randomised(config).double()
     tokens, hidden, time, noise = rollout_inputs(6, teacher.length, teacher.vocab_size)
+    order = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(7)).argsort(1)
     with torch.no_grad():
-        vectors = roll_out(teacher, tokens, hidden, time=time, dt=0.15, noise=noise)
+        vectors = roll_out(teacher, tokens, hidden, time=time, dt=0.15, noise=noise, order=order)
         found = teacher.head(vectors).log_softmax(-1)
 
     def predict(known: Tensor, unknown: Tensor) -> Tensor:
-        return teacher.logits(known, unknown)
+        # What the first step reveals comes after all that was known before.
+        return teacher.logits(known, unknown, order=order + tokens.shape[1] * hidden)
 
     def naive(mistake: str = "") -> Tensor:
         with torch.no_grad():
