@@ -51,17 +51,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "B 1 L L"]) -
 
 def _self_block(block: SelfBlock, x: Tensor, mask: Tensor, code: Rotary) -> Tensor:
     """An encoder block."""
-    modulation = block.modulation()
-    q, k, v = block.qkv_proj(block.norm1(x, *modulation[:2])).unflatten(-1, (3, block.heads, -1)).unbind(1)
-    return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulation)
+    modulated = block.modulated(None)
+    q, k, v = block.qkv_proj(modulated.norm1(x)).unflatten(-1, (3, block.heads, -1)).unbind(1)
+    return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulated)
 
 
 def _cross_block(block: CrossBlock, x: Tensor, encoded: Tensor, mask: Tensor, code: Rotary) -> Tensor:
     """A decoder block."""
-    modulation = block.modulation()
-    q = block.q_proj(block.q_norm(x, *modulation[:2])).unflatten(-1, (block.heads, -1))
+    modulated = block.modulated(None)
+    q = block.q_proj(modulated.norm1(x)).unflatten(-1, (block.heads, -1))
     k, v = block.kv_proj(block.kv_norm(encoded)).unflatten(-1, (2, block.heads, -1)).unbind(1)
-    return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulation)
+    return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulated)
 
 
 def _swap(module: GroupSwap, encoded: Tensor, places: Tensor, mask: Tensor, code: Rotary) -> Tensor:

@@ -43,9 +43,15 @@ class PhaseTimer:
         ends: list[tuple[nn.Module, str]] = [(model.embedding, "embedding")]
         if isinstance(model, PGM):
             ends += [(swap, "attention") for swap in (model.swap, *model.later_swaps)]
+        end_attention = self._after("attention")
+
+        def before_mlp(module: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+            return end_attention(module, (), inputs[0])
+
         for module in model.modules():
             if isinstance(getattr(module, "mlp", None), nn.Module):
-                ends += [(module.norm2, "attention"), (module.mlp, "MLP")]  # type: ignore[list-item]
+                ends.append((module.mlp, "MLP"))  # type: ignore[arg-type]
+                module.mlp.register_forward_pre_hook(before_mlp)  # type: ignore[union-attr, operator]
         for module, phase in ends:
             module.register_forward_hook(self._after(phase))
 

@@ -281,11 +281,29 @@ class CacheAppend:
         else:
             rows.flatten(0, 1).index_copy_(0, self._index, packed)
 
+    def put_layers(
+        self, rows: Shaped[Tensor, "layers B capacity *rest"], packed: Shaped[Tensor, "T layers *rest"]
+    ) -> None:
+        """Write the entries of the new tokens for several layers.
+
+        Args:
+            rows: a field of each layer, which is changed in place.
+            packed: entries of the new tokens, row after row.
+        """
+        if self._uniform:
+            new = packed.unflatten(0, (rows.shape[1], -1)).movedim(2, 0)
+            rows[:, :, self._old[0] : self.longest] = new
+        else:
+            rows.flatten(1, 2).index_copy_(1, self._index, packed.movedim(1, 0))
+
     @cached_property
-    def mask(self) -> Bool[Tensor, "B 1 longest_new longest"] | None:
-        """Which entries each new token reads; None if it reads all of them."""
+    def mask(self) -> Bool[Tensor, "_ 1 longest_new longest"] | None:
+        """Which entries each new token reads, in every row or in all rows alike; None if it reads all of them."""
         if self._uniform and (not self._causal or self.segments.longest == 1):
             return None
+        if self._uniform:
+            last = torch.arange(self._old[0], self.longest, device=self._device)[None]
+            return (torch.arange(self.longest, device=self._device) <= last[..., None])[:, None]
         last = self.slots  # the last entry that each new token reads: its own, or the last one of its row
         if not self._causal:
             last = torch.tensor([end - 1 for end in self.ends], device=self._device)[self.segments.ids]
@@ -296,15 +314,26 @@ class CacheAppend:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer, in preallocated rows that are written once and read in place.
+    """Keys and values of one layer or of several, in preallocated rows that are written once and read in place.
 
     Attributes:
-        keys: [B, capacity, N, D].
-        values: [B, capacity, N, D].
+        keys: [B, capacity, N, D], or [layers, B, capacity, N, D].
+        values: in the same form.
     """
 
-    keys: Float[Tensor, "B capacity N D"]
-    values: Float[Tensor, "B capacity N D"]
+    keys: Float[Tensor, "*layers B capacity N D"]
+    values: Float[Tensor, "*layers B capacity N D"]
+
+    def layer(self, index: int) -> "Cache":
+        """Select one of several layers.
+
+        Args:
+            index: of the layer.
+
+        Returns:
+            Its part of the memory.
+        """
+        return Cache(self.keys[index], self.values[index])
 
     def put(self, k: Heads, v: Heads, append: CacheAppend) -> None:
         """Store the keys and values of new tokens.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import ARConfig
 from pipeline.errors import CapabilityError
-from pipeline.models.attention import Cache, CacheAppend, Segments
-from pipeline.models.blocks import SelfBlock
+from pipeline.models.attention import CacheAppend, Segments
+from pipeline.models.blocks import SelfBlock, Stored
 from pipeline.models.denoiser import Batch, Denoiser, Labels, State
 from pipeline.models.layers import ClassVectors, Condition
 
@@ -20,12 +20,12 @@ class PrefixCache:
     """What the model keeps of every row's known tokens.
 
     Attributes:
-        caches: keys and values of every layer, in preallocated rows.
+        stored: keys and values of every block, in preallocated rows.
         done: slots of every row that are in the caches: registers and start, then tokens.
         newest: [B, H] vector of every row's last slot, before the final norm.
     """
 
-    caches: list[Cache]
+    stored: list[Stored]
     done: list[int]
     newest: Float[Tensor, "B H"]
 
@@ -152,9 +152,9 @@ class AR(Denoiser):
         rows, capacity = state.tokens.shape
         vectors = self.class_vectors(state.condition, rows)
         if state.memory is None:
-            caches = self.empty_caches(len(self.blocks), rows, self.registers + 1 + capacity)
+            stored = self.store([*self.blocks], rows, self.registers + 1 + capacity)
             newest = self.head.weight.new_zeros(rows, self.embedding.embedding_dim)
-            state.memory = PrefixCache(caches, [0] * rows, newest)
+            state.memory = PrefixCache(stored, [0] * rows, newest)
         self._encode_new(state, vectors, lengths)
         active = Segments(lengths, positions.device).ids
         return self.final(state.memory.newest[active], Condition(vectors, active))
@@ -175,7 +175,7 @@ class AR(Denoiser):
         append = CacheAppend(memory.done, new, ids.shape[1], ids.device)
         layout = self.layout(append.segments, append.slots)
         condition = Condition(vectors, append.segments.ids)
-        x = self.run_blocks(self.blocks, append.take(ids), layout, condition, memory.caches, append)  # [T, H]
+        x = self.run_blocks(self.blocks, append.take(ids), layout, condition, memory.stored, append)  # [T, H]
         changed = [row for row, count in enumerate(new) if count]
         memory.newest[changed] = x[append.segments.boundaries[1:][changed] - 1]
         memory.done = append.ends

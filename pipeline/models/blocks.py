@@ -1,5 +1,7 @@
 """Transformer blocks over packed segments: self-attention (encoder, masked models) and cross-attention."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,6 +38,37 @@ class Layout(NamedTuple):
     code: Rotary
 
 
+class Modulated(NamedTuple):
+    """A block's norms and gates under its modulation.
+
+    Attributes:
+        norm1: norm in front of the attention.
+        attention_gate: factor of the attention branch, [H], or [T, H] with classes.
+        norm2: norm in front of the MLP.
+        mlp_gate: factor of the MLP branch.
+    """
+
+    norm1: Callable[[Tensor], Tensor]
+    attention_gate: Tensor
+    norm2: Callable[[Tensor], Tensor]
+    mlp_gate: Tensor
+
+
+class Stored(NamedTuple):
+    """What a module keeps between the steps of sampling.
+
+    Attributes:
+        cache: keys and values.
+        modulated: norms and gates of a block, folded once for all steps; None where they depend on the class of a
+            token.
+        queries: [places, H] queries of a swap at every position, where they depend on the position alone.
+    """
+
+    cache: Cache
+    modulated: Modulated | None = None
+    queries: Float[Tensor, "places H"] | None = None
+
+
 class EncoderReader(nn.Module):
     """Base of the modules that read encoder outputs by cross-attention.
 
@@ -70,7 +103,7 @@ class EncoderReader(nn.Module):
         encoded: Float[Tensor, "Tk H"],
         q_segments: Segments,
         keys: Layout,
-        cache: Cache | None,
+        stored: Stored | None,
     ) -> Float[Tensor, "Tq H"]:
         """Attend from each query segment to its key segment of encoder outputs.
 
@@ -79,13 +112,13 @@ class EncoderReader(nn.Module):
             encoded: encoder outputs.
             q_segments: of the queries.
             keys: layout of the encoder outputs.
-            cache: keys and values of the encoder outputs, if they are stored; None: they are computed.
+            stored: keys and values of the encoder outputs, if they are stored; None: they are computed.
 
         Returns:
             [Tq, H], heads side by side.
         """
-        if cache is not None:
-            return cache.read(q, q_segments, keys.segments).flatten(1)
+        if stored is not None:
+            return stored.cache.read(q, q_segments, keys.segments).flatten(1)
         return attend(q, *self.keys_values(encoded, keys.code), q_segments, keys.segments).flatten(1)
 
 
@@ -114,24 +147,49 @@ class Block(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def norm_before_attention(self) -> LayerNorm:
+        """The norm in front of the attention."""
+        raise NotImplementedError
+
+    def modulated(self, condition: Condition | None) -> Modulated:
+        """Modulate the block's norms and gates.
+
+        Args:
+            condition: class vectors of the tokens.
+
+        Returns:
+            What `residuals` and the attention apply.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
+        norm1 = partial(self.norm_before_attention, shift=shift1, scale=scale1)
+        return Modulated(norm1, gate1, partial(self.norm2, shift=shift2, scale=scale2), gate2)
+
+    def folded(self) -> Modulated | None:
+        """Modulate the norms and gates once for many calls; None for a block whose modulation depends on a class."""
+        if self.modulation.map is not None:
+            return None
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation()
+        norm1 = self.norm_before_attention.folded(shift1, scale1)
+        return Modulated(norm1, gate1, self.norm2.folded(shift2, scale2), gate2)
+
     def residuals(
-        self, x: Float[Tensor, "T H"], attended: Float[Tensor, "T H"], modulation: tuple[Tensor, ...]
+        self, x: Float[Tensor, "T H"], attended: Float[Tensor, "T H"], modulated: Modulated
     ) -> Float[Tensor, "T H"]:
         """Add both residual branches: the projected attention, then the MLP.
 
         Args:
             x: the block's input.
             attended: output of the attention, heads side by side.
-            modulation: the block's six vectors.
+            modulated: the block's norms and gates.
 
         Returns:
             The block's output, [T, H].
         """
-        _, _, attention_gate, shift, scale, mlp_gate = modulation
         dropped = F.dropout(self.out(attended), self.dropout, self.training)
-        x = torch.addcmul(x, attention_gate, dropped)
-        dropped = F.dropout(self.mlp(self.norm2(x, shift, scale)), self.dropout, self.training)
-        return torch.addcmul(x, mlp_gate, dropped)
+        x = torch.addcmul(x, modulated.attention_gate, dropped)
+        dropped = F.dropout(self.mlp(modulated.norm2(x)), self.dropout, self.training)
+        return torch.addcmul(x, modulated.mlp_gate, dropped)
 
 
 class SelfBlock(Block):
@@ -151,12 +209,17 @@ class SelfBlock(Block):
         self.norm1 = LayerNorm(hidden)
         self.qkv_proj = nn.Linear(hidden, 3 * hidden, bias=False)
 
+    @property
+    def norm_before_attention(self) -> LayerNorm:
+        """The norm in front of the attention."""
+        return self.norm1
+
     def forward(
         self,
         x: Float[Tensor, "T H"],
         layout: Layout,
         condition: Condition | None = None,
-        cache: Cache | None = None,
+        stored: Stored | None = None,
         append: CacheAppend | None = None,
     ) -> Float[Tensor, "T H"]:
         """Transform packed tokens.
@@ -165,21 +228,21 @@ class SelfBlock(Block):
             x: tokens; with a cache, only the new ones.
             layout: of the tokens.
             condition: class vectors of the tokens.
-            cache: keys and values of the tokens before; the new ones are added to it.
+            stored: keys and values of the tokens before; the new ones are added to them.
             append: where the new tokens belong in the cache.
 
         Returns:
             [T, H].
         """
-        modulation = self.modulation(condition)
-        qkv = self.qkv_proj(self.norm1(x, *modulation[:2])).unflatten(-1, (3 * self.heads, -1))  # [T, 3N, D]
+        modulated = (stored and stored.modulated) or self.modulated(condition)
+        qkv = self.qkv_proj(modulated.norm1(x)).unflatten(-1, (3 * self.heads, -1))  # [T, 3N, D]
         qk, v = qkv.split([2 * self.heads, self.heads], 1)
         q, k = rotate(qk, layout.code).chunk(2, 1)  # [T, N, D], rotated together: one pass instead of two
-        if cache is not None and append is not None:
-            y = cache.attend(q, k, v, append)
+        if stored is not None and append is not None:
+            y = stored.cache.attend(q, k, v, append)
         else:
             y = attend(q, k, v, layout.segments, layout.segments, self.causal)
-        return self.residuals(x, y.flatten(1), modulation)
+        return self.residuals(x, y.flatten(1), modulated)
 
 
 class CrossBlock(Block, EncoderReader):
@@ -200,6 +263,11 @@ class CrossBlock(Block, EncoderReader):
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.kv_proj = nn.Linear(hidden, 2 * hidden, bias=False)
 
+    @property
+    def norm_before_attention(self) -> LayerNorm:
+        """The norm in front of the attention."""
+        return self.q_norm
+
     def forward(
         self,
         x: Float[Tensor, "Tq H"],
@@ -207,7 +275,7 @@ class CrossBlock(Block, EncoderReader):
         queries: Layout,
         keys: Layout,
         condition: Condition | None = None,
-        cache: Cache | None = None,
+        stored: Stored | None = None,
     ) -> Float[Tensor, "Tq H"]:
         """Transform the decoder state of packed positions.
 
@@ -217,15 +285,15 @@ class CrossBlock(Block, EncoderReader):
             queries: layout of the decoder state.
             keys: layout of the encoder outputs.
             condition: class vectors of the tokens.
-            cache: keys and values of the encoder outputs, if they are stored.
+            stored: keys and values of the encoder outputs, if they are stored.
 
         Returns:
             [Tq, H].
         """
-        modulation = self.modulation(condition)
-        q = self.q_proj(self.q_norm(x, *modulation[:2])).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
-        y = self.read(rotate(q, queries.code), encoded, queries.segments, keys, cache)
-        return self.residuals(x, y, modulation)
+        modulated = (stored and stored.modulated) or self.modulated(condition)
+        q = self.q_proj(modulated.norm1(x)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
+        y = self.read(rotate(q, queries.code), encoded, queries.segments, keys, stored)
+        return self.residuals(x, y, modulated)
 
 
 class GroupSwap(EncoderReader):
@@ -265,7 +333,7 @@ class GroupSwap(EncoderReader):
         extent: int,
         q_segments: Segments,
         keys: Layout,
-        cache: Cache | None = None,
+        stored: Stored | None = None,
     ) -> Float[Tensor, "Tq H"]:
         """Read the partner segments from packed positions.
 
@@ -275,24 +343,44 @@ class GroupSwap(EncoderReader):
             extent: a number that all positions are below.
             q_segments: of the queries.
             keys: layout of the encoder outputs.
-            cache: keys and values of the encoder outputs, if they are stored.
+            stored: keys and values of the encoder outputs, if they are stored.
 
         Returns:
             [Tq, H].
         """
         # Without pooling, a query depends on its position alone, so all rows share the queries of `extent` places.
-        shared = self.pooling == "none" and len(positions) > extent
-        places = torch.arange(extent, device=positions.device) if shared else positions
-        raw = self.base.expand(len(places), -1)
+        table = stored.queries if stored else None
+        if table is None and self.pooling == "none" and len(positions) > extent:
+            table = self.queries(torch.arange(extent, device=positions.device))
+        if table is not None:
+            q = F.embedding(positions, table)
+        else:
+            pooled = None
+            if self.pooling != "none":
+                pooled = pool(encoded, keys.segments, self.pooling)[q_segments.ids]
+            q = self.queries(positions, pooled)
+        q = q.unflatten(-1, (self.heads, -1))  # [Tq, N, D]
+        return self.out(self.read(q, encoded, q_segments, keys, stored))
+
+    def queries(
+        self, positions: Int[Tensor, "T"], pooled: Float[Tensor, "T H"] | None = None
+    ) -> Float[Tensor, "T H"]:
+        """Compute queries with their rotary code applied.
+
+        Args:
+            positions: of the queries.
+            pooled: what is added to each of them, in the pooled variants.
+
+        Returns:
+            [T, H], heads side by side.
+        """
+        raw = self.base.expand(len(positions), -1)
         if self.positional:
-            raw = raw + sinusoid(places, raw.shape[-1]).to(raw.dtype)
-        if self.pooling != "none":
-            raw = raw + pool(encoded, keys.segments, self.pooling)[q_segments.ids]
-        queries = self.query(self.norm(raw)).unflatten(-1, (self.heads, -1))  # [places, N, D]
-        q = rotate(queries, rotary(places, queries.shape[-1]))
-        if shared:
-            q = F.embedding(positions, q.flatten(1)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
-        return self.out(self.read(q, encoded, q_segments, keys, cache))
+            raw = raw + sinusoid(positions, raw.shape[-1]).to(raw.dtype)
+        if pooled is not None:
+            raw = raw + pooled
+        queries = self.query(self.norm(raw)).unflatten(-1, (self.heads, -1))
+        return rotate(queries, rotary(positions, queries.shape[-1])).flatten(1)
 
 
 def pool(x: Float[Tensor, "T H"], segments: Segments, how: str) -> Float[Tensor, "S H"]:

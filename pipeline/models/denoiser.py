@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import Precision, TrunkConfig
 from pipeline.errors import CapabilityError
 from pipeline.models.attention import Cache, CacheAppend, Segments
-from pipeline.models.blocks import Layout
+from pipeline.models.blocks import Block, Layout, Stored
 from pipeline.models.distill_loss import DistillTargets
 from pipeline.models.layers import ClassVectors, Condition, FinalNorm, Head, rotary
 
@@ -289,7 +289,7 @@ class Denoiser(nn.Module, ABC):
         ids: Int[Tensor, "T"],
         layout: Layout,
         condition: Condition,
-        caches: Iterable[Cache | None] = repeat(None),
+        stored: Iterable[Stored | None] = repeat(None),
         append: CacheAppend | None = None,
     ) -> Float[Tensor, "T H"]:
         """Embed packed ids and run them through self-attention blocks.
@@ -299,15 +299,15 @@ class Denoiser(nn.Module, ABC):
             ids: rows of the embedding.
             layout: of the ids.
             condition: class vectors of the ids.
-            caches: the tokens before, one cache for each block; the ids are added to them. Default: no caches.
+            stored: the tokens before, for each block; the ids are added to them. Default: none.
             append: where the ids belong in the caches.
 
         Returns:
             [T, H] outputs of the last block.
         """
         x = self.embedding(ids)
-        for block, cache in zip(blocks, caches, strict=False):
-            x = self.run_block(block, x, layout, condition, cache, append)
+        for block, kept in zip(blocks, stored, strict=False):
+            x = self.run_block(block, x, layout, condition, kept, append)
         return x
 
     def run_rows(
@@ -328,7 +328,7 @@ class Denoiser(nn.Module, ABC):
         layout = self.layout(segments, torch.arange(width, device=ids.device).repeat(rows))
         return self.run_blocks(blocks, ids.flatten(), layout, Condition(vectors, segments.ids))
 
-    def empty_caches(self, layers: int, rows: int, slots: int) -> list[Cache]:
+    def empty_caches(self, layers: int, rows: int, slots: int) -> Cache:
         """Allocate caches of keys and values.
 
         Args:
@@ -337,11 +337,24 @@ class Denoiser(nn.Module, ABC):
             slots: tokens that a row has room for.
 
         Returns:
-            The caches, filled with zeros.
+            [layers, rows, slots, N, D] keys and values, filled with zeros.
         """
-        weight = self.head.weight
-        shape = (rows, slots, self.embedding.embedding_dim // self.head_size, self.head_size)
-        return [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(layers)]
+        shape = (layers, rows, slots, self.embedding.embedding_dim // self.head_size, self.head_size)
+        return Cache(self.head.weight.new_zeros(shape), self.head.weight.new_zeros(shape))
+
+    def store(self, blocks: Sequence[Block], rows: int, slots: int) -> list[Stored]:
+        """Allocate what blocks keep during sampling.
+
+        Args:
+            blocks: the blocks.
+            rows: number of rows.
+            slots: tokens that a row has room for.
+
+        Returns:
+            An empty cache for each block, with its norms and gates.
+        """
+        caches = self.empty_caches(len(blocks), rows, slots)
+        return [Stored(caches.layer(i), block.folded()) for i, block in enumerate(blocks)]
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """Compute every row's loss.

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -127,10 +127,10 @@ class LayerNorm(nn.Module):
         Returns:
             [T, H] in the dtype of x.
         """
+        if scale is None or shift is None:  # the kernel computes in float32 whatever the dtype
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
         weight = upcast(self.weight)
         bias = None if self.bias is None else upcast(self.bias)
-        if scale is None or shift is None:
-            return F.layer_norm(upcast(x), weight.shape, weight, bias, 1e-5).to(x.dtype)
         factor, shift = 1 + upcast(scale), upcast(shift)
         if scale.dim() == 2:
             normed = F.layer_norm(upcast(x), weight.shape, weight, bias, 1e-5)
@@ -138,6 +138,23 @@ class LayerNorm(nn.Module):
         # One vector for all tokens: folded into weight and bias, so that one kernel does it all.
         bias = shift if bias is None else bias * factor + shift
         return F.layer_norm(upcast(x), weight.shape, weight * factor, bias, 1e-5).to(x.dtype)
+
+    def folded(self, shift: Float[Tensor, "H"], scale: Float[Tensor, "H"]) -> Callable[[Tensor], Tensor]:
+        """Fold a modulation into the norm, for many calls with the same one.
+
+        Args:
+            shift: one vector for all tokens.
+            scale: one vector for all tokens.
+
+        Returns:
+            A function that gives what `forward` gives with this shift and scale, in one kernel; it rounds weight and
+            bias to the dtype of the norm, and computes the norm itself in float32.
+        """
+        factor, bias = 1 + upcast(scale), upcast(shift)
+        if self.bias is not None:
+            bias = bias + upcast(self.bias) * factor
+        weight, bias = (x.to(self.weight.dtype) for x in (upcast(self.weight) * factor, bias))
+        return lambda x: F.layer_norm(x, weight.shape, weight, bias, 1e-5)
 
 
 class RMSNorm(nn.Module):
@@ -274,6 +291,10 @@ class FinalNorm(nn.Module):
             [T, H].
         """
         return self.norm(x, *self.modulation(condition))
+
+    def folded(self) -> Callable[[Tensor], Tensor] | None:
+        """Fold the modulation into the norm for many calls; None where it depends on a class."""
+        return None if self.modulation.map else self.norm.folded(*self.modulation())
 
 
 class Head(nn.Module):

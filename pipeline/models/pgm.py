@@ -1,33 +1,19 @@
 """Partition Generative Model: two groups that cannot see each other, each predicted from the other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.config.schema import PGMConfig
 from pipeline.models.attention import Cache, CacheAppend, Segments
-from pipeline.models.blocks import CrossBlock, EncoderReader, GroupSwap, Layout, SelfBlock
+from pipeline.models.blocks import CrossBlock, GroupSwap, Layout, Rotary, SelfBlock, Stored
 from pipeline.models.denoiser import Batch, Denoiser, State, packed
-from pipeline.models.layers import ClassVectors, Condition
-
-
-class Encoded(NamedTuple):
-    """Encoder outputs of packed clean tokens, which the decoder reads.
-
-    Attributes:
-        vectors: the encoder outputs; None where the caches hold all that is read.
-        layout: of the tokens.
-        caches: keys and values of these tokens for every swap and decoder block, if they are stored.
-    """
-
-    vectors: Float[Tensor, "Tk H"] | None
-    layout: Layout
-    caches: Sequence[Cache] | None = None
+from pipeline.models.layers import ClassVectors, Condition, rotary, rotate
 
 
 @dataclass
@@ -37,18 +23,42 @@ class EncoderCache:
     With a causal encoder this is exact, with a bidirectional one it is an approximation.
 
     Attributes:
-        encoder: keys and values of every encoder block, in preallocated rows.
-        readers: keys and values for every swap and decoder block, in the order in which they run.
-        vectors: [B, R/2 + L, H] encoder outputs.
+        encoder: what every encoder block keeps.
+        swaps: what every swap keeps.
+        decoder: what every decoder block keeps.
+        decoder_caches: keys and values of all decoder blocks, of which `decoder` has one each.
+        decoder_weight: [2 H * blocks, H] maps normed encoder outputs to keys and values of all decoder blocks.
+        code: rotary code of every position, registers counted.
+        final: the final norm with its modulation folded in; None for a model with classes.
+        vectors: [B, R/2 + L, H] encoder outputs, for pooled swaps; empty for others, which read keys and values only.
         done: slots of every row that are encoded, registers first.
         age: predictions since all tokens were encoded together.
     """
 
-    encoder: list[Cache]
-    readers: list[Cache]
+    encoder: list[Stored]
+    swaps: list[Stored]
+    decoder: list[Stored]
+    decoder_caches: Cache
+    decoder_weight: Float[Tensor, "decoder_keys_and_values H"]
+    code: Rotary
+    final: Callable[[Tensor], Tensor] | None
     vectors: Float[Tensor, "B slots H"]
     done: list[int]
     age: int = 0
+
+
+class Encoded(NamedTuple):
+    """Encoder outputs of packed clean tokens, which the decoder reads.
+
+    Attributes:
+        vectors: the encoder outputs; empty where stored keys and values are all that is read.
+        layout: of the tokens.
+        stored: keys and values of these tokens, if they are stored.
+    """
+
+    vectors: Float[Tensor, "Tk H"]
+    layout: Layout
+    stored: EncoderCache | None = None
 
 
 class PGM(Denoiser):
@@ -127,13 +137,10 @@ class PGM(Denoiser):
         A causal encoder encodes only those of the rows with `lengths[b]` positions to predict.
         """
         ids, places, filled = self._slots(state)
-        (rows, slots), device, readers = ids.shape, ids.device, self._readers()
+        (rows, slots), device = ids.shape, ids.device
         memory: EncoderCache | None = state.memory
         if memory is None:
-            of_encoder = self.empty_caches(len(self.encoder), rows, slots)
-            of_readers = self.empty_caches(len(readers), rows, slots)
-            outputs = self.head.weight.new_zeros(rows, slots, self.embedding.embedding_dim)
-            memory = state.memory = EncoderCache(of_encoder, of_readers, outputs, [0] * rows)
+            memory = state.memory = self._empty_cache(rows, slots)
         elif not self.causal and memory.age >= state.refresh_every:
             memory.done, memory.age = [0] * rows, 0
         memory.age += 1
@@ -143,22 +150,55 @@ class PGM(Denoiser):
         ]
         if any(new):
             append = CacheAppend(memory.done, new, slots, device, causal=self.causal)
-            layout = self.layout(append.segments, append.take(places))
-            condition = Condition(vectors, append.segments.ids)
+            code = memory.code[append.take(places)]
+            layout, condition = Layout(append.segments, code), Condition(vectors, append.segments.ids)
             x = self.run_blocks(self.encoder, append.take(ids), layout, condition, memory.encoder, append)
-            append.put(memory.vectors, x)
-            for reader, cache in zip(readers, memory.readers, strict=True):
-                cache.put(*reader.keys_values(x, layout.code), append)
+            self._store_outputs(memory, x, code, append)
             memory.done = append.ends
-        outputs, known = packed(memory.done, memory.vectors, places)
-        return Encoded(outputs, self.layout(Segments(memory.done, device), known), memory.readers)
+        segments = Segments(memory.done, device)
+        outputs = memory.vectors.flatten(0, 1)
+        if len(outputs):
+            (outputs,) = packed(memory.done, memory.vectors)
+        return Encoded(outputs, Layout(segments, memory.code[:0]), memory)  # stored keys have their code
 
-    def _readers(self) -> list[EncoderReader]:
-        """All modules that read encoder outputs, in the order in which they run."""
-        readers: list[Any] = [self.swap]
-        for index, block in enumerate(self.decoder):
-            readers += [*self.later_swaps[index - 1 : index], block] if index else [block]
-        return readers
+    def _empty_cache(self, rows: int, slots: int) -> EncoderCache:
+        """Allocate the cache, and fold the weights that only sampling can fold."""
+        swaps, places = [self.swap, *self.later_swaps], self.registers + self.length
+        swap_caches, decoder_caches = (
+            self.empty_caches(len(modules), rows, slots) for modules in (swaps, self.decoder)
+        )
+        every = torch.arange(places, device=self.head.weight.device)
+        pooled = self.swap.pooling != "none"
+        weights = [block.kv_proj.weight * block.kv_norm.weight for block in self.decoder]
+        return EncoderCache(
+            encoder=self.store([*self.encoder], rows, slots),
+            swaps=[
+                Stored(swap_caches.layer(i), queries=None if pooled else swap.queries(every))
+                for i, swap in enumerate(swaps)
+            ],
+            decoder=[Stored(decoder_caches.layer(i), block.folded()) for i, block in enumerate(self.decoder)],
+            decoder_caches=decoder_caches,
+            decoder_weight=torch.cat(weights),
+            code=rotary(every, self.head_size),
+            final=self.final.folded(),
+            vectors=weights[0].new_zeros(rows, slots if pooled else 0, self.embedding.embedding_dim),
+            done=[0] * rows,
+        )
+
+    def _store_outputs(
+        self, memory: EncoderCache, x: Float[Tensor, "T H"], code: Rotary, append: CacheAppend
+    ) -> None:
+        """Store what swaps and decoder blocks read of new encoder outputs."""
+        if memory.vectors.shape[1]:
+            append.put(memory.vectors, x)
+        for swap, stored in zip([self.swap, *self.later_swaps], memory.swaps, strict=True):
+            stored.cache.put(*swap.keys_values(x, code), append)
+        # The blocks' norms differ in their weights only, which are folded into one product for all blocks.
+        normed = F.layer_norm(x, x.shape[-1:])
+        kv = F.linear(normed, memory.decoder_weight).unflatten(-1, (len(self.decoder), 2, -1, self.head_size))
+        k, v = kv.unbind(2)  # [T, blocks, N, D]
+        append.put_layers(memory.decoder_caches.keys, rotate(k.flatten(1, 2), code).view_as(k))
+        append.put_layers(memory.decoder_caches.values, v)
 
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:
         """Compute the targets' vectors in one pass, each group's from the other group's tokens.
@@ -222,14 +262,15 @@ class PGM(Denoiser):
     ) -> Float[Tensor, "Q H"]:
         """Compute vectors for the head at `positions` below `extent`, which count tokens only."""
         positions, extent = positions + self.registers, extent + self.registers
-        vectors, keys, stored = encoded
-        caches: Iterable[Cache | None] = stored or repeat(None)
-        (swap, first), *readers = zip(self._readers(), caches, strict=False)
-        x = swap(vectors, positions, extent, segments, keys, first)
-        queries = self.layout(segments, positions)
-        for reader, cache in readers:
-            if isinstance(reader, GroupSwap):
-                x = x + self.run_block(reader, vectors, positions, extent, segments, keys, cache)
-            else:
-                x = self.run_block(reader, x, vectors, queries, keys, condition, cache)
-        return self.final(x, condition)
+        vectors, keys, memory = encoded
+        count = len(self.decoder)
+        stored_swaps: Sequence[Stored | None] = memory.swaps if memory else [None] * count
+        stored: Sequence[Stored | None] = memory.decoder if memory else [None] * count
+        queries = Layout(segments, memory.code[positions]) if memory else self.layout(segments, positions)
+        x = self.swap(vectors, positions, extent, segments, keys, stored_swaps[0])
+        for index, block in enumerate(self.decoder):
+            if index and self.later_swaps:
+                swap, kept = self.later_swaps[index - 1], stored_swaps[index]
+                x = x + self.run_block(swap, vectors, positions, extent, segments, keys, kept)
+            x = self.run_block(block, x, vectors, queries, keys, condition, stored[index])
+        return memory.final(x) if memory and memory.final else self.final(x, condition)

@@ -93,7 +93,8 @@ def test_old_outputs_stay_bit_equal() -> None:
         reveal(model, state, tokens, order, counts)
         model.hidden(state, order[:, -1], [1, 1, 1])
         memory: EncoderCache = state.memory
-        stored = [memory.vectors, *(x for c in memory.encoder + memory.readers for x in (c.keys, c.values))]
+        caches = [part.cache for part in (*memory.encoder, *memory.swaps, *memory.decoder)]
+        stored = [x for cache in caches for x in (cache.keys, cache.values)]
         for old, now in kept:
             filled = old.flatten(2).ne(0).any(-1)
             assert torch.equal(old[filled], now[filled])

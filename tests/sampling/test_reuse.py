@@ -79,7 +79,7 @@ def test_new_tokens_see_old_and_each_other(model: Denoiser):
     one.hidden(fresh, ASKED, [1, 1])  # all three encoded together
     new, exact = state.memory.vectors[:, 1:3], fresh.memory.vectors[:, 1:3]
     torch.testing.assert_close(new, exact, atol=1e-12, rtol=0)
-    old = state.memory.vectors[:, 0] - fresh.memory.vectors[:, 0]
+    old = stale[:, 0] - whole[:, 0]
     assert old.abs().max() > 1e-3
 
 
