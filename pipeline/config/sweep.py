@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -149,10 +148,11 @@ class Sweep:
 
     def _check(self, variant: Variant, name: str, seed: int) -> tuple[RunConfig | None, list[str]]:
         """Return the run of a variant, None where it is none, and what is wrong with it."""
-        tree = deepcopy(dict(self.tree))
+        own: dict[str, Any] = {}
         for key, value in variant.values.items():
-            put(tree, key.split("."), value)
-        return check(RunConfig, tree | {"name": name, "seed": seed})
+            put(own, key.split("."), value)
+        # As between files, a section of another kind replaces that of the base whole.
+        return check(RunConfig, {**merged([own, self.tree]), "name": name, "seed": seed})
 
     def _trial_problems(self, run: RunConfig) -> Iterator[str]:
         """Yield what a run lacks to be a trial of this sweep."""

@@ -1,4 +1,4 @@
-"""The four models of the comparison differ in what they are compared for, and in nothing else."""
+"""The five models of the comparison differ in what they are compared for, and in nothing else."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from pipeline.config.load import load
 from pipeline.models import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = ("pgm", "mdlm", "complementary", "ar")
+NAMES = ("pgm", "causal", "mdlm", "complementary", "ar")
 
 
 def test_matched_parameters_equal_tokens_one_corpus() -> None:
