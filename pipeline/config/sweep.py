@@ -18,11 +18,8 @@ from pipeline.errors import ConfigError, did_you_mean
 
 _TRAINING_METRICS = ("train/loss", "train/tokens_per_second")  # reported beside the validation metric
 _SET_BY_SWEEP = ("name", "seed", "distill")
-_SAME_FOR_ALL = (
-    "cluster.storage",
-    "tracking.uri",
-    "tracking.experiment",
-)  # keys of `overrides`, not of `space`
+# Keys of `overrides`, not of `space`.
+_SAME_FOR_ALL = ("cluster.storage", "tracking.uri", "tracking.experiment")
 _CHECKED_DRAWS = 16  # draws of a continuous space that are checked before anything starts
 
 

@@ -183,9 +183,8 @@ def square(raw: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "S S 3"]:
     except DataError:
         raise
     except Exception as error:  # PIL lets errors of many kinds pass from damaged files
-        message = re.sub(
-            " <.*>", "", str(error)
-        )  # of an object in memory, which has another address each time
+        # Without objects in memory, which have another address each time.
+        message = re.sub(" <.*>", "", str(error))
         raise DataError(f"{type(error).__name__}: {message}") from None
 
 
