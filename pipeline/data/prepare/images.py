@@ -32,7 +32,7 @@ from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content, tokenizer_key
 from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_sources import ImageSource, Listing, Ref, list_images, read_images
-from pipeline.data.prepare.source_files import Problem, refusal
+from pipeline.data.prepare.source_files import Problem, leave_out
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.errors import DataError
 
@@ -212,9 +212,7 @@ def read_pixels(refs: Sequence[Ref], data: ImageDataConfig) -> Pixels:
                 continue
             except DataError as error:
                 item = Problem(str(ref), str(error))
-        if data.on_error == "fatal":
-            raise refusal(item)
-        problems.append(str(item))
+        problems.append(leave_out(item, data))
     pixels = np.stack(images) if images else np.empty((0, data.size, data.size, 3), np.uint8)
     return Pixels(pixels, np.array(labels, np.int64), np.array(kept, np.int64), problems)
 
@@ -343,9 +341,7 @@ def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
     log.info("listing %s", data.source)
     listing = list_images(source, data)
     for problem in listing.problems:
-        if data.on_error == "fatal":
-            raise refusal(problem)
-        log.warning("skipped %s", problem)
+        log.warning("skipped %s", leave_out(problem, data))
     workflow.check_held_out(data, "images", len(listing.refs))
     return listing
 

@@ -49,13 +49,19 @@ class SourceFile(NamedTuple):
     version: str
 
 
-def refusal(problem: Problem) -> DataError:
-    """Return the error of a source that cannot be read completely, where `data.on_error` is fatal.
+def leave_out(problem: Problem, data: AnyDataConfig) -> str:
+    """Return the description of what is left out, or refuse the source where `data.on_error` is fatal.
 
     Args:
         problem: what cannot be read.
+        data: the data section of the config.
+
+    Raises:
+        DataError: `data.on_error` is fatal.
     """
-    return DataError(f"data.source: {problem} (data.on_error: skip counts and leaves out such items)")
+    if data.on_error == "fatal":
+        raise DataError(f"data.source: {problem} (data.on_error: skip counts and leaves out such items)")
+    return str(problem)
 
 
 def digest(parts: Iterable[str]) -> str:

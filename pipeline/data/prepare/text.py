@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content
 from pipeline.data.prepare import workflow
-from pipeline.data.prepare.source_files import refusal
+from pipeline.data.prepare.source_files import leave_out
 from pipeline.data.prepare.text_sources import Piece, TextSource, read
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.data.tokenizers import load_tokenizer
@@ -246,7 +246,5 @@ def _readable(pieces: Sequence[Piece], data: TextDataConfig, problems: list[str]
     for document in (document for piece in pieces for document in read(piece, data)):
         if isinstance(document, str):
             yield document
-        elif data.on_error == "fatal":
-            raise refusal(document)
         else:
-            problems.append(str(document))
+            problems.append(leave_out(document, data))
