@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content, tokenizer_key
+from pipeline.data.manifest import Manifest, SpecialIds, TokenizerInfo, hash_content, tokenizer_key
 from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_sources import ImageSource, Listing, Ref, list_images, read_images
 from pipeline.data.prepare.source_files import Problem, leave_out
@@ -311,17 +311,12 @@ def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, 
     copies = 2 if data.flip else 1
     train = [(u.index, copy * u.train, (copy + 1) * u.train) for copy in range(copies) for u in units]
     validation = [(u.index, copies * u.train, copies * u.train + u.validation) for u in units]
-    plans = {}
-    for name, pieces, documents in (
-        ("train", train, sum(unit.train for unit in units)),
-        ("validation", validation, sum(unit.validation for unit in units)),
-    ):
-        if not documents:
+    counts = (sum(unit.train for unit in units), sum(unit.validation for unit in units))
+    pieces, border = np.array(train + validation, np.int64), copies * counts[0]
+    plans = workflow.plan_splits(pieces, border, counts, data.shard_rows, row=1, tokens=data.length)
+    for name, plan in plans.items():
+        if not plan.shards:
             raise DataError(f"data.source: no image of the {name} split can be read")
-        rows = documents * (copies if name == "train" else 1)
-        split = Split(files=(), documents=documents, tokens=rows * data.length, tokens_dropped=0)
-        shards = workflow.plan_shards(name, np.array(pieces, np.int64), 0, stop=rows, size=data.shard_rows)
-        plans[name] = workflow.SplitPlan(split, shards)
     return plans
 
 

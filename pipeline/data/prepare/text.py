@@ -172,28 +172,18 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
         DataError: there are no documents, too few of them, or less than a row in a split.
     """
     documents = sum(unit.documents for unit in units)
-    held_out = data.validation_documents
     workflow.check_held_out(data, "documents", documents)
-    border = _border(units, documents - held_out, data, work=work)
-    total = sum(unit.tokens for unit in units)
+    counts = (documents - data.validation_documents, data.validation_documents)
+    border = _border(units, counts[0], data, work=work)
     payload = _payload(data)
     pieces = np.array([(unit.index, 0, unit.tokens) for unit in units], np.int64)
-    plans = {}
-    for name, start, stop, count in (
-        ("train", 0, border, documents - held_out),
-        ("validation", border, total, held_out),
-    ):
-        tokens = stop - start
-        dropped = tokens % payload
-        if dropped == tokens:
+    plans = workflow.plan_splits(pieces, border, counts, data.shard_rows, row=payload, tokens=1)
+    for name, (split, shards) in plans.items():
+        if not shards:
             raise DataError(
-                f"data.length: the {name} split has {tokens} tokens, less than one row of {payload}; "
+                f"data.length: the {name} split has {split.tokens} tokens, less than one row of {payload}; "
                 "expected more documents in it or shorter rows"
             )
-        split = Split(files=(), documents=count, tokens=tokens, tokens_dropped=dropped)
-        size = data.shard_rows * payload
-        shards = workflow.plan_shards(name, pieces, start, stop=stop - dropped, size=size)
-        plans[name] = workflow.SplitPlan(split, shards)
     return plans
 
 

@@ -27,6 +27,7 @@ from pipeline.logs import Progress
 
 log = logging.getLogger(__name__)
 
+_SPLITS = ("train", "validation")
 _NAMES = 1000  # descriptions of what was skipped that a manifest keeps
 
 Pieces = Int64[np.ndarray, "p 3"]
@@ -205,26 +206,37 @@ def skipped(units: Sequence[Unit], *others: str) -> Skipped:
     return Skipped(count=len(problems), names=tuple(problems[:_NAMES]))
 
 
-def plan_shards(split: str, pieces: Pieces, start: int, stop: int, size: int) -> list[Shard]:
-    """Cut a range of a sequence of pieces into shards.
+def plan_splits(
+    pieces: Pieces, border: int, documents: tuple[int, int], shard_rows: int, row: int, tokens: int
+) -> dict[str, SplitPlan]:
+    """Cut a sequence of pieces into the shards of "train" and "validation".
 
     Args:
-        split: name of the split.
         pieces: the sequence, see `Shard`.
-        start: where the range starts in the sequence.
-        stop: where it stops.
-        size: length of a shard; the last one may be shorter.
+        border: where validation starts in the sequence.
+        documents: number of documents or images in each split.
+        shard_rows: rows of a shard; the last one of a split may have fewer.
+        row: length of a row in the sequence; what does not fill a last row of a split is left out.
+        tokens: number of tokens for each unit of length of the sequence.
+
+    Returns:
+        The plans of both splits; one that has less than a row has no shards.
     """
     units, firsts, lasts = pieces.T
     lengths = lasts - firsts
     places = np.cumsum(lengths) - lengths
-    shards = []
-    for number, begin in enumerate(range(start, stop, size)):
-        before = np.maximum(begin - places, 0)
-        until = np.minimum(min(begin + size, stop) - places, lengths)
-        cut = np.stack([units, firsts + before, firsts + until], axis=1)
-        shards.append(Shard(f"{split}-{number:05d}.parquet", cut[before < until]))
-    return shards
+    plans, size, ends = {}, shard_rows * row, (border, int(lengths.sum()))
+    for name, start, end, count in zip(_SPLITS, (0, border), ends, documents, strict=True):
+        stop = end - (end - start) % row
+        shards = []
+        for number, begin in enumerate(range(start, stop, size)):
+            before = np.maximum(begin - places, 0)
+            until = np.minimum(min(begin + size, stop) - places, lengths)
+            cut = np.stack([units, firsts + before, firsts + until], axis=1)
+            shards.append(Shard(f"{name}-{number:05d}.parquet", cut[before < until]))
+        amounts = {"tokens": (end - start) * tokens, "tokens_dropped": (end - stop) * tokens}
+        plans[name] = SplitPlan(Split(files=(), documents=count, **amounts), shards)
+    return plans
 
 
 def write_shards(
