@@ -256,13 +256,10 @@ def write_shards(
     """
     task: Any = ray.remote(num_cpus=1)(publish_shard)
     shards = [shard for plan in plans.values() for shard in plan.shards]
-    tasks = {task.remote(shard.name, path, work, make=partial(make, shard)): shard for shard in shards}
+    tasks = [task.remote(shard.name, path, work, make=partial(make, shard)) for shard in shards]
     progress = Progress("wrote", "shards", len(tasks), unit)
     files: dict[str, ShardFile] = {}
-    waiting = list(tasks)
-    while waiting:
-        (done,), waiting = ray.wait(waiting)
-        shard = tasks[done]
+    for shard, done in zip(shards, tasks, strict=True):
         try:
             files[shard.name] = ray.get(done)
         except ray.exceptions.RayTaskError as error:
