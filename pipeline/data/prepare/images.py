@@ -49,7 +49,6 @@ _REDUCING_GAP = 3.0  # pixels are first averaged to this times the final size, w
 _READERS = 8  # threads that read the images on which the tokenizer is fitted
 
 
-@dataclass(frozen=True)
 class ImageUnit(workflow.Unit):
     """The record of one encoded unit.
 
@@ -290,7 +289,7 @@ class Encoder:
         sink = io.BytesIO()
         np.savez(sink, codes=self._tokenizer.encode(images).astype("<i4"), labels=labels)
         storage.publish_bytes(workflow.unit_path(self._work, index, "npz"), sink.getvalue())
-        record = ImageUnit(index, pixels.problems, train=train, validation=len(out) - train)
+        record = ImageUnit(index=index, problems=pixels.problems, train=train, validation=len(out) - train)
         record.publish(self._work)
         return record
 

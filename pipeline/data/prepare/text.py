@@ -10,7 +10,6 @@ What the shards hold depends on the input and the config alone.
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from operator import methodcaller
@@ -36,7 +35,6 @@ _BATCH = 256  # documents that are tokenised together
 cached_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
 
 
-@dataclass(frozen=True)
 class TextUnit(workflow.Unit):
     """The record of one tokenised unit. Its file (`bin`) holds the tokens, then the documents' ends as int64.
 
@@ -152,7 +150,9 @@ def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work:
                     lengths.append(len(ids) + 1)
             file.write(np.cumsum(lengths, dtype="<i8").tobytes())
         storage.publish_file(local, workflow.unit_path(work, index, "bin"))
-    record = TextUnit(index, problems, tokens=sum(lengths), documents=len(lengths), empty=empty)
+    record = TextUnit(
+        index=index, problems=problems, tokens=sum(lengths), documents=len(lengths), empty=empty
+    )
     record.publish(work)
     return record
 

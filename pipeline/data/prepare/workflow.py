@@ -5,11 +5,9 @@ ranges of these files, so any Ray task can write any shard. Both steps skip what
 has finished.
 """
 
-import json
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -17,6 +15,7 @@ import numpy as np
 import ray
 import ray.data
 from jaxtyping import Int64
+from pydantic import BaseModel
 
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
@@ -33,8 +32,7 @@ _NAMES = 1000  # descriptions of what was skipped that a manifest keeps
 Pieces = Int64[np.ndarray, "p 3"]
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(BaseModel):
     """The record of one unit of the source.
 
     Attributes:
@@ -56,19 +54,17 @@ class Unit:
         Args:
             work: folder of the intermediate files.
         """
-        storage.publish_text(unit_path(work, self.index, "json"), json.dumps(asdict(self)))
+        storage.publish_text(unit_path(work, self.index, "json"), self.model_dump_json())
 
     @classmethod
     def read(cls, work: str, index: int) -> Self:
-        """Read the record of a unit that is finished.
+        """Read the record of a unit that is finished; keys of earlier versions are ignored.
 
         Args:
             work: folder of the intermediate files.
             index: number of the unit.
         """
-        values = json.loads(storage.read_text(unit_path(work, index, "json")))
-        values.pop("fatal", None)  # written by earlier versions
-        return cls(**values)
+        return cls.model_validate_json(storage.read_bytes(unit_path(work, index, "json")))
 
 
 U = TypeVar("U", bound=Unit)
