@@ -129,8 +129,7 @@ def open_images(data: ImageDataConfig) -> ImageSource:
         return ImageSource((SourceFile(DIGITS, "", 0, version=info.fingerprint),), info)
     if data.source.startswith(HUB):
         return _open_hub(data)
-    suffixes = tuple(itertools.chain(*_KINDS.values()))
-    files = source_files.find(data.source, suffixes, DIGITS)
+    files = source_files.find(data.source, tuple(itertools.chain(*_KINDS.values())), DIGITS)
     files = [file for file in files if "/." not in f"/{file.name}"]
     kinds = [kind for kind, ends in _KINDS.items() if any(is_a(file.path, ends) for file in files)]
     if len(kinds) != 1:
@@ -336,10 +335,10 @@ def _read_parquet(
         numbers = itertools.chain.from_iterable(range(starts[g], starts[g + 1]) for g in groups)
         columns = [data.image_field, data.label_field]
         for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns):
-            images, labels = batch.column(data.image_field), batch.column(data.label_field)
-            for i in range(len(batch)):
-                if (number := next(numbers)) in places:
-                    yield _cell(images[i].as_py(), labels[i].as_py(), f"{path} row {number}", data=data)
+            cells = zip(batch.column(data.image_field), batch.column(data.label_field), numbers, strict=False)
+            for image, label, number in cells:
+                if number in places:
+                    yield _cell(image.as_py(), label.as_py(), f"{path} row {number}", data=data)
             if number >= refs[-1].place:
                 return
 

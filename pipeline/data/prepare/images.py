@@ -344,9 +344,7 @@ def _tokenizer(data: ImageDataConfig, refs: Sequence[Ref], work: str) -> "ImageT
     """Load or fit the tokenizer, and leave it in `work` for the encoders."""
     folder = storage.join(work, TOKENIZER)
     if not storage.folder_complete(folder):
-        patch = data.tokenizer == "patch"
-        tokenizer = _fit(data, refs) if patch else _load(data, data.tokenizer)
-        _save(tokenizer, folder)
+        _save(_fit(data, refs) if data.tokenizer == "patch" else _load(data, data.tokenizer), folder)
     return _load(data, folder)
 
 
