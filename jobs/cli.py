@@ -37,9 +37,8 @@ def main(run: Callable[[RunConfig], object], plan: Callable[[RunConfig, str], ob
 
     usage = "CONFIG.yaml [section.key=value ...]"
     if plan:
-        usage += (
-            " [plan=GPU]\n\nplan=GPU starts nothing and prints memory and time on that GPU; plan=true on all."
-        )
+        meaning = "plan=GPU starts nothing and prints memory and time on that GPU; plan=true on all."
+        usage = f"{usage} [plan=GPU]\n\n{meaning}"
     command(start, usage, least=1, config=RunConfig)
 
 
