@@ -110,12 +110,8 @@ def list_files(source: str, root: str = "") -> list[SourceFile]:
         root: how the paths start (without the protocol of a URL); what follows is the name.
     """
     fs, inner = storage.filesystem(source)
-    if has_wildcard(inner):
-        items = fs.glob(inner, detail=True)
-    else:
-        items = {inner: fs.info(inner)} if fs.exists(inner) else {}
     infos: dict[str, Any] = {}
-    for path, info in items.items():
+    for path, info in fs.glob(inner, detail=True).items():  # also of a path without wildcards
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
     protocol = "" if storage.is_local(source) else fs.unstrip_protocol(inner).removesuffix(inner)
     return [
