@@ -150,11 +150,9 @@ def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work:
                     lengths.append(len(ids) + 1)
             file.write(np.cumsum(lengths, dtype="<i8").tobytes())
         storage.publish_file(local, workflow.unit_path(work, index, "bin"))
-    record = TextUnit(
+    return TextUnit(
         index=index, problems=problems, tokens=sum(lengths), documents=len(lengths), empty=empty
-    )
-    record.publish(work)
-    return record
+    ).publish(work)
 
 
 def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> dict[str, workflow.SplitPlan]:

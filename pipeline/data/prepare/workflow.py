@@ -48,13 +48,14 @@ class Unit(BaseModel):
         """What the unit holds, as the log counts it."""
         raise NotImplementedError
 
-    def publish(self, work: str) -> None:
-        """Write the record, which says that the unit's file is complete.
+    def publish(self, work: str) -> Self:
+        """Write the record, which says that the unit's file is complete, and return it.
 
         Args:
             work: folder of the intermediate files.
         """
         storage.publish_text(unit_path(work, self.index, "json"), self.model_dump_json())
+        return self
 
     @classmethod
     def read(cls, work: str, index: int) -> Self:
