@@ -290,8 +290,7 @@ class Encoder:
         np.savez(sink, codes=self._tokenizer.encode(images).astype("<i4"), labels=labels)
         storage.publish_bytes(workflow.unit_path(self._work, index, "npz"), sink.getvalue())
         record = ImageUnit(index=index, problems=pixels.problems, train=train, validation=len(out) - train)
-        record.publish(self._work)
-        return record
+        return record.publish(self._work)
 
 
 def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, workflow.SplitPlan]:
