@@ -298,7 +298,7 @@ def _sample(
     return image, label
 
 
-def _read_tar(path: str, refs: Sequence[Ref]) -> Iterator[tuple[bytes, int]]:
+def _read_tar(path: str, refs: Sequence[Ref]) -> Iterator[RawImage]:
     """Yield the bytes and the label of each image."""
     with storage.open_read(path) as file:
         for ref in refs:
@@ -322,9 +322,7 @@ def _list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
     yield from (Ref(path, row, 0, label=-1) for row in range(rows))
 
 
-def _read_parquet(
-    path: str, refs: Sequence[Ref], data: ImageDataConfig
-) -> Iterator[tuple[bytes, int] | Problem]:
+def _read_parquet(path: str, refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage | Problem]:
     """Yield the bytes and the label of each image, whose rows ascend; only their row groups are read."""
     places = {ref.place for ref in refs}
     with storage.open_read(path) as file:
@@ -343,13 +341,12 @@ def _read_parquet(
                 return
 
 
-def _cell(image: Any, label: Any, where: str, data: ImageDataConfig) -> tuple[bytes, int] | Problem:
+def _cell(image: Any, label: Any, where: str, data: ImageDataConfig) -> RawImage | Problem:
     """Return the bytes and the label in a row; Hugging Face stores an image as its bytes and its file's name."""
     image = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(image, bytes):
-        kind = type(image).__name__
-        expected = "expected the bytes of an image"
-        return Problem(where, f"{data.image_field!r} (data.image_field) holds a {kind}; {expected}")
+        found = f"{data.image_field!r} (data.image_field) holds a {type(image).__name__}"
+        return Problem(where, f"{found}; expected the bytes of an image")
     if not isinstance(label, int) or not 0 <= label < data.classes:
         return Problem(where, _outside(label, data.classes))
     return image, label
