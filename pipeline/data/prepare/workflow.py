@@ -33,7 +33,7 @@ Pieces = Int64[np.ndarray, "p 3"]
 
 
 class Unit(BaseModel):
-    """The record of one unit of the source.
+    """The record of one unit of the source; keys that earlier versions wrote are ignored.
 
     Attributes:
         index: number of the unit.
@@ -56,16 +56,6 @@ class Unit(BaseModel):
         """
         storage.publish_text(unit_path(work, self.index, "json"), self.model_dump_json())
         return self
-
-    @classmethod
-    def read(cls, work: str, index: int) -> Self:
-        """Read the record of a unit that is finished; keys of earlier versions are ignored.
-
-        Args:
-            work: folder of the intermediate files.
-            index: number of the unit.
-        """
-        return cls.model_validate_json(storage.read_bytes(unit_path(work, index, "json")))
 
 
 U = TypeVar("U", bound=Unit)
@@ -151,8 +141,8 @@ def run_units(
     Raises:
         PipelineError: a unit failed.
     """
-    names = set(storage.listing(work))
-    units = [record.read(work, i) for i in range(len(inputs)) if f"unit-{i:06d}.json" in names]
+    names = [name for name in storage.listing(work) if name.startswith("unit-") and name.endswith(".json")]
+    units = [record.model_validate_json(storage.read_bytes(storage.join(work, name))) for name in names]
     finished = {unit.index for unit in units}
     if units:
         log.info("%d of %d units were %s before", len(units), len(inputs), verb)
