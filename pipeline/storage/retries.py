@@ -30,12 +30,8 @@ def status(error: BaseException) -> int | None:
     for origin in (error, error.__cause__):
         response = getattr(origin, "response", None)  # botocore
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        codes = (
-            metadata.get("HTTPStatusCode"),
-            getattr(origin, "code", None),
-            getattr(origin, "status", None),
-        )
-        code = next((str(code) for code in codes if code), "")  # code: gcsfs; status: aiohttp
+        code = metadata.get("HTTPStatusCode") or getattr(origin, "code", None)  # code: gcsfs
+        code = str(code or getattr(origin, "status", None))  # status: aiohttp
         if code.isdigit() and 400 <= int(code) < 600:
             return int(code)
     return None
