@@ -130,12 +130,7 @@ def recorded_run(folder: str) -> tuple[str, str] | None:
 
 
 def open_recorded_run(
-    folder: str,
-    uri: str,
-    experiment: str,
-    name: str,
-    params: Mapping[str, object],
-    tags: Mapping[str, str],
+    folder: str, uri: str, experiment: str, name: str, params: Mapping[str, object], tags: Mapping[str, str]
 ) -> str:
     """Open the run that a folder has, or a new one, and record it in the folder.
 
@@ -201,23 +196,20 @@ def end_run(uri: str, run_id: str, status: Status) -> None:
         log.warning("MLflow run %s ended as %s, which could not be recorded: %s", run_id, status, error)
 
 
-def log_dataset(
-    uri: str, run_id: str, name: str, digest: str, source: str, profile: Mapping[str, object]
-) -> None:
+def log_dataset(uri: str, run_id: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
     """Record the data that a run reads as its MLflow dataset input, once, whatever restarts happen.
 
     Args:
         uri: from `tracking_uri`.
         run_id: from `open_run`.
-        name: name of the data.
         digest: hash of the manifest, so that equal data is one dataset in MLflow (cut to 36 characters).
-        source: folder or address of the shards.
+        source: folder or address of the shards; its last part is the name of the data.
         profile: further facts, such as rows, length and tokenizer.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     dataset = Dataset(
-        name=name,
+        name=Path(source).name,
         digest=digest[:_DIGEST_LENGTH],
         source_type=source.split("://")[0] if "://" in source else "local",
         source=json.dumps({"uri": source}),
@@ -228,9 +220,8 @@ def log_dataset(
         with answering(uri):
             connect(uri).log_inputs(run_id, datasets=inputs)
     except ConfigError as error:
-        log.warning(
-            "could not record dataset %s of MLflow run %s; the next start does: %s", name, run_id, error
-        )
+        what = f"dataset {dataset.name} of MLflow run {run_id}"
+        log.warning("could not record %s; the next start does: %s", what, error)
 
 
 def metric_history(uri: str, run_id: str, keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
