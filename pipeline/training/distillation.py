@@ -30,7 +30,7 @@ from pipeline.runtime.session import Session
 from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
 from pipeline.training.ema import EMA
-from pipeline.training.engine import Engine
+from pipeline.training.engine import Engine, fill
 from pipeline.training.pretraining import Task
 from pipeline.training.resume import differences
 
@@ -188,13 +188,9 @@ class Distillation(Task):
         if done != self._round:
             self._begin(done, at_its_start=inside == 0)
         seed, eps, self._dt = self._config.seed, self._config.diffusion.eps, time_step(self._distill, done)
+        schedule, least = DiffusionConfig(eps=eps), 2 * self._dt
         self._draws = partition.draw(
-            DiffusionConfig(eps=eps),
-            seed=seed,
-            step=step,
-            shape=self._shape,
-            bos=self._bos,
-            least=2 * self._dt,
+            schedule, seed=seed, step=step, shape=self._shape, bos=self._bos, least=least
         )
         self._sides = hidden_sides(self._draws, self._dt, self._distill.form, eps, self._bos)
         rows, length = self._shape
@@ -227,7 +223,7 @@ class Distillation(Task):
                 checkpoint.publish_model(self._run, where, weights, figures={}, tokenizer=None)
             dist.barrier()
             self._engine.restart(weights, keep_optimizer=self._distill.optimizer == "keep")
-            self._ema.restart(self._engine.masters())
+            fill(self._ema.slices, weights)
         if not storage.folder_complete(where):
             raise CheckpointError(
                 f"{where}: the teacher of round {done + 1} is missing; expected a model folder"

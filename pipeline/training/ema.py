@@ -41,16 +41,6 @@ class EMA:
             list(self.slices.values()), [masters[key] for key in self.slices], 1 - self.decay
         )
 
-    @torch.no_grad()
-    def restart(self, masters: Slices) -> None:
-        """Set the average to the weights as they are.
-
-        Args:
-            masters: float32 weights that this rank owns.
-        """
-        for key, values in self.slices.items():
-            values.copy_(masters[key])
-
     def save(self, file: Path) -> None:
         """Write this rank's slices as safetensors with keys `name@offset`."""
         save_file(
