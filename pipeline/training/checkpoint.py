@@ -252,7 +252,7 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     """
     if flaws := problems(path):
         raise CheckpointError(f"{path} is not usable: " + "; ".join(flaws))
-    averages = read_averages(sorted(storage.fetch(path).glob("ema_*.safetensors")))
+    averages = read_averages(storage.fetch(path))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
     tensors = {}

@@ -24,7 +24,7 @@ from pipeline.run import Run
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.ema import EMA, read_averages
-from pipeline.training.engine import TAG, Engine
+from pipeline.training.engine import TAG, Engine, fill
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Resume:
         """
         local = storage.fetch(self.path)
         engine.load(storage.fetch(checkpoint.universal_path(self.path)) if self.universal else local)
-        ema.load(sorted(local.glob("ema_*.safetensors")))
+        fill(ema.slices, read_averages(local))
 
 
 def plan_resume(run: Run, workers: int) -> Resume | None:
@@ -217,7 +217,7 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
     if (local / TAG).is_dir():
         if flaws := checkpoint.problems(str(local)):
             raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))
-        average = read_averages(sorted(local.glob("ema_*.safetensors")))
+        average = read_averages(local)
         weights = _raw_weights(local)
     else:
         weights = average = model_folder.read_weights(local)
