@@ -322,17 +322,15 @@ def _check_model(run: Run, model: ModelConfig) -> None:
         )
 
 
-def teacher_name(folder: str) -> str:
-    """Return the teacher that a run was given: a folder, a file, or the model version behind an alias.
+def read_origin(folder: str) -> dict[str, Any]:
+    """Read where the first teacher was copied from, and the hash of its tokenizer.
 
     Args:
         folder: of the run.
+
+    Returns:
+        `teacher`, a folder, a file, or the model version behind an alias; and `tokenizer`, its hash or None.
     """
-    return str(_origin(folder)["teacher"])
-
-
-def _origin(folder: str) -> dict[str, Any]:
-    """Read where the first teacher was copied from, and the hash of its tokenizer."""
     return dict(storage.read_json(storage.join(teacher_folder(folder, 0), ORIGIN)))
 
 
@@ -352,7 +350,7 @@ def check_teacher(run: Run) -> None:
         "length": (facts.length, manifest.length),
         "BOS": (facts.bos, manifest.special.bos),
     }
-    if tokenizer := _origin(run.folder)["tokenizer"]:  # None for released files
+    if tokenizer := read_origin(run.folder)["tokenizer"]:  # None for released files
         pairs["tokenizer (hash)"] = (tokenizer, manifest.tokenizer.hash)
     differing = [
         f"{key} {of_teacher}, the data's is {of_data}"

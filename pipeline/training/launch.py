@@ -51,7 +51,7 @@ def distill(config: RunConfig) -> RunResult:
     run = Run.of(config)
     storage.check_writable(run.folder, "cluster.storage")
     run = distillation.with_teacher(run)
-    return train_to_end(run, {"teacher": distillation.teacher_name(run.folder)})
+    return train_to_end(run, {"teacher": distillation.read_origin(run.folder)["teacher"]})
 
 
 def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | None = None) -> RunResult:
