@@ -100,8 +100,7 @@ def open_run(
     """
     wanted = {key: str(value)[:_PARAM_LENGTH] for key, value in params.items()}
     try:
-        with answering(uri):
-            client = connect(uri)
+        with answering(uri) as client:
             run = _find_run(client, resume_id) if resume_id else None
             if run is None:
                 run = client.create_run(_experiment_id(client, uri, experiment), run_name=name)
@@ -190,8 +189,8 @@ def end_run(uri: str, run_id: str, status: Status) -> None:
     """
     try:
         # MLflow would print the run's address with user and password.
-        with answering(uri), redirect_stdout(io.StringIO()):
-            connect(uri).set_terminated(run_id, status=status)
+        with answering(uri) as client, redirect_stdout(io.StringIO()):
+            client.set_terminated(run_id, status=status)
     except ConfigError as error:
         log.warning("MLflow run %s ended as %s, which could not be recorded: %s", run_id, status, error)
 
@@ -217,8 +216,8 @@ def log_dataset(uri: str, run_id: str, digest: str, source: str, profile: Mappin
     )
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
     try:
-        with answering(uri):
-            connect(uri).log_inputs(run_id, datasets=inputs)
+        with answering(uri) as client:
+            client.log_inputs(run_id, datasets=inputs)
     except ConfigError as error:
         what = f"dataset {dataset.name} of MLflow run {run_id}"
         log.warning("could not record %s; the next start does: %s", what, error)
@@ -239,8 +238,7 @@ def metric_history(uri: str, run_id: str, keys: Sequence[str]) -> dict[str, list
         ConfigError: the store cannot be reached.
     """
     history = {}
-    with answering(uri):
-        client = connect(uri)
+    with answering(uri) as client:
         for key in keys:
             points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
             history[key] = sorted({point.step: point.value for point in points}.items())
@@ -273,8 +271,8 @@ def connect(uri: str) -> "MlflowClient":
 
 
 @contextmanager
-def answering(uri: str) -> Iterator[None]:
-    """Turn the errors of MLflow inside the block into a ConfigError that names the store.
+def answering(uri: str) -> Iterator["MlflowClient"]:
+    """Give a client of a store, and turn the errors of MLflow inside the block into a ConfigError that names it.
 
     Raises:
         ConfigError: MLflow refused a call, or did not answer.
@@ -282,7 +280,7 @@ def answering(uri: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
-        yield
+        yield connect(uri)
     except (MlflowException, OSError) as error:
         raise ConfigError(shown(f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}")) from error
 
