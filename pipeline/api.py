@@ -1,7 +1,6 @@
 """The Python interface: `load_model`, and the model object with its logits, predictions and samples."""
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -398,15 +397,13 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
     figures, tensors = {**background.figures, **settings.figures}, model.denoiser.state_dict()
     size, origin = sum(value.numel() for value in tensors.values()), Path(source).name
     text = card(Path(destination).name, config, facts, size, figures, settings.license, origin)
-    with tempfile.TemporaryDirectory() as temporary:
-        local = Path(temporary) / "model"
+    with storage.publishing_folder(destination) as local:
         # The paths of the files and logs of a run are not published.
         run = {k: v for k, v in background.run.items() if k not in ("cluster", "tracking")}
         model_folder.write(local, config, facts, tensors, Background(figures, run))
         (local / "README.md").write_text(text, encoding="utf-8")
         if model.tokenizer is not None:
             model.tokenizer.save(local)
-        storage.publish_folder(local, destination)
 
 
 def _open(path: str, overrides: Sequence[str]) -> tuple[Model, ModelConfig, DataFacts, Background]:

@@ -256,6 +256,25 @@ def publish_folder(local: str | Path, path: str) -> None:
     publish_bytes(join(path, COMPLETE), b"")
 
 
+@contextlib.contextmanager
+def publishing_folder(path: str) -> Iterator[Path]:
+    """Give a temporary folder, which is published (see `publish_folder`) if the block succeeds.
+
+    Args:
+        path: where to.
+
+    Returns:
+        A context manager that gives the local folder, which the block makes.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        local = Path(temporary) / "folder"
+        yield local
+        publish_folder(local, path)
+
+
 def folder_complete(path: str) -> bool:
     """Return whether `publish_folder` finished writing a folder."""
     return os.path.isdir(resolve(path)) if is_local(path) else exists(join(path, COMPLETE))

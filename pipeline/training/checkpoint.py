@@ -12,7 +12,6 @@ import logging
 import math
 import re
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -306,9 +305,7 @@ def publish_model(
     manifest, special = run.manifest, run.manifest.special
     facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
     background = model_folder.Background(figures, run.config.model_dump(mode="json"))
-    with tempfile.TemporaryDirectory() as temporary:
-        local = Path(temporary) / "model"
+    with storage.publishing_folder(target) as local:
         model_folder.write(local, run.config.model, facts, weights, background)
         if tokenizer is not None:
             tokenizer.save(local)
-        storage.publish_folder(local, target)

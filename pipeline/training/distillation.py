@@ -2,9 +2,7 @@
 
 import json
 import logging
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -290,12 +288,10 @@ def _place(run: Run, where: str) -> ModelConfig:
         denoiser, released, facts = conversion.load(local)
         model = released.model
     _check_model(run, model)
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / "model"
+    with storage.publishing_folder(where) as copy:
         model_folder.write(copy, model, facts, denoiser.state_dict(), model_folder.Background())
         origin_facts = {"teacher": name, "tokenizer": tokenizer and tokenizer.hash}
         (copy / ORIGIN).write_text(json.dumps(origin_facts) + "\n", encoding="utf-8")
-        storage.publish_folder(copy, where)
     return model
 
 
