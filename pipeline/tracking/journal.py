@@ -56,11 +56,11 @@ class Content:
 
     Attributes:
         file: path in the run's artifacts.
-        data: content in base64, since it may be written into the spill file.
+        data: content.
     """
 
     file: str
-    data: str
+    data: bytes
 
     def send(self, client: "MlflowClient", run_id: str) -> None:
         """Log the content to a run.
@@ -72,7 +72,7 @@ class Content:
         folder, _, name = self.file.rpartition("/")
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary, name)
-            file.write_bytes(base64.b64decode(self.data))
+            file.write_bytes(self.data)
             client.log_artifact(run_id, str(file), folder or None)
 
 
@@ -110,7 +110,10 @@ _KINDS: dict[str, Any] = {"point": Point, "content": Content, "upload": Upload}
 
 def to_line(item: Item) -> str:
     """Write an item as a line of the spill file (JSON)."""
-    return json.dumps({"kind": type(item).__name__.lower()} | asdict(item)) + "\n"
+    fields = asdict(item)
+    if isinstance(item, Content):
+        fields["data"] = base64.b64encode(item.data).decode()
+    return json.dumps({"kind": type(item).__name__.lower()} | fields) + "\n"
 
 
 def from_line(line: str) -> Item:
@@ -120,7 +123,10 @@ def from_line(line: str) -> Item:
         ValueError: the line is damaged (so do KeyError and TypeError).
     """
     fields = json.loads(line)
-    return _KINDS[fields.pop("kind")](**fields)
+    kind = fields.pop("kind")
+    if kind == "content":
+        fields["data"] = base64.b64decode(fields["data"])
+    return _KINDS[kind](**fields)
 
 
 class Tracker:
@@ -199,7 +205,7 @@ class Tracker:
             text: the content.
             file: path in the run's artifacts, such as `samples/step_1000.txt`.
         """
-        self._put(Content(file, base64.b64encode(text.encode()).decode()))
+        self._put(Content(file, text.encode()))
 
     def log_figure(self, figure: "Figure", file: str) -> None:
         """Log a picture; it is rendered before this returns.
@@ -214,7 +220,7 @@ class Tracker:
         except Exception as error:
             log.warning("figure %s could not be drawn: %s", file, error)
             return
-        self._put(Content(file, base64.b64encode(buffer.getvalue()).decode()))
+        self._put(Content(file, buffer.getvalue()))
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Wait until everything logged so far is delivered.
