@@ -37,9 +37,8 @@ def main(run: Callable[[RunConfig], object], plan: Callable[[RunConfig, str], ob
 
     usage = "CONFIG.yaml [section.key=value ...]"
     if plan:
-        usage += (
-            " [plan=GPU]\n\nplan=GPU starts nothing and prints memory and time on that GPU; plan=true on all."
-        )
+        meaning = "plan=GPU starts nothing and prints memory and time on that GPU; plan=true on all."
+        usage = f"{usage} [plan=GPU]\n\n{meaning}"
     command(start, usage, least=1, config=RunConfig)
 
 
@@ -72,9 +71,8 @@ def command(
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted", code=130)
-    except (
-        Exception
-    ) as error:  # a defect of the pipeline: print the traceback, and its reason as the last line
+    except Exception as error:
+        # A defect of the pipeline: print the traceback, and its reason as the last line.
         print(logs.shown(traceback.format_exc()), file=sys.stderr)
         message = str(error).strip().splitlines() or ["no message"]
         fail(f"{type(error).__name__}: {message[-1].strip()}")
@@ -85,12 +83,9 @@ def key_list(config: type[Section]) -> str:
     lines = ["", "Keys of CONFIG.yaml with type and default; docs/configuration.md says what they mean."]
     lines += ["base: OTHER.yaml builds on another config file and states only what differs."]
     for title, section in sections(config).items():
-        rows = [(f"  {name}", kind, default) for name, kind, default, _ in keys(section) if kind != "section"]
-        lines += [
-            "",
-            title or "top level",
-            *(f"{name:<28}{kind:<32} {default}" for name, kind, default in rows),
-        ]
+        lines += ["", title or "top level"]
+        rows = [row for row in keys(section) if row[1] != "section"]
+        lines += [f"  {name:<26}{kind:<32} {default}" for name, kind, default, _ in rows]
     return "\n".join(lines)
 
 

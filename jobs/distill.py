@@ -10,18 +10,7 @@ command continues an interrupted run.
 from jobs.cli import main
 from jobs.plan import plan
 from jobs.pretrain import report
-from pipeline.config.schema import RunConfig
 from pipeline.training.launch import distill
 
-
-def run(config: RunConfig) -> None:
-    """Distil and print the results.
-
-    Args:
-        config: of the run.
-    """
-    report(distill(config))
-
-
 if __name__ == "__main__":
-    main(run, plan)
+    main(lambda config: report(distill(config)), plan)

@@ -7,7 +7,7 @@ import ray
 import torch
 
 from pipeline import storage
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.manifest import MANIFEST, Manifest, check_fits
 from pipeline.errors import ConfigError
 from pipeline.models import model_folder
@@ -28,7 +28,8 @@ def plan(config: RunConfig, gpu: str) -> None:
         DataError: the prepared data does not fit the config.
     """
     gpus = select_gpus(gpu)
-    config = with_model(config)
+    if config.distill is not None and "model" not in config.model_fields_set:
+        config = config.model_copy(update={"model": teacher_model(config.distill.teacher)})
     path = Run(config).data_path
     manifest = Manifest.read(path) if storage.exists(storage.join(path, MANIFEST)) else None
     if manifest is not None:
@@ -36,28 +37,21 @@ def plan(config: RunConfig, gpu: str) -> None:
     print(report(config, gpus, manifest=manifest, available=resources()))
 
 
-def with_model(config: RunConfig) -> RunConfig:
-    """Give a distillation without a model section its teacher's model.
+def teacher_model(teacher: str) -> ModelConfig:
+    """Return the model section of a teacher, which a distillation without such a section has too.
 
     Args:
-        config: the run's config.
-
-    Returns:
-        The config, changed only if it is a distillation without a model section.
+        teacher: `distill.teacher`.
 
     Raises:
         ConfigError: the teacher is not an existing model folder.
     """
-    if config.distill is None or "model" in config.model_fields_set:
-        return config
-    teacher = config.distill.teacher
     if teacher.startswith("models:/") or not storage.exists(storage.join(teacher, "model.safetensors")):
         raise ConfigError(
             f"distill.teacher: {teacher!r} is not a model folder, and a plan downloads no models; "
             "expected an existing model folder, or a model section in the config"
         )
-    model, _ = model_folder.read_config(storage.fetch(teacher))
-    return config.model_copy(update={"model": model})
+    return model_folder.read_config(storage.fetch(teacher))[0]
 
 
 def resources() -> dict[str, float]:

@@ -11,19 +11,9 @@ import sys
 
 from jobs.cli import main
 from jobs.plan import plan
-from pipeline.config.schema import RunConfig
 from pipeline.logs import shown
 from pipeline.training.finish import RunResult
 from pipeline.training.launch import pretrain
-
-
-def run(config: RunConfig) -> None:
-    """Train and print the results.
-
-    Args:
-        config: of the run.
-    """
-    report(pretrain(config))
 
 
 def report(result: RunResult) -> None:
@@ -46,4 +36,4 @@ def report(result: RunResult) -> None:
 
 
 if __name__ == "__main__":
-    main(run, plan)
+    main(lambda config: report(pretrain(config)), plan)

@@ -1,9 +1,7 @@
 """The Python interface: `load_model`, and the model object with its logits, predictions and samples."""
 
 import logging
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -21,6 +19,7 @@ from pipeline.metrics.continuations import Continuation, score_continuations
 from pipeline.models import model_folder
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.models.model_card import card
+from pipeline.models.model_folder import Background, DataFacts
 from pipeline.models.released import conversion
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
@@ -337,17 +336,6 @@ class Model:
         return self.tokenizer
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A model that was read, and everything that an export passes on."""
-
-    denoiser: Denoiser
-    config: ModelConfig
-    facts: model_folder.DataFacts
-    tokenizer: Tokenizer | ImageTokenizer | None
-    background: model_folder.Background
-
-
 def load_model(
     path: str | Path,
     device: torch.device | str = "cpu",
@@ -377,9 +365,9 @@ def load_model(
     """
     if precision not in DTYPES:
         raise ConfigError(f"precision: {precision!r}; expected fp32 or bf16{did_you_mean(precision, DTYPES)}")
-    opened = _open(str(path), overrides)
-    denoiser = opened.denoiser.to(device, DTYPES[precision])
-    return Model(denoiser, opened.facts.bos, opened.tokenizer)
+    model = _open(str(path), overrides)[0]
+    model.denoiser.to(device, DTYPES[precision])
+    return model
 
 
 def export_model(source: str | Path, destination: str, words: Sequence[str] = ()) -> None:
@@ -407,32 +395,22 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
             raise ConfigError(f"{word!r}: no such key{did_you_mean(key, known)}; known: {', '.join(known)}")
     for_card = [word for word in words if keys[word] in CardConfig.model_fields]
     settings = parse_section(CardConfig, {}, "export", for_card)
-    opened = _open(str(source), [word for word in words if word not in for_card])
-    figures = {**opened.background.figures, **settings.figures}
-    tensors = opened.denoiser.state_dict()
-    with tempfile.TemporaryDirectory() as temporary:
-        local = Path(temporary) / "model"
+    overrides = [word for word in words if word not in for_card]
+    model, config, facts, background = _open(str(source), overrides)
+    figures, tensors = {**background.figures, **settings.figures}, model.denoiser.state_dict()
+    size, origin = sum(value.numel() for value in tensors.values()), Path(source).name
+    text = card(Path(destination).name, config, facts, size, figures, settings.license, origin)
+    with storage.publishing_folder(destination) as local:
         # The paths of the files and logs of a run are not published.
-        run = {k: v for k, v in opened.background.run.items() if k not in ("cluster", "tracking")}
-        background = model_folder.Background(figures, run)
-        model_folder.write(local, opened.config, opened.facts, tensors, background)
-        text = card(
-            Path(destination).name,
-            opened.config,
-            opened.facts,
-            sum(value.numel() for value in tensors.values()),
-            figures,
-            settings.license,
-            Path(source).name,
-        )
+        run = {k: v for k, v in background.run.items() if k not in ("cluster", "tracking")}
+        model_folder.write(local, config, facts, tensors, Background(figures, run))
         (local / "README.md").write_text(text, encoding="utf-8")
-        if opened.tokenizer is not None:
-            opened.tokenizer.save(local)
-        storage.publish_folder(local, destination)
+        if model.tokenizer is not None:
+            model.tokenizer.save(local)
 
 
-def _open(path: str, overrides: Sequence[str]) -> _Opened:
-    """Read a model of any kind."""
+def _open(path: str, overrides: Sequence[str]) -> tuple[Model, ModelConfig, DataFacts, Background]:
+    """Read a model of any kind, and everything that an export passes on."""
     if path.startswith("models:/"):
         local = tracking.download_model(tracking.tracking_uri(RunConfig(name="any")), path)
     elif not storage.exists(path):
@@ -445,14 +423,15 @@ def _open(path: str, overrides: Sequence[str]) -> _Opened:
         denoiser, config, facts = conversion.load(local, overrides)
         chosen = any(word.startswith("tokenizer=") for word in overrides)
         tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
-        return _Opened(denoiser, config.model, facts, tokenizer, model_folder.Background())
+        return Model(denoiser, facts.bos, tokenizer), config.model, facts, Background()
     if overrides:
         raise ConfigError(
             f"override {overrides[0]!r}: {path}: overrides apply only to released weight files; the config.yaml "
             "of a model folder fixes the architecture"
         )
     denoiser, model, facts = model_folder.read(local)
-    return _Opened(denoiser, model, facts, saved_tokenizer(local), model_folder.read_background(local))
+    background = model_folder.read_background(local)
+    return Model(denoiser, facts.bos, saved_tokenizer(local)), model, facts, background
 
 
 def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | None:

@@ -149,12 +149,8 @@ class BenchmarkConfig(Section):
         if model.classes is not None:
             yield f"models.{case.model}: classes {model.classes}; expected null; only such models are timed"
         if isinstance(case, TrainingCase):
-            plain = (
-                model.kind == "pgm"
-                and not (model.registers or model.dropout or model.swap.every_block)
-                and model.swap.pooling == "none"
-            )
-            if case.form == "dense" and not plain:
+            plain = model.kind == "pgm" and model.swap.pooling == "none" and not model.swap.every_block
+            if case.form == "dense" and (model.registers or model.dropout or not plain):
                 wanted = "a pgm without registers, dropout, pooling, every_block"
                 yield f"training: form dense of {case.model!r}; expected {wanted}"
             return

@@ -85,18 +85,15 @@ def assemble(entries: Sequence[Entry], pick: Callable[[Entry], int | float]) -> 
         entries: The space.
         pick: Gives the index of an option, or the number of a range.
     """
-    choices: dict[str, str | float] = {}
-    values: dict[str, Any] = {}
+    parts = []
     for entry in entries:
         picked = pick(entry)
-        if not entry.options:
-            choices[entry.name] = values[entry.name] = float(picked)
-            continue
-        option = entry.options[int(picked)]
-        inner = assemble(option.entries, pick)
-        choices |= {entry.name: option.label, **inner.choices}
-        values |= {**option.values, **inner.values}
-    return Variant(choices, values)
+        if entry.options:
+            option = entry.options[int(picked)]
+            parts += [Variant({entry.name: option.label}, option.values), assemble(option.entries, pick)]
+        else:
+            parts.append(Variant({entry.name: float(picked)}, {entry.name: float(picked)}))
+    return _join(parts)
 
 
 def draw(entries: Sequence[Entry], rng: np.random.Generator) -> Variant:

@@ -17,11 +17,8 @@ from pipeline.errors import ConfigError, did_you_mean
 
 _TRAINING_METRICS = ("train/loss", "train/tokens_per_second")  # reported beside the validation metric
 _SET_BY_SWEEP = ("name", "seed", "distill")
-_SAME_FOR_ALL = (
-    "cluster.storage",
-    "tracking.uri",
-    "tracking.experiment",
-)  # keys of `overrides`, not of `space`
+# Keys of `overrides`, not of `space`.
+_SAME_FOR_ALL = ("cluster.storage", "tracking.uri", "tracking.experiment")
 _CHECKED_DRAWS = 16  # draws of a continuous space that are checked before anything starts
 
 
@@ -161,18 +158,16 @@ class Sweep:
         if metric not in reported:
             near = did_you_mean(metric, reported)
             yield f"metric: {metric!r} is never reported; reported are {', '.join(reported)}{near}"
+        every = f"train.validate_every {train.validate_every}"
         if train.checkpoint_every != train.validate_every:
-            every = f"{train.checkpoint_every} is not train.validate_every {train.validate_every}"
-            yield f"train.checkpoint_every: {every}; trials are judged where they save"
+            differs = f"{train.checkpoint_every} is not {every}"
+            yield f"train.checkpoint_every: {differs}; trials are judged where they save"
         if self.config.scheduler == "asha" and first_rung:
             if first_rung >= train.steps:
                 yield f"first_rung: {first_rung} is not below train.steps {train.steps}"
             elif first_rung % train.validate_every:
                 nearest = max(1, round(first_rung / train.validate_every)) * train.validate_every
-                yield (
-                    f"first_rung: {first_rung} is no multiple of train.validate_every "
-                    f"{train.validate_every}; nearest that is: {nearest}"
-                )
+                yield f"first_rung: {first_rung} is no multiple of {every}; nearest that is: {nearest}"
 
     def _key_problems(self) -> Iterator[str]:
         """Yield what is wrong with the run's keys that `overrides` and `space` set."""

@@ -257,10 +257,9 @@ def check_fits(manifest: Manifest, config: RunConfig) -> None:
     data = config.data
     pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
     lines = differences({"data.length": (manifest.length, data.length), **pairs}, "config")
-    if (rows := manifest.rows("train")) < config.train.batch:
-        lines.append(
-            f"  train.batch: {config.train.batch} rows, but the data has {rows}; expected at most {rows}"
-        )
+    rows, batch = manifest.rows("train"), config.train.batch
+    if rows < batch:
+        lines.append(f"  train.batch: {batch} rows, but the data has {rows}; expected at most {rows}")
     if lines:
         raise DataError("\n".join(["the data does not fit the config:", *lines]))
 

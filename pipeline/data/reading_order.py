@@ -83,8 +83,7 @@ class ReadingOrder:
         for stream in range(self.streams):
             for window in range(first // self.window, (last - 1) // self.window + 1):
                 start = window * self.window
-                rows = self._cached_window(epoch, stream, window)
-                parts.append(rows[max(first - start, 0) : last - start])
+                parts.append(self._cached_window(epoch, stream, window)[max(first - start, 0) : last - start])
         return np.concatenate(parts)
 
     def slots(self, rank: int, workers: int) -> Int64[np.ndarray, "n"]:
@@ -104,12 +103,9 @@ class ReadingOrder:
         """
         if workers > self.streams:
             raise ConfigError(f"cluster.workers: {workers} workers for data.streams {self.streams}")
-        each, extra = divmod(self.streams, workers)
-        first = rank * each + min(rank, extra)
-        last = first + each + (rank < extra)
-        places = np.arange(first * self._share, last * self._share, dtype=np.int64)
-        missing = (each + (extra > 0)) * self._share - len(places)
-        return np.pad(places, (0, missing), constant_values=MISSING)
+        parts = np.array_split(np.arange(self.batch).reshape(self.streams, -1), workers)
+        places = parts[rank].reshape(-1)
+        return np.pad(places, (0, parts[0].size - places.size), constant_values=MISSING)
 
     def _layout(self, epoch: int) -> tuple[Int64[np.ndarray, "C n"], Int64[np.ndarray, "skipped"]]:
         """Return the rows of every stream before windows are shuffled, and the rows left out."""

@@ -89,7 +89,7 @@ class ShardReader:
         self._files = manifest.split(split).files
         self._starts = np.cumsum([0, *(file.rows for file in self._files)])
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._cache_bytes = cache_bytes
+        self._limit = cache_bytes
         self._verified: set[int] = set()
         self._lock = threading.Lock()  # training reads ahead in a thread
 
@@ -147,9 +147,7 @@ class ShardReader:
             self._cache[number] = self._load(self._files[number], verify=number not in self._verified)
             self._verified.add(number)
         self._cache.move_to_end(number)
-        while (
-            len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self._cache_bytes
-        ):
+        while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self._limit:
             self._cache.popitem(last=False)
         return self._cache[number]
 

@@ -151,9 +151,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return BPETokenizer("gpt2", _gpt2_ranks())
     if spec.endswith(".tiktoken"):
         return BPETokenizer(Path(spec).stem, _read_ranks(spec))
-    info_path = storage.join(spec, INFO_FILE)
-    if storage.exists(info_path):
-        info = json.loads(storage.read_text(info_path))
+    if info := storage.read_json(storage.join(spec, INFO_FILE)):
         if info["kind"] == ByteTokenizer.kind:
             return ByteTokenizer()
         return BPETokenizer(info["name"], _read_ranks(storage.join(spec, RANK_FILE)))

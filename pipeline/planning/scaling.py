@@ -76,22 +76,16 @@ def paper_workloads() -> tuple[Workload, Workload]:
     Source:
         arXiv 2505.18883.
     """
-    return (
-        _workload(
-            "PGM 8/8, H 768", PGMConfig(encoder_blocks=8, decoder_blocks=8, hidden=768, heads=12), 68.0
-        ),
-        _workload(
-            "PGM 6/6, H 1024", PGMConfig(encoder_blocks=6, decoder_blocks=6, hidden=1024, heads=16), 62.9
-        ),
-    )
+    return _workload(8, 768, 12, rows_per_second=68.0), _workload(6, 1024, 16, rows_per_second=62.9)
 
 
-def _workload(name: str, model: PGMConfig, rows_per_second: float) -> Workload:
-    """Count parameters, operations and activations of a model on OpenWebText in GPT-2 tokens."""
+def _workload(blocks: int, hidden: int, heads: int, rows_per_second: float) -> Workload:
+    """Count parameters, operations and activations of a PGM on OpenWebText in GPT-2 tokens."""
+    model = PGMConfig(encoder_blocks=blocks, decoder_blocks=blocks, hidden=hidden, heads=heads)
     config = RunConfig(name="scaling", model=model, train=TrainConfig(precision="bf16"))
     facts = DataFacts(50_257, 1024, None, None)
     return Workload(
-        name,
+        name=f"PGM {blocks}/{blocks}, H {hidden}",
         parameters=sum(plan.parameters(config, facts).values()),
         row_flops=3 * plan.forward_flops(config, facts),
         activations=plan.step_activations(config, facts),
@@ -131,13 +125,7 @@ class Prediction:
         return self.compute / self.step
 
 
-def predict(
-    workload: Workload,
-    server: Server,
-    gpus: int,
-    rows: float,
-    stage: Stage = 1,
-) -> Prediction:
+def predict(workload: Workload, server: Server, gpus: int, rows: float, stage: Stage = 1) -> Prediction:
     """Predict one training step in bf16 with micro-batches of 32 rows.
 
     Communication is a ring's: a reduce-scatter or an all-gather of b bytes over n GPUs moves b (n - 1) / n through

@@ -73,9 +73,8 @@ def started(kind: type, arguments: Sequence[Any], resources: Resources, tasks: i
     try:
         yield actors
     finally:
-        for (
-            actor
-        ) in actors:  # also while a traceback holds them, since the next user may need their CPUs and GPUs
+        # Also while a traceback holds them, since the next user may need their CPUs and GPUs.
+        for actor in actors:
             ray.kill(actor)
 
 

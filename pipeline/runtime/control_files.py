@@ -29,14 +29,13 @@ class Requests:
     def __init__(self, folder: str):
         self._stop = self._save = False
         self._last_notice_check = time.monotonic()
-        self._files = [storage.join(folder, name) for name in (STOP, SAVE)]
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="requests", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=[folder], name="requests", daemon=True)
         self._thread.start()
 
-    def _watch(self) -> None:
+    def _watch(self, folder: str) -> None:
         """Check for the files until the end."""
-        stop, save = self._files
+        stop, save = storage.join(folder, STOP), storage.join(folder, SAVE)
         while not self._closed.wait(self.INTERVAL_S):
             try:
                 self._stop = self._stop or storage.exists(stop)

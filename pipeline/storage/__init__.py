@@ -19,6 +19,7 @@ from pipeline.storage.files import (
     publish_file,
     publish_folder,
     publish_text,
+    publishing_folder,
     read_bytes,
     read_json,
     read_text,

@@ -201,11 +201,7 @@ def publish_bytes(path: str, data: bytes) -> None:
     Raises:
         DataError: it cannot be written; an earlier file is intact.
     """
-    if is_local(path):
-        with _replacing(path) as part:
-            part.write_bytes(data)
-    else:
-        _upload(path, lambda fs, inner: fs.pipe_file(inner, data))
+    _publish(path, lambda fs, inner: fs.pipe_file(inner, data))
 
 
 def publish_text(path: str, text: str) -> None:
@@ -231,11 +227,7 @@ def publish_file(local: str | Path, path: str) -> None:
     Raises:
         DataError: it cannot be written; an earlier file is intact.
     """
-    if is_local(path):
-        with _replacing(path) as part:
-            shutil.copyfile(local, part)
-    else:
-        _upload(path, lambda fs, inner: fs.put_file(str(local), inner))
+    _publish(path, lambda fs, inner: fs.put_file(str(local), inner))
 
 
 def publish_folder(local: str | Path, path: str) -> None:
@@ -262,6 +254,25 @@ def publish_folder(local: str | Path, path: str) -> None:
         if file.is_file():
             publish_file(file, join(path, file.relative_to(local).as_posix()))
     publish_bytes(join(path, COMPLETE), b"")
+
+
+@contextlib.contextmanager
+def publishing_folder(path: str) -> Iterator[Path]:
+    """Give a temporary folder, which is published (see `publish_folder`) if the block succeeds.
+
+    Args:
+        path: where to.
+
+    Returns:
+        A context manager that gives the local folder, which the block makes.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        local = Path(temporary) / "folder"
+        yield local
+        publish_folder(local, path)
 
 
 def folder_complete(path: str) -> bool:
@@ -361,9 +372,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _upload(path: str, write: Callable[[Any, str], None]) -> None:
-    """Write one object; object stores show it only once it is complete."""
+def _publish(path: str, write: Callable[[Any, str], None]) -> None:
+    """Write a file: locally under a temporary name; object stores show an object only once it is complete."""
     fs, inner = filesystem(path)
+    if is_local(path):
+        with _replacing(path) as part:
+            write(fs, str(part))
+        return
     try:
         with _explained(path):
             retry(write)(fs, inner)

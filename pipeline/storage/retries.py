@@ -19,7 +19,6 @@ _PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirecto
 # EREMOTEIO is s3fs's name for an internal error of the store; Linux only.
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ENETUNREACH}
 _TRANSIENT |= {errno.EHOSTUNREACH, getattr(errno, "EREMOTEIO", errno.EIO)}
-_OVERLOAD = {429, 503}
 # Broken connections as the stores' drivers call them; they are no OSError. By name, so that no driver is needed.
 _BROKEN = {"HTTPClientError", "EndpointConnectionError", "ServerDisconnectedError", "ClientPayloadError"}
 _BROKEN |= {"IncompleteRead"}
@@ -30,12 +29,8 @@ def status(error: BaseException) -> int | None:
     for origin in (error, error.__cause__):
         response = getattr(origin, "response", None)  # botocore
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        codes = (
-            metadata.get("HTTPStatusCode"),
-            getattr(origin, "code", None),
-            getattr(origin, "status", None),
-        )
-        code = next((str(code) for code in codes if code), "")  # code: gcsfs; status: aiohttp
+        code = metadata.get("HTTPStatusCode") or getattr(origin, "code", None)  # code: gcsfs
+        code = str(code or getattr(origin, "status", None))  # status: aiohttp
         if code.isdigit() and 400 <= int(code) < 600:
             return int(code)
     return None
@@ -75,7 +70,7 @@ def retry(function: Callable[P, R]) -> Callable[P, R]:
                 if not transient(error):
                     raise
                 wait = FIRST_WAIT * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1.5)
-                wait *= OVERLOAD_FACTOR if status(error) in _OVERLOAD else 1
+                wait *= OVERLOAD_FACTOR if status(error) in (429, 503) else 1
                 log.warning("%s failed (%s); attempt %d follows in %.1f s", name, error, attempt + 1, wait)
                 time.sleep(wait)
         return function(*args, **kwargs)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import CheckpointError, did_you_mean
-from pipeline.tracking.runs import answering, connect, ensure, first_line
+from pipeline.tracking.runs import answering, ensure, first_line
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -42,8 +42,7 @@ def register_model(uri: str, run_id: str, folder: Path, name: str, tags: Mapping
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     # Named by content: another model of the same run never overwrites the files of a registered version.
     artifact_folder = f"model-{digest.hexdigest()[:8]}"
-    with answering(uri):
-        client = connect(uri)
+    with answering(uri) as client:
         ensure(lambda: client.create_registered_model(name))
         source = f"{client.get_run(run_id).info.artifact_uri}/{artifact_folder}"
         versions = client.search_model_versions(f"name = '{name}'")
@@ -69,8 +68,8 @@ def set_alias(uri: str, name: str, alias: str, version: str) -> None:
     Raises:
         ConfigError: the store cannot be reached, or has no such model.
     """
-    with answering(uri):
-        connect(uri).set_registered_model_alias(name, alias, version)
+    with answering(uri) as client:
+        client.set_registered_model_alias(name, alias, version)
 
 
 def find_version(uri: str, reference: str) -> "ModelVersion":
@@ -91,8 +90,7 @@ def find_version(uri: str, reference: str) -> "ModelVersion":
     if parts is None:
         raise CheckpointError(f"model {reference!r}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = parts.groups()
-    with answering(uri):
-        client = connect(uri)
+    with answering(uri) as client:
         versions = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
         if not versions:
             known = [model.name for model in client.search_registered_models()]

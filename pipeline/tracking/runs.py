@@ -100,8 +100,7 @@ def open_run(
     """
     wanted = {key: str(value)[:_PARAM_LENGTH] for key, value in params.items()}
     try:
-        with answering(uri):
-            client = connect(uri)
+        with answering(uri) as client:
             run = _find_run(client, resume_id) if resume_id else None
             if run is None:
                 run = client.create_run(_experiment_id(client, uri, experiment), run_name=name)
@@ -130,12 +129,7 @@ def recorded_run(folder: str) -> tuple[str, str] | None:
 
 
 def open_recorded_run(
-    folder: str,
-    uri: str,
-    experiment: str,
-    name: str,
-    params: Mapping[str, object],
-    tags: Mapping[str, str],
+    folder: str, uri: str, experiment: str, name: str, params: Mapping[str, object], tags: Mapping[str, str]
 ) -> str:
     """Open the run that a folder has, or a new one, and record it in the folder.
 
@@ -195,29 +189,26 @@ def end_run(uri: str, run_id: str, status: Status) -> None:
     """
     try:
         # MLflow would print the run's address with user and password.
-        with answering(uri), redirect_stdout(io.StringIO()):
-            connect(uri).set_terminated(run_id, status=status)
+        with answering(uri) as client, redirect_stdout(io.StringIO()):
+            client.set_terminated(run_id, status=status)
     except ConfigError as error:
         log.warning("MLflow run %s ended as %s, which could not be recorded: %s", run_id, status, error)
 
 
-def log_dataset(
-    uri: str, run_id: str, name: str, digest: str, source: str, profile: Mapping[str, object]
-) -> None:
+def log_dataset(uri: str, run_id: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
     """Record the data that a run reads as its MLflow dataset input, once, whatever restarts happen.
 
     Args:
         uri: from `tracking_uri`.
         run_id: from `open_run`.
-        name: name of the data.
         digest: hash of the manifest, so that equal data is one dataset in MLflow (cut to 36 characters).
-        source: folder or address of the shards.
+        source: folder or address of the shards; its last part is the name of the data.
         profile: further facts, such as rows, length and tokenizer.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     dataset = Dataset(
-        name=name,
+        name=Path(source).name,
         digest=digest[:_DIGEST_LENGTH],
         source_type=source.split("://")[0] if "://" in source else "local",
         source=json.dumps({"uri": source}),
@@ -225,12 +216,11 @@ def log_dataset(
     )
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
     try:
-        with answering(uri):
-            connect(uri).log_inputs(run_id, datasets=inputs)
+        with answering(uri) as client:
+            client.log_inputs(run_id, datasets=inputs)
     except ConfigError as error:
-        log.warning(
-            "could not record dataset %s of MLflow run %s; the next start does: %s", name, run_id, error
-        )
+        what = f"dataset {dataset.name} of MLflow run {run_id}"
+        log.warning("could not record %s; the next start does: %s", what, error)
 
 
 def metric_history(uri: str, run_id: str, keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
@@ -248,8 +238,7 @@ def metric_history(uri: str, run_id: str, keys: Sequence[str]) -> dict[str, list
         ConfigError: the store cannot be reached.
     """
     history = {}
-    with answering(uri):
-        client = connect(uri)
+    with answering(uri) as client:
         for key in keys:
             points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
             history[key] = sorted({point.step: point.value for point in points}.items())
@@ -282,8 +271,8 @@ def connect(uri: str) -> "MlflowClient":
 
 
 @contextmanager
-def answering(uri: str) -> Iterator[None]:
-    """Turn the errors of MLflow inside the block into a ConfigError that names the store.
+def answering(uri: str) -> Iterator["MlflowClient"]:
+    """Give a client of a store, and turn the errors of MLflow inside the block into a ConfigError that names it.
 
     Raises:
         ConfigError: MLflow refused a call, or did not answer.
@@ -291,7 +280,7 @@ def answering(uri: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
-        yield
+        yield connect(uri)
     except (MlflowException, OSError) as error:
         raise ConfigError(shown(f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}")) from error
 

@@ -12,7 +12,6 @@ import logging
 import math
 import re
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,7 +251,7 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     """
     if flaws := problems(path):
         raise CheckpointError(f"{path} is not usable: " + "; ".join(flaws))
-    averages = read_averages(sorted(storage.fetch(path).glob("ema_*.safetensors")))
+    averages = read_averages(storage.fetch(path))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
     tensors = {}
@@ -306,9 +305,7 @@ def publish_model(
     manifest, special = run.manifest, run.manifest.special
     facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
     background = model_folder.Background(figures, run.config.model_dump(mode="json"))
-    with tempfile.TemporaryDirectory() as temporary:
-        local = Path(temporary) / "model"
+    with storage.publishing_folder(target) as local:
         model_folder.write(local, run.config.model, facts, weights, background)
         if tokenizer is not None:
             tokenizer.save(local)
-        storage.publish_folder(local, target)

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +28,7 @@ from pipeline.runtime.session import Session
 from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
 from pipeline.training.ema import EMA
-from pipeline.training.engine import Engine
+from pipeline.training.engine import Engine, fill
 from pipeline.training.pretraining import Task
 from pipeline.training.resume import differences
 
@@ -191,13 +189,9 @@ class Distillation(Task):
         if done != self._round:
             self._begin(done, at_its_start=inside == 0)
         seed, eps, self._dt = self._config.seed, self._config.diffusion.eps, time_step(self._distill, done)
+        schedule, least = DiffusionConfig(eps=eps), 2 * self._dt
         self._draws = partition.draw(
-            DiffusionConfig(eps=eps),
-            seed=seed,
-            step=step,
-            shape=self._shape,
-            bos=self._bos,
-            least=2 * self._dt,
+            schedule, seed=seed, step=step, shape=self._shape, bos=self._bos, least=least
         )
         self._sides = hidden_sides(self._draws, self._dt, self._distill.form, eps, self._bos)
         rows, length = self._shape
@@ -231,7 +225,7 @@ class Distillation(Task):
                 checkpoint.publish_model(self._run, where, weights, figures={}, tokenizer=None)
             dist.barrier()
             self._engine.restart(weights, keep_optimizer=self._distill.optimizer == "keep")
-            self._ema.restart(self._engine.masters())
+            fill(self._ema.slices, weights)
         if not storage.folder_complete(where):
             raise CheckpointError(
                 f"{where}: the teacher of round {done + 1} is missing; expected a model folder"
@@ -298,12 +292,10 @@ def _place(run: Run, where: str) -> ModelConfig:
         denoiser, released, facts = conversion.load(local)
         model = released.model
     _check_model(run, model)
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / "model"
+    with storage.publishing_folder(where) as copy:
         model_folder.write(copy, model, facts, denoiser.state_dict(), model_folder.Background())
         origin_facts = {"teacher": name, "tokenizer": tokenizer and tokenizer.hash}
         (copy / ORIGIN).write_text(json.dumps(origin_facts) + "\n", encoding="utf-8")
-        storage.publish_folder(copy, where)
     return model
 
 
@@ -330,17 +322,15 @@ def _check_model(run: Run, model: ModelConfig) -> None:
         )
 
 
-def teacher_name(folder: str) -> str:
-    """Return the teacher that a run was given: a folder, a file, or the model version behind an alias.
+def read_origin(folder: str) -> dict[str, Any]:
+    """Read where the first teacher was copied from, and the hash of its tokenizer.
 
     Args:
         folder: of the run.
+
+    Returns:
+        `teacher`, a folder, a file, or the model version behind an alias; and `tokenizer`, its hash or None.
     """
-    return str(_origin(folder)["teacher"])
-
-
-def _origin(folder: str) -> dict[str, Any]:
-    """Read where the first teacher was copied from, and the hash of its tokenizer."""
     return dict(storage.read_json(storage.join(teacher_folder(folder, 0), ORIGIN)))
 
 
@@ -360,7 +350,7 @@ def check_teacher(run: Run) -> None:
         "length": (facts.length, manifest.length),
         "BOS": (facts.bos, manifest.special.bos),
     }
-    if tokenizer := _origin(run.folder)["tokenizer"]:  # None for released files
+    if tokenizer := read_origin(run.folder)["tokenizer"]:  # None for released files
         pairs["tokenizer (hash)"] = (tokenizer, manifest.tokenizer.hash)
     differing = [
         f"{key} {of_teacher}, the data's is {of_data}"

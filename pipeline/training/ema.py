@@ -1,7 +1,6 @@
 """Exponential moving average of the float32 master weights, each rank its own slices."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.training.engine import Slices, fill
+from pipeline.training.engine import Slices
 
 
 class EMA:
@@ -41,45 +40,24 @@ class EMA:
             list(self.slices.values()), [masters[key] for key in self.slices], 1 - self.decay
         )
 
-    @torch.no_grad()
-    def restart(self, masters: Slices) -> None:
-        """Set the average to the weights as they are.
-
-        Args:
-            masters: float32 weights that this rank owns.
-        """
-        for key, values in self.slices.items():
-            values.copy_(masters[key])
-
     def save(self, file: Path) -> None:
         """Write this rank's slices as safetensors with keys `name@offset`."""
         save_file(
             {f"{name}@{offset}": v.cpu().contiguous() for (name, offset), v in self.slices.items()}, file
         )
 
-    def load(self, files: Iterable[Path]) -> None:
-        """Fill the slices from files that any number of ranks wrote.
 
-        Args:
-            files: written by `save`.
-
-        Raises:
-            CheckpointError: an entry of a slice is in none of the files.
-        """
-        fill(self.slices, read_averages(files))
-
-
-def read_averages(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Read the averages in files of any number of ranks.
+def read_averages(folder: Path) -> dict[str, Tensor]:
+    """Read the averages that any number of ranks saved.
 
     Args:
-        files: written by `EMA.save`.
+        folder: of a checkpoint, with files that `EMA.save` wrote.
 
     Returns:
         A flat float32 tensor for every parameter name; it ends where the first slice is missing.
     """
     pieces: list[tuple[str, int, Tensor]] = []
-    for file in files:
+    for file in folder.glob("ema_*.safetensors"):
         for key, values in load_file(file).items():
             name, _, start = key.rpartition("@")
             pieces.append((name, int(start), values))

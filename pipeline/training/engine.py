@@ -99,9 +99,8 @@ class Engine:
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay
         )
-        settings = self._settings(universal)
         self._engine: Any = deepspeed.initialize(
-            model=model, optimizer=optimiser, config=settings, dist_init_required=False
+            model=model, optimizer=optimiser, config=self._settings(universal), dist_init_required=False
         )[0]
         self._engine.optimizer.state.clear()  # that step must not count in Adam's bias correction
         self.fresh = 0  # step at which the optimiser was last reset

@@ -160,8 +160,7 @@ def _log_results(
 def _quality(run: Run) -> list[step_quality.Quality]:
     """Score samples of the teacher and of every round's student by a bigram model of the training rows."""
     config, manifest = run.config, run.manifest
-    distill, bos = config.distill, manifest.special.bos is not None
-    assert distill is not None
+    distill, bos = run.distill, manifest.special.bos is not None
     models = {"teacher": teacher_folder(run.folder, 0)}
     models |= {f"round {done}": teacher_folder(run.folder, done) for done in range(1, distill.rounds)}
     models[f"round {distill.rounds}"] = run.model_folder

@@ -1,7 +1,6 @@
 """Pretraining, distillation and sampling from a config to their results."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from pipeline import storage, tracking
 from pipeline.config.load import dump, flatten
@@ -52,7 +51,7 @@ def distill(config: RunConfig) -> RunResult:
     run = Run.of(config)
     storage.check_writable(run.folder, "cluster.storage")
     run = distillation.with_teacher(run)
-    return train_to_end(run, {"teacher": distillation.teacher_name(run.folder)})
+    return train_to_end(run, {"teacher": distillation.read_origin(run.folder)["teacher"]})
 
 
 def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | None = None) -> RunResult:
@@ -112,7 +111,7 @@ def sample(config: RunConfig) -> draw.Samples:
 
 def _open_mlflow_run(run: Run, tags: dict[str, str]) -> str:
     """Open, or continue, the MLflow run of the run's folder, and log the config and the data."""
-    config, uri, path, manifest = run.config, run.tracking_uri, run.data_path, run.manifest
+    config, uri, manifest = run.config, run.tracking_uri, run.manifest
     params = flatten(config.model_dump(mode="json"))
     run_id = tracking.open_recorded_run(
         run.folder, uri, config.tracking.experiment, config.name, params, tags
@@ -120,7 +119,5 @@ def _open_mlflow_run(run: Run, tags: dict[str, str]) -> str:
     storage.publish_text(storage.join(run.folder, "config.yaml"), dump(config))
     rows, tokenizer = manifest.rows("train"), manifest.tokenizer.name
     profile = {"rows": rows, "length": manifest.length, "tokenizer": tokenizer}
-    tracking.log_dataset(
-        uri, run_id, name=Path(path).name, digest=manifest.content_key, source=path, profile=profile
-    )
+    tracking.log_dataset(uri, run_id, digest=manifest.content_key, source=run.data_path, profile=profile)
     return run_id

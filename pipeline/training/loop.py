@@ -30,9 +30,9 @@ from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
-from pipeline.training.engine import Engine
+from pipeline.training.engine import Engine, fill
 from pipeline.training.pretraining import Pretraining, Task
-from pipeline.training.validation import Validation, validate
+from pipeline.training.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +98,12 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     initial = None if resume else resuming.initial_weights(run, model)
     engine = Engine(model, config, parts, device, universal=resume is not None and resume.universal)
     ema = EMA(engine.masters(), settings.ema)
-    if source := resume or initial:
-        source.load(engine, ema)
+    if resume:
+        resume.load(engine, ema)
+    elif initial:
+        weights, average = initial
+        fill(engine.masters(), weights)
+        fill(ema.slices, average)
     start = resume.state.step if resume else 0
     masters = engine.masters()
     task: Task = (
@@ -200,11 +204,12 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 notice = "the group of workers is about to change"
             if notice and rank == 0:
                 log.warning("step %d: %s; saving before that", done, notice)
-            validation: Validation | None = None
+            validation: float | None = None
+            samples: tuple[str, ...] = ()
             if done % settings.validate_every == 0 or last:
                 with _timed(times, "validation"):
-                    validation = validate(run, engine, ema, session, tracker, done)
-                metrics[f"validation/{config.validation_metric}"] = validation.value
+                    validation, samples = validate(run, engine, ema, session, tracker, done)
+                metrics[f"validation/{config.validation_metric}"] = validation
 
             if done % settings.checkpoint_every == 0 or last or stopping or notice:
                 if rank == 0:
@@ -217,8 +222,8 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                     workers=session.workers,
                     config=config.model_dump(mode="json"),
                     run_id=run.run_id,
-                    validation=validation.value if validation else None,
-                    samples=validation.texts if validation else (),
+                    validation=validation,
+                    samples=samples,
                     task=task.facts(),
                 )
                 with _timed(times, "checkpoints"):

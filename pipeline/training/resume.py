@@ -59,7 +59,7 @@ class Resume:
         """
         local = storage.fetch(self.path)
         engine.load(storage.fetch(checkpoint.universal_path(self.path)) if self.universal else local)
-        ema.load(sorted(local.glob("ema_*.safetensors")))
+        fill(ema.slices, read_averages(local))
 
 
 def plan_resume(run: Run, workers: int) -> Resume | None:
@@ -194,30 +194,7 @@ def _convert(path: str) -> None:
             ) from error
 
 
-@dataclass(frozen=True)
-class Initial:
-    """Weights that a fresh run starts from.
-
-    Attributes:
-        weights: float32 weights; the model holds them already, perhaps rounded to bf16.
-        average: float32 weights that the EMA starts from.
-    """
-
-    weights: dict[str, Tensor]
-    average: dict[str, Tensor]
-
-    def load(self, engine: Engine, ema: EMA) -> None:
-        """Copy the weights to the float32 masters and the average to the EMA.
-
-        Args:
-            engine: fresh.
-            ema: of its weights.
-        """
-        fill(engine.masters(), self.weights)
-        fill(ema.slices, self.average)
-
-
-def initial_weights(run: Run, model: Denoiser) -> Initial | None:
+def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
     """Put the weights of `train.init_from` into a fresh model.
 
     The weights of a model folder are EMA weights; weights and average both start from them. A checkpoint has
@@ -228,7 +205,8 @@ def initial_weights(run: Run, model: Denoiser) -> Initial | None:
         model: on the CPU; its parameters are overwritten.
 
     Returns:
-        The weights in float32; None if `train.init_from` is not set.
+        The weights, which the model holds perhaps rounded to bf16, and the average that the EMA starts from, both in
+        float32 by parameter name; None if `train.init_from` is not set.
 
     Raises:
         CheckpointError: no such folder or version, or it does not fit the model.
@@ -241,13 +219,13 @@ def initial_weights(run: Run, model: Denoiser) -> Initial | None:
     if (local / TAG).is_dir():
         if flaws := checkpoint.problems(str(local)):
             raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))
-        average = read_averages(sorted(local.glob("ema_*.safetensors")))
+        average = read_averages(local)
         weights = _raw_weights(local)
     else:
         weights = average = model_folder.read_weights(local)
     model_folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
     log.info("starting from the weights of %s", source)
-    return Initial(weights, average)
+    return weights, average
 
 
 def _raw_weights(local: Path) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Validation during training: the likelihood of held-out rows under the EMA weights, and samples."""
 
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,19 +25,6 @@ from pipeline.training.engine import Engine
 log = logging.getLogger(__name__)
 
 TEXTS, PICTURES_A_CLASS, CLASSES_SHOWN = 2, 4, 10
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Result of a validation.
-
-    Attributes:
-        value: of the run's validation metric, perplexity (text) or loss in nats per masked token (images).
-        texts: samples of a text model.
-    """
-
-    value: float
-    texts: tuple[str, ...] = ()
 
 
 def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | None = None) -> ImageTokenizer:
@@ -73,7 +59,7 @@ def validation_rows(available: int, most: int) -> Int[np.ndarray, "n"]:
 
 def validate(
     run: Run, engine: Engine, ema: EMA, session: Session, tracker: Tracker | None, step: int
-) -> Validation:
+) -> tuple[float, tuple[str, ...]]:
     """Validate the EMA weights, and log the figures and a few samples; all ranks call it together.
 
     Args:
@@ -85,7 +71,8 @@ def validate(
         step: number of updates done.
 
     Returns:
-        Value of the metric, and texts; equal on all ranks.
+        Value of the run's validation metric, perplexity (text) or loss in nats per masked token (images); and the
+        samples of a text model.
     """
     config, bos = run.config, run.manifest.special.bos
     reader = ShardReader(run.data_path, run.manifest, "validation")
@@ -118,7 +105,7 @@ def validate(
     value = bound.nats if metric == "loss" else bound.perplexity
     if tracker:
         tracker.log_metrics({f"validation/{metric}": value, "validation/nats": bound.nats}, step)
-    return Validation(value, texts)
+    return value, texts
 
 
 def draw(

@@ -197,11 +197,10 @@ def _worker(settings: dict[str, Run]) -> None:
         os.environ["LOCAL_RANK"] = str(device.index)
     torch.set_num_threads(run.config.cluster.cpus_per_worker)  # Ray's default is one thread
     fatal = storage.join(run.folder, FATAL)
-    session = RaySession()
     if storage.exists(fatal):  # no restart can help; the driver reports the reason
         return
     try:
-        metrics = train(run, session)
+        metrics = train(run, RaySession())
     except PipelineError as error:
         storage.publish_text(fatal, json.dumps({"kind": type(error).__name__, "message": str(error)}))
         raise

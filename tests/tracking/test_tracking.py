@@ -145,7 +145,7 @@ class TestRun:
 
     def test_dataset_is_an_input_once(self, uri: str, run_id: str) -> None:
         for _ in range(2):
-            log_dataset(uri, run_id, "pydoc", "f" * 64, "/data/pydoc", {"rows": 7, "length": 64})
+            log_dataset(uri, run_id, "f" * 64, "/data/pydoc", {"rows": 7, "length": 64})
         (recorded,) = connect(uri).get_run(run_id).inputs.dataset_inputs
         assert (recorded.dataset.name, recorded.dataset.digest) == ("pydoc", "f" * 36)
         assert json.loads(recorded.dataset.source) == {"uri": "/data/pydoc"}

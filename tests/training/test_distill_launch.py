@@ -77,7 +77,7 @@ def test_run_is_linked_to_its_teachers_version(
     assert run.data.tags["teacher"] == "models:/teacher/1"
     tracking.set_alias(tracking.tracking_uri(config), "teacher", "teacher", "2")
     again = distillation.with_teacher(Run.of(config))
-    assert distillation.teacher_name(outcome.run) == "models:/teacher/1"
+    assert distillation.read_origin(outcome.run)["teacher"] == "models:/teacher/1"
     assert again.config.train.init_from == distillation.teacher_folder(outcome.run, 0)
 
 

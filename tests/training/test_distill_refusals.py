@@ -102,7 +102,7 @@ def test_a_corrected_teacher_replaces_the_one_that_was_refused(distil: Distil, t
     config = distillation.with_teacher(Run(distil(right))).config
     assert config.model == other
     run = Run(config).folder
-    assert distillation.teacher_name(run) == right
+    assert distillation.read_origin(run)["teacher"] == right
     assert config.train.init_from == distillation.teacher_folder(run, 0)
     assert model_folder.read_config(Path(config.train.init_from))[0] == other
 

@@ -114,7 +114,7 @@ def test_ema_slices_of_any_workers_make_the_same_tensors(changed: dict[str, Seen
         run = Path(Run(config_of(run_storage, change, STEPS, change.stage)).folder)
         files = sorted((run / checkpoint.name_of(CHANGE)).glob("ema_*"))
         assert len(files) == (1 if change.stage == 0 else 2)
-        whole.append(read_averages(files))
+        whole.append(read_averages(run / checkpoint.name_of(CHANGE)))
     for name, value in whole[0].items():
         assert float((value - whole[1][name]).abs().max()) < 1e-5
         assert float((value - whole[2][name]).abs().max()) < 1e-5

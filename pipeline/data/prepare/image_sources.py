@@ -129,8 +129,7 @@ def open_images(data: ImageDataConfig) -> ImageSource:
         return ImageSource((SourceFile(DIGITS, "", 0, version=info.fingerprint),), info)
     if data.source.startswith(HUB):
         return _open_hub(data)
-    suffixes = tuple(itertools.chain(*_KINDS.values()))
-    files = source_files.find(data.source, suffixes, DIGITS)
+    files = source_files.find(data.source, tuple(itertools.chain(*_KINDS.values())), DIGITS)
     files = [file for file in files if "/." not in f"/{file.name}"]
     kinds = [kind for kind, ends in _KINDS.items() if any(is_a(file.path, ends) for file in files)]
     if len(kinds) != 1:
@@ -299,7 +298,7 @@ def _sample(
     return image, label
 
 
-def _read_tar(path: str, refs: Sequence[Ref]) -> Iterator[tuple[bytes, int]]:
+def _read_tar(path: str, refs: Sequence[Ref]) -> Iterator[RawImage]:
     """Yield the bytes and the label of each image."""
     with storage.open_read(path) as file:
         for ref in refs:
@@ -323,9 +322,7 @@ def _list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
     yield from (Ref(path, row, 0, label=-1) for row in range(rows))
 
 
-def _read_parquet(
-    path: str, refs: Sequence[Ref], data: ImageDataConfig
-) -> Iterator[tuple[bytes, int] | Problem]:
+def _read_parquet(path: str, refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage | Problem]:
     """Yield the bytes and the label of each image, whose rows ascend; only their row groups are read."""
     places = {ref.place for ref in refs}
     with storage.open_read(path) as file:
@@ -336,21 +333,20 @@ def _read_parquet(
         numbers = itertools.chain.from_iterable(range(starts[g], starts[g + 1]) for g in groups)
         columns = [data.image_field, data.label_field]
         for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns):
-            images, labels = batch.column(data.image_field), batch.column(data.label_field)
-            for i in range(len(batch)):
-                if (number := next(numbers)) in places:
-                    yield _cell(images[i].as_py(), labels[i].as_py(), f"{path} row {number}", data=data)
+            cells = zip(batch.column(data.image_field), batch.column(data.label_field), numbers, strict=False)
+            for image, label, number in cells:
+                if number in places:
+                    yield _cell(image.as_py(), label.as_py(), f"{path} row {number}", data=data)
             if number >= refs[-1].place:
                 return
 
 
-def _cell(image: Any, label: Any, where: str, data: ImageDataConfig) -> tuple[bytes, int] | Problem:
+def _cell(image: Any, label: Any, where: str, data: ImageDataConfig) -> RawImage | Problem:
     """Return the bytes and the label in a row; Hugging Face stores an image as its bytes and its file's name."""
     image = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(image, bytes):
-        kind = type(image).__name__
-        expected = "expected the bytes of an image"
-        return Problem(where, f"{data.image_field!r} (data.image_field) holds a {kind}; {expected}")
+        found = f"{data.image_field!r} (data.image_field) holds a {type(image).__name__}"
+        return Problem(where, f"{found}; expected the bytes of an image")
     if not isinstance(label, int) or not 0 <= label < data.classes:
         return Problem(where, _outside(label, data.classes))
     return image, label

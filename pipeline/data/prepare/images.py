@@ -29,10 +29,10 @@ from PIL import Image, ImageOps
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content, tokenizer_key
+from pipeline.data.manifest import Manifest, SpecialIds, TokenizerInfo, hash_content, tokenizer_key
 from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_sources import ImageSource, Listing, Ref, list_images, read_images
-from pipeline.data.prepare.source_files import Problem, refusal
+from pipeline.data.prepare.source_files import Problem, leave_out
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.errors import DataError
 
@@ -49,7 +49,6 @@ _REDUCING_GAP = 3.0  # pixels are first averaged to this times the final size, w
 _READERS = 8  # threads that read the images on which the tokenizer is fitted
 
 
-@dataclass(frozen=True)
 class ImageUnit(workflow.Unit):
     """The record of one encoded unit.
 
@@ -183,9 +182,8 @@ def square(raw: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "S S 3"]:
     except DataError:
         raise
     except Exception as error:  # PIL lets errors of many kinds pass from damaged files
-        message = re.sub(
-            " <.*>", "", str(error)
-        )  # of an object in memory, which has another address each time
+        # Without objects in memory, which have another address each time.
+        message = re.sub(" <.*>", "", str(error))
         raise DataError(f"{type(error).__name__}: {message}") from None
 
 
@@ -213,9 +211,7 @@ def read_pixels(refs: Sequence[Ref], data: ImageDataConfig) -> Pixels:
                 continue
             except DataError as error:
                 item = Problem(str(ref), str(error))
-        if data.on_error == "fatal":
-            raise refusal(item)
-        problems.append(str(item))
+        problems.append(leave_out(item, data))
     pixels = np.stack(images) if images else np.empty((0, data.size, data.size, 3), np.uint8)
     return Pixels(pixels, np.array(labels, np.int64), np.array(kept, np.int64), problems)
 
@@ -293,9 +289,8 @@ class Encoder:
         sink = io.BytesIO()
         np.savez(sink, codes=self._tokenizer.encode(images).astype("<i4"), labels=labels)
         storage.publish_bytes(workflow.unit_path(self._work, index, "npz"), sink.getvalue())
-        record = ImageUnit(index, pixels.problems, train=train, validation=len(out) - train)
-        record.publish(self._work)
-        return record
+        record = ImageUnit(index=index, problems=pixels.problems, train=train, validation=len(out) - train)
+        return record.publish(self._work)
 
 
 def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, workflow.SplitPlan]:
@@ -314,17 +309,12 @@ def plan_splits(units: Sequence[ImageUnit], data: ImageDataConfig) -> dict[str, 
     copies = 2 if data.flip else 1
     train = [(u.index, copy * u.train, (copy + 1) * u.train) for copy in range(copies) for u in units]
     validation = [(u.index, copies * u.train, copies * u.train + u.validation) for u in units]
-    plans = {}
-    for name, pieces, documents in (
-        ("train", train, sum(unit.train for unit in units)),
-        ("validation", validation, sum(unit.validation for unit in units)),
-    ):
-        if not documents:
+    counts = (sum(unit.train for unit in units), sum(unit.validation for unit in units))
+    pieces, border = np.array(train + validation, np.int64), copies * counts[0]
+    plans = workflow.plan_splits(pieces, border, counts, data.shard_rows, row=1, tokens=data.length)
+    for name, plan in plans.items():
+        if not plan.shards:
             raise DataError(f"data.source: no image of the {name} split can be read")
-        rows = documents * (copies if name == "train" else 1)
-        split = Split(files=(), documents=documents, tokens=rows * data.length, tokens_dropped=0)
-        shards = workflow.plan_shards(name, np.array(pieces, np.int64), 0, stop=rows, size=data.shard_rows)
-        plans[name] = workflow.SplitPlan(split, shards)
     return plans
 
 
@@ -344,9 +334,7 @@ def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
     log.info("listing %s", data.source)
     listing = list_images(source, data)
     for problem in listing.problems:
-        if data.on_error == "fatal":
-            raise refusal(problem)
-        log.warning("skipped %s", problem)
+        log.warning("skipped %s", leave_out(problem, data))
     workflow.check_held_out(data, "images", len(listing.refs))
     return listing
 
@@ -355,9 +343,7 @@ def _tokenizer(data: ImageDataConfig, refs: Sequence[Ref], work: str) -> "ImageT
     """Load or fit the tokenizer, and leave it in `work` for the encoders."""
     folder = storage.join(work, TOKENIZER)
     if not storage.folder_complete(folder):
-        patch = data.tokenizer == "patch"
-        tokenizer = _fit(data, refs) if patch else _load(data, data.tokenizer)
-        _save(tokenizer, folder)
+        _save(_fit(data, refs) if data.tokenizer == "patch" else _load(data, data.tokenizer), folder)
     return _load(data, folder)
 
 

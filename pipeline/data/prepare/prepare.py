@@ -7,6 +7,7 @@ interrupted preparation is continued, and one of another input is not. The manif
 import contextlib
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
     log.info("preparing %s in %s", data.source, path)
-    manifest = _build(data, source, path, work=work)
+    build: Callable[..., Manifest] = text.build if data.kind == "text" else images.build
+    manifest = build(data, source, path, work=work)
     manifest.publish(path)
     _clean(path, manifest)
     _report(path, manifest)
@@ -119,15 +121,6 @@ def _content(data: AnyDataConfig) -> dict[str, Any]:
 def _open(data: AnyDataConfig) -> TextSource | ImageSource:
     """List what `data.source` names, without reading it."""
     return open_source(data) if data.kind == "text" else open_images(data)
-
-
-def _build(data: AnyDataConfig, source: TextSource | ImageSource, path: str, work: str) -> Manifest:
-    """Make the shards; return the manifest."""
-    if data.kind == "text":
-        assert isinstance(source, TextSource)
-        return text.build(data, source, path, work=work)
-    assert isinstance(source, ImageSource)
-    return images.build(data, source, path, work=work)
 
 
 def _prepared(data: AnyDataConfig, path: str) -> Manifest | None:

@@ -49,13 +49,19 @@ class SourceFile(NamedTuple):
     version: str
 
 
-def refusal(problem: Problem) -> DataError:
-    """Return the error of a source that cannot be read completely, where `data.on_error` is fatal.
+def leave_out(problem: Problem, data: AnyDataConfig) -> str:
+    """Return the description of what is left out, or refuse the source where `data.on_error` is fatal.
 
     Args:
         problem: what cannot be read.
+        data: the data section of the config.
+
+    Raises:
+        DataError: `data.on_error` is fatal.
     """
-    return DataError(f"data.source: {problem} (data.on_error: skip counts and leaves out such items)")
+    if data.on_error == "fatal":
+        raise DataError(f"data.source: {problem} (data.on_error: skip counts and leaves out such items)")
+    return str(problem)
 
 
 def digest(parts: Iterable[str]) -> str:
@@ -104,12 +110,8 @@ def list_files(source: str, root: str = "") -> list[SourceFile]:
         root: how the paths start (without the protocol of a URL); what follows is the name.
     """
     fs, inner = storage.filesystem(source)
-    if has_wildcard(inner):
-        items = fs.glob(inner, detail=True)
-    else:
-        items = {inner: fs.info(inner)} if fs.exists(inner) else {}
     infos: dict[str, Any] = {}
-    for path, info in items.items():
+    for path, info in fs.glob(inner, detail=True).items():  # also of a path without wildcards
         infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
     protocol = "" if storage.is_local(source) else fs.unstrip_protocol(inner).removesuffix(inner)
     return [

@@ -10,7 +10,6 @@ What the shards hold depends on the input and the config alone.
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from operator import methodcaller
@@ -23,7 +22,7 @@ from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content
 from pipeline.data.prepare import workflow
-from pipeline.data.prepare.source_files import refusal
+from pipeline.data.prepare.source_files import leave_out
 from pipeline.data.prepare.text_sources import Piece, TextSource, read
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.data.tokenizers import load_tokenizer
@@ -36,7 +35,6 @@ _BATCH = 256  # documents that are tokenised together
 cached_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
 
 
-@dataclass(frozen=True)
 class TextUnit(workflow.Unit):
     """The record of one tokenised unit. Its file (`bin`) holds the tokens, then the documents' ends as int64.
 
@@ -152,9 +150,9 @@ def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work:
                     lengths.append(len(ids) + 1)
             file.write(np.cumsum(lengths, dtype="<i8").tobytes())
         storage.publish_file(local, workflow.unit_path(work, index, "bin"))
-    record = TextUnit(index, problems, tokens=sum(lengths), documents=len(lengths), empty=empty)
-    record.publish(work)
-    return record
+    return TextUnit(
+        index=index, problems=problems, tokens=sum(lengths), documents=len(lengths), empty=empty
+    ).publish(work)
 
 
 def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> dict[str, workflow.SplitPlan]:
@@ -172,28 +170,18 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
         DataError: there are no documents, too few of them, or less than a row in a split.
     """
     documents = sum(unit.documents for unit in units)
-    held_out = data.validation_documents
     workflow.check_held_out(data, "documents", documents)
-    border = _border(units, documents - held_out, data, work=work)
-    total = sum(unit.tokens for unit in units)
+    counts = (documents - data.validation_documents, data.validation_documents)
+    border = _border(units, counts[0], data, work=work)
     payload = _payload(data)
     pieces = np.array([(unit.index, 0, unit.tokens) for unit in units], np.int64)
-    plans = {}
-    for name, start, stop, count in (
-        ("train", 0, border, documents - held_out),
-        ("validation", border, total, held_out),
-    ):
-        tokens = stop - start
-        dropped = tokens % payload
-        if dropped == tokens:
+    plans = workflow.plan_splits(pieces, border, counts, data.shard_rows, row=payload, tokens=1)
+    for name, (split, shards) in plans.items():
+        if not shards:
             raise DataError(
-                f"data.length: the {name} split has {tokens} tokens, less than one row of {payload}; "
+                f"data.length: the {name} split has {split.tokens} tokens, less than one row of {payload}; "
                 "expected more documents in it or shorter rows"
             )
-        split = Split(files=(), documents=count, tokens=tokens, tokens_dropped=dropped)
-        size = data.shard_rows * payload
-        shards = workflow.plan_shards(name, pieces, start, stop=stop - dropped, size=size)
-        plans[name] = workflow.SplitPlan(split, shards)
     return plans
 
 
@@ -246,7 +234,5 @@ def _readable(pieces: Sequence[Piece], data: TextDataConfig, problems: list[str]
     for document in (document for piece in pieces for document in read(piece, data)):
         if isinstance(document, str):
             yield document
-        elif data.on_error == "fatal":
-            raise refusal(document)
         else:
-            problems.append(str(document))
+            problems.append(leave_out(document, data))

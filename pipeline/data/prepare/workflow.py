@@ -5,11 +5,9 @@ ranges of these files, so any Ray task can write any shard. Both steps skip what
 has finished.
 """
 
-import json
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -17,6 +15,7 @@ import numpy as np
 import ray
 import ray.data
 from jaxtyping import Int64
+from pydantic import BaseModel
 
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
@@ -27,14 +26,14 @@ from pipeline.logs import Progress
 
 log = logging.getLogger(__name__)
 
+_SPLITS = ("train", "validation")
 _NAMES = 1000  # descriptions of what was skipped that a manifest keeps
 
 Pieces = Int64[np.ndarray, "p 3"]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """The record of one unit of the source.
+class Unit(BaseModel):
+    """The record of one unit of the source; keys that earlier versions wrote are ignored.
 
     Attributes:
         index: number of the unit.
@@ -49,25 +48,14 @@ class Unit:
         """What the unit holds, as the log counts it."""
         raise NotImplementedError
 
-    def publish(self, work: str) -> None:
-        """Write the record, which says that the unit's file is complete.
+    def publish(self, work: str) -> Self:
+        """Write the record, which says that the unit's file is complete, and return it.
 
         Args:
             work: folder of the intermediate files.
         """
-        storage.publish_text(unit_path(work, self.index, "json"), json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, work: str, index: int) -> Self:
-        """Read the record of a unit that is finished.
-
-        Args:
-            work: folder of the intermediate files.
-            index: number of the unit.
-        """
-        values = json.loads(storage.read_text(unit_path(work, index, "json")))
-        values.pop("fatal", None)  # written by earlier versions
-        return cls(**values)
+        storage.publish_text(unit_path(work, self.index, "json"), self.model_dump_json())
+        return self
 
 
 U = TypeVar("U", bound=Unit)
@@ -153,8 +141,8 @@ def run_units(
     Raises:
         PipelineError: a unit failed.
     """
-    names = set(storage.listing(work))
-    units = [record.read(work, i) for i in range(len(inputs)) if f"unit-{i:06d}.json" in names]
+    names = [name for name in storage.listing(work) if name.startswith("unit-") and name.endswith(".json")]
+    units = [record.model_validate_json(storage.read_bytes(storage.join(work, name))) for name in names]
     finished = {unit.index for unit in units}
     if units:
         log.info("%d of %d units were %s before", len(units), len(inputs), verb)
@@ -205,26 +193,37 @@ def skipped(units: Sequence[Unit], *others: str) -> Skipped:
     return Skipped(count=len(problems), names=tuple(problems[:_NAMES]))
 
 
-def plan_shards(split: str, pieces: Pieces, start: int, stop: int, size: int) -> list[Shard]:
-    """Cut a range of a sequence of pieces into shards.
+def plan_splits(
+    pieces: Pieces, border: int, documents: tuple[int, int], shard_rows: int, row: int, tokens: int
+) -> dict[str, SplitPlan]:
+    """Cut a sequence of pieces into the shards of "train" and "validation".
 
     Args:
-        split: name of the split.
         pieces: the sequence, see `Shard`.
-        start: where the range starts in the sequence.
-        stop: where it stops.
-        size: length of a shard; the last one may be shorter.
+        border: where validation starts in the sequence.
+        documents: number of documents or images in each split.
+        shard_rows: rows of a shard; the last one of a split may have fewer.
+        row: length of a row in the sequence; what does not fill a last row of a split is left out.
+        tokens: number of tokens for each unit of length of the sequence.
+
+    Returns:
+        The plans of both splits; one that has less than a row has no shards.
     """
     units, firsts, lasts = pieces.T
     lengths = lasts - firsts
     places = np.cumsum(lengths) - lengths
-    shards = []
-    for number, begin in enumerate(range(start, stop, size)):
-        before = np.maximum(begin - places, 0)
-        until = np.minimum(min(begin + size, stop) - places, lengths)
-        cut = np.stack([units, firsts + before, firsts + until], axis=1)
-        shards.append(Shard(f"{split}-{number:05d}.parquet", cut[before < until]))
-    return shards
+    plans, size, ends = {}, shard_rows * row, (border, int(lengths.sum()))
+    for name, start, end, count in zip(_SPLITS, (0, border), ends, documents, strict=True):
+        stop = end - (end - start) % row
+        shards = []
+        for number, begin in enumerate(range(start, stop, size)):
+            before = np.maximum(begin - places, 0)
+            until = np.minimum(min(begin + size, stop) - places, lengths)
+            cut = np.stack([units, firsts + before, firsts + until], axis=1)
+            shards.append(Shard(f"{name}-{number:05d}.parquet", cut[before < until]))
+        amounts = {"tokens": (end - start) * tokens, "tokens_dropped": (end - stop) * tokens}
+        plans[name] = SplitPlan(Split(files=(), documents=count, **amounts), shards)
+    return plans
 
 
 def write_shards(
@@ -244,13 +243,10 @@ def write_shards(
     """
     task: Any = ray.remote(num_cpus=1)(publish_shard)
     shards = [shard for plan in plans.values() for shard in plan.shards]
-    tasks = {task.remote(shard.name, path, work, make=partial(make, shard)): shard for shard in shards}
+    tasks = [task.remote(shard.name, path, work, make=partial(make, shard)) for shard in shards]
     progress = Progress("wrote", "shards", len(tasks), unit)
     files: dict[str, ShardFile] = {}
-    waiting = list(tasks)
-    while waiting:
-        (done,), waiting = ray.wait(waiting)
-        shard = tasks[done]
+    for shard, done in zip(shards, tasks, strict=True):
         try:
             files[shard.name] = ray.get(done)
         except ray.exceptions.RayTaskError as error:
