@@ -7,7 +7,8 @@ import ray
 import torch
 
 from pipeline import storage
-from pipeline.config.schema import ModelConfig, RunConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import MANIFEST, Manifest, check_fits
 from pipeline.errors import ConfigError
 from pipeline.models import model_folder

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pipeline import storage, tracking
 from pipeline.config.load import parse_section
-from pipeline.config.schema import CardConfig, ImportConfig, ModelConfig, Precision, RunConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import CardConfig, ImportConfig, Precision, RunConfig
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, did_you_mean
 from pipeline.metrics.continuations import Continuation, score_continuations

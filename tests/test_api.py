@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import pipeline
 from pipeline.api import Model, load_model
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError
 from pipeline.models import model_folder

@@ -51,7 +51,7 @@ class PhaseTimer:
         for module in model.modules():
             if isinstance(getattr(module, "mlp", None), nn.Module):
                 ends.append((module.mlp, "MLP"))  # type: ignore[arg-type]
-                module.mlp.register_forward_pre_hook(before_mlp)  # type: ignore[union-attr, operator]
+                module.mlp.register_forward_pre_hook(before_mlp)  # type: ignore[union-attr]
         for module, phase in ends:
             module.register_forward_hook(self._after(phase))
 

@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from pipeline.config.schema import ModelConfig, TrackingConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import TrackingConfig
 from pipeline.config.section import Name, PositiveFloat, Section
 from pipeline.errors import did_you_mean
 

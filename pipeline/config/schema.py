@@ -7,112 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
+from pipeline.config.model import ModelConfig, PGMConfig
 from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section
 
 Precision = Literal["fp32", "bf16"]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$")]
-
-
-class SwapConfig(Section):
-    """GroupSwap, the cross-attention through which the two groups of a PGM exchange places.
-
-    Attributes:
-        positional: Adds the sinusoidal position to the learned query.
-        pooling: How the encoder outputs that the swap reads are pooled and added to the query.
-        query: Map behind the norm: `linear` is H -> H; `mlp4` is H -> 4H -> H with SiLU.
-        norm: Norm in front of the query map.
-        every_block: Places a swap in front of every decoder block instead of the first alone.
-
-    Source: docs/method.md section 2.
-    """
-
-    positional: bool = True
-    pooling: Literal["none", "mean", "logsumexp"] = "none"
-    query: Literal["linear", "mlp4"] = "linear"
-    norm: Literal["layer", "rms"] = "layer"
-    every_block: bool = False
-
-
-class TrunkConfig(Section):
-    """What all models have in common.
-
-    Attributes:
-        hidden: Width of the residual stream, H.
-        heads: Number of attention heads, N.
-        dropout: Dropout rate on the residual branches.
-        classes: Number of classes that condition the model; null is an unconditional model.
-        registers: Number of learned vectors in front of every row.
-    """
-
-    hidden: PositiveInt = 768
-    heads: PositiveInt = 12
-    dropout: Rate = 0.1
-    classes: PositiveInt | None = None
-    registers: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> "TrunkConfig":
-        if self.hidden % (2 * self.heads):
-            fits = [n for n in range(1, self.hidden + 1) if self.hidden % (2 * n) == 0]
-            near = min(fits, key=lambda n: abs(n - self.heads), default=None)
-            hint = f"nearest that does: {near}" if near else "hidden must be even"
-            raise ValueError(
-                f"heads {self.heads} does not split hidden {self.hidden} into even heads; {hint}"
-            )
-        return self
-
-
-class PGMConfig(TrunkConfig):
-    """Partition Generative Model.
-
-    Attributes:
-        kind: Selects the PGM; required in every model section.
-        encoder: What a clean token reads in the encoder: `bidirectional` its group, `causal` what came before it.
-        encoder_blocks: Number of encoder blocks.
-        decoder_blocks: Number of decoder blocks.
-    """
-
-    kind: Literal["pgm"] = "pgm"
-    encoder: Literal["bidirectional", "causal"] = "bidirectional"
-    encoder_blocks: PositiveInt = 8
-    decoder_blocks: PositiveInt = 8
-    swap: SwapConfig = SwapConfig()
-
-    @model_validator(mode="after")
-    def _check_registers(self) -> "PGMConfig":
-        if self.registers % 2:
-            even = f"expected an even number, such as {self.registers + 1}"
-            raise ValueError(f"registers {self.registers} cannot be split between the groups; {even}")
-        return self
-
-
-class MDLMConfig(TrunkConfig):
-    """Masked diffusion language model, the masked baseline on the same blocks; on images MaskGIT.
-
-    Attributes:
-        kind: Selects the masked model.
-        blocks: Number of blocks.
-        complementary: Trains on a masking and its complement in one batch of twice the rows.
-    """
-
-    kind: Literal["mdlm"]
-    blocks: PositiveInt = 12
-    complementary: bool = False
-
-
-class ARConfig(TrunkConfig):
-    """Autoregressive language model, the baseline with causal attention on the same blocks.
-
-    Attributes:
-        kind: Selects the autoregressive model.
-        blocks: Number of blocks.
-    """
-
-    kind: Literal["ar"]
-    blocks: PositiveInt = 12
-
-
-ModelConfig = Annotated[PGMConfig | MDLMConfig | ARConfig, Field(discriminator="kind")]
 
 
 class DiffusionConfig(Section):

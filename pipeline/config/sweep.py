@@ -149,7 +149,7 @@ class Sweep:
         for key, value in variant.values.items():
             put(own, key.split("."), value)
         # As between files, a section of another kind replaces that of the base whole.
-        return check(RunConfig, {**merged([own, self.tree]), "name": name, "seed": seed})
+        return check(RunConfig, {**merged([own, dict(self.tree)]), "name": name, "seed": seed})
 
     def _trial_problems(self, run: RunConfig) -> Iterator[str]:
         """Yield what a run lacks to be a trial of this sweep."""

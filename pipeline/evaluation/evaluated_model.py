@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline import storage
-from pipeline.config.schema import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.models.autoregressive import AR
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.masked import MDLM

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.config.schema import ARConfig
+from pipeline.config.model import ARConfig
 from pipeline.errors import CapabilityError
 from pipeline.models.attention import CacheAppend, Segments
 from pipeline.models.blocks import SelfBlock, Stored

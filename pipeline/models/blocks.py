@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from pipeline.config.schema import SwapConfig, TrunkConfig
+from pipeline.config.model import SwapConfig, TrunkConfig
 from pipeline.models.attention import Cache, CacheAppend, Segments, attend
 from pipeline.models.layers import (
     MLP,
@@ -255,6 +255,8 @@ class CrossBlock(Block, EncoderReader):
         arXiv 2505.18883, section 4; separate norms for queries and keys, of which only the query side is
         modulated: docs/method.md section 2, "Block details".
     """
+
+    kv_norm: LayerNorm
 
     def _add_projections(self, hidden: int) -> None:
         """Norms and projections of queries, and of keys and values."""

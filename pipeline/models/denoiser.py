@@ -13,7 +13,8 @@ import torch.utils.checkpoint
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from pipeline.config.schema import Precision, TrunkConfig
+from pipeline.config.model import TrunkConfig
+from pipeline.config.schema import Precision
 from pipeline.errors import CapabilityError
 from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.blocks import Block, Layout, Stored

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
-from pipeline.config.schema import MDLMConfig, ModelConfig, PGMConfig, TrunkConfig
+from pipeline.config.model import MDLMConfig, ModelConfig, PGMConfig, TrunkConfig
 from pipeline.models.layers import CHUNK_LOGITS
 
 BACKWARD = 2  # a product's backward pass is two products of its size: the gradients of its two operands

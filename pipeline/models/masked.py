@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.config.schema import MDLMConfig
+from pipeline.config.model import MDLMConfig
 from pipeline.models.attention import Segments
 from pipeline.models.blocks import SelfBlock
 from pipeline.models.denoiser import Batch, Denoiser, State

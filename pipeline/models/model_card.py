@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.schema import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.models.model_folder import DataFacts
 
 KINDS = {

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config.load import parse_section
-from pipeline.config.schema import ImportConfig, ModelConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import ImportConfig
 from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.config.schema import PGMConfig
+from pipeline.config.model import PGMConfig
 from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.blocks import CrossBlock, GroupSwap, Layout, Rotary, SelfBlock, Stored
 from pipeline.models.denoiser import Batch, Denoiser, State, packed
@@ -163,20 +163,20 @@ class PGM(Denoiser):
 
     def _empty_cache(self, rows: int, slots: int) -> EncoderCache:
         """Allocate the cache, and fold the weights that only sampling can fold."""
-        swaps, places = [self.swap, *self.later_swaps], self.registers + self.length
+        swaps, blocks = self._readers()
         swap_caches, decoder_caches = (
-            self.empty_caches(len(modules), rows, slots) for modules in (swaps, self.decoder)
+            self.empty_caches(len(readers), rows, slots) for readers in (swaps, blocks)
         )
-        every = torch.arange(places, device=self.head.weight.device)
+        every = torch.arange(self.registers + self.length, device=self.head.weight.device)
         pooled = self.swap.pooling != "none"
-        weights = [block.kv_proj.weight * block.kv_norm.weight for block in self.decoder]
+        weights = [block.kv_proj.weight * block.kv_norm.weight for block in blocks]
         return EncoderCache(
             encoder=self.store([*self.encoder], rows, slots),
             swaps=[
                 Stored(swap_caches.layer(i), queries=None if pooled else swap.queries(every))
                 for i, swap in enumerate(swaps)
             ],
-            decoder=[Stored(decoder_caches.layer(i), block.folded()) for i, block in enumerate(self.decoder)],
+            decoder=[Stored(decoder_caches.layer(i), block.folded()) for i, block in enumerate(blocks)],
             decoder_caches=decoder_caches,
             decoder_weight=torch.cat(weights),
             code=rotary(every, self.head_size),
@@ -185,13 +185,17 @@ class PGM(Denoiser):
             done=[0] * rows,
         )
 
+    def _readers(self) -> tuple[list[GroupSwap], list[CrossBlock]]:
+        """The modules that read encoder outputs: swaps and decoder blocks."""
+        return [self.swap, *self.later_swaps], [*self.decoder]
+
     def _store_outputs(
         self, memory: EncoderCache, x: Float[Tensor, "T H"], code: Rotary, append: CacheAppend
     ) -> None:
         """Store what swaps and decoder blocks read of new encoder outputs."""
         if memory.vectors.shape[1]:
             append.put(memory.vectors, x)
-        for swap, stored in zip([self.swap, *self.later_swaps], memory.swaps, strict=True):
+        for swap, stored in zip(self._readers()[0], memory.swaps, strict=True):
             stored.cache.put(*swap.keys_values(x, code), append)
         # The blocks' norms differ in their weights only, which are folded into one product for all blocks.
         normed = F.layer_norm(x, x.shape[-1:])

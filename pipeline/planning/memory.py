@@ -7,7 +7,8 @@ value, and flash attention, which keeps no scores.
 
 from dataclasses import dataclass
 
-from pipeline.config.schema import ModelConfig, TrainConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import TrainConfig
 from pipeline.models.layers import CHUNK_LOGITS
 from pipeline.models.model_folder import DataFacts
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.schema import PGMConfig, RunConfig, TrainConfig
+from pipeline.config.model import PGMConfig
+from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.models.model_folder import DataFacts
 from pipeline.planning import plan
 from pipeline.planning.gpus import GPU, GPUS

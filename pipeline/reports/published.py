@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.config.schema import ModelConfig
+from pipeline.config.model import ModelConfig
 
 SOURCE = "Deschenaux, Tran, Gulcehre, ICLR 2026, arXiv 2505.18883"
 

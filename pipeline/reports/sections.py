@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from pipeline.config.schema import ModelConfig, RunConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.reports.measures import Group, measure_table
 from pipeline.reports.page import Block, Folded, Section, Table, Text

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.config.schema import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError

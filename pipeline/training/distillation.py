@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import storage, tracking
-from pipeline.config.schema import DiffusionConfig, DistillConfig, ModelConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import DiffusionConfig, DistillConfig
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition

@@ -16,7 +16,8 @@ from pipeline.benchmarks.dense_baseline import dense_loss, sample_every_hidden, 
 from pipeline.benchmarks.phases import PhaseTimer
 from pipeline.benchmarks.preparation import byte_level_bpe
 from pipeline.benchmarks.roofline import matmul_peak, roofline, seconds
-from pipeline.config.schema import ARConfig, DiffusionConfig, MDLMConfig, ModelConfig, PGMConfig, SwapConfig
+from pipeline.config.model import ARConfig, MDLMConfig, ModelConfig, PGMConfig, SwapConfig
+from pipeline.config.schema import DiffusionConfig
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws

@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import dump, load, parse, parse_section, read_tree
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.config.sweep import load_sweep
 from pipeline.errors import ConfigError
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from pipeline.config.load import dump, flatten, load, parse
-from pipeline.config.schema import MDLMConfig, PGMConfig, RunConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
+from pipeline.config.schema import RunConfig
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.schema import DiffusionConfig, MDLMConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
+from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws, draw
 from pipeline.diffusion.schedule import alpha, complement, weight

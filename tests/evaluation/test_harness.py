@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import jobs.harness
-from pipeline.config.schema import ARConfig, DiffusionConfig, MDLMConfig, ModelConfig, PGMConfig
+from pipeline.config.model import ARConfig, MDLMConfig, ModelConfig, PGMConfig
+from pipeline.config.schema import DiffusionConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective

@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 
 from pipeline import tracking
 from pipeline.config.load import parse
-from pipeline.config.schema import ARConfig, MDLMConfig, ModelConfig, PGMConfig, RunConfig
+from pipeline.config.model import ARConfig, MDLMConfig, ModelConfig, PGMConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardReader
 from pipeline.errors import CheckpointError, ConfigError, DataError

@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 
 from pipeline import tracking
 from pipeline.config.load import parse
-from pipeline.config.schema import PGMConfig, RunConfig
+from pipeline.config.model import PGMConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import ByteTokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.api import Model
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import ConfigError
 from pipeline.metrics.continuations import greedy_matches, score_continuations, windows

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import ARConfig, DiffusionConfig, EvaluationConfig
+from pipeline.config.model import ARConfig
+from pipeline.config.schema import DiffusionConfig, EvaluationConfig
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws
 from pipeline.errors import CapabilityError

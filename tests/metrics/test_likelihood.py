@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.api import Model
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.metrics.likelihood import (
     Estimator,
     Likelihood,

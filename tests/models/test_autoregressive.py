@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.api import Model
-from pipeline.config.schema import ARConfig
+from pipeline.config.model import ARConfig
 from pipeline.errors import CapabilityError
 from pipeline.models import attention
 from pipeline.models.attention import Segments, attend, flat_index

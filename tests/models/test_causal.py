@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import PGMConfig, SwapConfig
+from pipeline.config.model import PGMConfig, SwapConfig
 from pipeline.errors import CapabilityError
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser, State

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.config.schema import MDLMConfig
+from pipeline.config.model import MDLMConfig
 from pipeline.models import build
 from pipeline.models.denoiser import Batch
 from tests.support.small_models import MDLM, random_rows, randomised

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.api import Model
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.errors import CapabilityError
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser

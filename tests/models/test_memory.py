@@ -11,7 +11,7 @@ STEP = """
 import sys
 import torch
 import torch.nn.functional as F
-from pipeline.config.schema import PGMConfig
+from pipeline.config.model import PGMConfig
 from pipeline.models import build
 from pipeline.models.denoiser import Batch
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.api import Model
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.models.denoiser import Batch
 from tests.support.small_models import BOTH_KINDS, MDLM, PGM, random_rows, randomised
 

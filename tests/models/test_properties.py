@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.api import Model
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, SwapConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.models.attention import Cache, CacheAppend
 from pipeline.models.denoiser import Batch, Denoiser
 from tests.support.dense import ar_logits, mdlm_logits, pgm_logits

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.api import Model
-from pipeline.config.schema import PGMConfig, SwapConfig
+from pipeline.config.model import PGMConfig, SwapConfig
 from pipeline.models import attention, blocks, build
 from pipeline.models.attention import Segments
 from pipeline.models.blocks import pool

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.config.schema import MDLMConfig, ModelConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, ModelConfig, PGMConfig
 from pipeline.reports.page import Columns, Folded, Page, Section, Table, Text, picture
 from pipeline.reports.published import published
 from pipeline.reports.tables import aligned

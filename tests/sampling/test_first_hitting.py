@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.models.denoiser import Denoiser, State
 from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.small_models import randomised

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, SwapConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import Head

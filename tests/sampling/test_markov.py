@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import DiffusionConfig, PGMConfig
+from pipeline.config.model import PGMConfig
+from pipeline.config.schema import DiffusionConfig
 from pipeline.data.prepare.markov import Chain
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.config.schema import MDLMConfig, PGMConfig, TrunkConfig
+from pipeline.config.model import MDLMConfig, PGMConfig, TrunkConfig
 from pipeline.errors import ConfigError
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser, State

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
 from pipeline.models.distill_loss import DistillTargets, Divergence, chunked_divergence

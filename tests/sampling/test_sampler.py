@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser, State

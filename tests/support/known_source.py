@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.config.schema import TrunkConfig
+from pipeline.config.model import TrunkConfig
 from pipeline.models.denoiser import Batch, Denoiser, State
 from pipeline.models.layers import Head
 from pipeline.sampling.logits import draw_tokens

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.schema import ModelConfig, RunConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import text
 from pipeline.data.prepare.text_sources import open_source

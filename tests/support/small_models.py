@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import DiffusionConfig, PGMConfig
+from pipeline.config.model import PGMConfig
+from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion import partition
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser

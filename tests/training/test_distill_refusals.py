@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.config.load import load, parse
-from pipeline.config.schema import ARConfig, DistillConfig, MDLMConfig, ModelConfig, PGMConfig, RunConfig
+from pipeline.config.model import ARConfig, MDLMConfig, ModelConfig, PGMConfig
+from pipeline.config.schema import DistillConfig, RunConfig
 from pipeline.data.tokenizers import BPETokenizer, load_tokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError, PipelineError
 from pipeline.models import build, model_folder

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipeline.config.data import ImageDataConfig
-from pipeline.config.schema import DiffusionConfig, DistillConfig, MDLMConfig, PGMConfig, RunConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
+from pipeline.config.schema import DiffusionConfig, DistillConfig, RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.models import build, model_folder
 from pipeline.models.denoiser import Denoiser

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.reading_order import MicroBatch
 from pipeline.data.shards import ShardReader

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import ARConfig, MDLMConfig, PGMConfig, RunConfig, SwapConfig
+from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
+from pipeline.config.schema import RunConfig
 from tests.support import observed
 from tests.support.workers import Workers
 

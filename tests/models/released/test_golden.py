@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.api import Model
-from pipeline.config.schema import MDLMConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.errors import CheckpointError
 from pipeline.models import build
 from pipeline.models.model_folder import load_weights
