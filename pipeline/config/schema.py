@@ -63,7 +63,7 @@ class TrainConfig(Section):
         offload_optimizer: Keeps the optimiser's state in host memory (stages 1 to 3).
         activation_checkpointing: Recomputes every block in the backward pass to save memory.
         class_drop: Share of rows that a model with classes sees without their class, for guidance.
-        init_from: Weights to start from: a model folder, `models:/NAME@ALIAS` or a checkpoint.
+        init_from: Weights to start from: a model folder, `models:/NAME@ALIAS`, a checkpoint or released weights.
         on_nonfinite: After a loss or gradient that is not finite: return to the last checkpoint and skip the rows, or
             stop.
         ema: Decay of the exponential moving average of the weights.

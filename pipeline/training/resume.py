@@ -20,6 +20,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
+from pipeline.models.released import conversion
 from pipeline.run import Run
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainState
@@ -197,8 +198,8 @@ def _convert(path: str) -> None:
 def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
     """Put the weights of `train.init_from` into a fresh model.
 
-    The weights of a model folder are EMA weights; weights and average both start from them. A checkpoint has
-    both.
+    The weights of a model folder and of a released file are EMA weights; weights and average both start from them. A
+    checkpoint has both.
 
     Args:
         run: that starts.
@@ -215,12 +216,14 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
     if source is None:
         return None
     origin = f"train.init_from: {source!r}"
-    local = run.fetch_model("train.init_from", source, "a model folder, a checkpoint")
+    local = run.fetch_model("train.init_from", source, "a model folder, a checkpoint, a released file")
     if (local / TAG).is_dir():
         if flaws := checkpoint.problems(str(local)):
             raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))
         average = read_averages(local)
         weights = _raw_weights(local)
+    elif local.is_file():
+        weights = average = conversion.load(local)[0].state_dict()
     else:
         weights = average = model_folder.read_weights(local)
     model_folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)

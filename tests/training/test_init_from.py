@@ -11,7 +11,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError
-from pipeline.models import model_folder
+from pipeline.models import build, model_folder
+from pipeline.models.released import conversion
 from pipeline.run import Run
 from pipeline.training import checkpoint, resume
 from tests.support import observed, plain
@@ -123,9 +124,35 @@ def test_a_source_that_does_not_fit_is_named(
     assert "\n  embedding.weight is [257, 16], expected [257, 32]" in message
 
 
+def test_a_causal_encoder_starts_from_a_bidirectional_model(
+    sources: dict[str, Source], run_storage: Path
+) -> None:
+    config = started_from(quick(run_storage, "causal"), sources["consolidated"][0])
+    config = config.model_copy(update={"model": config.model.model_copy(update={"encoder": "causal"})})
+    model = plain.fresh(config)
+    found = resume.initial_weights(Run(config), model)
+    assert found is not None
+    assert model.causal
+    for name, value in model_folder.read_weights(Path(sources["consolidated"][0])).items():
+        assert torch.equal(model.state_dict()[name], value)
+        assert torch.equal(found[0][name], value)
+
+
+def test_a_file_of_released_weights_is_a_start(run_storage: Path) -> None:
+    file = Path(__file__).parents[1] / "data" / "pgm_mean_mlp4.safetensors"
+    released, section, _ = conversion.load(file)
+    config = started_from(quick(run_storage, "from-released"), str(file))
+    config = config.model_copy(update={"model": section.model.model_copy(update={"encoder": "causal"})})
+    model = build(config.model, released.vocab_size, released.length)
+    resume.initial_weights(Run(config), model)
+    assert model.causal
+    for name, value in released.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
 def test_a_source_that_is_none_is_refused(sources: dict[str, Source], run_storage: Path) -> None:
     config = quick(run_storage, "misfit")
-    expected = "'/nowhere': no such folder or file; expected a model folder, a checkpoint or models:/"
+    expected = "'/nowhere': no such folder or file; expected a model folder, a checkpoint, a released file or models:/"
     assert expected in refusal(config, "/nowhere")
     run = str(Path(sources["source-1-fp32"][0]).parent)
     assert refusal(config, run).startswith(f"{run}: no model.safetensors; expected a consolidated model")

@@ -17,6 +17,7 @@ MODELS = {
     "complementary": MDLMConfig(kind="mdlm", blocks=2, complementary=True, **SIZE),
     "mdlm-classes-registers": MDLMConfig(kind="mdlm", blocks=2, classes=3, registers=1, **SIZE),
     "pgm-variant": PGMConfig(encoder_blocks=1, decoder_blocks=2, swap=SWAP, **SIZE),
+    "pgm-causal": PGMConfig(encoder="causal", encoder_blocks=2, decoder_blocks=1, classes=3, **SIZE),
     "pgm-classes-registers": PGMConfig(encoder_blocks=1, decoder_blocks=1, classes=3, registers=2, **SIZE),
 }
 STEPS = 5
