@@ -84,30 +84,15 @@ class PhaseTimer:
         following = self._stamps[stamp + 1 :]
         self.mark(following[0] if following else "head + loss")
 
-    def _after(self, phase: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    def _after(self, phase: str) -> Callable[[nn.Module, Any, Tensor], None]:
         """Build the hook that ends a phase."""
 
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-            if not self._running:
-                return None
-            self.mark(phase)
-            if not output.requires_grad:
-                return None
-            self._stamps.append(phase)
-            return _Stamp.apply(output, self, len(self._stamps) - 1)
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if self._running:
+                self.mark(phase)
+                if output.requires_grad:
+                    self._stamps.append(phase)
+                    stamp = len(self._stamps) - 1
+                    output.register_hook(lambda _: self.pass_gradient(stamp))
 
         return hook
-
-
-class _Stamp(torch.autograd.Function):
-    """The identity, which tells the timer when the gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, timer: PhaseTimer, stamp: int) -> Tensor:
-        ctx.timer, ctx.stamp = timer, stamp
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.timer.pass_gradient(ctx.stamp)
-        return gradient, None, None
