@@ -55,7 +55,7 @@ class SpeedReport:
 
     def table(self) -> pd.DataFrame:
         """Return a row per case; missing figures are NaN."""
-        rows = [
+        return pd.DataFrame(
             {
                 "case": result.label,
                 "parameters": result.parameters,
@@ -74,8 +74,7 @@ class SpeedReport:
                 "peak MiB, large V": result.peak_mib_large,
             }
             for result in self.results
-        ]
-        return pd.DataFrame(rows)
+        )
 
     def split(self) -> pd.DataFrame:
         """Return a row per case: the share of every phase in its time; NaN where a case lacks the phase."""
