@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -203,7 +204,9 @@ def _draw_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
     if not steps.size:
         _draw_nothing(axes)
         return
-    smooth = _smooth(losses)
+    # The centred moving median (a mean would show a spike as a plateau), then the mean; both are cut at the ends.
+    window = {"window": 2 * max(1, len(losses) // (2 * _WINDOWS)) + 1, "center": True, "min_periods": 1}
+    smooth = pd.Series(losses).rolling(**window).median().rolling(**window).mean().to_numpy()
     axes.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=0.8)
     axes.plot(steps, smooth, color=_BLUE, linewidth=1.8)
     axes.plot(steps[-1:], smooth[-1:], "o", color=_BLUE, markersize=5)
@@ -225,15 +228,6 @@ def _draw_validation(
     axes.plot(steps[-1:], values[-1:], "o", color=_RED, markersize=5)
     _logarithmic(axes.yaxis, [*values, *references.values()])
     label_right(axes, [*labels, (float(values[-1]), f"{values[-1]:.4g}", _RED)])
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Take the centred moving median (a mean would show a spike as a plateau), then the mean; cut at both ends."""
-    reach = max(1, len(values) // (2 * _WINDOWS))
-    for average in (np.nanmedian, np.nanmean):
-        padded = np.pad(values, reach, constant_values=np.nan)
-        values = average(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=1)
-    return values
 
 
 def _short(value: float) -> str:
