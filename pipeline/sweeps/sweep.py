@@ -52,8 +52,11 @@ def sweep(plan: Sweep) -> SweepResult:
     folder = storage.join(base.config.cluster.storage, plan.config.name)
     storage.check_writable(folder, "cluster.storage")
     trials = [planned(plan, variant, seed) for variant in plan.variants() for seed in plan.config.seeds]
-    for trial in trials:
-        check_same(trial.run)
+    for trial in trials:  # none may continue with another config
+        if end := kept_end(trial.run):
+            resume.check_same(end.config, trial.run.config, trial.run.folder)
+        else:
+            resume.precheck(trial.run)
     # What a model-based search will choose is not known, but what its trials need is.
     examples = [trial.run for trial in trials] or [planned(plan, plan.draws(1)[0], plan.config.seeds[0]).run]
     with joined_cluster(base.config.cluster):
@@ -94,21 +97,6 @@ def planned(plan: Sweep, variant: Variant, seed: int) -> PlannedTrial:
         cluster=config.cluster.model_copy(update={"storage": folder}),
     )
     return PlannedTrial(variant, seed, run)
-
-
-def check_same(run: Run) -> None:
-    """Refuse to continue a trial whose config has changed.
-
-    Args:
-        run: of the trial.
-
-    Raises:
-        CheckpointError: lists every difference.
-    """
-    if end := kept_end(run):
-        resume.check_same(end.config, run.config, run.folder)
-    else:
-        resume.precheck(run)
 
 
 def _open_parent(plan: Sweep, folder: str, uri: str, trials: int) -> str:
@@ -162,9 +150,8 @@ def _run_trials(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in the config are relative to the driver's folder
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end trials without a checkpoint
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials log to MLflow
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(
-        logging.ERROR
-    )  # misses those loggers' files
+    # It would miss those loggers' files.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         tune.with_resources(train, lambda choices: _resources(find(choices).run.config)),
         param_space={} if search else {"trial": tune.grid_search(list(by_name))},
