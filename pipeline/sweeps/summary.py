@@ -110,22 +110,22 @@ def summarise(plan: Sweep, base: Run, folder: str, trials: Sequence[PlannedTrial
 def _result(trial: PlannedTrial, metric: str, speeds: dict[str, tuple[int, float]]) -> Trial:
     """Collect what a trial left in its folder and in its MLflow run."""
     folder, label = trial.run.folder, trial.variant.label
-    end, recorded = read_end(folder), tracking.recorded_run(folder)
+    end = read_end(folder) or TrialEnd("failed", 0, {}, error="its process was lost")
+    recorded = tracking.recorded_run(folder)
     run_id = recorded and recorded[0]
     parameters, sample_rate = speeds.get(label, (None, None))
-    lost = TrialEnd("failed", 0, {}, error="its process was lost")
     return Trial(
         variant=label,
         choices=trial.variant.choices,
         seed=trial.seed,
-        status=(end or lost).status,
-        step=(end or lost).step,
+        status=end.status,
+        step=end.step,
         curve=[(int(point["step"]), point[metric]) for point in read_reports(folder) if metric in point],
         parameters=parameters,
         train_rate=_train_rate(trial.run.tracking_uri, run_id) if run_id else None,
         sample_rate=sample_rate,
         run_id=run_id,
-        error=((end or lost).error or "").partition("\n")[0] or None,
+        error=(end.error or "").partition("\n")[0] or None,
     )
 
 
