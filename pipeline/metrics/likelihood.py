@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from pipeline.config.schema import RunConfig
 from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
-from pipeline.errors import CapabilityError
 from pipeline.models.denoiser import Batch, Denoiser
 
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
@@ -222,28 +221,3 @@ def summarise(sums: Float[torch.Tensor, "R"], masking: Masking) -> Likelihood:
     per_row, rows = sums / masking.draws, len(sums)
     stderr = float(per_row.std(unbiased=True)) / math.sqrt(rows) if rows > 1 else math.inf
     return Likelihood(float(per_row.mean()), stderr, masking.estimator, masking.draws, rows, masking.seed)
-
-
-def measure(
-    score: Scorer,
-    masking: Masking,
-    tokens: Int[np.ndarray, "R L"],
-    labels: Int[np.ndarray, "R"] | None = None,
-) -> Likelihood:
-    """Measure the bound, or the exact value, in this process.
-
-    Args:
-        score: as in `row_sums`.
-        masking: as in `masked_batches`.
-        tokens: as in `masked_batches`.
-        labels: as in `masked_batches`.
-
-    Raises:
-        CapabilityError: "exact" for a model that is not autoregressive, or another estimator for one that is.
-    """
-    if isinstance(score, Denoiser) and (masking.estimator == "exact") != score.left_to_right:
-        raise CapabilityError(
-            f"estimator {masking.estimator!r} does not fit {type(score).__name__}; "
-            f"expected {'exact' if score.left_to_right else 'count or mdlm'}"
-        )
-    return summarise(row_sums(score, masked_batches(masking, tokens, labels), len(tokens)), masking)
