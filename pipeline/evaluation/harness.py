@@ -74,7 +74,7 @@ class DenoiserLM(LM):
             Bounds, and whether the continuation consists of the model's most likely tokens.
         """
         pairs = [self._pair(*request.args) for request in requests]
-        pieces = [windows(*pair, self._room) if pair[1] else [] for pair in pairs]
+        pieces = [windows(*pair, self._room) for pair in pairs]
         greedy = greedy_matches(self._model, [*chain(*pieces)], self._bos, self._settings.rows)
         matches = map(all, _by_example(greedy, pieces))
         answers = [(-nats, match) for nats, match in zip(self._nats(pieces), matches, strict=True)]
@@ -88,7 +88,7 @@ class DenoiserLM(LM):
             requests: texts.
         """
         texts = self._encode([request.args[0] for request in requests])
-        pieces = [windows(self._prefix, ids, self._room) if ids else [] for ids in texts]
+        pieces = [windows(self._prefix, ids, self._room) for ids in texts]
         answers = [-nats for nats in self._nats(pieces)]
         self._cache("loglikelihood_rolling", requests, answers)
         return answers
