@@ -14,6 +14,7 @@ import safetensors.numpy
 import torch
 from jaxtyping import Float, Float64, UInt8
 from safetensors import SafetensorError
+from scipy.special import rel_entr
 
 from pipeline import storage
 from pipeline.errors import DataError
@@ -148,9 +149,7 @@ def inception_score(probabilities: Float[np.ndarray, "n K"], splits: int = 10) -
     scores = []
     for part in np.array_split(order, min(splits, len(order) // 2)):
         p = probabilities[part].astype(np.float64)
-        tiny = np.finfo(np.float64).tiny  # 0 log 0 = 0
-        gain = p * (np.log(p.clip(tiny)) - np.log(p.mean(0).clip(tiny)))
-        scores.append(math.exp(gain.sum(1).mean()))
+        scores.append(math.exp(rel_entr(p, p.mean(0)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
