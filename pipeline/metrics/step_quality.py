@@ -6,15 +6,14 @@ from itertools import islice
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Integer
 
 from pipeline.config.schema import SamplingConfig
 from pipeline.metrics.draw import Sampler, batches_of
+from pipeline.metrics.ngram import Rows
 from pipeline.metrics.text import unigram_entropy
 from pipeline.reports.tables import markdown
 from pipeline.runtime.actors import Resources, in_order, started
 
-Rows = Integer[np.ndarray, "n L"]
 Perplexity = Callable[[Iterable[Rows]], float]
 
 

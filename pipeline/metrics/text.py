@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 
 from pipeline.errors import DataError
 from pipeline.metrics.external_lm import Scored
+from pipeline.metrics.ngram import Rows
 from pipeline.reports.measures import Measure
-
-Rows = Integer[np.ndarray, "n L"]
 
 
 def unigram_entropy(rows: Rows) -> float:
