@@ -75,15 +75,6 @@ class PhaseTimer:
             self.seconds[phase] += now - self._last
             self._last, self._phase = now, phase
 
-    def pass_gradient(self, stamp: int) -> None:
-        """Assign the time since the last mark when the gradient passes a stamp.
-
-        Args:
-            stamp: its number in the forward pass.
-        """
-        following = self._stamps[stamp + 1 :]
-        self.mark(following[0] if following else "head + loss")
-
     def _after(self, phase: str) -> Callable[[nn.Module, Any, Tensor], None]:
         """Build the hook that ends a phase."""
 
@@ -92,7 +83,7 @@ class PhaseTimer:
                 self.mark(phase)
                 if output.requires_grad:
                     self._stamps.append(phase)
-                    stamp = len(self._stamps) - 1
-                    output.register_hook(lambda _: self.pass_gradient(stamp))
+                    following = len(self._stamps)
+                    output.register_hook(lambda _: self.mark([*self._stamps, "head + loss"][following]))
 
         return hook
