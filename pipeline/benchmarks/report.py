@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -185,11 +186,10 @@ class SpeedReport:
 
 def machine() -> dict[str, str]:
     """Return processor, cores, instruction set and versions of this machine."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-            model = next(names, model)
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.processor() or platform.machine()
     packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "datasets", "tokenizers")}
     facts = {"CPU": model, "cores": str(os.cpu_count()), "Python": platform.python_version()}
     return {**facts, **packages, "instructions": torch.backends.cpu.get_cpu_capability()}
