@@ -251,9 +251,7 @@ def reconstruction(parts: Iterable[Difference]) -> Reconstruction:
     Raises:
         DataError: there are no images.
     """
-    images, values, squares, sizes = (
-        sum(column) for column in zip(Difference(0, 0, 0, 0), *parts, strict=True)
-    )
+    images, values, squares, sizes = map(sum, zip(Difference(0, 0, 0, 0), *parts, strict=True))
     if not images:
         raise DataError("reconstruction: no images; expected at least one")
     mse = squares / values
