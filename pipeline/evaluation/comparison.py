@@ -112,14 +112,12 @@ def _open(run: Run, name: str, spec: str) -> EvaluatedModel:
         kind = model_folder.read_config(storage.fetch(folder))[0].kind
         sampling = _sampling(run.config, kind)[-1].model_copy(update={"model": folder})
         return open_model(run.configured(sampling=sampling), name)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         near = ""
-        if not spec.startswith("models:/"):
+        if isinstance(error, CheckpointError) and not spec.startswith("models:/"):
             parent, _, last = storage.resolve(spec).rstrip("/").removesuffix("/model").rpartition("/")
             near = did_you_mean(last, storage.listing(parent))
-        raise CheckpointError(f"evaluation.models.{name}: {error}{near}") from None
-    except ConfigError as error:
-        raise ConfigError(f"evaluation.models.{name}: {error}") from None
+        raise type(error)(f"evaluation.models.{name}: {error}{near}") from None
 
 
 def _sampling(config: RunConfig, kind: str) -> list[SamplingConfig]:
