@@ -160,16 +160,25 @@ class DenoiserLM(LM):
         prompts = [ids or self._prefix for ids in self._encode(contexts)]
         seeds = [text_seed(self._settings.seed, ids) for ids in prompts]
         written: list[list[int]] = [[] for _ in prompts]
-        open_rows = list(range(len(prompts)))
+        open_rows, start = list(range(len(prompts))), int(self._bos is not None)
         while open_rows:
             known = []
             for row in open_rows:
-                whole, missing = [*prompts[row], *written[row]], max_new - len(written[row])
-                known.append(whole[-max(self._room - missing, self._room // 2) :])
-            row_seeds = [text_seed(seeds[row], written[row]) for row in open_rows]
-            for row, prompt, ids in zip(
-                open_rows, known, self._fill(known, order, filters, row_seeds), strict=True
-            ):
+                whole, left = [*prompts[row], *written[row]], max_new - len(written[row])
+                known.append(whole[-max(self._room - left, self._room // 2) :])
+            missing = self._room - min(map(len, known))
+            request = SamplingRequest(
+                num_samples=len(known),
+                steps=missing if self._model.left_to_right else min(self._settings.steps, missing),
+                seed=self._settings.seed,
+                order=order,
+                bos=self._bos,
+                known=ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length),
+                filters=filters,
+                indices=[text_seed(seeds[row], written[row]) for row in open_rows],
+            )
+            filled = sample(self._model, request)[:, start:].tolist()
+            for row, prompt, ids in zip(open_rows, known, filled, strict=True):
                 written[row] = [*written[row], *ids[len(prompt) :]][:max_new]
             open_rows = [
                 row
@@ -177,25 +186,6 @@ class DenoiserLM(LM):
                 if len(written[row]) < max_new and not self._ended(written[row], until)
             ]
         return [_cut(self._text(ids), until) for ids in written]
-
-    def _fill(
-        self, known: Sequence[Sequence[int]], order: Order, filters: Filters, seeds: Sequence[int]
-    ) -> list[list[int]]:
-        """Draw rows, without BOS, that begin with known tokens."""
-        start = int(self._bos is not None)
-        given = ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length)
-        missing = self._room - min(map(len, known))
-        request = SamplingRequest(
-            num_samples=len(known),
-            steps=missing if self._model.left_to_right else min(self._settings.steps, missing),
-            seed=self._settings.seed,
-            order=order,
-            bos=self._bos,
-            known=given,
-            filters=filters,
-            indices=seeds,
-        )
-        return sample(self._model, request)[:, start:].tolist()
 
     def _text(self, ids: list[int]) -> str:
         """Decode up to the end of the text."""
