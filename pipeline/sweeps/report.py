@@ -182,9 +182,8 @@ def markdown(table: Sequence[Row], metric: str, about: str) -> str:
     )
     failed = [trial for row in table for trial in row.trials if trial.status == "failed"]
     errors = "".join(f"- {t.variant} seed {t.seed}: {t.error}\n" for t in failed)
-    return f"{about}\n\nThe first variant is {reference}.\n\n{text}\n" + (
-        f"\nFailed:\n{errors}" if failed else ""
-    )
+    end = f"\nFailed:\n{errors}" if failed else ""
+    return f"{about}\n\nThe first variant is {reference}.\n\n{text}\n{end}"
 
 
 def variants_csv(table: Sequence[Row], metric: str) -> str:
