@@ -109,11 +109,8 @@ def table(qualities: Sequence[Quality]) -> str:
     Args:
         qualities: of all models.
     """
-    counts = sorted({q.steps for q in qualities})
-    cells = {(q.model, q.steps): f"{q.perplexity:.2f} ({q.entropy:.2f})" for q in qualities}
-    return markdown(
-        pd.DataFrame(
-            {"bigram perplexity (entropy)": model, **{f"{n} steps": cells[model, n] for n in counts}}
-            for model in dict.fromkeys(q.model for q in qualities)
-        )
-    )
+    rows = []
+    for model, values in points(qualities).items():
+        cells = {f"{n} steps": f"{perplexity:.2f} ({entropy:.2f})" for n, perplexity, entropy in values}
+        rows.append({"bigram perplexity (entropy)": model, **cells})
+    return markdown(pd.DataFrame(rows))
