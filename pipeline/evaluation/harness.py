@@ -63,6 +63,7 @@ class DenoiserLM(LM):
         self._model, self._bos, self._tokenizer = model.denoiser, model.bos, model.tokenizer
         self._settings, self._device = settings, model.device  # lm-eval gathers its counts on the device
         self._room = model.denoiser.length - (model.bos is not None)
+        self._prefix = [self._tokenizer.eot] if model.bos is None else []
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Compute bounds on log p(continuation | context).
@@ -121,10 +122,6 @@ class DenoiserLM(LM):
         """Return a name for lm-eval's caches of requests."""
         return self._tokenizer.hash
 
-    @property
-    def _prefix(self) -> list[int]:
-        return [self._tokenizer.eot] if self._bos is None else []
-
     def _cache(self, kind: str, requests: Sequence[Instance], answers: Sequence[Any]) -> None:
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial(kind, request.args, answer)
@@ -141,10 +138,8 @@ class DenoiserLM(LM):
 
     def _nats(self, pieces: Sequence[Sequence[Pair]]) -> list[float]:
         """Sum the bounds of every example's pieces."""
-        settings = self._settings
-        scores = score_continuations(
-            self._model, [*chain(*pieces)], settings.draws, settings.seed, self._bos, settings.rows
-        )
+        own = self._settings
+        scores = score_continuations(self._model, [*chain(*pieces)], own.draws, own.seed, self._bos, own.rows)
         return [sum(score.nats for score in example) for example in _by_example(scores, pieces)]
 
     def _generate(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
@@ -180,11 +175,8 @@ class DenoiserLM(LM):
             filled = sample(self._model, request)[:, start:].tolist()
             for row, prompt, ids in zip(open_rows, known, filled, strict=True):
                 written[row] = [*written[row], *ids[len(prompt) :]][:max_new]
-            open_rows = [
-                row
-                for row in open_rows
-                if len(written[row]) < max_new and not self._ended(written[row], until)
-            ]
+            shorter = [row for row in open_rows if len(written[row]) < max_new]
+            open_rows = [row for row in shorter if not self._ended(written[row], until)]
         return [_cut(self._text(ids), until) for ids in written]
 
     def _text(self, ids: list[int]) -> str:
