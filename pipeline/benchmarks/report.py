@@ -104,7 +104,8 @@ class SpeedReport:
 
     def to_markdown(self) -> str:
         """Write the machine, the cases, their phases, the ratios and the data."""
-        config = self.config
+        config, table = self.config, self.table()
+        shares = self.split().map("{:.1%}".format, na_action="ignore").fillna("")
         clock = "wall clock" if config.clock == "wall" else "CPU seconds of the process"
         blocks = [
             f"# Benchmark {config.name}",
@@ -113,20 +114,18 @@ class SpeedReport:
             f"float32, draws in float64, {config.threads} threads, {clock}. Times are medians over "
             f"{config.repetitions} (training) and {config.sampling_repetitions} (sampling) turns; in a turn every "
             f"case runs once. 2048-cube product: {self.peak / 1e9:.0f} GFLOP/s.",
-            markdown(self.table().map(_cell)),
+            markdown(table.map(_cell)),
             "Needed FLOP are those of matrix products and attention; the backward pass needs twice those of the "
             "forward pass. The roofline is the sum of every product, attention, GELU and norm of the same shapes, "
             "each timed alone in the same turn. Peak is the growth of a fresh process by one step, with its weights "
             f"allocated before; large V is {config.memory_vocabulary}.",
             "Share of the time:",
-            markdown(
-                self.table()[["case"]].join(self.split().map("{:.1%}".format, na_action="ignore").fillna(""))
-            ),
+            markdown(table[["case"]].join(shares)),
         ]
         if config.ratios:
             blocks.append(markdown(table_of(self._ratio_cells(ratio) for ratio in config.ratios)))
         if self.preparation is not None:
-            blocks += self._preparation_blocks(self.preparation)
+            blocks += _preparation_blocks(self.preparation)
         if self.data_wait is not None:
             blocks.append(f"Training waits for its rows {self.data_wait:.2%} of the time.")
         return "\n\n".join(blocks) + "\n"
@@ -167,22 +166,6 @@ class SpeedReport:
             "met": "" if ratio.goal is None else "yes" if median >= ratio.goal else "no",
         }
 
-    @staticmethod
-    def _preparation_blocks(result: PreparationSpeed) -> list[str]:
-        """Text preparation beside plain tokenisers."""
-        rows = [
-            {
-                "form": form,
-                "tokens/s": f"{result.rate(form):,.0f}",
-                "MB/s": f"{result.megabytes / statistics.median(seconds):.2f}",
-                "this pipeline's speed over it": "" if form == PIPELINE else f"{result.ratio(form):.2f}",
-            }
-            for form, seconds in result.seconds.items()
-        ]
-        note = f" ({result.note})" if result.note else ""
-        title = f"Text preparation, one core, {result.megabytes:.1f} MB, tokenizer {result.tokenizer}{note}:"
-        return [title, markdown(table_of(rows))]
-
 
 def machine() -> dict[str, str]:
     """Return processor, cores, instruction set and versions of this machine."""
@@ -193,6 +176,22 @@ def machine() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "datasets", "tokenizers")}
     facts = {"CPU": model, "cores": str(os.cpu_count()), "Python": platform.python_version()}
     return {**facts, **packages, "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def _preparation_blocks(result: PreparationSpeed) -> list[str]:
+    """Text preparation beside plain tokenisers."""
+    rows = [
+        {
+            "form": form,
+            "tokens/s": f"{result.rate(form):,.0f}",
+            "MB/s": f"{result.megabytes / statistics.median(seconds):.2f}",
+            "this pipeline's speed over it": "" if form == PIPELINE else f"{result.ratio(form):.2f}",
+        }
+        for form, seconds in result.seconds.items()
+    ]
+    note = f" ({result.note})" if result.note else ""
+    title = f"Text preparation, one core, {result.megabytes:.1f} MB, tokenizer {result.tokenizer}{note}:"
+    return [title, markdown(table_of(rows))]
 
 
 def _cell(value: Any) -> str:
