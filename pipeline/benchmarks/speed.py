@@ -30,7 +30,6 @@ from pipeline.sampling.sampler import SamplingRequest, sample
 log = logging.getLogger(__name__)
 
 SEED = 0
-_CPU = torch.device("cpu")
 Case = TrainingCase | SamplingCase
 
 
@@ -205,7 +204,7 @@ def _training_step(
     """Build a step as the loop takes it, from rows and groups to new weights, without communication."""
     timer = PhaseTimer(model, now)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    draws = _draws(config)
+    draws, cpu = _draws(config), torch.device("cpu")
     tokens = np.random.default_rng(SEED).integers(config.vocabulary, size=draws.groups.shape)
     objective = Objective(
         DiffusionConfig(), bos=False, both_groups=model.both_groups, left_to_right=model.left_to_right
@@ -219,7 +218,7 @@ def _training_step(
     def run() -> dict[str, float]:
         model.train()
         timer.start()
-        losses(objective.batch(tokens, draws, present, divisor=divisor, device=_CPU)).sum().backward()
+        losses(objective.batch(tokens, draws, present, divisor=divisor, device=cpu)).sum().backward()
         timer.mark("embedding")
         optimiser.step()
         optimiser.zero_grad()
