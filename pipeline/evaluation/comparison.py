@@ -32,7 +32,6 @@ class Comparison:
     """Results of a comparison.
 
     Attributes:
-        models: that were compared.
         likelihoods: a group per model.
         points: quality and speed of every model at every number of steps.
         curves: convergence of the models whose runs are known.
@@ -41,7 +40,6 @@ class Comparison:
         tracking_uri: of the MLflow store.
     """
 
-    models: Sequence[EvaluatedModel]
     likelihoods: Sequence[Group]
     points: Sequence[Point]
     curves: Sequence[convergence.Curve]
@@ -76,21 +74,19 @@ def compare(config: RunConfig) -> Comparison:
             replace(group, key=f"validation/{model.name}", title=model.name)
             for model, (group,) in zip(models, likelihood_groups(run, models, [corpus]), strict=True)
         ]
-        settings = [
-            (model, sampling) for model in models for sampling in _sampling(config, model.config.kind)
-        ]
+        settings = [(model, one) for model in models for one in _sampling(config, model.config.kind)]
         drawn = frontier.draw_all(settings, config.data.predicted, run.resources)
         measures = evaluator.measure([point.tokens for point in drawn])
         points = [replace(point, measures=own) for point, own in zip(drawn, measures, strict=True)]
         metric, uri = config.validation_metric, run.tracking_uri
         curves = _curves(run, models, f"validation/{metric}")
-        result = Comparison(models, likelihoods, points, curves, metric, folder, uri)
+        result = Comparison(likelihoods, points, curves, metric, folder, uri)
         tables = {"frontier.csv": frontier.to_csv(points)}
         if curves:
             tables["convergence.csv"] = convergence.to_csv(curves, metric)
         for name, content in tables.items():
             storage.publish_text(storage.join(folder, name), content)
-        files = [*_page(run, result, evaluator).publish(folder), *tables]
+        files = [*_page(run, models, result, evaluator).publish(folder), *tables]
         with run.tracker() as tracker:
             for point in points:
                 key = f"frontier/{point.model}/"
@@ -165,9 +161,9 @@ def _mlflow_run_of(run: Run, spec: str) -> tuple[str, str] | None:
     return run.tracking_uri if uri == shown(run.tracking_uri) else uri, run_id
 
 
-def _page(run: Run, result: Comparison, evaluator: Evaluator) -> Page:
+def _page(run: Run, models: Sequence[EvaluatedModel], result: Comparison, evaluator: Evaluator) -> Page:
     config = run.config
-    models = table_of(
+    listed = table_of(
         {
             "model": model.name,
             "kind": model.config.kind,
@@ -175,10 +171,10 @@ def _page(run: Run, result: Comparison, evaluator: Evaluator) -> Page:
             "step": str(model.step),
             "from": config.evaluation.models[model.name],
         }
-        for model in result.models
+        for model in models
     )
     sections = [
-        Section("Models", [Table(models)]),
+        Section("Models", [Table(listed)]),
         metrics_section("Likelihood on held-out rows", result.likelihoods),
         _frontier_section(result.points, evaluator),
     ]
@@ -198,7 +194,7 @@ def _page(run: Run, result: Comparison, evaluator: Evaluator) -> Page:
         for point in {point.model: point for point in result.points}.values():  # with most steps
             texts.append((f"{point.model}, {point.steps} steps", evaluator.excerpt(point.tokens)))
         sections.append(Section("Samples", [Columns(texts)]))
-    sections.append(paper_section({model.name: model.config for model in result.models}, run.manifest))
+    sections.append(paper_section({model.name: model.config for model in models}, run.manifest))
     return Page(f"Comparison {config.name}", [*sections, *setting_sections(config, run.manifest)])
 
 
@@ -225,6 +221,5 @@ def _frontier_section(points: Sequence[Point], evaluator: Evaluator) -> Section:
     )
     figure = figures.frontier(lines, [measure.name for measure in measures], references)
     caption = "Quality of samples against sampling speed; numbers are sampling steps"
-    return Section(
-        "Frontier", [Text(note), picture("frontier", figure, caption), Table(frontier.table(points))]
-    )
+    table = Table(frontier.table(points))
+    return Section("Frontier", [Text(note), picture("frontier", figure, caption), table])
