@@ -89,10 +89,9 @@ def text_measures(
     measures.append(Measure("generative_perplexity", "generative perplexity", scored.perplexity, by=method))
     if real is not None and has_mauve():
         value, clusters = mauve(real.features, scored.features)
-        method = (
-            f"last hidden state of {scorer}, {len(scored.features):,} texts against {len(real.features):,}"
-        )
-        measures.append(Measure("mauve", "MAUVE", value, by=f"{method} held-out ones, {clusters} clusters"))
+        texts = f"{len(scored.features):,} texts against {len(real.features):,} held-out ones"
+        method = f"last hidden state of {scorer}, {texts}, {clusters} clusters"
+        measures.append(Measure("mauve", "MAUVE", value, by=method))
     return measures
 
 
