@@ -102,10 +102,8 @@ class Page:
             Names of the files.
         """
         files = {HTML: self.to_html().encode(), MARKDOWN: self.to_markdown().encode()}
-        for section in self.sections:
-            files |= {
-                f"{block.name}.png": block.png for block in section.blocks if isinstance(block, Picture)
-            }
+        blocks = [block for section in self.sections for block in section.blocks]
+        files |= {f"{block.name}.png": block.png for block in blocks if isinstance(block, Picture)}
         for name, content in files.items():
             storage.publish_bytes(storage.join(into, name), content)
         return list(files)
