@@ -93,9 +93,8 @@ class FeatureNet:
                 )
             features.append(outputs[0].float().cpu())
             probabilities += [logits.float().softmax(1).cpu() for logits in outputs[1:]]
-        return Outputs(
-            torch.cat(features).numpy(), torch.cat(probabilities).numpy() if probabilities else None
-        )
+        known = torch.cat(probabilities).numpy() if probabilities else None
+        return Outputs(torch.cat(features).numpy(), known)
 
 
 def load_features(spec: str, weights: str | None, labelled: Labelled | None, batch: int) -> FeatureNet:
