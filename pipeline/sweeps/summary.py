@@ -89,10 +89,9 @@ def summarise(plan: Sweep, base: Run, folder: str, trials: Sequence[PlannedTrial
     if winner := report.best(table):
         metrics[f"best/{own.metric}"] = winner.metric.mean
         best_trials = [trial for trial in trials if trial.variant.label == winner.variant]
-        config = plan.trial(best_trials[0].variant, own.seeds[0]).model_copy(
-            update={"name": f"{own.name}-best"}
-        )
-        texts[BEST] = f"# The best variant of {own.name}: {winner.variant}\n" + dump(config)
+        config = plan.trial(best_trials[0].variant, own.seeds[0])
+        named = config.model_copy(update={"name": f"{own.name}-best"})
+        texts[BEST] = f"# The best variant of {own.name}: {winner.variant}\n" + dump(named)
         _move_alias(base.tracking_uri, best_trials)
     with base.tracker() as tracker:
         tracker.log_metrics(metrics, 0)

@@ -315,6 +315,5 @@ class _Progress(tune.Callback):
         state = f"{end.status} at step {end.step}" if end else "its process was lost"
         minutes_per_trial = (time.monotonic() - self._began) / 60 / (self._ended - self._before)
         left = minutes_per_trial * (self._count - self._ended)
-        log.info(
-            f"{planned_trial}: {state}  ({self._ended} of {self._count} trials, about {left:.0f} minutes left)"
-        )
+        trials_left = f"{self._ended} of {self._count} trials, about {left:.0f} minutes left"
+        log.info(f"{planned_trial}: {state}  ({trials_left})")
