@@ -21,6 +21,7 @@ from pipeline.models.denoiser import Batch, Denoiser
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
 NORMAL_95 = 1.959964  # standard errors from the mean to either end of a 95% interval
 CPU = torch.device("cpu")
+Batches = Iterator[tuple[Int[np.ndarray, "b"], Batch]]  # indices of the rows, -1 for one that only fills up
 Scorer = Callable[[Batch], torch.Tensor]  # Batch -> weighted sum of cross-entropies of every row
 
 
@@ -121,7 +122,7 @@ def masked_batches(
     labels: Int[np.ndarray, "R"] | None = None,
     share: tuple[int, int] = (0, 1),
     device: torch.device = CPU,
-) -> Iterator[tuple[Int[np.ndarray, "b"], Batch]]:
+) -> Batches:
     """Mask every row `masking.draws` times and yield one worker's share of the (row, draw) pairs in batches.
 
     Group 1 of a batch is hidden and predicted. The levels n and t are stratified over all pairs. The masks do not
@@ -174,9 +175,7 @@ def masked_batches(
 
 
 @torch.no_grad()
-def row_sums(
-    score: Scorer, batches: Iterator[tuple[Int[np.ndarray, "b"], Batch]], rows: int
-) -> Float[torch.Tensor, "R"]:
+def row_sums(score: Scorer, batches: Batches, rows: int) -> Float[torch.Tensor, "R"]:
     """Sum every row's estimates over its draws.
 
     Args:
