@@ -48,7 +48,15 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
     params, tags = flatten(config.model_dump(mode="json")), machine()
     run_id = tracking.open_run(uri, config.tracking.experiment, name=config.name, params=params, tags=tags)
     with tracking.ending(uri, run_id):
-        report = _measure(config, tags, Path(storage.resolve(folder), "traces"))
+        preparation = waited = None
+        # Preparation comes first, so that a missing tokenizer fails at once and not after an hour.
+        if config.preparation is not None:
+            preparation = measure_preparation(config.preparation, config)
+        traces = Path(storage.resolve(folder), "traces")
+        results, peaks = measure(config, traces if config.trace else None)
+        if preparation is not None and config.training:
+            waited = data_wait(first_step(config), config)
+        report = SpeedReport(config, tags, results, peaks, preparation, waited)
         figure = report.picture()
         storage.publish_bytes(storage.join(folder, "benchmark.png"), png(figure))
         with tracking.Tracker(uri, run_id) as tracker:
@@ -59,14 +67,3 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
             tracker.log_figure(figure, "benchmark.png")
             tracker.flush()
     return BenchmarkResult(report, folder, tracking_uri=uri, run_id=run_id)
-
-
-def _measure(config: BenchmarkConfig, facts: dict[str, str], traces: Path) -> SpeedReport:
-    """Measure. Preparation comes first, so that a missing tokenizer fails at once and not after an hour."""
-    preparation = waited = None
-    if config.preparation is not None:
-        preparation = measure_preparation(config.preparation, config)
-    results, peaks = measure(config, traces if config.trace else None)
-    if preparation is not None and config.training:
-        waited = data_wait(first_step(config), config)
-    return SpeedReport(config, facts, results, peaks=peaks, preparation=preparation, data_wait=waited)
