@@ -69,8 +69,8 @@ def measure_preparation(settings: PreparationConfig, config: BenchmarkConfig) ->
     Raises:
         ConfigError: there is no such tokenizer.
     """
-    one_thread = patch.dict(environ, TOKENIZERS_PARALLELISM="false")
-    with tempfile.TemporaryDirectory() as folder, one_thread:
+    # The `tokenizers` library gets one thread.
+    with tempfile.TemporaryDirectory() as folder, patch.dict(environ, TOKENIZERS_PARALLELISM="false"):
         data = _corpus(Path(folder), settings.tokenizer, settings.megabytes, config.length)
         source, known = open_source(data), cached_tokenizer(settings.tokenizer)
         texts = [str(text) for unit in source.units for piece in unit for text in read(piece, data)]
