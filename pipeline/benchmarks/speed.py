@@ -182,13 +182,9 @@ def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[
             counts = step_counts(config.length, config.steps, "linear").tolist()
             size = (config.vocabulary, config.length, config.batch)
             work = sampling_work(section, *size, counts, case.refresh_every)
-    result = CaseResult(
-        label=case.label,
-        parameters=sum(p.numel() for p in model.parameters()),
-        sequences=config.batch,
-        tokens=config.batch * config.length,
-        flops=None if work is None else flops(work, backward),
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    needed = None if work is None else flops(work, backward)
+    result = CaseResult(case.label, parameters, config.batch, config.batch * config.length, needed)
     return _Runner(run, warm_up, work=work, backward=backward, result=result)
 
 
