@@ -11,7 +11,6 @@ from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluate import Evaluator, evaluator_of, mlflow_run
 from pipeline.evaluation.evaluated_model import EvaluatedModel, likelihood_groups, open_model
-from pipeline.evaluation.frontier import Point
 from pipeline.logs import shown
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import describe
@@ -41,7 +40,7 @@ class Comparison:
     """
 
     likelihoods: Sequence[Group]
-    points: Sequence[Point]
+    points: Sequence[frontier.Point]
     curves: Sequence[convergence.Curve]
     metric: str
     folder: str
@@ -198,7 +197,7 @@ def _page(run: Run, models: Sequence[EvaluatedModel], result: Comparison, evalua
     return Page(f"Comparison {config.name}", [*sections, *setting_sections(config, run.manifest)])
 
 
-def _frontier_section(points: Sequence[Point], evaluator: Evaluator) -> Section:
+def _frontier_section(points: Sequence[frontier.Point], evaluator: Evaluator) -> Section:
     """Show the best metric of quality, and of text the entropy, against the speed."""
     by_key = {measure.key: measure for measure in points[0].measures}
     quality = next(

@@ -21,7 +21,6 @@ from pipeline.run import Run
 from pipeline.runtime.actors import Resources, in_order, started
 from pipeline.runtime.ray_cluster import available_resources
 from pipeline.sweeps import figures, report
-from pipeline.sweeps.report import Row, Status, Trial
 from pipeline.sweeps.trial import PlannedTrial, TrialEnd, read_end, read_reports
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class SweepResult:
     """
 
     folder: str
-    rows: Sequence[Row]
+    rows: Sequence[report.Row]
     table: str
     best: str | None
     run_id: str | None
@@ -85,7 +84,7 @@ def summarise(plan: Sweep, base: Run, folder: str, trials: Sequence[PlannedTrial
         "quality_against_speed.png": figures.quality_against_speed(table, own.metric),
     }
     states = Counter(trial.status for row in table for trial in row.trials)
-    metrics = {f"trials/{status}": float(states[status]) for status in get_args(Status)}
+    metrics = {f"trials/{status}": float(states[status]) for status in get_args(report.Status)}
     if winner := report.best(table):
         metrics[f"best/{own.metric}"] = winner.metric.mean
         best_trials = [trial for trial in trials if trial.variant.label == winner.variant]
@@ -106,14 +105,14 @@ def summarise(plan: Sweep, base: Run, folder: str, trials: Sequence[PlannedTrial
     return SweepResult(folder, table, texts["table.md"], best, base.run_id, base.tracking_uri)
 
 
-def _result(trial: PlannedTrial, metric: str, speeds: dict[str, tuple[int, float]]) -> Trial:
+def _result(trial: PlannedTrial, metric: str, speeds: dict[str, tuple[int, float]]) -> report.Trial:
     """Collect what a trial left in its folder and in its MLflow run."""
     folder, label = trial.run.folder, trial.variant.label
     end = read_end(folder) or TrialEnd("failed", 0, {}, error="its process was lost")
     recorded = tracking.recorded_run(folder)
     run_id = recorded and recorded[0]
     parameters, sample_rate = speeds.get(label, (None, None))
-    return Trial(
+    return report.Trial(
         variant=label,
         choices=trial.variant.choices,
         seed=trial.seed,
