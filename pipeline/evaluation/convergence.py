@@ -94,7 +94,7 @@ def table(curves: Sequence[Curve], metric: str) -> pd.DataFrame:
         curves: of the runs.
         metric: perplexity or loss.
     """
-    rows = []
+    rows, units = [], ("steps", "tokens", "seconds of training")
     for target in targets(curves):
         for curve in curves:
             reached = reach(curve, target)
@@ -104,9 +104,7 @@ def table(curves: Sequence[Curve], metric: str) -> pd.DataFrame:
                 {
                     f"validation {metric}": tables.short(target),
                     "model": curve.model,
-                    "steps": cells[0],
-                    "tokens": cells[1],
-                    "seconds of training": cells[2],
+                    **dict(zip(units, cells, strict=True)),
                     "best": tables.short(float(curve.values.min())),
                 }
             )
