@@ -85,12 +85,8 @@ class ImageMeasurer:
         if not len(pixels.images):
             return None
         rebuilt = self._tokenizer.decode(self._tokenizer.encode(pixels.images))
-        return ImageMeasurement(
-            self._net(pixels.images),
-            self._net(rebuilt),
-            pixels.labels,
-            images.difference(pixels.images, rebuilt),
-        )
+        difference = images.difference(pixels.images, rebuilt)
+        return ImageMeasurement(self._net(pixels.images), self._net(rebuilt), pixels.labels, difference)
 
 
 class ImageEvaluator:
