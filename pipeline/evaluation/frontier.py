@@ -97,16 +97,12 @@ def draw_all(
     with started(Sampler, (resources.cpus, num_models), resources, len(rest) * len(points)) as actors:
         draw(actors[:1], timed, "timed")
         draw(actors, rest, "sampled")
-    order = [*timed, *rest]
-    return [
-        Point(
-            model,
-            settings,
-            np.concatenate([turns[order.index(batch)].tokens for batch in batches]),
-            [len(batch.tokens) * predicted / batch.seconds for batch in turns[1 : len(timed)]],
-        )
-        for (model, settings), turns in zip(points, drawn, strict=True)
-    ]
+    order, found = [*timed, *rest], []
+    for (model, settings), turns in zip(points, drawn, strict=True):
+        tokens = np.concatenate([turns[order.index(batch)].tokens for batch in batches])
+        rates = [len(batch.tokens) * predicted / batch.seconds for batch in turns[1 : len(timed)]]
+        found.append(Point(model, settings, tokens, rates))
+    return found
 
 
 def table(points: Sequence[Point]) -> pd.DataFrame:
