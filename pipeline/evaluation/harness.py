@@ -153,7 +153,8 @@ class DenoiserLM(LM):
         if self._model.left_to_right:
             order = Order("left_to_right")
         prompts = [ids or self._prefix for ids in self._encode(contexts)]
-        seeds = [text_seed(self._settings.seed, ids) for ids in prompts]
+        seed = self._settings.seed
+        seeds = [text_seed(seed, ids) for ids in prompts]
         written: list[list[int]] = [[] for _ in prompts]
         open_rows, start = list(range(len(prompts))), int(self._bos is not None)
         while open_rows:
@@ -162,15 +163,11 @@ class DenoiserLM(LM):
                 whole, left = [*prompts[row], *written[row]], max_new - len(written[row])
                 known.append(whole[-max(self._room - left, self._room // 2) :])
             missing = self._room - min(map(len, known))
+            steps = missing if self._model.left_to_right else min(self._settings.steps, missing)
+            given = ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length)
+            indices = [text_seed(seeds[row], written[row]) for row in open_rows]
             request = SamplingRequest(
-                num_samples=len(known),
-                steps=missing if self._model.left_to_right else min(self._settings.steps, missing),
-                seed=self._settings.seed,
-                order=order,
-                bos=self._bos,
-                known=ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length),
-                filters=filters,
-                indices=[text_seed(seeds[row], written[row]) for row in open_rows],
+                len(known), steps, seed, order, self._bos, known=given, filters=filters, indices=indices
             )
             filled = sample(self._model, request)[:, start:].tolist()
             for row, prompt, ids in zip(open_rows, known, filled, strict=True):
