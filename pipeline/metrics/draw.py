@@ -85,12 +85,8 @@ def draw_rows(
     (first, count), condition = batch, None
     if model.classes is not None:
         condition = torch.tensor(labels_of(settings, model.classes.num_embeddings - 1, first, count))
-    request = replace(
-        SamplingRequest.of(settings, bos),
-        num_samples=count,
-        condition=condition,
-        indices=range(first, first + count),
-    )
+    request, indices = SamplingRequest.of(settings, bos), range(first, first + count)
+    request = replace(request, num_samples=count, condition=condition, indices=indices)
     return sample(model, request, revealed_at=revealed_at)
 
 
