@@ -1,7 +1,6 @@
 """Networks whose features and classes FID and Inception Score are computed from, by their names in the config."""
 
 import importlib
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,7 +211,7 @@ def _inception(weights: str | None) -> nn.Module:
         raise ConfigError(f"evaluation.weights: {path!r} does not exist")
     with tempfile.TemporaryDirectory() as folder:
         # The library unpickles any file that it is given, so it gets one with the tensors alone.
-        clean = os.path.join(folder, "weights.pth")
+        clean = str(Path(folder) / "weights.pth")
         torch.save(read(storage.fetch(path)).tensors, clean)
         outputs = ["2048", "logits_unbiased"]
         return inception.FeatureExtractorInceptionV3(
