@@ -216,7 +216,6 @@ def dataset_outputs(images: ray.data.Dataset, net: FeatureNet, resources: Resour
         net: on the CPU; every actor gets a copy and moves it to its GPU.
         resources: of the actors. They take at most three quarters of all CPUs, since reading the images needs some.
     """
-    reserved = min(resources.cpus, 0.75 * ray.cluster_resources()["CPU"] / resources.actors)
     images.context.execution_options.preserve_order = True
     images.context.enable_progress_bars = images.context.print_on_execution_start = False
     outputs = images.map_batches(
@@ -224,7 +223,7 @@ def dataset_outputs(images: ray.data.Dataset, net: FeatureNet, resources: Resour
         fn_constructor_args=(ray.put(net), resources.cpus),
         batch_size=net.batch,
         compute=ray.data.ActorPoolStrategy(size=resources.actors),
-        num_cpus=reserved,
+        num_cpus=min(resources.cpus, 0.75 * ray.cluster_resources()["CPU"] / resources.actors),
         num_gpus=int(resources.use_gpu),
     )
     for rows in outputs.iter_batches(batch_size=net.batch, batch_format="numpy"):
