@@ -161,17 +161,10 @@ def masked_batches(
             t = masking.eps + (1 - masking.eps) * levels[pairs]
             weights = (np.pi / 2 if schedule == "arccos" else weight(t)[:, None]) / predicted
         groups[:, :bos] = False
-        yield (
-            np.where(real, rows, -1),
-            Batch(
-                tokens=torch.from_numpy(tokens[rows].astype(np.int64)),
-                groups=torch.from_numpy(groups),
-                targets=torch.from_numpy(groups),
-                weights=torch.from_numpy((weights * groups * real[:, None]).astype(np.float32)),
-                condition=None if labels is None else torch.from_numpy(labels[rows]),
-                device=device,
-            ),
-        )
+        ids, weighted = tokens[rows].astype(np.int64), weights * groups * real[:, None]
+        classes = None if labels is None else labels[rows]
+        part = Batch.of_arrays(ids, groups, groups, weighted, labels=classes, device=device)
+        yield np.where(real, rows, -1), part
 
 
 @torch.no_grad()
