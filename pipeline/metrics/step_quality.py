@@ -1,6 +1,6 @@
 """Quality of samples of a teacher and its students by the number of sampling steps."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -9,12 +9,10 @@ import pandas as pd
 
 from pipeline.config.schema import SamplingConfig
 from pipeline.metrics.draw import Sampler, batches_of
-from pipeline.metrics.ngram import Rows
+from pipeline.metrics.ngram import Perplexity, Rows
 from pipeline.metrics.text import unigram_entropy
 from pipeline.reports.tables import markdown
 from pipeline.runtime.actors import Resources, in_order, started
-
-Perplexity = Callable[[Iterable[Rows]], float]
 
 
 @dataclass(frozen=True)

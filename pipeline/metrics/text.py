@@ -1,6 +1,5 @@
 """Metrics of generated text: its diversity, and its score under other language models."""
 
-from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 import numpy as np
@@ -8,7 +7,7 @@ from jaxtyping import Float
 
 from pipeline.errors import DataError
 from pipeline.metrics.external_lm import Scored
-from pipeline.metrics.ngram import Rows
+from pipeline.metrics.ngram import Perplexity, Rows
 from pipeline.reports.measures import Measure
 
 
@@ -54,7 +53,7 @@ def distinct(rows: Rows, n: int) -> float:
 def text_measures(
     rows: Rows,
     bos: bool,
-    bigram: Callable[[Iterable[Rows]], float],
+    bigram: Perplexity,
     scored: Scored | None,
     scorer: str | None,
     real: Scored | None = None,
