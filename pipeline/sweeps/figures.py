@@ -84,12 +84,12 @@ def quality_against_speed(table: Sequence[Row], metric: str) -> Figure:
     figure, (axes,) = panels(("Quality and sampling speed", metric, "sampling tokens/s"), size=_SIZE)
     ends = []
     for row, color in zip(table, _colors(len(table)), strict=True):
-        speed, quality = row.sample_rate, row.metric
-        if math.isnan(speed.mean) or math.isnan(quality.mean):
+        (speed, _), (quality, deviation) = row.sample_rate, row.metric
+        if math.isnan(speed) or math.isnan(quality):
             continue
-        spread = None if math.isnan(quality.deviation) else quality.deviation
-        axes.errorbar(speed.mean, quality.mean, yerr=spread, fmt="o", color=color, markersize=5, capsize=2)
-        ends.append((quality.mean, row.variant, color))
+        # Without a deviation, which is nan, there is no bar.
+        axes.errorbar(speed, quality, yerr=deviation, fmt="o", color=color, markersize=5, capsize=2)
+        ends.append((quality, row.variant, color))
     axes.margins(x=0.1, y=0.15)
     label_right(axes, ends[:_NAMED])
     return figure
