@@ -75,39 +75,15 @@ class PhaseTimer:
             self.seconds[phase] += now - self._last
             self._last, self._phase = now, phase
 
-    def pass_gradient(self, stamp: int) -> None:
-        """Assign the time since the last mark when the gradient passes a stamp.
-
-        Args:
-            stamp: its number in the forward pass.
-        """
-        following = self._stamps[stamp + 1 :]
-        self.mark(following[0] if following else "head + loss")
-
-    def _after(self, phase: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    def _after(self, phase: str) -> Callable[[nn.Module, Any, Tensor], None]:
         """Build the hook that ends a phase."""
 
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-            if not self._running:
-                return None
-            self.mark(phase)
-            if not output.requires_grad:
-                return None
-            self._stamps.append(phase)
-            return _Stamp.apply(output, self, len(self._stamps) - 1)
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if self._running:
+                self.mark(phase)
+                if output.requires_grad:
+                    self._stamps.append(phase)
+                    following = len(self._stamps)
+                    output.register_hook(lambda _: self.mark([*self._stamps, "head + loss"][following]))
 
         return hook
-
-
-class _Stamp(torch.autograd.Function):
-    """The identity, which tells the timer when the gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, timer: PhaseTimer, stamp: int) -> Tensor:
-        ctx.timer, ctx.stamp = timer, stamp
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.timer.pass_gradient(ctx.stamp)
-        return gradient, None, None
