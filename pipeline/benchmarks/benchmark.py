@@ -6,7 +6,6 @@ from pathlib import Path
 from pipeline import storage, tracking
 from pipeline.benchmarks.preparation import data_wait, measure_preparation
 from pipeline.benchmarks.report import SpeedReport, machine
-from pipeline.benchmarks.roofline import clock
 from pipeline.benchmarks.speed import first_step, measure
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import flatten
@@ -49,32 +48,22 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
     params, tags = flatten(config.model_dump(mode="json")), machine()
     run_id = tracking.open_run(uri, config.tracking.experiment, name=config.name, params=params, tags=tags)
     with tracking.ending(uri, run_id):
-        report = _measure(config, tags, Path(storage.resolve(folder), "traces"))
-        figure, markdown, csv = report.picture(), report.to_markdown(), report.to_csv()
-        storage.publish_text(storage.join(folder, "benchmark.md"), markdown)
-        storage.publish_text(storage.join(folder, "benchmark.csv"), csv)
+        preparation = waited = None
+        # Preparation comes first, so that a missing tokenizer fails at once and not after an hour.
+        if config.preparation is not None:
+            preparation = measure_preparation(config.preparation, config)
+        traces = Path(storage.resolve(folder), "traces")
+        results, peaks = measure(config, traces if config.trace else None)
+        if preparation is not None and config.training:
+            waited = data_wait(first_step(config), config)
+        report = SpeedReport(config, tags, results, peaks, preparation, waited)
+        figure = report.picture()
         storage.publish_bytes(storage.join(folder, "benchmark.png"), png(figure))
         with tracking.Tracker(uri, run_id) as tracker:
             tracker.log_metrics(report.metrics(), 0)
-            tracker.log_text(markdown, "benchmark.md")
-            tracker.log_text(csv, "benchmark.csv")
+            for name, text in (("benchmark.md", report.to_markdown()), ("benchmark.csv", report.to_csv())):
+                storage.publish_text(storage.join(folder, name), text)
+                tracker.log_text(text, name)
             tracker.log_figure(figure, "benchmark.png")
             tracker.flush()
     return BenchmarkResult(report, folder, tracking_uri=uri, run_id=run_id)
-
-
-def _measure(config: BenchmarkConfig, facts: dict[str, str], traces: Path) -> SpeedReport:
-    """Measure. Preparation comes first, so that a missing tokenizer fails at once and not after an hour."""
-    preparation = waited = None
-    if settings := config.preparation:
-        preparation = measure_preparation(
-            settings.tokenizer,
-            settings.megabytes,
-            length=config.length,
-            turns=config.repetitions,
-            now=clock(config.clock),
-        )
-    results, peaks = measure(config, traces if config.trace else None)
-    if preparation is not None and config.training:
-        waited = data_wait(first_step(config), config.batch, length=config.length, steps=config.repetitions)
-    return SpeedReport(config, facts, results, peaks=peaks, preparation=preparation, data_wait=waited)

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +42,12 @@ class PhaseTimer:
         ends: list[tuple[nn.Module, str]] = [(model.embedding, "embedding")]
         if isinstance(model, PGM):
             ends += [(swap, "attention") for swap in (model.swap, *model.later_swaps)]
-        end_attention = self._after("attention")
-
-        def before_mlp(module: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
-            return end_attention(module, (), inputs[0])
-
         for module in model.modules():
-            if isinstance(getattr(module, "mlp", None), nn.Module):
-                ends.append((module.mlp, "MLP"))  # type: ignore[arg-type]
-                module.mlp.register_forward_pre_hook(before_mlp)  # type: ignore[union-attr]
+            if isinstance(mlp := getattr(module, "mlp", None), nn.Module):
+                mlp.register_forward_pre_hook(lambda _, inputs: self._end("attention", inputs[0]))
+                ends.append((mlp, "MLP"))
         for module, phase in ends:
-            module.register_forward_hook(self._after(phase))
+            module.register_forward_hook(lambda _module, _, output, phase=phase: self._end(phase, output))
 
     def start(self) -> None:
         """Forget the last run and begin a new one."""
@@ -81,39 +75,11 @@ class PhaseTimer:
             self.seconds[phase] += now - self._last
             self._last, self._phase = now, phase
 
-    def pass_gradient(self, stamp: int) -> None:
-        """Assign the time since the last mark when the gradient passes a stamp.
-
-        Args:
-            stamp: its number in the forward pass.
-        """
-        following = self._stamps[stamp + 1 :]
-        self.mark(following[0] if following else "head + loss")
-
-    def _after(self, phase: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        """Build the hook that ends a phase."""
-
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-            if not self._running:
-                return None
+    def _end(self, phase: str, output: Tensor) -> None:
+        """End a phase with a tensor that it gave; the backward pass ends it where the gradient reaches the tensor."""
+        if self._running:
             self.mark(phase)
-            if not output.requires_grad:
-                return None
-            self._stamps.append(phase)
-            return _Stamp.apply(output, self, len(self._stamps) - 1)
-
-        return hook
-
-
-class _Stamp(torch.autograd.Function):
-    """The identity, which tells the timer when the gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, timer: PhaseTimer, stamp: int) -> Tensor:
-        ctx.timer, ctx.stamp = timer, stamp
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.timer.pass_gradient(ctx.stamp)
-        return gradient, None, None
+            if output.requires_grad:
+                self._stamps.append(phase)
+                following = len(self._stamps)
+                output.register_hook(lambda _: self.mark([*self._stamps, "head + loss"][following]))

@@ -5,16 +5,18 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import environ
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import tiktoken
 
+from pipeline.benchmarks.roofline import clock
+from pipeline.config.benchmark import BenchmarkConfig, PreparationConfig
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare.text import cached_tokenizer, describe, plan_splits, row_maker, tokenise_unit
@@ -54,17 +56,12 @@ class PreparationSpeed:
         return self.tokens / statistics.median(self.seconds[form])
 
 
-def measure_preparation(
-    tokenizer: str, megabytes: float, length: int, turns: int, now: Callable[[], float]
-) -> PreparationSpeed:
+def measure_preparation(settings: PreparationConfig, config: BenchmarkConfig) -> PreparationSpeed:
     """Time the preparation of a JSON Lines file, and tokenisers alone on the same texts in memory, in turn.
 
     Args:
-        tokenizer: as `data.tokenizer`.
-        megabytes: size of the text, which repeats the embedded corpus.
-        length: tokens of a row.
-        turns: number of measurements of each form.
-        now: the clock.
+        settings: tokenizer and size of the text, which repeats the embedded corpus.
+        config: has the length of a row, the number of measurements of each form, and the clock.
 
     Returns:
         The seconds of all forms.
@@ -72,9 +69,10 @@ def measure_preparation(
     Raises:
         ConfigError: there is no such tokenizer.
     """
-    with tempfile.TemporaryDirectory() as folder, _one_core():
-        data = _corpus(Path(folder), tokenizer, megabytes, length=length)
-        source, known = open_source(data), cached_tokenizer(tokenizer)
+    # The `tokenizers` library gets one thread.
+    with tempfile.TemporaryDirectory() as folder, patch.dict(environ, TOKENIZERS_PARALLELISM="false"):
+        data = _corpus(Path(folder), settings.tokenizer, settings.megabytes, config.length)
+        source, known = open_source(data), cached_tokenizer(settings.tokenizer)
         texts = [str(text) for unit in source.units for piece in unit for text in read(piece, data)]
         forms: dict[str, Callable[[Path], object]] = {PIPELINE: lambda into: _prepare(data, source, into)}
         note = f"{known.name} has no ranks, so there is nothing to compare with"
@@ -82,8 +80,8 @@ def measure_preparation(
             note, ranks = "", _ranks(known)
             forms |= {TIKTOKEN: _tiktoken_alone(ranks, texts), DATASETS: _datasets_map(ranks, texts)}
         seconds: dict[str, list[float]] = {form: [] for form in forms}
-        tokens = 0
-        for turn in range(turns + 1):  # the first warms up
+        tokens, now = 0, clock(config.clock)
+        for turn in range(config.repetitions + 1):  # the first warms up
             for form, run in forms.items():
                 with tempfile.TemporaryDirectory() as into:
                     began = now()
@@ -96,22 +94,21 @@ def measure_preparation(
     return PreparationSpeed(known.name, size, tokens, seconds=seconds, note=note)
 
 
-def data_wait(step: Callable[[], object], batch: int, length: int, steps: int) -> float:
+def data_wait(step: Callable[[], object], config: BenchmarkConfig) -> float:
     """Measure the share of time in which training waits for rows, which are read ahead from shards on disk.
 
     Args:
         step: a training step.
-        batch: rows of a step.
-        length: tokens of a row.
-        steps: number of steps, after one that is not counted.
+        config: has the rows of a step, the tokens of a row, and the number of steps, after one that is not counted.
 
     Returns:
         The share, from 0 to 1.
     """
     waited = total = 0.0
-    megabytes = batch * (steps + 1) * length / 1e6 + 0.5
+    batch, steps = config.batch, config.repetitions
+    megabytes = batch * (steps + 1) * config.length / 1e6 + 0.5
     with tempfile.TemporaryDirectory() as folder:
-        data = _corpus(Path(folder), "bytes", megabytes, length=length)
+        data = _corpus(Path(folder), "bytes", megabytes, config.length)
         manifest = _prepare(data, open_source(data), Path(folder))
         reader = ShardReader(folder, manifest, "train")
         order = ReadingOrder(manifest.rows_per_shard("train"), batch, batch, data.shuffle_window, seed=0)
@@ -198,17 +195,3 @@ def _ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
         tokenizer.save(Path(folder))
         lines = (Path(folder) / RANK_FILE).read_bytes().splitlines()
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-
-
-@contextmanager
-def _one_core() -> Iterator[None]:
-    """Restrict the `tokenizers` library to one thread."""
-    key = "TOKENIZERS_PARALLELISM"
-    before = environ.get(key)
-    environ[key] = "false"
-    try:
-        yield
-    finally:
-        del environ[key]
-        if before is not None:
-            environ[key] = before

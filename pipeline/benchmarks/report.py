@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -55,7 +56,7 @@ class SpeedReport:
 
     def table(self) -> pd.DataFrame:
         """Return a row per case; missing figures are NaN."""
-        rows = [
+        return pd.DataFrame(
             {
                 "case": result.label,
                 "parameters": result.parameters,
@@ -74,8 +75,7 @@ class SpeedReport:
                 "peak MiB, large V": result.peak_mib_large,
             }
             for result in self.results
-        ]
-        return pd.DataFrame(rows)
+        )
 
     def split(self) -> pd.DataFrame:
         """Return a row per case: the share of every phase in its time; NaN where a case lacks the phase."""
@@ -104,7 +104,8 @@ class SpeedReport:
 
     def to_markdown(self) -> str:
         """Write the machine, the cases, their phases, the ratios and the data."""
-        config = self.config
+        config, table = self.config, self.table()
+        shares = self.split().map("{:.1%}".format, na_action="ignore").fillna("")
         clock = "wall clock" if config.clock == "wall" else "CPU seconds of the process"
         blocks = [
             f"# Benchmark {config.name}",
@@ -113,20 +114,18 @@ class SpeedReport:
             f"float32, draws in float64, {config.threads} threads, {clock}. Times are medians over "
             f"{config.repetitions} (training) and {config.sampling_repetitions} (sampling) turns; in a turn every "
             f"case runs once. 2048-cube product: {self.peak / 1e9:.0f} GFLOP/s.",
-            markdown(self.table().map(_cell)),
+            markdown(table.map(_cell)),
             "Needed FLOP are those of matrix products and attention; the backward pass needs twice those of the "
             "forward pass. The roofline is the sum of every product, attention, GELU and norm of the same shapes, "
             "each timed alone in the same turn. Peak is the growth of a fresh process by one step, with its weights "
             f"allocated before; large V is {config.memory_vocabulary}.",
             "Share of the time:",
-            markdown(
-                self.table()[["case"]].join(self.split().map("{:.1%}".format, na_action="ignore").fillna(""))
-            ),
+            markdown(table[["case"]].join(shares)),
         ]
         if config.ratios:
             blocks.append(markdown(table_of(self._ratio_cells(ratio) for ratio in config.ratios)))
         if self.preparation is not None:
-            blocks += self._preparation_blocks(self.preparation)
+            blocks += _preparation_blocks(self.preparation)
         if self.data_wait is not None:
             blocks.append(f"Training waits for its rows {self.data_wait:.2%} of the time.")
         return "\n\n".join(blocks) + "\n"
@@ -167,33 +166,32 @@ class SpeedReport:
             "met": "" if ratio.goal is None else "yes" if median >= ratio.goal else "no",
         }
 
-    @staticmethod
-    def _preparation_blocks(result: PreparationSpeed) -> list[str]:
-        """Text preparation beside plain tokenisers."""
-        rows = [
-            {
-                "form": form,
-                "tokens/s": f"{result.rate(form):,.0f}",
-                "MB/s": f"{result.megabytes / statistics.median(seconds):.2f}",
-                "this pipeline's speed over it": "" if form == PIPELINE else f"{result.ratio(form):.2f}",
-            }
-            for form, seconds in result.seconds.items()
-        ]
-        note = f" ({result.note})" if result.note else ""
-        title = f"Text preparation, one core, {result.megabytes:.1f} MB, tokenizer {result.tokenizer}{note}:"
-        return [title, markdown(table_of(rows))]
-
 
 def machine() -> dict[str, str]:
     """Return processor, cores, instruction set and versions of this machine."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-            model = next(names, model)
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.processor() or platform.machine()
     packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "datasets", "tokenizers")}
     facts = {"CPU": model, "cores": str(os.cpu_count()), "Python": platform.python_version()}
     return {**facts, **packages, "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def _preparation_blocks(result: PreparationSpeed) -> list[str]:
+    """Text preparation beside plain tokenisers."""
+    rows = [
+        {
+            "form": form,
+            "tokens/s": f"{result.rate(form):,.0f}",
+            "MB/s": f"{result.megabytes / statistics.median(seconds):.2f}",
+            "this pipeline's speed over it": "" if form == PIPELINE else f"{result.ratio(form):.2f}",
+        }
+        for form, seconds in result.seconds.items()
+    ]
+    note = f" ({result.note})" if result.note else ""
+    title = f"Text preparation, one core, {result.megabytes:.1f} MB, tokenizer {result.tokenizer}{note}:"
+    return [title, markdown(table_of(rows))]
 
 
 def _cell(value: Any) -> str:

@@ -1,6 +1,8 @@
 """The most that a machine can reach: the operations of a pass timed alone, and its largest matrix product."""
 
+import statistics
 import time
+import timeit
 from collections.abc import Callable
 
 import torch
@@ -80,9 +82,4 @@ def _prepared(op: Op) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
 def _median(run: Callable[[], object], now: Callable[[], float]) -> float:
     """Median seconds of a few calls after one that warms up."""
     run()
-    taken = []
-    for _ in range(_CALLS):
-        began = now()
-        run()
-        taken.append(now() - began)
-    return sorted(taken)[_CALLS // 2]
+    return statistics.median(timeit.repeat(run, timer=now, repeat=_CALLS, number=1))

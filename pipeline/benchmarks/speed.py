@@ -5,7 +5,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from pipeline.sampling.sampler import SamplingRequest, sample
 log = logging.getLogger(__name__)
 
 SEED = 0
-_CPU = torch.device("cpu")
 Case = TrainingCase | SamplingCase
 
 
@@ -155,8 +154,7 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[C
 def first_step(config: BenchmarkConfig) -> Callable[[], object]:
     """Build the training step of the first training case."""
     case = config.training[0]
-    model = _build(config, case.model)
-    return _training_step(config, case, model, PhaseTimer(model, clock(config.clock)))
+    return _training_step(config, case, _build(config, case.model), clock(config.clock))
 
 
 def _build(config: BenchmarkConfig, name: str) -> Denoiser:
@@ -171,34 +169,22 @@ def _build(config: BenchmarkConfig, name: str) -> Denoiser:
 
 def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[[], float]) -> _Runner:
     """Prepare a case."""
-    timer, work, section = PhaseTimer(model, now), None, config.models[case.model]
+    run: Callable[[], Mapping[str, float]]
+    work, section, backward = None, config.models[case.model], isinstance(case, TrainingCase)
     if isinstance(case, TrainingCase):
-        run = warm_up = _training_step(config, case, model, timer)
+        run = warm_up = _training_step(config, case, model, now)
         if case.form == "own":
             work = training_work(section, config.vocabulary, _draws(config).groups)
     else:
-        run, warm_up = (
-            _sampling_run(case, model, timer, _request(config, case, steps))
-            for steps in (config.steps, min(2, config.steps))
-        )
+        sampling = _sampling_run(config, case, model, now)
+        run, warm_up = partial(sampling, config.steps), partial(sampling, min(2, config.steps))
         if case.form == "own" and case.order == "uniform" and section.kind != "ar":
             counts = step_counts(config.length, config.steps, "linear").tolist()
-            work = sampling_work(
-                section,
-                config.vocabulary,
-                config.length,
-                rows=config.batch,
-                counts=counts,
-                refresh_every=case.refresh_every,
-            )
-    backward = isinstance(case, TrainingCase)
-    result = CaseResult(
-        label=case.label,
-        parameters=sum(p.numel() for p in model.parameters()),
-        sequences=config.batch,
-        tokens=config.batch * config.length,
-        flops=None if work is None else flops(work, backward),
-    )
+            size = (config.vocabulary, config.length, config.batch)
+            work = sampling_work(section, *size, counts, case.refresh_every)
+    parameters = sum(p.numel() for p in model.parameters())
+    needed = None if work is None else flops(work, backward)
+    result = CaseResult(case.label, parameters, config.batch, config.batch * config.length, needed)
     return _Runner(run, warm_up, work=work, backward=backward, result=result)
 
 
@@ -209,11 +195,12 @@ def _draws(config: BenchmarkConfig) -> partition.StepDraws:
 
 
 def _training_step(
-    config: BenchmarkConfig, case: TrainingCase, model: Denoiser, timer: PhaseTimer
+    config: BenchmarkConfig, case: TrainingCase, model: Denoiser, now: Callable[[], float]
 ) -> Callable[[], dict[str, float]]:
     """Build a step as the loop takes it, from rows and groups to new weights, without communication."""
+    timer = PhaseTimer(model, now)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    draws = _draws(config)
+    draws, cpu = _draws(config), torch.device("cpu")
     tokens = np.random.default_rng(SEED).integers(config.vocabulary, size=draws.groups.shape)
     objective = Objective(
         DiffusionConfig(), bos=False, both_groups=model.both_groups, left_to_right=model.left_to_right
@@ -227,7 +214,7 @@ def _training_step(
     def run() -> dict[str, float]:
         model.train()
         timer.start()
-        losses(objective.batch(tokens, draws, present, divisor=divisor, device=_CPU)).sum().backward()
+        losses(objective.batch(tokens, draws, present, divisor=divisor, device=cpu)).sum().backward()
         timer.mark("embedding")
         optimiser.step()
         optimiser.zero_grad()
@@ -236,30 +223,22 @@ def _training_step(
     return run
 
 
-def _request(config: BenchmarkConfig, case: SamplingCase, steps: int) -> SamplingRequest:
-    """The rows that a case samples."""
-    return SamplingRequest(
-        num_samples=config.batch,
-        steps=steps,
-        seed=SEED,
-        order=case.order,
-        refresh_every=case.refresh_every,
-    )
-
-
 def _sampling_run(
-    case: SamplingCase, model: Denoiser, timer: PhaseTimer, request: SamplingRequest
-) -> Callable[[], dict[str, float]]:
-    """Build the sampling of a batch of rows."""
+    config: BenchmarkConfig, case: SamplingCase, model: Denoiser, now: Callable[[], float]
+) -> Callable[..., dict[str, float]]:
+    """Build the sampling of a batch of rows, a function of the number of steps and of what is known."""
+    timer = PhaseTimer(model, now)
 
-    def run() -> dict[str, float]:
+    def run(steps: int, known: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
+        every = case.refresh_every
+        request = SamplingRequest(config.batch, steps, SEED, case.order, known=known, refresh_every=every)
         model.eval()
         timer.start()
         if case.form == "own":
             sample(model, request)
         else:
             plainer = sample_every_position if case.form == "plain" else sample_every_hidden
-            plainer(model, request.num_samples, steps=request.steps, seed=request.seed)
+            plainer(model, config.batch, steps, SEED)
         return timer.stop("draw")
 
     return run
@@ -278,16 +257,15 @@ def _growth(config: BenchmarkConfig, case: Case) -> float:
     """Run in the fresh process."""
     torch.set_num_threads(config.threads)
     model = _build(config, case.model)
-    timer = PhaseTimer(model, clock("wall"))
     before = _status_kib("VmRSS")
     if isinstance(case, TrainingCase):
-        _training_step(config, case, model, timer)()
+        _training_step(config, case, model, clock("wall"))()
     else:
         # The last step: most tokens are known. The plainer forms ignore what is known, and are largest at the first.
         known = torch.ones(config.batch, config.length, dtype=torch.bool)
         known[:, : -(-config.length // config.steps)] = False
         given = (torch.zeros_like(known, dtype=torch.int64), known)
-        _sampling_run(case, model, timer, replace(_request(config, case, 1), known=given))()
+        _sampling_run(config, case, model, clock("wall"))(1, given)
     return (_status_kib("VmHWM") - before) / 1024
 
 

@@ -11,7 +11,6 @@ from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluate import Evaluator, evaluator_of, mlflow_run
 from pipeline.evaluation.evaluated_model import EvaluatedModel, likelihood_groups, open_model
-from pipeline.evaluation.frontier import Point
 from pipeline.logs import shown
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import describe
@@ -32,7 +31,6 @@ class Comparison:
     """Results of a comparison.
 
     Attributes:
-        models: that were compared.
         likelihoods: a group per model.
         points: quality and speed of every model at every number of steps.
         curves: convergence of the models whose runs are known.
@@ -41,9 +39,8 @@ class Comparison:
         tracking_uri: of the MLflow store.
     """
 
-    models: Sequence[EvaluatedModel]
     likelihoods: Sequence[Group]
-    points: Sequence[Point]
+    points: Sequence[frontier.Point]
     curves: Sequence[convergence.Curve]
     metric: str
     folder: str
@@ -76,21 +73,19 @@ def compare(config: RunConfig) -> Comparison:
             replace(group, key=f"validation/{model.name}", title=model.name)
             for model, (group,) in zip(models, likelihood_groups(run, models, [corpus]), strict=True)
         ]
-        settings = [
-            (model, sampling) for model in models for sampling in _sampling(config, model.config.kind)
-        ]
+        settings = [(model, one) for model in models for one in _sampling(config, model.config.kind)]
         drawn = frontier.draw_all(settings, config.data.predicted, run.resources)
         measures = evaluator.measure([point.tokens for point in drawn])
         points = [replace(point, measures=own) for point, own in zip(drawn, measures, strict=True)]
         metric, uri = config.validation_metric, run.tracking_uri
         curves = _curves(run, models, f"validation/{metric}")
-        result = Comparison(models, likelihoods, points, curves, metric, folder, uri)
+        result = Comparison(likelihoods, points, curves, metric, folder, uri)
         tables = {"frontier.csv": frontier.to_csv(points)}
         if curves:
             tables["convergence.csv"] = convergence.to_csv(curves, metric)
         for name, content in tables.items():
             storage.publish_text(storage.join(folder, name), content)
-        files = [*_page(run, result, evaluator).publish(folder), *tables]
+        files = [*_page(run, models, result, evaluator).publish(folder), *tables]
         with run.tracker() as tracker:
             for point in points:
                 key = f"frontier/{point.model}/"
@@ -112,14 +107,12 @@ def _open(run: Run, name: str, spec: str) -> EvaluatedModel:
         kind = model_folder.read_config(storage.fetch(folder))[0].kind
         sampling = _sampling(run.config, kind)[-1].model_copy(update={"model": folder})
         return open_model(run.configured(sampling=sampling), name)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         near = ""
-        if not spec.startswith("models:/"):
+        if isinstance(error, CheckpointError) and not spec.startswith("models:/"):
             parent, _, last = storage.resolve(spec).rstrip("/").removesuffix("/model").rpartition("/")
             near = did_you_mean(last, storage.listing(parent))
-        raise CheckpointError(f"evaluation.models.{name}: {error}{near}") from None
-    except ConfigError as error:
-        raise ConfigError(f"evaluation.models.{name}: {error}") from None
+        raise type(error)(f"evaluation.models.{name}: {error}{near}") from None
 
 
 def _sampling(config: RunConfig, kind: str) -> list[SamplingConfig]:
@@ -167,9 +160,9 @@ def _mlflow_run_of(run: Run, spec: str) -> tuple[str, str] | None:
     return run.tracking_uri if uri == shown(run.tracking_uri) else uri, run_id
 
 
-def _page(run: Run, result: Comparison, evaluator: Evaluator) -> Page:
+def _page(run: Run, models: Sequence[EvaluatedModel], result: Comparison, evaluator: Evaluator) -> Page:
     config = run.config
-    models = table_of(
+    listed = table_of(
         {
             "model": model.name,
             "kind": model.config.kind,
@@ -177,10 +170,10 @@ def _page(run: Run, result: Comparison, evaluator: Evaluator) -> Page:
             "step": str(model.step),
             "from": config.evaluation.models[model.name],
         }
-        for model in result.models
+        for model in models
     )
     sections = [
-        Section("Models", [Table(models)]),
+        Section("Models", [Table(listed)]),
         metrics_section("Likelihood on held-out rows", result.likelihoods),
         _frontier_section(result.points, evaluator),
     ]
@@ -200,11 +193,11 @@ def _page(run: Run, result: Comparison, evaluator: Evaluator) -> Page:
         for point in {point.model: point for point in result.points}.values():  # with most steps
             texts.append((f"{point.model}, {point.steps} steps", evaluator.excerpt(point.tokens)))
         sections.append(Section("Samples", [Columns(texts)]))
-    sections.append(paper_section({model.name: model.config for model in result.models}, run.manifest))
+    sections.append(paper_section({model.name: model.config for model in models}, run.manifest))
     return Page(f"Comparison {config.name}", [*sections, *setting_sections(config, run.manifest)])
 
 
-def _frontier_section(points: Sequence[Point], evaluator: Evaluator) -> Section:
+def _frontier_section(points: Sequence[frontier.Point], evaluator: Evaluator) -> Section:
     """Show the best metric of quality, and of text the entropy, against the speed."""
     by_key = {measure.key: measure for measure in points[0].measures}
     quality = next(
@@ -227,6 +220,5 @@ def _frontier_section(points: Sequence[Point], evaluator: Evaluator) -> Section:
     )
     figure = figures.frontier(lines, [measure.name for measure in measures], references)
     caption = "Quality of samples against sampling speed; numbers are sampling steps"
-    return Section(
-        "Frontier", [Text(note), picture("frontier", figure, caption), Table(frontier.table(points))]
-    )
+    table = Table(frontier.table(points))
+    return Section("Frontier", [Text(note), picture("frontier", figure, caption), table])

@@ -1,15 +1,15 @@
 """Convergence: validation of several runs against tokens and seconds of training, from their MLflow histories."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float64
 
 from pipeline.reports import tables
-from pipeline.reports.figures import finite
+from pipeline.reports.figures import History, finite
 
 SPEED = "train/tokens_per_second"
 _MULTIPLES = (2.0, 1.5, 1.0)  # of the best value that all runs reach
@@ -32,9 +32,7 @@ class Curve:
     values: Float64[np.ndarray, "n"]
 
 
-def curve(
-    model: str, history: Mapping[str, Sequence[tuple[int, float]]], metric: str, tokens_per_step: int
-) -> Curve | None:
+def curve(model: str, history: History, metric: str, tokens_per_step: int) -> Curve | None:
     """Make the curve of a run from its history.
 
     Args:
@@ -96,7 +94,7 @@ def table(curves: Sequence[Curve], metric: str) -> pd.DataFrame:
         curves: of the runs.
         metric: perplexity or loss.
     """
-    rows = []
+    rows, units = [], ("steps", "tokens", "seconds of training")
     for target in targets(curves):
         for curve in curves:
             reached = reach(curve, target)
@@ -106,9 +104,7 @@ def table(curves: Sequence[Curve], metric: str) -> pd.DataFrame:
                 {
                     f"validation {metric}": tables.short(target),
                     "model": curve.model,
-                    "steps": cells[0],
-                    "tokens": cells[1],
-                    "seconds of training": cells[2],
+                    **dict(zip(units, cells, strict=True)),
                     "best": tables.short(float(curve.values.min())),
                 }
             )
@@ -122,11 +118,6 @@ def to_csv(curves: Sequence[Curve], metric: str) -> str:
         curves: of the runs.
         metric: perplexity or loss.
     """
-    points = [
-        (curve.model, int(step), int(tokens), f"{seconds:.3f}", value)
-        for curve in curves
-        for step, tokens, seconds, value in np.transpose(
-            [curve.steps, curve.tokens, curve.seconds, curve.values]
-        )
-    ]
-    return tables.to_csv(pd.DataFrame(points, columns=["model", "step", "tokens", "seconds", metric]))
+    points = pd.concat(pd.DataFrame(asdict(curve)) for curve in curves)
+    points = points.astype({"steps": int, "tokens": int}).rename(columns={"steps": "step", "values": metric})
+    return tables.to_csv(points.assign(seconds=points["seconds"].map("{:.3f}".format)))

@@ -85,12 +85,8 @@ class ImageMeasurer:
         if not len(pixels.images):
             return None
         rebuilt = self._tokenizer.decode(self._tokenizer.encode(pixels.images))
-        return ImageMeasurement(
-            self._net(pixels.images),
-            self._net(rebuilt),
-            pixels.labels,
-            images.difference(pixels.images, rebuilt),
-        )
+        difference = images.difference(pixels.images, rebuilt)
+        return ImageMeasurement(self._net(pixels.images), self._net(rebuilt), pixels.labels, difference)
 
 
 class ImageEvaluator:
@@ -146,10 +142,10 @@ class ImageEvaluator:
         Raises:
             DataError: a group has fewer than two rows.
         """
-        tasks = [(part,) for rows in groups for part in _units(rows[:, 1:])]
+        tasks = [task for rows in groups for task in _tasks(rows[:, 1:])]
         with self._actors(len(tasks)) as actors:
             outputs = in_order(actors, "drawn", tasks)
-            return [[self._fid(images.summarise(islice(outputs, len(_units(rows))))[0])] for rows in groups]
+            return [[self._fid(images.summarise(islice(outputs, len(_tasks(rows))))[0])] for rows in groups]
 
     def report(self, samples: Samples, how: dict[str, Any]) -> tuple[list[Group], list[Block]]:
         """Compute the metrics of samples, of held-out images and of their reconstructions.
@@ -164,8 +160,7 @@ class ImageEvaluator:
         Raises:
             DataError: there are fewer than two samples or held-out images.
         """
-        drawn_tasks = [(part,) for part in _units(samples.tokens[:, 1:])]
-        real_tasks = [(part,) for part in _units(self._held_out)]
+        drawn_tasks, real_tasks = _tasks(samples.tokens[:, 1:]), _tasks(self._held_out)
         with self._actors(len(drawn_tasks) + len(real_tasks)) as actors:
             drawn: list[Outputs] = list(in_order(actors, "drawn", drawn_tasks))
             real = [part for part in in_order(actors, "held_out", real_tasks) if part is not None]
@@ -217,6 +212,6 @@ class ImageEvaluator:
         return measures
 
 
-def _units(items: Any) -> list[Any]:
+def _tasks(items: Any) -> list[tuple[Any]]:
     """Cut images or their codes into tasks."""
-    return [items[first : first + UNIT] for first in range(0, len(items), UNIT)]
+    return [(items[first : first + UNIT],) for first in range(0, len(items), UNIT)]

@@ -4,22 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
 
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import Samples
 from pipeline.metrics.external_lm import Scored, load_scorer_tokenizer, score_texts
-from pipeline.metrics.ngram import bigram_model
+from pipeline.metrics.ngram import Rows, bigram_model
 from pipeline.metrics.text import has_mauve, text_measures
 from pipeline.reports.measures import Group, Measure
 from pipeline.reports.page import Block, Columns, excerpt
 from pipeline.run import Run
 from pipeline.training.finish import NGRAM_ROWS
 from pipeline.training.validation import validation_rows
-
-Rows = Integer[np.ndarray, "n L"]
 
 _BLOCK = 8192  # training rows read at a time
 

@@ -94,14 +94,12 @@ def likelihood_groups(
         A list per model with a group per corpus.
     """
     count = run.config.evaluation.rows
-    rows = [validation_rows(corpus.manifest.rows("validation"), count) for corpus in corpora]
     cases = [
-        Case(model.folder, corpus, numbers, model.masking)
+        Case(model.folder, corpus, validation_rows(corpus.manifest.rows("validation"), count), model.masking)
         for model in models
-        for corpus, numbers in zip(corpora, rows, strict=True)
+        for corpus in corpora
     ]
     results = iter(measure_cases(cases, run.resources))
     titles = ["Validation", *(f"Zero-shot on {corpus.manifest.source.name}" for corpus in corpora[1:])]
-    return [
-        [likelihood_group(*pair, next(results)) for pair in zip(corpora, titles, strict=True)] for _ in models
-    ]
+    pairs = [*zip(corpora, titles, strict=True)]
+    return [[likelihood_group(*pair, next(results)) for pair in pairs] for _ in models]

@@ -20,7 +20,6 @@ from pipeline.logs import Progress
 from pipeline.metrics.draw import DrawnBatch, Sampler, batches_of
 from pipeline.reports import tables
 from pipeline.reports.measures import Measure
-from pipeline.reports.tables import short
 from pipeline.runtime.actors import Resources, in_order, started
 
 TIMED = 5  # times that every point's batch is drawn to measure its speed, after once to warm up
@@ -95,19 +94,15 @@ def draw_all(
             progress.add(len(batch.tokens))
 
     num_models = len({model.folder for model, _ in points})
-    with started(Sampler, (resources.cpus, num_models), resources, max(1, len(rest) * len(points))) as actors:
+    with started(Sampler, (resources.cpus, num_models), resources, len(rest) * len(points)) as actors:
         draw(actors[:1], timed, "timed")
         draw(actors, rest, "sampled")
-    order = [*timed, *rest]
-    return [
-        Point(
-            model,
-            settings,
-            np.concatenate([turns[order.index(batch)].tokens for batch in batches]),
-            [len(batch.tokens) * predicted / batch.seconds for batch in turns[1 : len(timed)]],
-        )
-        for (model, settings), turns in zip(points, drawn, strict=True)
-    ]
+    order, found = [*timed, *rest], []
+    for (model, settings), turns in zip(points, drawn, strict=True):
+        tokens = np.concatenate([turns[order.index(batch)].tokens for batch in batches])
+        rates = [len(batch.tokens) * predicted / batch.seconds for batch in turns[1 : len(timed)]]
+        found.append(Point(model, settings, tokens, rates))
+    return found
 
 
 def table(points: Sequence[Point]) -> pd.DataFrame:
@@ -122,9 +117,9 @@ def table(points: Sequence[Point]) -> pd.DataFrame:
             "parameters": f"{point.evaluated.parameters:,}",
             "order": point.settings.order,
             "steps": str(point.steps),
-            "tokens/s (median)": short(point.speed),
-            "range": f"{short(min(point.rates))} to {short(max(point.rates))}",
-            **{measure.name: short(measure.value) for measure in point.measures},
+            "tokens/s (median)": tables.short(point.speed),
+            "range": f"{tables.short(min(point.rates))} to {tables.short(max(point.rates))}",
+            **{measure.name: tables.short(measure.value) for measure in point.measures},
         }
         for point in points
     )

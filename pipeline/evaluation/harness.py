@@ -63,6 +63,7 @@ class DenoiserLM(LM):
         self._model, self._bos, self._tokenizer = model.denoiser, model.bos, model.tokenizer
         self._settings, self._device = settings, model.device  # lm-eval gathers its counts on the device
         self._room = model.denoiser.length - (model.bos is not None)
+        self._prefix = [self._tokenizer.eot] if model.bos is None else []
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Compute bounds on log p(continuation | context).
@@ -74,7 +75,7 @@ class DenoiserLM(LM):
             Bounds, and whether the continuation consists of the model's most likely tokens.
         """
         pairs = [self._pair(*request.args) for request in requests]
-        pieces = [windows(*pair, self._room) if pair[1] else [] for pair in pairs]
+        pieces = [windows(*pair, self._room) for pair in pairs]
         greedy = greedy_matches(self._model, [*chain(*pieces)], self._bos, self._settings.rows)
         matches = map(all, _by_example(greedy, pieces))
         answers = [(-nats, match) for nats, match in zip(self._nats(pieces), matches, strict=True)]
@@ -88,7 +89,7 @@ class DenoiserLM(LM):
             requests: texts.
         """
         texts = self._encode([request.args[0] for request in requests])
-        pieces = [windows(self._prefix, ids, self._room) if ids else [] for ids in texts]
+        pieces = [windows(self._prefix, ids, self._room) for ids in texts]
         answers = [-nats for nats in self._nats(pieces)]
         self._cache("loglikelihood_rolling", requests, answers)
         return answers
@@ -121,10 +122,6 @@ class DenoiserLM(LM):
         """Return a name for lm-eval's caches of requests."""
         return self._tokenizer.hash
 
-    @property
-    def _prefix(self) -> list[int]:
-        return [self._tokenizer.eot] if self._bos is None else []
-
     def _cache(self, kind: str, requests: Sequence[Instance], answers: Sequence[Any]) -> None:
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial(kind, request.args, answer)
@@ -141,10 +138,8 @@ class DenoiserLM(LM):
 
     def _nats(self, pieces: Sequence[Sequence[Pair]]) -> list[float]:
         """Sum the bounds of every example's pieces."""
-        settings = self._settings
-        scores = score_continuations(
-            self._model, [*chain(*pieces)], settings.draws, settings.seed, self._bos, settings.rows
-        )
+        own = self._settings
+        scores = score_continuations(self._model, [*chain(*pieces)], own.draws, own.seed, self._bos, own.rows)
         return [sum(score.nats for score in example) for example in _by_example(scores, pieces)]
 
     def _generate(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
@@ -158,44 +153,28 @@ class DenoiserLM(LM):
         if self._model.left_to_right:
             order = Order("left_to_right")
         prompts = [ids or self._prefix for ids in self._encode(contexts)]
-        seeds = [text_seed(self._settings.seed, ids) for ids in prompts]
+        seed = self._settings.seed
+        seeds = [text_seed(seed, ids) for ids in prompts]
         written: list[list[int]] = [[] for _ in prompts]
-        open_rows = list(range(len(prompts)))
+        open_rows, start = list(range(len(prompts))), int(self._bos is not None)
         while open_rows:
             known = []
             for row in open_rows:
-                whole, missing = [*prompts[row], *written[row]], max_new - len(written[row])
-                known.append(whole[-max(self._room - missing, self._room // 2) :])
-            row_seeds = [text_seed(seeds[row], written[row]) for row in open_rows]
-            for row, prompt, ids in zip(
-                open_rows, known, self._fill(known, order, filters, row_seeds), strict=True
-            ):
+                whole, left = [*prompts[row], *written[row]], max_new - len(written[row])
+                known.append(whole[-max(self._room - left, self._room // 2) :])
+            missing = self._room - min(map(len, known))
+            steps = missing if self._model.left_to_right else min(self._settings.steps, missing)
+            given = ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length)
+            indices = [text_seed(seeds[row], written[row]) for row in open_rows]
+            request = SamplingRequest(
+                len(known), steps, seed, order, self._bos, known=given, filters=filters, indices=indices
+            )
+            filled = sample(self._model, request)[:, start:].tolist()
+            for row, prompt, ids in zip(open_rows, known, filled, strict=True):
                 written[row] = [*written[row], *ids[len(prompt) :]][:max_new]
-            open_rows = [
-                row
-                for row in open_rows
-                if len(written[row]) < max_new and not self._ended(written[row], until)
-            ]
+            shorter = [row for row in open_rows if len(written[row]) < max_new]
+            open_rows = [row for row in shorter if not self._ended(written[row], until)]
         return [_cut(self._text(ids), until) for ids in written]
-
-    def _fill(
-        self, known: Sequence[Sequence[int]], order: Order, filters: Filters, seeds: Sequence[int]
-    ) -> list[list[int]]:
-        """Draw rows, without BOS, that begin with known tokens."""
-        start = int(self._bos is not None)
-        given = ragged_known([dict(enumerate(ids, start)) for ids in known], self._model.length)
-        missing = self._room - min(map(len, known))
-        request = SamplingRequest(
-            num_samples=len(known),
-            steps=missing if self._model.left_to_right else min(self._settings.steps, missing),
-            seed=self._settings.seed,
-            order=order,
-            bos=self._bos,
-            known=given,
-            filters=filters,
-            indices=seeds,
-        )
-        return sample(self._model, request)[:, start:].tolist()
 
     def _text(self, ids: list[int]) -> str:
         """Decode up to the end of the text."""

@@ -14,12 +14,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.prepare.image_sources import Ref, list_images, open_images
 from pipeline.data.prepare.images import held_out, read_pixels, read_spread
 from pipeline.errors import ConfigError, DataError
-from pipeline.metrics.image_features import (
-    CLASSIFIER_IMAGES,
-    CLASSIFIER_SIDE,
-    FeatureNet,
-    load_features,
-)
+from pipeline.metrics.image_features import CLASSIFIER_IMAGES, CLASSIFIER_SIDE, FeatureNet, load_features
 
 UNIT = 256  # images that are read together
 _READ_CPUS = 0.25  # CPUs of a task that reads images, so that it fits beside the actors that compute features

@@ -132,8 +132,6 @@ def windows(prompt: Sequence[int], continuation: Sequence[int], room: int) -> li
         continuation: ids.
         room: tokens of a row.
     """
-    if len(continuation) <= max(room - len(prompt), room // 2):
-        return [(prompt[max(0, len(prompt) + len(continuation) - room) :], continuation)]
     whole = [*prompt, *continuation]
     pieces: list[Pair] = []
     done = len(prompt)

@@ -20,7 +20,6 @@ from pipeline.data.shards import ShardReader
 from pipeline.errors import DataError
 from pipeline.logs import Progress
 from pipeline.metrics import likelihood
-from pipeline.metrics.likelihood import Likelihood, Masking
 from pipeline.models import model_folder
 from pipeline.reports.measures import Group, Measure
 from pipeline.runtime.actors import Resources, in_order, own_device, started
@@ -110,7 +109,7 @@ class Case:
     model: str
     corpus: Corpus
     rows: Int[np.ndarray, "R"]
-    masking: Masking
+    masking: likelihood.Masking
 
     @property
     def parts(self) -> int:
@@ -129,7 +128,7 @@ class _LikelihoodActor:
     def sums(
         self,
         model: str,
-        masking: Masking,
+        masking: likelihood.Masking,
         tokens: UInt[np.ndarray, "R L"],
         labels: Int[np.ndarray, "R"] | None,
         share: tuple[int, int],
@@ -143,7 +142,7 @@ class _LikelihoodActor:
         return likelihood.row_sums(self._model, batches, len(tokens)).numpy()
 
 
-def measure_cases(cases: Sequence[Case], resources: Resources) -> list[Likelihood]:
+def measure_cases(cases: Sequence[Case], resources: Resources) -> list[likelihood.Likelihood]:
     """Measure the likelihood of every case on actors that are started once.
 
     Args:
@@ -167,7 +166,7 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[Likelihoo
     return results
 
 
-def likelihood_group(corpus: Corpus, title: str, result: Likelihood) -> Group:
+def likelihood_group(corpus: Corpus, title: str, result: likelihood.Likelihood) -> Group:
     """Make the report's group of a likelihood.
 
     Args:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,8 @@ def draw_rows(
     (first, count), condition = batch, None
     if model.classes is not None:
         condition = torch.tensor(labels_of(settings, model.classes.num_embeddings - 1, first, count))
-    request = replace(
-        SamplingRequest.of(settings, bos),
-        num_samples=count,
-        condition=condition,
-        indices=range(first, first + count),
-    )
+    request, indices = SamplingRequest.of(settings, bos), range(first, first + count)
+    request = replace(request, num_samples=count, condition=condition, indices=indices)
     return sample(model, request, revealed_at=revealed_at)
 
 
@@ -244,10 +241,8 @@ def _write_images(
     """Write a PNG of every image, and an overview of the first ones."""
     (into / "images").mkdir()
     overview: list[np.ndarray] = []
-    index = 0
-    for images in batches:
-        for image in images:
-            Image.fromarray(image).save(into / "images" / f"{index:06d}.png")
-            index += 1
-        overview += list(images[: GRID_IMAGES - len(overview)])
+    for index, image in enumerate(chain.from_iterable(batches)):
+        Image.fromarray(image).save(into / "images" / f"{index:06d}.png")
+        if index < GRID_IMAGES:
+            overview.append(image)
     sample_grid(np.stack(overview), labels and labels[:GRID_IMAGES]).savefig(into / GRID)

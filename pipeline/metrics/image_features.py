@@ -1,7 +1,6 @@
 """Networks whose features and classes FID and Inception Score are computed from, by their names in the config."""
 
 import importlib
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,9 +92,8 @@ class FeatureNet:
                 )
             features.append(outputs[0].float().cpu())
             probabilities += [logits.float().softmax(1).cpu() for logits in outputs[1:]]
-        return Outputs(
-            torch.cat(features).numpy(), torch.cat(probabilities).numpy() if probabilities else None
-        )
+        known = torch.cat(probabilities).numpy() if probabilities else None
+        return Outputs(torch.cat(features).numpy(), known)
 
 
 def load_features(spec: str, weights: str | None, labelled: Labelled | None, batch: int) -> FeatureNet:
@@ -213,7 +211,7 @@ def _inception(weights: str | None) -> nn.Module:
         raise ConfigError(f"evaluation.weights: {path!r} does not exist")
     with tempfile.TemporaryDirectory() as folder:
         # The library unpickles any file that it is given, so it gets one with the tensors alone.
-        clean = os.path.join(folder, "weights.pth")
+        clean = str(Path(folder) / "weights.pth")
         torch.save(read(storage.fetch(path)).tensors, clean)
         outputs = ["2048", "logits_unbiased"]
         return inception.FeatureExtractorInceptionV3(

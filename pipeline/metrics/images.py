@@ -14,6 +14,7 @@ import safetensors.numpy
 import torch
 from jaxtyping import Float, Float64, UInt8
 from safetensors import SafetensorError
+from scipy.special import rel_entr
 
 from pipeline import storage
 from pipeline.errors import DataError
@@ -148,9 +149,7 @@ def inception_score(probabilities: Float[np.ndarray, "n K"], splits: int = 10) -
     scores = []
     for part in np.array_split(order, min(splits, len(order) // 2)):
         p = probabilities[part].astype(np.float64)
-        tiny = np.finfo(np.float64).tiny  # 0 log 0 = 0
-        gain = p * (np.log(p.clip(tiny)) - np.log(p.mean(0).clip(tiny)))
-        scores.append(math.exp(gain.sum(1).mean()))
+        scores.append(math.exp(rel_entr(p, p.mean(0)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -217,7 +216,6 @@ def dataset_outputs(images: ray.data.Dataset, net: FeatureNet, resources: Resour
         net: on the CPU; every actor gets a copy and moves it to its GPU.
         resources: of the actors. They take at most three quarters of all CPUs, since reading the images needs some.
     """
-    reserved = min(resources.cpus, 0.75 * ray.cluster_resources()["CPU"] / resources.actors)
     images.context.execution_options.preserve_order = True
     images.context.enable_progress_bars = images.context.print_on_execution_start = False
     outputs = images.map_batches(
@@ -225,7 +223,7 @@ def dataset_outputs(images: ray.data.Dataset, net: FeatureNet, resources: Resour
         fn_constructor_args=(ray.put(net), resources.cpus),
         batch_size=net.batch,
         compute=ray.data.ActorPoolStrategy(size=resources.actors),
-        num_cpus=reserved,
+        num_cpus=min(resources.cpus, 0.75 * ray.cluster_resources()["CPU"] / resources.actors),
         num_gpus=int(resources.use_gpu),
     )
     for rows in outputs.iter_batches(batch_size=net.batch, batch_format="numpy"):
@@ -252,9 +250,7 @@ def reconstruction(parts: Iterable[Difference]) -> Reconstruction:
     Raises:
         DataError: there are no images.
     """
-    images, values, squares, sizes = (
-        sum(column) for column in zip(Difference(0, 0, 0, 0), *parts, strict=True)
-    )
+    images, values, squares, sizes = map(sum, zip(Difference(0, 0, 0, 0), *parts, strict=True))
     if not images:
         raise DataError("reconstruction: no images; expected at least one")
     mse = squares / values

@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from pipeline.config.schema import RunConfig
 from pipeline.diffusion.partition import draw_order, draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
-from pipeline.errors import CapabilityError
 from pipeline.models.denoiser import Batch, Denoiser
 
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
 NORMAL_95 = 1.959964  # standard errors from the mean to either end of a 95% interval
 CPU = torch.device("cpu")
+Batches = Iterator[tuple[Int[np.ndarray, "b"], Batch]]  # indices of the rows, -1 for one that only fills up
 Scorer = Callable[[Batch], torch.Tensor]  # Batch -> weighted sum of cross-entropies of every row
 
 
@@ -122,7 +122,7 @@ def masked_batches(
     labels: Int[np.ndarray, "R"] | None = None,
     share: tuple[int, int] = (0, 1),
     device: torch.device = CPU,
-) -> Iterator[tuple[Int[np.ndarray, "b"], Batch]]:
+) -> Batches:
     """Mask every row `masking.draws` times and yield one worker's share of the (row, draw) pairs in batches.
 
     Group 1 of a batch is hidden and predicted. The levels n and t are stratified over all pairs. The masks do not
@@ -161,24 +161,15 @@ def masked_batches(
             t = masking.eps + (1 - masking.eps) * levels[pairs]
             weights = (np.pi / 2 if schedule == "arccos" else weight(t)[:, None]) / predicted
         groups[:, :bos] = False
-        yield (
-            np.where(real, rows, -1),
-            Batch.of_arrays(
-                tokens[rows].astype(np.int64),
-                groups,
-                groups,
-                weights * groups * real[:, None],
-                labels=None if labels is None else labels[rows],
-                order=draw_order([masking.seed, masking.draws, 0, 1], pairs, length, bos),
-                device=device,
-            ),
-        )
+        order = draw_order([masking.seed, masking.draws, 0, 1], pairs, length, bos)
+        ids, weighted = tokens[rows].astype(np.int64), weights * groups * real[:, None]
+        classes = None if labels is None else labels[rows]
+        part = Batch.of_arrays(ids, groups, groups, weighted, labels=classes, order=order, device=device)
+        yield np.where(real, rows, -1), part
 
 
 @torch.no_grad()
-def row_sums(
-    score: Scorer, batches: Iterator[tuple[Int[np.ndarray, "b"], Batch]], rows: int
-) -> Float[torch.Tensor, "R"]:
+def row_sums(score: Scorer, batches: Batches, rows: int) -> Float[torch.Tensor, "R"]:
     """Sum every row's estimates over its draws.
 
     Args:
@@ -223,28 +214,3 @@ def summarise(sums: Float[torch.Tensor, "R"], masking: Masking) -> Likelihood:
     per_row, rows = sums / masking.draws, len(sums)
     stderr = float(per_row.std(unbiased=True)) / math.sqrt(rows) if rows > 1 else math.inf
     return Likelihood(float(per_row.mean()), stderr, masking.estimator, masking.draws, rows, masking.seed)
-
-
-def measure(
-    score: Scorer,
-    masking: Masking,
-    tokens: Int[np.ndarray, "R L"],
-    labels: Int[np.ndarray, "R"] | None = None,
-) -> Likelihood:
-    """Measure the bound, or the exact value, in this process.
-
-    Args:
-        score: as in `row_sums`.
-        masking: as in `masked_batches`.
-        tokens: as in `masked_batches`.
-        labels: as in `masked_batches`.
-
-    Raises:
-        CapabilityError: "exact" for a model that is not autoregressive, or another estimator for one that is.
-    """
-    if isinstance(score, Denoiser) and (masking.estimator == "exact") != score.left_to_right:
-        raise CapabilityError(
-            f"estimator {masking.estimator!r} does not fit {type(score).__name__}; "
-            f"expected {'exact' if score.left_to_right else 'count or mdlm'}"
-        )
-    return summarise(row_sums(score, masked_batches(masking, tokens, labels), len(tokens)), masking)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 Rows = Integer[np.ndarray, "n L"]
+Perplexity = Callable[[Iterable[Rows]], float]  # of blocks of rows
 
 _PORTION = 1 << 22  # tokens counted at a time
 
@@ -37,7 +38,7 @@ def bigram_perplexity(train_rows: Iterable[Rows], rows: Iterable[Rows], vocabula
     return bigram_model(train_rows, vocabulary)(rows)
 
 
-def bigram_model(train_rows: Iterable[Rows], vocabulary: int) -> Callable[[Iterable[Rows]], float]:
+def bigram_model(train_rows: Iterable[Rows], vocabulary: int) -> Perplexity:
     """Count token pairs in training rows and return the perplexity as a function of blocks of rows.
 
     The first token of a row is predicted by the unigram, the others by Witten-Bell interpolation: with `c(a, b)` the

@@ -1,21 +1,18 @@
 """Quality of samples of a teacher and its students by the number of sampling steps."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Integer
 
 from pipeline.config.schema import SamplingConfig
 from pipeline.metrics.draw import Sampler, batches_of
+from pipeline.metrics.ngram import Perplexity, Rows
 from pipeline.metrics.text import unigram_entropy
 from pipeline.reports.tables import markdown
 from pipeline.runtime.actors import Resources, in_order, started
-
-Rows = Integer[np.ndarray, "n L"]
-Perplexity = Callable[[Iterable[Rows]], float]
 
 
 @dataclass(frozen=True)
@@ -110,11 +107,8 @@ def table(qualities: Sequence[Quality]) -> str:
     Args:
         qualities: of all models.
     """
-    counts = sorted({q.steps for q in qualities})
-    cells = {(q.model, q.steps): f"{q.perplexity:.2f} ({q.entropy:.2f})" for q in qualities}
-    return markdown(
-        pd.DataFrame(
-            {"bigram perplexity (entropy)": model, **{f"{n} steps": cells[model, n] for n in counts}}
-            for model in dict.fromkeys(q.model for q in qualities)
-        )
-    )
+    rows = []
+    for model, values in points(qualities).items():
+        cells = {f"{n} steps": f"{perplexity:.2f} ({entropy:.2f})" for n, perplexity, entropy in values}
+        rows.append({"bigram perplexity (entropy)": model, **cells})
+    return markdown(pd.DataFrame(rows))

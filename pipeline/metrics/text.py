@@ -1,16 +1,14 @@
 """Metrics of generated text: its diversity, and its score under other language models."""
 
-from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 
 from pipeline.errors import DataError
 from pipeline.metrics.external_lm import Scored
+from pipeline.metrics.ngram import Perplexity, Rows
 from pipeline.reports.measures import Measure
-
-Rows = Integer[np.ndarray, "n L"]
 
 
 def unigram_entropy(rows: Rows) -> float:
@@ -55,7 +53,7 @@ def distinct(rows: Rows, n: int) -> float:
 def text_measures(
     rows: Rows,
     bos: bool,
-    bigram: Callable[[Iterable[Rows]], float],
+    bigram: Perplexity,
     scored: Scored | None,
     scorer: str | None,
     real: Scored | None = None,
@@ -90,10 +88,9 @@ def text_measures(
     measures.append(Measure("generative_perplexity", "generative perplexity", scored.perplexity, by=method))
     if real is not None and has_mauve():
         value, clusters = mauve(real.features, scored.features)
-        method = (
-            f"last hidden state of {scorer}, {len(scored.features):,} texts against {len(real.features):,}"
-        )
-        measures.append(Measure("mauve", "MAUVE", value, by=f"{method} held-out ones, {clusters} clusters"))
+        texts = f"{len(scored.features):,} texts against {len(real.features):,} held-out ones"
+        method = f"last hidden state of {scorer}, {texts}, {clusters} clusters"
+        measures.append(Measure("mauve", "MAUVE", value, by=method))
     return measures
 
 

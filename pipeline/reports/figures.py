@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -17,11 +18,10 @@ _LABEL_HEIGHT = 0.06  # of an axis, so that labels beside it do not overlap
 _HUGE = 1e300  # MLflow stores infinity as 1.8e308
 
 Label = tuple[float, str, str]  # value, text, colour
+History = Mapping[str, Sequence[tuple[int, float]]]  # (step, value) points of every metric
 
 
-def loss_curve(
-    history: Mapping[str, Sequence[tuple[int, float]]], references: Mapping[str, float] | None = None
-) -> Figure:
+def loss_curve(history: History, references: Mapping[str, float] | None = None) -> Figure:
     """Draw the training loss, raw and smoothed, and the validation perplexity (images: loss) with references.
 
     Args:
@@ -35,8 +35,32 @@ def loss_curve(
     figure, (left, right) = panels(
         ("Training loss", "nats per token", "step"), (f"Validation {metric}", unit, "step")
     )
-    _draw_loss(left, *finite(history.get("train/loss", ())))
-    _draw_validation(right, *finite(history.get(f"validation/{metric}", ())), references or {})
+    steps, losses = finite(history.get("train/loss", ()))
+    if steps.size:
+        # The centred moving median (a mean would show a spike as a plateau), then the mean; both are cut at the ends.
+        window = {"window": 2 * max(1, len(losses) // (2 * _WINDOWS)) + 1, "center": True, "min_periods": 1}
+        smooth = pd.Series(losses).rolling(**window).median().rolling(**window).mean().to_numpy()
+        left.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=0.8)
+        left.plot(steps, smooth, color=_BLUE, linewidth=1.8)
+        left.plot(steps[-1:], smooth[-1:], "o", color=_BLUE, markersize=5)
+        # The upper limit comes from the smooth curve: one spike must not flatten all the rest.
+        low, high = losses.min(), smooth.max()
+        pad = 0.06 * (high - low) or 0.1
+        left.set_ylim(low - pad, high + pad)
+        label_right(left, [(float(smooth[-1]), f"{smooth[-1]:.3g}", _BLUE)])
+    else:
+        _draw_nothing(left)
+    steps, values = finite(history.get(f"validation/{metric}", ()))
+    if steps.size:
+        references = references or {}
+        labels = [_reference(right, value, name) for name, value in references.items()]
+        size = 3.5 if steps.size <= 40 else 0
+        right.plot(steps, values, color=_RED, linewidth=1.8, marker="o", markersize=size)
+        right.plot(steps[-1:], values[-1:], "o", color=_RED, markersize=5)
+        _logarithmic(right.yaxis, [*values, *references.values()])
+        label_right(right, [*labels, (float(values[-1]), f"{values[-1]:.4g}", _RED)])
+    else:
+        _draw_nothing(right)
     return figure
 
 
@@ -197,43 +221,6 @@ def _reference(axes: Axes, value: float, name: str) -> Label:
     """Draw a dashed horizontal line and return its label."""
     axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     return value, f"{name} {value:.4g}", INK
-
-
-def _draw_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
-    if not steps.size:
-        _draw_nothing(axes)
-        return
-    smooth = _smooth(losses)
-    axes.plot(steps, losses, color=_BLUE, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, smooth, color=_BLUE, linewidth=1.8)
-    axes.plot(steps[-1:], smooth[-1:], "o", color=_BLUE, markersize=5)
-    # The upper limit comes from the smooth curve: one spike must not flatten all the rest.
-    low, high = losses.min(), smooth.max()
-    pad = 0.06 * (high - low) or 0.1
-    axes.set_ylim(low - pad, high + pad)
-    label_right(axes, [(float(smooth[-1]), f"{smooth[-1]:.3g}", _BLUE)])
-
-
-def _draw_validation(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, references: Mapping[str, float]
-) -> None:
-    if not steps.size:
-        _draw_nothing(axes)
-        return
-    labels = [_reference(axes, value, name) for name, value in references.items()]
-    axes.plot(steps, values, color=_RED, linewidth=1.8, marker="o", markersize=3.5 if steps.size <= 40 else 0)
-    axes.plot(steps[-1:], values[-1:], "o", color=_RED, markersize=5)
-    _logarithmic(axes.yaxis, [*values, *references.values()])
-    label_right(axes, [*labels, (float(values[-1]), f"{values[-1]:.4g}", _RED)])
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Take the centred moving median (a mean would show a spike as a plateau), then the mean; cut at both ends."""
-    reach = max(1, len(values) // (2 * _WINDOWS))
-    for average in (np.nanmedian, np.nanmean):
-        padded = np.pad(values, reach, constant_values=np.nan)
-        values = average(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=1)
-    return values
 
 
 def _short(value: float) -> str:

@@ -82,7 +82,8 @@ class Report:
         tree = asdict(self)
         for group in tree["groups"]:
             group["figures"] = group.pop("measures")
-        return json.dumps(_null_infinite(tree), indent=2, ensure_ascii=False) + "\n"
+        tree = json.loads(json.dumps(tree), parse_constant=lambda _: None)
+        return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
 
     def to_text(self) -> str:
         """Write a table with columns that are aligned over all groups."""
@@ -114,12 +115,3 @@ def measure_table(measures: Iterable[Measure]) -> pd.DataFrame:
 
 def _listed(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in facts.items())
-
-
-def _null_infinite(value: Any) -> Any:
-    """Replace numbers that are not finite by None, also inside dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _null_infinite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_infinite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

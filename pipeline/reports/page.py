@@ -4,7 +4,6 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -22,7 +21,6 @@ HTML, MARKDOWN = "report.html", "report.md"
 class Text:
     """A paragraph of text."""
 
-    kind: ClassVar = "text"
     text: str
 
 
@@ -30,7 +28,6 @@ class Text:
 class Table:
     """A table of texts."""
 
-    kind: ClassVar = "table"
     table: pd.DataFrame
 
 
@@ -44,7 +41,6 @@ class Picture:
         caption: below the picture.
     """
 
-    kind: ClassVar = "picture"
     name: str
     png: bytes
     caption: str
@@ -59,7 +55,6 @@ class Picture:
 class Columns:
     """Texts side by side, as (title, text)."""
 
-    kind: ClassVar = "columns"
     texts: Sequence[tuple[str, str]]
 
 
@@ -67,7 +62,6 @@ class Columns:
 class Folded:
     """A long text under a title, which opens it with a click."""
 
-    kind: ClassVar = "folded"
     title: str
     text: str
 
@@ -108,10 +102,8 @@ class Page:
             Names of the files.
         """
         files = {HTML: self.to_html().encode(), MARKDOWN: self.to_markdown().encode()}
-        for section in self.sections:
-            files |= {
-                f"{block.name}.png": block.png for block in section.blocks if isinstance(block, Picture)
-            }
+        blocks = [block for section in self.sections for block in section.blocks]
+        files |= {f"{block.name}.png": block.png for block in blocks if isinstance(block, Picture)}
         for name, content in files.items():
             storage.publish_bytes(storage.join(into, name), content)
         return list(files)

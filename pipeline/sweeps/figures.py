@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -83,12 +84,12 @@ def quality_against_speed(table: Sequence[Row], metric: str) -> Figure:
     figure, (axes,) = panels(("Quality and sampling speed", metric, "sampling tokens/s"), size=_SIZE)
     ends = []
     for row, color in zip(table, _colors(len(table)), strict=True):
-        speed, quality = row.sample_rate, row.metric
-        if math.isnan(speed.mean) or math.isnan(quality.mean):
+        (speed, _), (quality, deviation) = row.sample_rate, row.metric
+        if math.isnan(speed) or math.isnan(quality):
             continue
-        spread = None if math.isnan(quality.deviation) else quality.deviation
-        axes.errorbar(speed.mean, quality.mean, yerr=spread, fmt="o", color=color, markersize=5, capsize=2)
-        ends.append((quality.mean, row.variant, color))
+        # Without a deviation, which is nan, there is no bar.
+        axes.errorbar(speed, quality, yerr=deviation, fmt="o", color=color, markersize=5, capsize=2)
+        ends.append((quality, row.variant, color))
     axes.margins(x=0.1, y=0.15)
     label_right(axes, ends[:_NAMED])
     return figure
@@ -97,17 +98,13 @@ def quality_against_speed(table: Sequence[Row], metric: str) -> Figure:
 def _heights(axes: Axes, place: int, values: Sequence[str | float | None]) -> list[float]:
     """Label one axis and place every variant's value on it, from 0 to 1; nan where it has none."""
     known = [value for value in values if value is not None]
-    numbers = [value for value in known if isinstance(value, float)]
-    if numbers and len(numbers) == len(known):
-        low, high = min(numbers), max(numbers)
-        scale = math.log if low > 0 and high / low > 10 else float
+    if known and all(isinstance(value, float) for value in known):
+        numbers = np.array(values, dtype=np.float64)  # None becomes nan
+        low, high = np.nanmin(numbers), np.nanmax(numbers)
         ticks = {f"{low:.4g}": 0.0, f"{high:.4g}": 1.0}
-        heights = [
-            (scale(value) - scale(low)) / (scale(high) - scale(low) or 1)
-            if isinstance(value, float)
-            else math.nan
-            for value in values
-        ]
+        if low > 0 and high / low > 10:
+            numbers, low, high = np.log(numbers), np.log(low), np.log(high)
+        heights = ((numbers - low) / (high - low or 1)).tolist()
     else:
         labels = list(dict.fromkeys(map(str, known)))
         ticks = {label: index / max(1, len(labels) - 1) for index, label in enumerate(labels)}

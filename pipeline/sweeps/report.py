@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
+import pandas as pd
 
 from pipeline.reports import tables
 
@@ -65,9 +65,8 @@ class Spread(NamedTuple):
         Args:
             values: of the seeds.
         """
-        known = [value for value in values if value is not None and math.isfinite(value)]
-        mean = float(np.mean(known)) if known else math.nan
-        return cls(mean, float(np.std(known, ddof=1)) if len(known) > 1 else math.nan)
+        known = pd.Series(values, dtype=float).replace([math.inf, -math.inf], math.nan)
+        return cls(float(known.mean()), float(known.std()))
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
@@ -99,11 +98,6 @@ class Row:
     parameters: int | None
     train_rate: Spread
     sample_rate: Spread
-
-    @property
-    def finished(self) -> bool:
-        """Tell whether all trials finished."""
-        return all(trial.status == "finished" for trial in self.trials)
 
     @property
     def state(self) -> str:
@@ -146,9 +140,10 @@ def rows(trials: Sequence[Trial], mode: Literal["min", "max"]) -> list[Row]:
 
     def rank(row: Row) -> tuple[bool, int, bool, float]:
         unknown = math.isnan(row.metric.mean)
-        reached = 0 if row.finished else -min(trial.step for trial in row.trials)
+        finished = all(trial.status == "finished" for trial in row.trials)
+        reached = 0 if finished else -min(trial.step for trial in row.trials)
         value = row.metric.mean if mode == "min" else -row.metric.mean
-        return not row.finished, reached, unknown, 0.0 if unknown else value
+        return not finished, reached, unknown, 0.0 if unknown else value
 
     return sorted(table, key=rank)
 
@@ -187,9 +182,8 @@ def markdown(table: Sequence[Row], metric: str, about: str) -> str:
     )
     failed = [trial for row in table for trial in row.trials if trial.status == "failed"]
     errors = "".join(f"- {t.variant} seed {t.seed}: {t.error}\n" for t in failed)
-    return f"{about}\n\nThe first variant is {reference}.\n\n{text}\n" + (
-        f"\nFailed:\n{errors}" if failed else ""
-    )
+    end = f"\nFailed:\n{errors}" if failed else ""
+    return f"{about}\n\nThe first variant is {reference}.\n\n{text}\n{end}"
 
 
 def variants_csv(table: Sequence[Row], metric: str) -> str:
@@ -199,19 +193,15 @@ def variants_csv(table: Sequence[Row], metric: str) -> str:
         table: from `rows`.
         metric: name of the metric.
     """
-    name, entries, none = metric.rpartition("/")[2], _entries(table), Spread.of([])
+    name, entries = metric.rpartition("/")[2], _entries(table)
     lines = (
         {
             **{entry: row.choices.get(entry) for entry in entries},
-            name: row.metric.mean,
-            f"{name}_std": row.metric.deviation,
-            f"{name}_against_first": (row.difference or none).mean,
-            f"{name}_against_first_std": (row.difference or none).deviation,
+            **_cells(name, row.metric),
+            **_cells(f"{name}_against_first", row.difference or Spread.of([])),
             "parameters": row.parameters,
-            "train_tokens_per_second": row.train_rate.mean,
-            "train_tokens_per_second_std": row.train_rate.deviation,
-            "sampling_tokens_per_second": row.sample_rate.mean,
-            "sampling_tokens_per_second_std": row.sample_rate.deviation,
+            **_cells("train_tokens_per_second", row.train_rate),
+            **_cells("sampling_tokens_per_second", row.sample_rate),
             "trials": row.state,
         }
         for row in table
@@ -251,6 +241,10 @@ def _entries(table: Sequence[Row]) -> list[str]:
 def _choice(row: Row, entry: str) -> str:
     value = row.choices.get(entry, "")
     return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _cells(name: str, spread: Spread) -> dict[str, float]:
+    return {name: spread.mean, f"{name}_std": spread.deviation}
 
 
 def _signed(difference: Spread) -> str:

@@ -21,7 +21,6 @@ from pipeline.run import Run
 from pipeline.runtime.actors import Resources, in_order, started
 from pipeline.runtime.ray_cluster import available_resources
 from pipeline.sweeps import figures, report
-from pipeline.sweeps.report import Row, Status, Trial
 from pipeline.sweeps.trial import PlannedTrial, TrialEnd, read_end, read_reports
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class SweepResult:
     """
 
     folder: str
-    rows: Sequence[Row]
+    rows: Sequence[report.Row]
     table: str
     best: str | None
     run_id: str | None
@@ -85,14 +84,13 @@ def summarise(plan: Sweep, base: Run, folder: str, trials: Sequence[PlannedTrial
         "quality_against_speed.png": figures.quality_against_speed(table, own.metric),
     }
     states = Counter(trial.status for row in table for trial in row.trials)
-    metrics = {f"trials/{status}": float(states[status]) for status in get_args(Status)}
+    metrics = {f"trials/{status}": float(states[status]) for status in get_args(report.Status)}
     if winner := report.best(table):
         metrics[f"best/{own.metric}"] = winner.metric.mean
         best_trials = [trial for trial in trials if trial.variant.label == winner.variant]
-        config = plan.trial(best_trials[0].variant, own.seeds[0]).model_copy(
-            update={"name": f"{own.name}-best"}
-        )
-        texts[BEST] = f"# The best variant of {own.name}: {winner.variant}\n" + dump(config)
+        config = plan.trial(best_trials[0].variant, own.seeds[0])
+        named = config.model_copy(update={"name": f"{own.name}-best"})
+        texts[BEST] = f"# The best variant of {own.name}: {winner.variant}\n" + dump(named)
         _move_alias(base.tracking_uri, best_trials)
     with base.tracker() as tracker:
         tracker.log_metrics(metrics, 0)
@@ -107,25 +105,25 @@ def summarise(plan: Sweep, base: Run, folder: str, trials: Sequence[PlannedTrial
     return SweepResult(folder, table, texts["table.md"], best, base.run_id, base.tracking_uri)
 
 
-def _result(trial: PlannedTrial, metric: str, speeds: dict[str, tuple[int, float]]) -> Trial:
+def _result(trial: PlannedTrial, metric: str, speeds: dict[str, tuple[int, float]]) -> report.Trial:
     """Collect what a trial left in its folder and in its MLflow run."""
     folder, label = trial.run.folder, trial.variant.label
-    end, recorded = read_end(folder), tracking.recorded_run(folder)
+    end = read_end(folder) or TrialEnd("failed", 0, {}, error="its process was lost")
+    recorded = tracking.recorded_run(folder)
     run_id = recorded and recorded[0]
     parameters, sample_rate = speeds.get(label, (None, None))
-    lost = TrialEnd("failed", 0, {}, error="its process was lost")
-    return Trial(
+    return report.Trial(
         variant=label,
         choices=trial.variant.choices,
         seed=trial.seed,
-        status=(end or lost).status,
-        step=(end or lost).step,
+        status=end.status,
+        step=end.step,
         curve=[(int(point["step"]), point[metric]) for point in read_reports(folder) if metric in point],
         parameters=parameters,
         train_rate=_train_rate(trial.run.tracking_uri, run_id) if run_id else None,
         sample_rate=sample_rate,
         run_id=run_id,
-        error=((end or lost).error or "").partition("\n")[0] or None,
+        error=(end.error or "").partition("\n")[0] or None,
     )
 
 

@@ -48,20 +48,29 @@ def sweep(plan: Sweep) -> SweepResult:
         ConfigError, DataError, CheckpointError: before any trial starts.
         StoppedError: the user stopped the sweep.
     """
-    base = Run.of(plan.base())
-    folder = storage.join(base.config.cluster.storage, plan.config.name)
+    base, own = Run.of(plan.base()), plan.config
+    folder = storage.join(base.config.cluster.storage, own.name)
     storage.check_writable(folder, "cluster.storage")
-    trials = [planned(plan, variant, seed) for variant in plan.variants() for seed in plan.config.seeds]
-    for trial in trials:
-        check_same(trial.run)
+    trials = [planned(plan, variant, seed) for variant in plan.variants() for seed in own.seeds]
+    for trial in trials:  # none may continue with another config
+        if end := kept_end(trial.run):
+            resume.check_same(end.config, trial.run.config, trial.run.folder)
+        else:
+            resume.precheck(trial.run)
     # What a model-based search will choose is not known, but what its trials need is.
-    examples = [trial.run for trial in trials] or [planned(plan, plan.draws(1)[0], plan.config.seeds[0]).run]
+    examples = [trial.run for trial in trials] or [planned(plan, plan.draws(1)[0], own.seeds[0]).run]
     with joined_cluster(base.config.cluster):
         uri = base.tracking_uri
         check_visible(folder, uri)
         for run in {run.data_path: run for run in examples}.values():
             run.with_data()
-        run_id = _open_parent(plan, folder, uri, len(trials))
+        written = own.model_dump(mode="json")
+        params = {f"sweep.{key}": value for key, value in written.items()}
+        params |= flatten(plan.base().model_dump())
+        tags = {"trials": str(len(trials) or own.num_samples)}
+        experiment = base.config.tracking.experiment
+        run_id = tracking.open_recorded_run(folder, uri, experiment, own.name, params, tags)
+        storage.publish_text(storage.join(folder, "sweep.json"), json.dumps(written, indent=2) + "\n")
         with tracking.ending(uri, run_id), stoppable(folder):
             began = time.monotonic()
             started, complete = _run_trials(plan, folder, trials, examples, run_id)
@@ -94,32 +103,6 @@ def planned(plan: Sweep, variant: Variant, seed: int) -> PlannedTrial:
         cluster=config.cluster.model_copy(update={"storage": folder}),
     )
     return PlannedTrial(variant, seed, run)
-
-
-def check_same(run: Run) -> None:
-    """Refuse to continue a trial whose config has changed.
-
-    Args:
-        run: of the trial.
-
-    Raises:
-        CheckpointError: lists every difference.
-    """
-    if end := kept_end(run):
-        resume.check_same(end.config, run.config, run.folder)
-    else:
-        resume.precheck(run)
-
-
-def _open_parent(plan: Sweep, folder: str, uri: str, trials: int) -> str:
-    """Open, or continue, the sweep's own MLflow run."""
-    base, own = plan.base(), plan.config
-    written = own.model_dump(mode="json")
-    params = {f"sweep.{key}": value for key, value in written.items()} | flatten(base.model_dump())
-    tags = {"trials": str(trials or own.num_samples)}
-    run_id = tracking.open_recorded_run(folder, uri, base.tracking.experiment, own.name, params, tags)
-    storage.publish_text(storage.join(folder, "sweep.json"), json.dumps(written, indent=2) + "\n")
-    return run_id
 
 
 def _run_trials(
@@ -162,9 +145,8 @@ def _run_trials(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in the config are relative to the driver's folder
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end trials without a checkpoint
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials log to MLflow
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(
-        logging.ERROR
-    )  # misses those loggers' files
+    # It would miss those loggers' files.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         tune.with_resources(train, lambda choices: _resources(find(choices).run.config)),
         param_space={} if search else {"trial": tune.grid_search(list(by_name))},
@@ -333,6 +315,5 @@ class _Progress(tune.Callback):
         state = f"{end.status} at step {end.step}" if end else "its process was lost"
         minutes_per_trial = (time.monotonic() - self._began) / 60 / (self._ended - self._before)
         left = minutes_per_trial * (self._count - self._ended)
-        log.info(
-            f"{planned_trial}: {state}  ({self._ended} of {self._count} trials, about {left:.0f} minutes left)"
-        )
+        trials_left = f"{self._ended} of {self._count} trials, about {left:.0f} minutes left"
+        log.info(f"{planned_trial}: {state}  ({trials_left})")

@@ -22,6 +22,7 @@ from pipeline.metrics.text import unigram_entropy
 from pipeline.models import model_folder
 from pipeline.run import Run
 from pipeline.sampling.sampler import SamplingRequest, sample
+from tests.support.one_process import measure
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model, write_rows
 
@@ -90,7 +91,7 @@ def test_figures_and_files(config: RunConfig, ray_cluster: None) -> None:
         model = model_folder.read(Path(config.cluster.storage) / name / "model")[0]
         estimator, draws = likelihood.estimator_for(model, "count", 2)
         rows = held_out.rows(np.unique(np.linspace(0, len(held_out) - 1, 40).astype(int)))
-        bound = likelihood.measure(model, likelihood.Masking(estimator, draws, 0, batch=32), rows)
+        bound = measure(model, likelihood.Masking(estimator, draws, 0, batch=32), rows)
         assert group.title == name
         assert group.measures[1].value == pytest.approx(bound.nats, rel=1e-6)
 

@@ -25,6 +25,7 @@ from pipeline.models.vq import PatchVQ, fit_patches, load_image_tokenizer
 from pipeline.run import Run
 from pipeline.tracking import tracking_uri
 from pipeline.training.validation import validation_rows
+from tests.support.one_process import measure
 from tests.support.page_check import check_page
 from tests.support.small_manifest import small_manifest, write_shard
 from tests.support.small_models import shake
@@ -104,7 +105,7 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     rows = validation_rows(len(reader), 300)
     model = model_folder.read(Path(config.cluster.storage) / "judged" / "model")[0]
     masking = likelihood.Masking("arccos", 2, 0, bos=True, batch=64)
-    bound = likelihood.measure(model, masking, reader.rows(rows), reader.labels(rows))
+    bound = measure(model, masking, reader.rows(rows), reader.labels(rows))
     other = f"evaluation/zero_shot/{Path(path).name}/loss"
     assert metrics["evaluation/validation/loss"] == metrics[other] == bound.nats
     assert metrics["evaluation/validation/loss_low"] == pytest.approx(

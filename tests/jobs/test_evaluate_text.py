@@ -24,6 +24,7 @@ from pipeline.metrics.text import distinct, unigram_entropy
 from pipeline.models import model_folder
 from pipeline.run import Run
 from tests.support.causal_lm import save_scorer
+from tests.support.one_process import measure
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model, write_rows
 
@@ -66,7 +67,7 @@ def test_figures_are_those_of_one_process(config: RunConfig, ray_cluster: None) 
     train, held_out = (ShardReader(path, Manifest.read(path), split) for split in ("train", "validation"))
     rows = held_out.rows(np.unique(np.linspace(0, len(held_out) - 1, 40).astype(int)))
     masking = likelihood.Masking("count", 2, 0)
-    bound = likelihood.measure(model_folder.read(run / "model")[0], masking, rows)
+    bound = measure(model_folder.read(run / "model")[0], masking, rows)
     assert metrics["evaluation/validation/nats"] == pytest.approx(bound.nats, rel=1e-6)
 
     tokens, decode = np.load(f"{found.folder}/samples/tokens.npy"), ByteTokenizer().decode

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.metrics.likelihood import Likelihood, Masking, measure
+from pipeline.metrics.likelihood import Likelihood, Masking
 from pipeline.models.denoiser import Batch
 from tests.support.known_source import Known, markov
+from tests.support.one_process import measure
 
 V, L, ROWS, REPEATS = 3, 5, 200, 200
 

@@ -13,7 +13,8 @@ from pipeline.config.schema import DiffusionConfig, EvaluationConfig
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws
 from pipeline.errors import CapabilityError
-from pipeline.metrics.likelihood import Masking, estimator_for, masked_batches, measure, row_sums
+from pipeline.metrics.likelihood import Masking, estimator_for, masked_batches, row_sums
+from tests.support.one_process import measure
 from tests.support.small_models import BOTH_KINDS, randomised
 
 AR = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)

@@ -15,12 +15,12 @@ from pipeline.metrics.likelihood import (
     Likelihood,
     Masking,
     masked_batches,
-    measure,
     row_sums,
     summarise,
 )
 from pipeline.models import build
 from pipeline.models.denoiser import Batch, Denoiser
+from tests.support.one_process import measure
 from tests.support.small_models import BOTH_KINDS, randomised
 
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)

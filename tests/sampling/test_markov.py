@@ -15,11 +15,12 @@ from pipeline.config.schema import DiffusionConfig
 from pipeline.data.prepare.markov import Chain
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
-from pipeline.metrics.likelihood import Masking, measure
+from pipeline.metrics.likelihood import Masking
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import SamplingRequest, sample
+from tests.support.one_process import measure
 
 V, L, BATCH, STEPS, RATE = 8, 36, 32, 1000, 3e-3  # 36: a square grid, for Halton
 MODEL = PGMConfig(hidden=64, heads=4, encoder_blocks=1, decoder_blocks=2, dropout=0)
