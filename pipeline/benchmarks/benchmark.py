@@ -57,13 +57,15 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
         if preparation is not None and config.training:
             waited = data_wait(first_step(config), config)
         report = SpeedReport(config, tags, results, peaks, preparation, waited)
-        figure = report.picture()
-        storage.publish_bytes(storage.join(folder, "benchmark.png"), png(figure))
+        figures = {"benchmark.png": report.picture(), "steps.png": report.steps_picture()}
         with tracking.Tracker(uri, run_id) as tracker:
             tracker.log_metrics(report.metrics(), 0)
             for name, text in (("benchmark.md", report.to_markdown()), ("benchmark.csv", report.to_csv())):
                 storage.publish_text(storage.join(folder, name), text)
                 tracker.log_text(text, name)
-            tracker.log_figure(figure, "benchmark.png")
+            for name, figure in figures.items():
+                if figure is not None:
+                    storage.publish_bytes(storage.join(folder, name), png(figure))
+                    tracker.log_figure(figure, name)
             tracker.flush()
     return BenchmarkResult(report, folder, tracking_uri=uri, run_id=run_id)

@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from pipeline.benchmarks.phases import PHASES
 from pipeline.benchmarks.preparation import PIPELINE, PreparationSpeed
 from pipeline.benchmarks.speed import CaseResult
-from pipeline.config.benchmark import BenchmarkConfig, Ratio
+from pipeline.config.benchmark import BenchmarkConfig, Ratio, SamplingCase
 from pipeline.reports.tables import markdown, table_of, to_csv
 
 _COLORS = ("#c9ced4", "#7a828c", "#2563a8", "#7fa8d6", "#c2452d", "#e2a093", "#22262b")
@@ -152,6 +153,24 @@ class SpeedReport:
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8.5)
             axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return figure
+
+    def steps_picture(self) -> Figure | None:
+        """Draw seconds per batch against the number of sampling steps; None where no model has several numbers."""
+        points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for case, result in zip(self.config.cases, self.results, strict=True):
+            if isinstance(case, SamplingCase) and case.form == "own" and case.refresh_every == 1:
+                points[case.model].append((self.config.steps_of(case), result.median))
+        if all(len({steps for steps, _ in pairs}) == 1 for pairs in points.values()):
+            return None
+        figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
+        axis = figure.subplots()
+        for name, pairs in points.items():
+            axis.plot(*zip(*sorted(pairs), strict=True), marker="o", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="seconds per batch")
+        axis.set_title(f"{self.config.batch} rows of {self.config.length} tokens", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False)
         return figure
 
     def _ratio_cells(self, ratio: Ratio) -> dict[str, str]:

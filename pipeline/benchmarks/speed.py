@@ -176,10 +176,10 @@ def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[
         if case.form == "own":
             work = training_work(section, config.vocabulary, _draws(config).groups)
     else:
-        sampling = _sampling_run(config, case, model, now)
-        run, warm_up = partial(sampling, config.steps), partial(sampling, min(2, config.steps))
+        sampling, steps = _sampling_run(config, case, model, now), config.steps_of(case)
+        run, warm_up = partial(sampling, steps), partial(sampling, 1, _known(config, 1))
         if case.form == "own" and case.order == "uniform" and section.kind != "ar":
-            counts = step_counts(config.length, config.steps, "linear").tolist()
+            counts = step_counts(config.length, steps, "linear").tolist()
             size = (config.vocabulary, config.length, config.batch)
             work = sampling_work(section, *size, counts, case.refresh_every)
     parameters = sum(p.numel() for p in model.parameters())
@@ -244,6 +244,13 @@ def _sampling_run(
     return run
 
 
+def _known(config: BenchmarkConfig, unknown: int) -> tuple[Tensor, Tensor]:
+    """Give all tokens of every row but the last `unknown` ones: tokens, and where they are given."""
+    given = torch.ones(config.batch, config.length, dtype=torch.bool)
+    given[:, -unknown:] = False
+    return torch.zeros_like(given, dtype=torch.int64), given
+
+
 def _peak_memory(config: BenchmarkConfig, case: Case) -> float:
     """Measure how much a fresh process grows in one training step, or in the largest step of sampling, MiB.
 
@@ -262,10 +269,8 @@ def _growth(config: BenchmarkConfig, case: Case) -> float:
         _training_step(config, case, model, clock("wall"))()
     else:
         # The last step: most tokens are known. The plainer forms ignore what is known, and are largest at the first.
-        known = torch.ones(config.batch, config.length, dtype=torch.bool)
-        known[:, : -(-config.length // config.steps)] = False
-        given = (torch.zeros_like(known, dtype=torch.int64), known)
-        _sampling_run(config, case, model, clock("wall"))(1, given)
+        unknown = -(-config.length // config.steps_of(case))
+        _sampling_run(config, case, model, clock("wall"))(1, _known(config, unknown))
     return (_status_kib("VmHWM") - before) / 1024
 
 

@@ -37,18 +37,21 @@ class SamplingCase(Section):
             MDLM that predicts all positions with V-wide float64 distributions.
         order: As `sampling.order`.
         refresh_every: As `sampling.refresh_every`.
+        steps: Sampling steps; null is the benchmark's `steps`, and one token a step for kind ar.
     """
 
     model: str
     form: Literal["own", "hidden", "plain"] = "own"
-    order: Literal["uniform", "binomial", "confidence", "entropy", "halton"] = "uniform"
+    order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
     refresh_every: PositiveInt = 1
+    steps: PositiveInt | None = None
 
     @property
     def label(self) -> str:
         """The case's name in tables and in `ratios`."""
         words: list[str] = [self.form] * (self.form != "own") + [self.order] * (self.order != "uniform")
         words += [f"refresh_every {self.refresh_every}"] * (self.refresh_every > 1)
+        words += [f"{self.steps} steps"] * (self.steps is not None)
         return " ".join(["sampling", self.model, *words])
 
 
@@ -123,6 +126,10 @@ class BenchmarkConfig(Section):
     storage: str = "runs"
     tracking: TrackingConfig = TrackingConfig(experiment="benchmark", system_metrics=False)
 
+    def steps_of(self, case: SamplingCase) -> int:
+        """Return the number of sampling steps of a case."""
+        return case.steps or (self.length if self.models[case.model].kind == "ar" else self.steps)
+
     @property
     def cases(self) -> tuple[TrainingCase | SamplingCase, ...]:
         """All cases that are timed."""
@@ -137,8 +144,9 @@ class BenchmarkConfig(Section):
             if label not in labels:
                 known = f"{', '.join(labels)}{did_you_mean(label, labels)}"
                 yield f"ratios: ratio with {label!r}, which is no case; known: {known}"
-        if self.sampling and self.steps > self.length:
-            yield f"steps: steps {self.steps} for rows of {self.length}; expected at most {self.length}"
+        for steps in {case.steps or self.steps for case in self.sampling}:
+            if steps > self.length:
+                yield f"steps: steps {steps} for rows of {self.length}; expected at most {self.length}"
 
     def _case_conflicts(self, case: TrainingCase | SamplingCase) -> Iterator[str]:
         """Yield what the model of a case cannot do."""
@@ -155,11 +163,11 @@ class BenchmarkConfig(Section):
                 wanted = "a pgm without registers, dropout, pooling, every_block"
                 yield f"training: form dense of {case.model!r}; expected {wanted}"
             return
-        if model.kind == "ar":
-            yield f"sampling: {case.label!r}: kind ar samples in other steps; expected pgm or mdlm"
+        if model.kind == "ar" and (case.order != "left_to_right" or case.steps):
+            yield f"sampling: {case.label!r}: kind ar draws one token a step; expected order left_to_right, no steps"
         if case.form != "own" and model.kind != "mdlm":
             yield f"sampling: {case.label!r}: form {case.form} is of kind mdlm, not of {model.kind}"
         if case.form != "own" and (case.order != "uniform" or case.refresh_every > 1):
             yield f"sampling: {case.label!r}: form {case.form} has neither order nor refresh_every"
-        if case.refresh_every > 1 and model.kind != "pgm":
-            yield f"sampling: {case.label!r}: refresh_every is of kind pgm, not of {model.kind}"
+        if case.refresh_every > 1 and not (model.kind == "pgm" and model.encoder == "bidirectional"):
+            yield f"sampling: {case.label!r}: refresh_every is of kind pgm with a bidirectional encoder"

@@ -8,7 +8,7 @@ value, and flash attention, which keeps no scores.
 from dataclasses import dataclass
 
 from pipeline.config.model import ModelConfig
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import SamplingConfig, TrainConfig
 from pipeline.models.layers import CHUNK_LOGITS
 from pipeline.models.model_folder import DataFacts
 
@@ -103,6 +103,31 @@ def activations(model: ModelConfig, facts: DataFacts, train: TrainConfig, target
         recomputed=model.hidden * max(blocks) if recompute else 0.0,
         logits=targets * facts.vocab_size,
     )
+
+
+def sampling_caches(model: ModelConfig, facts: DataFacts, sampling: SamplingConfig) -> int:
+    """Count the bytes of the keys and values that a model keeps while it samples a batch of rows.
+
+    Args:
+        model: the architecture.
+        facts: length of the data.
+        sampling: rows of a batch, precision, guidance and encoder reuse.
+
+    Returns:
+        The bytes; 0 for a model that keeps none.
+    """
+    rows = sampling.batch * (2 if sampling.guidance else 1)
+    if model.kind == "ar":
+        layers, slots = model.blocks, model.registers + 1 + facts.length
+    elif model.kind == "pgm" and (model.encoder == "causal" or sampling.refresh_every > 1):
+        swaps = model.decoder_blocks if model.swap.every_block else 1
+        layers, slots = (
+            model.encoder_blocks + model.decoder_blocks + swaps,
+            model.registers // 2 + facts.length,
+        )
+    else:
+        return 0
+    return 2 * layers * rows * slots * model.hidden * (2 if sampling.precision == "bf16" else 4)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.models.denoiser import Denoiser
 from pipeline.models.flops import flops, training_work
 from pipeline.models.model_folder import DataFacts
 from pipeline.planning.gpus import GPU
-from pipeline.planning.memory import Activations, Memory, activations, states
+from pipeline.planning.memory import Activations, Memory, activations, sampling_caches, states
 from pipeline.reports.tables import aligned, table_of
 
 SHARE_OF_PEAK = 0.35  # of the dense peak that a step is assumed to reach
@@ -201,6 +201,9 @@ def report(
         aligned(table_of(times)),
         "",
     ]
+    if caches := sampling_caches(config.model, facts, config.sampling):
+        size = f"{caches / 2**30:.2f} GiB of keys and values"
+        lines += [f"sampling     {size} for a batch of {config.sampling.batch} rows", ""]
     return "\n".join([*lines, *_resource_lines(config, available)])
 
 

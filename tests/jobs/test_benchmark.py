@@ -81,6 +81,7 @@ def test_mlflow_has_the_run(finished: BenchmarkResult) -> None:
         "benchmark.md",
         "benchmark.csv",
         "benchmark.png",
+        "steps.png",
     }
 
 
@@ -97,10 +98,16 @@ def test_the_two_models_of_the_size_to_compare_have_equal_parameters() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("training=[{model: pmg}]", "model 'pmg' of 'training pmg' is none of pgm, mdlm.*did you mean 'pgm'"),
+        (
+            "training=[{model: pmg}]",
+            "model 'pmg' of 'training pmg' is none of pgm, causal, mdlm, ar.*did you mean 'pgm'",
+        ),
         ("training=[{model: mdlm, form: dense}]", "form dense of 'mdlm'; expected a pgm"),
         ("sampling=[{model: pgm, form: plain}]", "form plain is of kind mdlm, not of pgm"),
         ("sampling=[{model: mdlm, refresh_every: 2}]", "refresh_every is of kind pgm"),
+        ("sampling=[{model: causal, refresh_every: 2}]", "kind pgm with a bidirectional encoder"),
+        ("sampling=[{model: ar}]", "kind ar draws one token a step; expected order left_to_right"),
+        ("sampling=[{model: causal, steps: 65}]", "steps 65 for rows of 64"),
         ("ratios=[{of: training pgm, over: training}]", "ratio with 'training', which is no case; known: "),
         ("models.pgm.hiden=8", "hiden: no such key .*did you mean 'hidden'"),
         ("steps=65", "steps 65 for rows of 64"),

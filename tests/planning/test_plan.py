@@ -219,6 +219,25 @@ def test_states_are_the_engines(groups: dict[int, Workers], tmp_path: Path, prec
             assert by_rank[0]["gradients"] == expected.gradients
 
 
+@pytest.mark.parametrize("name", ["ar", "pgm, causal", "pgm, pooled"])
+def test_caches_are_those_that_sampling_keeps(name: str) -> None:
+    causal = {**MODELS["pgm, pooled"], "encoder": "causal"}
+    config = configured(causal if name == "pgm, causal" else MODELS[name])
+    refresh_every = 4 if name == "pgm, pooled" else 1
+    sampling = config.sampling.model_copy(update={"refresh_every": refresh_every, "batch": 3})
+    model = real(config).eval()
+    state = model.open(3, refresh_every=refresh_every)
+    model.hidden(state, torch.zeros(3, dtype=torch.int64), [1, 1, 1])
+    kept = state.memory
+    stored = kept.stored if name == "ar" else [*kept.encoder, *kept.swaps, *kept.decoder]
+    real_bytes = sum(x.nbytes for part in stored for x in (part.cache.keys, part.cache.values))
+    assert memory.sampling_caches(config.model, known_facts(config), sampling) == real_bytes
+    halved = sampling.model_copy(update={"precision": "bf16"})
+    assert memory.sampling_caches(config.model, known_facts(config), halved) == real_bytes // 2
+    plain = configured(MODELS["pgm"])
+    assert memory.sampling_caches(plain.model, known_facts(plain), plain.sampling) == 0
+
+
 def test_the_papers_model_has_the_size_that_its_weights_have() -> None:
     config = load(CONFIGS / "text" / "pgm_8_8.yaml", ["data.tokenizer=bytes"])
     counts = plan.parameters(config, DataFacts(50_257, 1024, None, 50_256))
