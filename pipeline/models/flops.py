@@ -118,7 +118,9 @@ def sampling_work(
             keeps = config.encoder == "causal" or step % refresh_every
             filled, kept = known + config.registers // 2, encoded if keeps else 0
             new, read, targets = ([n] * rows for n in (filled - kept, filled, count))
-            work += _pgm(config, new, read, targets, width)
+            # With stored keys, the swaps' queries of all places are computed once.
+            stored = config.encoder == "causal" or refresh_every > 1
+            work += _pgm(config, new, read, targets, width, (0 if step else width) if stored else None)
             encoded = filled
         work += _final(config, vocab_size, rows * count)
         known += count
@@ -126,7 +128,12 @@ def sampling_work(
 
 
 def _pgm(
-    config: PGMConfig, new: Sequence[int], known: Sequence[int], targets: Sequence[int], extent: int
+    config: PGMConfig,
+    new: Sequence[int],
+    known: Sequence[int],
+    targets: Sequence[int],
+    extent: int,
+    places: int | None = None,
 ) -> Work:
     """Segments of `known` tokens, `new` of them to encode and to make keys of, read from `targets` positions.
 
@@ -137,8 +144,10 @@ def _pgm(
     cross += _products(queries, hidden, hidden)  # output
     block = cross + _products(queries, hidden, hidden) + _norms(queries, hidden, 2) + _norms(tokens, hidden)
     block += _mlp(queries, hidden) + _modulation(config, 6, len(targets))
-    # Without pooling, the swap's queries depend on the position alone, so rows share them.
-    raw = min(queries, extent) if swap.pooling == "none" else queries
+    # Without pooling, the swap's queries depend on the position alone: rows share those of `places`.
+    raw = queries
+    if swap.pooling == "none":
+        raw = min(queries, extent) if places is None else places
     cross += _norms(raw, hidden)
     if swap.query == "mlp4":
         cross += _products(raw, hidden, 4 * hidden) + _products(raw, 4 * hidden, hidden)
