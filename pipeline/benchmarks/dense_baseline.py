@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.models.batch import Batch
 from pipeline.models.blocks import CrossBlock, GroupSwap, Rotary, SelfBlock
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import rotary, rotate, sinusoid
 from pipeline.models.pgm import PGM
 from pipeline.sampling.logits import draw_tokens

@@ -21,7 +21,8 @@ from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
 from pipeline.models import build
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.flops import Work, flops, sampling_work, training_work
 from pipeline.models.pgm import PGM
 from pipeline.sampling.orders import step_counts

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement, weight
-from pipeline.models.denoiser import Batch
+from pipeline.models.batch import Batch
 
 
 @dataclass(frozen=True)

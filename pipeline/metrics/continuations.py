@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int
 from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.errors import ConfigError
 from pipeline.models.autoregressive import AR
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import CHUNK_LOGITS, chunk_rows
 from pipeline.seeds import text_seed
 

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from pipeline.config.schema import RunConfig
 from pipeline.diffusion.partition import draw_order, draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
 NORMAL_95 = 1.959964  # standard errors from the mean to either end of a 95% interval

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from pipeline.config.model import ARConfig
 from pipeline.errors import CapabilityError
 from pipeline.models.attention import CacheAppend, Segments
+from pipeline.models.batch import Batch, Labels
 from pipeline.models.blocks import SelfBlock, Stored
-from pipeline.models.denoiser import Batch, Denoiser, Labels, State
+from pipeline.models.denoiser import Denoiser, State
 from pipeline.models.layers import ClassVectors, Condition
 
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from pipeline.config.model import MDLMConfig
 from pipeline.models.attention import Segments
+from pipeline.models.batch import Batch
 from pipeline.models.blocks import SelfBlock
-from pipeline.models.denoiser import Batch, Denoiser, State
+from pipeline.models.denoiser import Denoiser, State
 from pipeline.models.layers import ClassVectors, Condition
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pipeline.config.model import PGMConfig
 from pipeline.models.attention import Cache, CacheAppend, Segments
+from pipeline.models.batch import Batch
 from pipeline.models.blocks import CrossBlock, GroupSwap, Layout, Rotary, SelfBlock, Stored
-from pipeline.models.denoiser import Batch, Denoiser, State, packed
+from pipeline.models.denoiser import Denoiser, State, packed
 from pipeline.models.layers import ClassVectors, Condition, rotary, rotate
 
 

@@ -80,7 +80,7 @@ def activations(model: ModelConfig, facts: DataFacts, train: TrainConfig, target
             swap_keys += FLOAT32 if model.swap.pooling == "logsumexp" else copy
         swaps = targets * swap + width * swap_keys
         # The norm of the encoder outputs, and the product of keys and values as in a swap.
-        cross_block = targets * queries + width * (4 * value + copy)
+        cross_block = targets * queries + width * 4 * value
         blocks = [width * self_block] * model.encoder_blocks + [cross_block] * model.decoder_blocks
         inputs = width * value * model.encoder_blocks + targets * value * model.decoder_blocks
         if model.swap.every_block:

@@ -13,6 +13,7 @@ from typing import Literal
 from pipeline.config.model import PGMConfig
 from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.models.model_folder import DataFacts
+from pipeline.models.released.architecture import GPT2_VOCABULARY
 from pipeline.planning import plan
 from pipeline.planning.gpus import GPU, GPUS
 from pipeline.planning.memory import Activations, states
@@ -84,7 +85,7 @@ def _workload(blocks: int, hidden: int, heads: int, rows_per_second: float) -> W
     """Count parameters, operations and activations of a PGM on OpenWebText in GPT-2 tokens."""
     model = PGMConfig(encoder_blocks=blocks, decoder_blocks=blocks, hidden=hidden, heads=heads)
     config = RunConfig(name="scaling", model=model, train=TrainConfig(precision="bf16"))
-    facts = DataFacts(50_257, 1024, None, None)
+    facts = DataFacts(GPT2_VOCABULARY, 1024, None, None)
     return Workload(
         name=f"PGM {blocks}/{blocks}, H {hidden}",
         parameters=sum(plan.parameters(config, facts).values()),

@@ -21,7 +21,8 @@ from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.distill_loss import DistillTargets
 from pipeline.models.released import conversion
 from pipeline.run import Run

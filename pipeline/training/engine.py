@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipeline.config.schema import OptimConfig, RunConfig
 from pipeline.errors import CheckpointError
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 
 # (parameter name, offset into the flattened parameter) -> float32 values from there on that this rank owns.
 Slices = dict[tuple[str, int], Tensor]

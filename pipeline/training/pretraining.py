@@ -9,7 +9,8 @@ from jaxtyping import Bool, Int
 from pipeline.data.reading_order import MicroBatch
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 
 

@@ -22,7 +22,8 @@ from pipeline.data.tokenizers import load_tokenizer
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws
 from pipeline.models import attention, build
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.flops import Op, Work, flops, sampling_work, training_work
 from pipeline.models.pgm import PGM
 from pipeline.sampling.orders import step_counts

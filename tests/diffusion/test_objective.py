@@ -9,7 +9,7 @@ from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws, draw
 from pipeline.diffusion.schedule import alpha, complement, weight
-from pipeline.models.denoiser import Batch
+from pipeline.models.batch import Batch
 from tests.support.small_models import BOTH_KINDS, randomised
 
 EPS = 1e-3

@@ -45,6 +45,8 @@ def test_figures_add_up(finished: BenchmarkResult) -> None:
         "training mdlm",
         "sampling pgm",
         "sampling pgm refresh_every 4",
+        "sampling causal",
+        "sampling causal 4 steps",
         "sampling mdlm",
     ]
     assert finished.report.peak > 1e8

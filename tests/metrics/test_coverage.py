@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.metrics.likelihood import Likelihood, Masking
-from pipeline.models.denoiser import Batch
+from pipeline.models.batch import Batch
 from tests.support.known_source import Known, markov
 from tests.support.one_process import measure
 

@@ -19,7 +19,8 @@ from pipeline.metrics.likelihood import (
     summarise,
 )
 from pipeline.models import build
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from tests.support.one_process import measure
 from tests.support.small_models import BOTH_KINDS, randomised
 

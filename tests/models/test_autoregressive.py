@@ -14,7 +14,7 @@ from pipeline.errors import CapabilityError
 from pipeline.models import attention
 from pipeline.models.attention import Segments, attend, flat_index
 from pipeline.models.autoregressive import AR
-from pipeline.models.denoiser import Batch
+from pipeline.models.batch import Batch
 from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample, sample_long
 from tests.support.small_models import random_rows, randomised
 

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.config.model import MDLMConfig
 from pipeline.models import build
-from pipeline.models.denoiser import Batch
+from pipeline.models.batch import Batch
 from tests.support.small_models import MDLM, random_rows, randomised
 
 V, L = 11, 16

@@ -7,7 +7,8 @@ from pipeline.api import Model
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.errors import CapabilityError
 from pipeline.models import build
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.models.test_leaks import CHECKS, partitioned
 from tests.models.test_predict import ragged

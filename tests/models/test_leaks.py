@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pipeline.models import attention
 from pipeline.models.attention import Cache, Segments
+from pipeline.models.batch import Batch
 from pipeline.models.blocks import GroupSwap, Layout
-from pipeline.models.denoiser import Batch
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.models.pgm import Encoded
 from tests.support.small_models import PGM, random_rows, randomised, shake

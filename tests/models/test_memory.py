@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from pipeline.config.model import PGMConfig
 from pipeline.models import build
-from pipeline.models.denoiser import Batch
+from pipeline.models.batch import Batch
 
 ROWS, LENGTH, V = 4, 1024, 50257
 

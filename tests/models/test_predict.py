@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.api import Model
 from pipeline.config.model import MDLMConfig, PGMConfig
-from pipeline.models.denoiser import Batch
+from pipeline.models.batch import Batch
 from tests.support.small_models import BOTH_KINDS, MDLM, PGM, random_rows, randomised
 
 V, L = 11, 16

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.api import Model
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.models.attention import Cache, CacheAppend
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from tests.support.dense import ar_logits, mdlm_logits, pgm_logits
 from tests.support.small_models import randomised
 

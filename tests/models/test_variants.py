@@ -10,8 +10,9 @@ from pipeline.api import Model
 from pipeline.config.model import PGMConfig, SwapConfig
 from pipeline.models import attention, blocks, build
 from pipeline.models.attention import Segments
+from pipeline.models.batch import Batch
 from pipeline.models.blocks import pool
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.denoiser import Denoiser
 from tests.models.test_leaks import CHECKS, V, partitioned
 from tests.support.small_models import CAUSAL, PGM, random_rows, randomised, shake
 

@@ -17,7 +17,8 @@ from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
 from pipeline.errors import ConfigError
 from pipeline.models import build, layers
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.model_folder import DataFacts
 from pipeline.planning import memory, plan
 from pipeline.planning.gpus import GPUS

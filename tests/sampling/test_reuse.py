@@ -77,7 +77,8 @@ def test_new_tokens_see_old_and_each_other(model: Denoiser):
             one.extend(opened, tokens, places, count)
         one.hidden(state, ASKED, [1, 1])
     one.hidden(fresh, ASKED, [1, 1])  # all three encoded together
-    new, exact = state.memory.vectors[:, 1:3], fresh.memory.vectors[:, 1:3]
+    stale, whole = (s.memory.swaps[0].cache.values for s in (state, fresh))  # maps of encoder outputs
+    new, exact = stale[:, 1:3], whole[:, 1:3]
     torch.testing.assert_close(new, exact, atol=1e-12, rtol=0)
     old = stale[:, 0] - whole[:, 0]
     assert old.abs().max() > 1e-3

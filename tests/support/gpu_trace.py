@@ -10,7 +10,8 @@ from torch import Tensor
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.sampling import sampler
 
 

@@ -15,7 +15,8 @@ from pipeline.data.shards import ShardReader
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
 from pipeline.models import build
-from pipeline.models.denoiser import Batch, Denoiser
+from pipeline.models.batch import Batch
+from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 
 

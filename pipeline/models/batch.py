@@ -1,0 +1,111 @@
+"""A batch of rows for training and for likelihoods: tokens, groups, targets and weights."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from pipeline.models.distill_loss import DistillTargets
+
+Labels = Int[Tensor, "B"] | None  # class labels of a batch's rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens split into two groups, and which of them are predicted.
+
+    Built on the host, so that every length and index that shapes a kernel call is known without waiting for a
+    device.
+
+    Attributes:
+        tokens: [B, L] ids.
+        groups: [B, L], True = group 1 (the masked side at time t).
+        targets: [B, L], which positions are predicted; never BOS.
+        weights: [B, L] float32 loss weight of every position.
+        condition: [B] class labels, or None.
+        device: where the model computes.
+        order: [B, L] distinct ranks by which the tokens of every row are revealed, which a causal encoder reads them
+            in; None: ascending positions.
+        distill_targets: a teacher's predictions, to be learned in place of the tokens.
+    """
+
+    tokens: Int[Tensor, "B L"]
+    groups: Bool[Tensor, "B L"]
+    targets: Bool[Tensor, "B L"]
+    weights: Float[Tensor, "B L"]
+    condition: Labels = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    order: Int[Tensor, "B L"] | None = None
+    distill_targets: DistillTargets | None = None
+
+    @classmethod
+    def of_arrays(
+        cls,
+        tokens: Int[np.ndarray, "B L"],
+        groups: Bool[np.ndarray, "B L"],
+        targets: Bool[np.ndarray, "B L"],
+        weights: Float[np.ndarray, "B L"],
+        *,
+        labels: Int[np.ndarray, "B"] | None = None,
+        order: Int[np.ndarray, "B L"] | None = None,
+        device: torch.device,
+    ) -> "Batch":
+        """Make a batch of NumPy arrays.
+
+        Args:
+            tokens: ids.
+            groups: True = group 1.
+            targets: which positions are predicted.
+            weights: loss weight of every position.
+            labels: class labels, or None.
+            order: ranks of revelation, or None.
+            device: where the model computes.
+
+        Returns:
+            The batch, on the host.
+        """
+        tensor = torch.from_numpy
+        condition, ranks = (None if x is None else tensor(x) for x in (labels, order))
+        weights = weights.astype(np.float32)
+        return cls(tensor(tokens), tensor(groups), tensor(targets), tensor(weights), condition, device, ranks)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @cached_property
+    def target_index(self) -> Int[Tensor, "Q"]:
+        """Flat indices of the targets: row by row, group 1 before group 0, then by position."""
+        key = torch.where(self.targets, (~self.groups).long(), 2)  # 0: group 1, 1: group 0, 2: no target
+        order = key.argsort(dim=1, stable=True) + torch.arange(self.shape[0])[:, None] * self.shape[1]
+        return order[torch.arange(self.shape[1]) < self.targets.sum(1, keepdim=True)]
+
+    def gather(self, values: Shaped[Tensor, "B _"], index: Int[Tensor, "T"]) -> Shaped[Tensor, "T"]:
+        """Select entries of a field.
+
+        Args:
+            values: the field, on the host.
+            index: flat indices into it.
+
+        Returns:
+            [T] entries, on the batch's device.
+        """
+        return values.flatten()[index].to(self.device, non_blocking=True)
+
+    def row_sums(self, values: Float[Tensor, "Q"]) -> Float[Tensor, "B"]:
+        """Sum values of the targets, weighted, over every row.
+
+        Args:
+            values: of the targets, in the order of `target_index`.
+
+        Returns:
+            [B] float32.
+        """
+        # float64: added one by one in float32, a thousand equal terms drift by 1e-5.
+        weighted = values.double() * self.gather(self.weights, self.target_index)
+        rows = (self.target_index // self.shape[1]).to(self.device, non_blocking=True)
+        return weighted.new_zeros(self.shape[0]).index_add(0, rows, weighted).float()
