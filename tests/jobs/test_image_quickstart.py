@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from pipeline import load_model
+from tests.support.notebooks import run_notebook
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 200
@@ -57,3 +58,4 @@ def test_digits_are_those_that_were_asked_for(tmp_path: Path) -> None:
     assert accuracy >= 0.8
     free = model.sample(SAMPLES, 12, "halton", seed=1)
     assert len(np.unique(judge.predict(grey(model.images(free))))) == 10
+    run_notebook("images", storage=str(tmp_path))  # with the model of this run

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.notebooks import run_notebook
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -58,5 +60,6 @@ def test_main_command_in_a_copy_of_the_tree(tmp_path: Path):
     assert ratio is not None
     assert float(ratio[1]) <= 0.85, done.stdout[-2000:]
     assert "bigram perplexity" in done.stdout
+    run_notebook("text", tmp_path)  # with the model of this run
     assert "mlflow ui --backend-store-uri" in done.stdout
     assert (tmp_path / "runs/quickstart/model/model.safetensors").is_file()
