@@ -37,7 +37,8 @@ class SamplingOptions(TypedDict, total=False):
 
     Attributes:
         filters: temperature, top-k and nucleus.
-        refresh_every: PGM: steps from one encoding of all known tokens to the next; 1 is exact.
+        refresh_every: steps from one encoding of all known tokens to the next, for a PGM with a bidirectional
+            encoder; 1 is exact.
         guidance: weight w of classifier-free guidance at the last step, reached linearly from 0; requires
             `condition`.
     """
@@ -105,10 +106,13 @@ class Model:
 
         Raises:
             CapabilityError: an autoregressive model, which has no groups; `predict` gives its next tokens.
+            ConfigError: an order that does not rank every position once.
 
         Source:
             arXiv 2505.18883, section 4.
         """
+        if order is not None and not order.sort(1).values.eq(torch.arange(order.shape[1])).all():
+            raise ConfigError(f"order: expected the ranks 0 to {tokens.shape[1] - 1} in every row")
         return self.denoiser.logits(tokens.to(self.device), groups.to(self.device).bool(), condition, order)
 
     @torch.inference_mode()
@@ -143,7 +147,7 @@ class Model:
         """
         known_mask = self._valid("positions", positions, lengths)
         query_mask = self._valid("queries", queries, query_lengths)
-        state = self.denoiser.open(len(queries), condition)  # room for L tokens a row; padding is not stored
+        state = self.denoiser.open(len(queries), condition, capacity=known.shape[1])
         tokens, places, targets = (
             values.cpu()[mask].to(self.device)
             for values, mask in ((known, known_mask), (positions, known_mask), (queries, query_mask))

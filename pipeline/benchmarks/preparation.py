@@ -5,13 +5,13 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import environ
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import tiktoken
 
@@ -70,7 +70,7 @@ def measure_preparation(settings: PreparationConfig, config: BenchmarkConfig) ->
         ConfigError: there is no such tokenizer.
     """
     # The `tokenizers` library gets one thread.
-    with tempfile.TemporaryDirectory() as folder, patch.dict(environ, TOKENIZERS_PARALLELISM="false"):
+    with tempfile.TemporaryDirectory() as folder, _one_core():
         data = _corpus(Path(folder), settings.tokenizer, settings.megabytes, config.length)
         source, known = open_source(data), cached_tokenizer(settings.tokenizer)
         texts = [str(text) for unit in source.units for piece in unit for text in read(piece, data)]
@@ -195,3 +195,17 @@ def _ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
         tokenizer.save(Path(folder))
         lines = (Path(folder) / RANK_FILE).read_bytes().splitlines()
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Restrict the `tokenizers` library to one thread."""
+    key = "TOKENIZERS_PARALLELISM"
+    before = environ.get(key)
+    environ[key] = "false"
+    try:
+        yield
+    finally:
+        del environ[key]
+        if before is not None:
+            environ[key] = before

@@ -159,7 +159,9 @@ class SpeedReport:
         """Draw seconds per batch against the number of sampling steps; None where no model has several numbers."""
         points: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for case, result in zip(self.config.cases, self.results, strict=True):
-            if isinstance(case, SamplingCase) and case.form == "own" and case.refresh_every == 1:
+            if not isinstance(case, SamplingCase) or case.form != "own" or case.refresh_every > 1:
+                continue
+            if case.order in ("uniform", "left_to_right"):
                 points[case.model].append((self.config.steps_of(case), result.median))
         if all(len({steps for steps, _ in pairs}) == 1 for pairs in points.values()):
             return None

@@ -20,6 +20,7 @@ from pipeline.config.benchmark import BenchmarkConfig, SamplingCase, TrainingCas
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
+from pipeline.diffusion.partition import draw_order
 from pipeline.models import build
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
@@ -207,6 +208,7 @@ def _training_step(
         DiffusionConfig(), bos=False, both_groups=model.both_groups, left_to_right=model.left_to_right
     )
     present, divisor = np.ones(config.batch, dtype=bool), objective.normaliser(draws.groups)
+    order = draw_order([SEED, 0, 3], range(config.batch), config.length, bos=False) if model.causal else None
     losses: Callable[[Batch], Tensor] = model
     if case.form == "dense":
         assert isinstance(model, PGM)
@@ -215,7 +217,8 @@ def _training_step(
     def run() -> dict[str, float]:
         model.train()
         timer.start()
-        losses(objective.batch(tokens, draws, present, divisor=divisor, device=cpu)).sum().backward()
+        batch = objective.batch(tokens, draws, present, divisor=divisor, order=order, device=cpu)
+        losses(batch).sum().backward()
         timer.mark("embedding")
         optimiser.step()
         optimiser.zero_grad()
@@ -253,7 +256,7 @@ def _known(config: BenchmarkConfig, unknown: int) -> tuple[Tensor, Tensor]:
 
 
 def _peak_memory(config: BenchmarkConfig, case: Case) -> float:
-    """Measure how much a fresh process grows in one training step, or in the largest step of sampling, MiB.
+    """Measure how much a fresh process grows in one training step, or in sampling up to its largest step, MiB.
 
     Weights exist before; gradients and optimiser states count.
     """
@@ -269,9 +272,11 @@ def _growth(config: BenchmarkConfig, case: Case) -> float:
     if isinstance(case, TrainingCase):
         _training_step(config, case, model, clock("wall"))()
     else:
-        # The last step: most tokens are known. The plainer forms ignore what is known, and are largest at the first.
-        unknown = -(-config.length // config.steps_of(case))
-        _sampling_run(config, case, model, clock("wall"))(1, _known(config, unknown))
+        run, steps = _sampling_run(config, case, model, clock("wall")), config.steps_of(case)
+        if model.causal or model.left_to_right:  # these keep what they encode, step by step
+            run(steps)
+        else:  # the last step, which knows most; the plainer forms ignore what is known
+            run(1, _known(config, -(-config.length // steps)))
     return (_status_kib("VmHWM") - before) / 1024
 
 

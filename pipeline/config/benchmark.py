@@ -144,7 +144,7 @@ class BenchmarkConfig(Section):
             if label not in labels:
                 known = f"{', '.join(labels)}{did_you_mean(label, labels)}"
                 yield f"ratios: ratio with {label!r}, which is no case; known: {known}"
-        for steps in {case.steps or self.steps for case in self.sampling}:
+        for steps in {self.steps_of(case) for case in self.sampling if case.model in self.models}:
             if steps > self.length:
                 yield f"steps: steps {steps} for rows of {self.length}; expected at most {self.length}"
 
@@ -158,9 +158,14 @@ class BenchmarkConfig(Section):
         if model.classes is not None:
             yield f"models.{case.model}: classes {model.classes}; expected null; only such models are timed"
         if isinstance(case, TrainingCase):
-            plain = model.kind == "pgm" and model.swap.pooling == "none" and not model.swap.every_block
+            plain = (
+                model.kind == "pgm"
+                and model.encoder == "bidirectional"
+                and model.swap.pooling == "none"
+                and not model.swap.every_block
+            )
             if case.form == "dense" and (model.registers or model.dropout or not plain):
-                wanted = "a pgm without registers, dropout, pooling, every_block"
+                wanted = "a bidirectional pgm without registers, dropout, pooling, every_block"
                 yield f"training: form dense of {case.model!r}; expected {wanted}"
             return
         if model.kind == "ar" and (case.order != "left_to_right" or case.steps):

@@ -107,7 +107,7 @@ class SamplingConfig(Section):
         top_p: Probability mass of the likeliest tokens that are kept; null keeps all.
         labels: Classes to draw, used in turn; null draws all classes in turn.
         guidance: Weight w of guidance at the last step: (1 + w) log p(x|c) - w log p(x).
-        refresh_every: Steps between two full encodings of the known tokens (PGM); 1 is exact.
+        refresh_every: Steps between two full encodings of the known tokens (bidirectional PGM); 1 is exact.
         precision: Precision of the blocks; `bf16` enables flash attention on GPUs. Draws are float64 in both.
         batch: Rows that one worker samples together.
         seed: Seed of the samples.

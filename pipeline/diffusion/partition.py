@@ -1,6 +1,6 @@
 """Random times and groups as a pure function of (seed, step, index in the global batch)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -86,14 +86,12 @@ def draw(
     return StepDraws(eps + (1 - eps) * u, groups)
 
 
-def draw_order(
-    seed: Sequence[int], rows: Int[np.ndarray, "m"], length: int, bos: bool
-) -> Int[np.ndarray, "m L"]:
+def draw_order(seed: Sequence[int], rows: Iterable[int], length: int, bos: bool) -> Int[np.ndarray, "m L"]:
     """Draw uniform random orders of revelation, each as a function of (seed, row).
 
     Args:
         seed: numbers that fix all orders, such as the seed of a run and a step.
-        rows: whose orders are drawn.
+        rows: whose orders are drawn, m of them.
         length: L.
         bos: position 0 holds BOS, which comes first.
 
@@ -103,7 +101,7 @@ def draw_order(
     Source:
         docs/method.md section 9.
     """
-    uniforms = np.stack([np.random.default_rng([*seed, row]).random(length) for row in rows.tolist()])
+    uniforms = np.stack([np.random.default_rng([*seed, row]).random(length) for row in map(int, rows)])
     uniforms[:, :bos] = -1
     return uniforms.argsort(axis=1).argsort(axis=1)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline import storage, tracking
+from pipeline.config.model import ModelConfig
 from pipeline.config.schema import RunConfig, SamplingConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from pipeline.evaluation import convergence, frontier
@@ -73,7 +74,7 @@ def compare(config: RunConfig) -> Comparison:
             replace(group, key=f"validation/{model.name}", title=model.name)
             for model, (group,) in zip(models, likelihood_groups(run, models, [corpus]), strict=True)
         ]
-        settings = [(model, one) for model in models for one in _sampling(config, model.config.kind)]
+        settings = [(model, one) for model in models for one in _sampling(config, model.config)]
         drawn = frontier.draw_all(settings, config.data.predicted, run.resources)
         measures = evaluator.measure([point.tokens for point in drawn])
         points = [replace(point, measures=own) for point, own in zip(drawn, measures, strict=True)]
@@ -104,8 +105,8 @@ def _open(run: Run, name: str, spec: str) -> EvaluatedModel:
     sampling = run.config.sampling.model_copy(update={"model": spec})
     try:
         folder = run.configured(sampling=sampling).sampled_model()
-        kind = model_folder.read_config(storage.fetch(folder))[0].kind
-        sampling = _sampling(run.config, kind)[-1].model_copy(update={"model": folder})
+        section, _ = model_folder.read_config(storage.fetch(folder))
+        sampling = _sampling(run.config, section)[-1].model_copy(update={"model": folder})
         return open_model(run.configured(sampling=sampling), name)
     except (CheckpointError, ConfigError) as error:
         near = ""
@@ -115,11 +116,16 @@ def _open(run: Run, name: str, spec: str) -> EvaluatedModel:
         raise type(error)(f"evaluation.models.{name}: {error}{near}") from None
 
 
-def _sampling(config: RunConfig, kind: str) -> list[SamplingConfig]:
-    """List how a kind of model is sampled, by steps; an autoregressive one draws one token per step."""
+def _sampling(config: RunConfig, model: ModelConfig) -> list[SamplingConfig]:
+    """List how a model is sampled, by steps; an autoregressive one draws one token per step.
+
+    Models without encoder outputs to refresh are exact, whatever `sampling.refresh_every`.
+    """
     changes: list[dict[str, object]] = [{"steps": steps} for steps in sorted(set(config.evaluation.steps))]
-    if kind == "ar":
+    if model.kind == "ar":
         changes = [{"steps": config.data.predicted, "order": "left_to_right"}]
+    if model.kind != "pgm" or model.encoder == "causal":
+        changes = [{**change, "refresh_every": 1} for change in changes]
     return [config.sampling.model_copy(update=change) for change in changes]
 
 

@@ -105,7 +105,8 @@ def greedy_matches(
             (rows,) = _masked_rows(model, part, 1, 0, bos, len(part))
             hidden = model.target_vectors(rows)
         else:
-            state, starts = model.open(len(part)), [*map(len, prompts)]
+            starts = [*map(len, prompts)]
+            state = model.open(len(part), capacity=max(starts))
             places = [list(range(n)) for n in starts]
             if model.causal:  # in a random order, as in training; BOS stays first
                 begin = int(bos is not None)

@@ -59,6 +59,17 @@ class Segments:
         return sums.to(self.device, non_blocking=True)
 
     @cached_property
+    def counts(self) -> Int[Tensor, "S"]:
+        """Tokens of every segment, on the device."""
+        return torch.tensor(self.lengths).to(self.device, non_blocking=True)
+
+    @cached_property
+    def filled(self) -> Bool[Tensor, "S 1 1 longest"]:
+        """Which entries of a padded segment it fills; of an empty one the first, so that attention gives no 0/0."""
+        places = torch.arange(self.longest, device=self.device)
+        return (places < self.counts.clamp(min=1)[:, None])[:, None, None]
+
+    @cached_property
     def ids(self) -> Int[Tensor, "T"]:
         """Segment index of every packed token."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
@@ -165,7 +176,7 @@ def _masked(
         )  # [R, Wq, Wk]
     else:
         q, k, v = _pad(q, q_segments), _pad(k, k_segments), _pad(v, k_segments)
-        filled = torch.tensor(k_segments.lengths, device=q.device)
+        filled = k_segments.counts
         mask = (torch.arange(k_segments.longest, device=q.device) < filled[:, None])[:, None, :]  # [S, 1, Tk]
     if causal:  # queries and keys lie alike in windows or in padded segments
         mask = mask & mask.new_ones(q.shape[1], k.shape[1]).tril()
@@ -194,8 +205,7 @@ def _pad(x: Float[Tensor, "T N D"], segments: Segments) -> Float[Tensor, "S long
 
 def _has_keys(q_segments: Segments, k_segments: Segments) -> Bool[Tensor, "Tq 1 1"]:
     """Whether each query has any key to read."""
-    lengths = torch.tensor(k_segments.lengths, device=q_segments.device)
-    return (lengths > 0)[q_segments.ids][:, None, None]
+    return (k_segments.counts > 0)[q_segments.ids][:, None, None]
 
 
 def flat_index(lengths: Sequence[int], starts: Sequence[int], stride: int) -> Int[Tensor, "T"]:
@@ -379,9 +389,7 @@ class Cache:
             return q * 0
         mask = None
         if not filled.equal:
-            counts = torch.tensor(filled.lengths, device=q.device)[:, None, None, None]
-            # A row without entries would give 0/0: let it read one, and set its output to 0 afterwards.
-            mask = torch.arange(filled.longest, device=q.device) < counts.clamp(min=1)
+            mask = filled.filled  # the output of a row without entries is set to 0 below
         out = self._attend(q, q_segments, filled.longest, mask)
         return out if min(filled.lengths) else torch.where(_has_keys(q_segments, filled), out, 0)
 

@@ -399,7 +399,7 @@ def pool(x: Float[Tensor, "T H"], segments: Segments, how: str) -> Float[Tensor,
     Source:
         arXiv 2505.18883, section 4.2 (data-dependent queries).
     """
-    lengths = torch.tensor(segments.lengths, device=x.device)[:, None]  # [S, 1]
+    lengths = segments.counts[:, None]  # [S, 1]
     values = upcast(x)
     zeros = values.new_zeros(len(segments), x.shape[1])
     if how == "mean":

@@ -242,6 +242,11 @@ class Denoiser(nn.Module, ABC):
         shape = (layers, rows, slots, self.embedding.embedding_dim // self.head_size, self.head_size)
         return Cache(self.head.weight.new_zeros(shape), self.head.weight.new_zeros(shape))
 
+    @property
+    def foldable(self) -> bool:
+        """Whether parameters can be read anywhere; under ZeRO-3 they exist only in the forward of their module."""
+        return not any(hasattr(parameter, "ds_id") for parameter in self.parameters())
+
     def store(self, blocks: Sequence[Block], rows: int, slots: int) -> list[Stored]:
         """Allocate what blocks keep during sampling.
 
@@ -251,10 +256,10 @@ class Denoiser(nn.Module, ABC):
             slots: tokens that a row has room for.
 
         Returns:
-            An empty cache for each block, with its norms and gates.
+            An empty cache for each block, with its norms and gates where they can be folded.
         """
-        caches = self.empty_caches(len(blocks), rows, slots)
-        return [Stored(caches.layer(i), block.folded()) for i, block in enumerate(blocks)]
+        caches, fold = self.empty_caches(len(blocks), rows, slots), self.foldable
+        return [Stored(caches.layer(i), block.folded() if fold else None) for i, block in enumerate(blocks)]
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """Compute every row's loss.
@@ -340,7 +345,9 @@ class Denoiser(nn.Module, ABC):
             CapabilityError: positions that the model cannot predict next.
         """
 
-    def open(self, batch: int, condition: Labels = None, refresh_every: int = 1) -> State:
+    def open(
+        self, batch: int, condition: Labels = None, refresh_every: int = 1, capacity: int | None = None
+    ) -> State:
         """Begin to sample or score rows.
 
         Args:
@@ -348,9 +355,10 @@ class Denoiser(nn.Module, ABC):
             condition: class labels, or None.
             refresh_every: encode all known tokens at every so many predictions, and between them only the new
                 ones, which read the stored keys and values of the old (1: exact).
+            capacity: known tokens that a row has room for; None: L.
 
         Returns:
-            A state of rows without known tokens, with room for L of them in each.
+            A state of rows without known tokens.
 
         Raises:
             CapabilityError: class labels that the model has no vectors for, or `refresh_every` for a model without
@@ -358,11 +366,13 @@ class Denoiser(nn.Module, ABC):
         """
         if refresh_every != 1 and not self.refreshes:
             raise CapabilityError(
-                f"refresh_every: {refresh_every}; {type(self).__name__} has no encoder outputs to refresh, expected 1"
+                f"refresh_every: {refresh_every} for {type(self).__name__}; expected 1, since only a PGM with a "
+                "bidirectional encoder has encoder outputs that change"
             )
         self.check_condition(condition, batch)
         device = self.head.weight.device
-        tokens, positions = torch.zeros(2, batch, self.length, dtype=torch.int64, device=device)
+        room = self.length if capacity is None else capacity
+        tokens, positions = torch.zeros(2, batch, room, dtype=torch.int64, device=device)
         return State(tokens, positions, [0] * batch, condition=condition, refresh_every=refresh_every)
 
     def extend(

@@ -127,7 +127,7 @@ class LayerNorm(nn.Module):
         Returns:
             [T, H] in the dtype of x.
         """
-        if scale is None or shift is None:  # the kernel computes in float32 whatever the dtype
+        if scale is None or shift is None:  # the kernel's forward pass computes in float32 whatever the dtype
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
         weight = upcast(self.weight)
         bias = None if self.bias is None else upcast(self.bias)
@@ -298,7 +298,7 @@ class FinalNorm(nn.Module):
 
     def folded(self) -> Callable[[Tensor], Tensor] | None:
         """Fold the modulation into the norm for many calls; None where it depends on a class."""
-        return None if self.modulation.map else self.norm.folded(*self.modulation())
+        return None if self.modulation.map is not None else self.norm.folded(*self.modulation())
 
 
 class Head(nn.Module):

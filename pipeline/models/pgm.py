@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.config.model import PGMConfig
 from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.batch import Batch
-from pipeline.models.blocks import CrossBlock, GroupSwap, Layout, Rotary, SelfBlock, Stored
+from pipeline.models.blocks import CrossBlock, EncoderReader, GroupSwap, Layout, Rotary, SelfBlock, Stored
 from pipeline.models.denoiser import Denoiser, State, packed
 from pipeline.models.layers import ClassVectors, Condition, rotary, rotate
 
@@ -28,9 +28,10 @@ class EncoderCache:
         swaps: what every swap keeps.
         decoder: what every decoder block keeps.
         decoder_caches: keys and values of all decoder blocks, of which `decoder` has one each.
-        decoder_weight: [2 H * blocks, H] maps normed encoder outputs to keys and values of all decoder blocks.
+        decoder_weight: [2 H * blocks, H] maps normed encoder outputs to keys and values of all decoder blocks; None
+            under ZeRO-3, where weights cannot be folded.
         code: rotary code of every position, registers counted.
-        final: the final norm with its modulation folded in; None for a model with classes.
+        final: the final norm with its modulation folded in; None where it depends on a class, and under ZeRO-3.
         vectors: [B, R/2 + L, H] encoder outputs, for pooled swaps; empty for others, which read keys and values only.
         done: slots of every row that are encoded, registers first.
         age: predictions since all tokens were encoded together.
@@ -40,7 +41,7 @@ class EncoderCache:
     swaps: list[Stored]
     decoder: list[Stored]
     decoder_caches: Cache
-    decoder_weight: Float[Tensor, "decoder_keys_and_values H"]
+    decoder_weight: Float[Tensor, "decoder_keys_and_values H"] | None
     code: Rotary
     final: Callable[[Tensor], Tensor] | None
     vectors: Float[Tensor, "B slots H"]
@@ -170,19 +171,23 @@ class PGM(Denoiser):
         )
         every = torch.arange(self.registers + self.length, device=self.head.weight.device)
         pooled = self.swap.pooling != "none"
-        weights = [block.kv_proj.weight * block.kv_norm.weight for block in blocks]
+        fold, head = self.foldable, self.head.weight
+        weights = [block.kv_proj.weight * block.kv_norm.weight for block in blocks] if fold else []
         return EncoderCache(
             encoder=self.store([*self.encoder], rows, slots),
             swaps=[
-                Stored(swap_caches.layer(i), queries=None if pooled else swap.queries(every))
+                Stored(swap_caches.layer(i), queries=swap.queries(every) if fold and not pooled else None)
                 for i, swap in enumerate(swaps)
             ],
-            decoder=[Stored(decoder_caches.layer(i), block.folded()) for i, block in enumerate(blocks)],
+            decoder=[
+                Stored(decoder_caches.layer(i), block.folded() if fold else None)
+                for i, block in enumerate(blocks)
+            ],
             decoder_caches=decoder_caches,
-            decoder_weight=torch.cat(weights),
+            decoder_weight=torch.cat(weights) if fold else None,
             code=rotary(every, self.head_size),
-            final=self.final.folded(),
-            vectors=weights[0].new_zeros(rows, slots if pooled else 0, self.embedding.embedding_dim),
+            final=self.final.folded() if fold else None,
+            vectors=head.new_zeros(rows, slots if pooled else 0, self.embedding.embedding_dim),
             done=[0] * rows,
         )
 
@@ -196,8 +201,14 @@ class PGM(Denoiser):
         """Store what swaps and decoder blocks read of new encoder outputs."""
         if memory.vectors.shape[1]:
             append.put(memory.vectors, x)
-        for swap, stored in zip(self._readers()[0], memory.swaps, strict=True):
-            stored.cache.put(*swap.keys_values(x, code), append)
+        swaps, blocks = self._readers()
+        readers: list[tuple[EncoderReader, Stored]] = [*zip(swaps, memory.swaps, strict=True)]
+        if memory.decoder_weight is None:
+            readers += zip(blocks, memory.decoder, strict=True)
+        for reader, stored in readers:
+            stored.cache.put(*reader.keys_values(x, code), append)
+        if memory.decoder_weight is None:
+            return
         # The blocks' norms differ in their weights only, which are folded into one product for all blocks.
         normed = F.layer_norm(x, x.shape[-1:])
         kv = F.linear(normed, memory.decoder_weight).unflatten(-1, (len(self.decoder), 2, -1, self.head_size))

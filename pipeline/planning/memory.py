@@ -127,7 +127,10 @@ def sampling_caches(model: ModelConfig, facts: DataFacts, sampling: SamplingConf
         )
     else:
         return 0
-    return 2 * layers * rows * slots * model.hidden * (2 if sampling.precision == "bf16" else 4)
+    values = 2 * layers * slots * model.hidden
+    if model.kind == "pgm" and model.swap.pooling != "none":
+        values += slots * model.hidden  # encoder outputs, which pooled swaps read
+    return rows * values * (2 if sampling.precision == "bf16" else 4)
 
 
 @dataclass(frozen=True)

@@ -72,5 +72,5 @@ def roll_out(
     if not parts:
         return teacher.head.weight.new_empty(0, teacher.head.weight.shape[1])
     # The parts hold the first step's positions, then the others: sort them back by row and position.
-    order = first[hidden].long().argsort(descending=True, stable=True)
-    return torch.cat(parts)[order.argsort().to(device)]
+    by_step = first[hidden].long().argsort(descending=True, stable=True)
+    return torch.cat(parts)[by_step.argsort().to(device)]

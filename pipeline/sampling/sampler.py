@@ -150,10 +150,8 @@ class _Rows:
         if given.any():
             order = None
             if model.causal:  # given tokens count as revealed in an order that the sample's seed fixes
-                seeds, rows_of_seed = [request.seed, 0, 1], np.array(indices)
-                order = torch.from_numpy(
-                    draw_order(seeds, rows_of_seed, model.length, request.bos is not None)
-                )
+                ranks = draw_order([request.seed, 0, 1], indices, model.length, request.bos is not None)
+                order = torch.from_numpy(ranks)
             index = by_rank(given, order)
             places = (index % model.length).to(device)
             self._extend(tokens.flatten()[index].to(device), places, given.sum(1).tolist())

@@ -181,7 +181,7 @@ def test_given_tokens_come_in_an_order_of_the_seed(monkeypatch: pytest.MonkeyPat
 
 
 def test_refresh_is_refused() -> None:
-    with pytest.raises(CapabilityError, match=r"refresh_every: 4; PGM has no encoder outputs to refresh"):
+    with pytest.raises(CapabilityError, match=r"refresh_every: 4 for PGM; expected 1"):
         sample(randomised(CAUSAL, V, L), SamplingRequest(2, 4, refresh_every=4))
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pipeline.models import attention
-from pipeline.models.attention import Cache, Segments
+from pipeline.models.attention import Segments
 from pipeline.models.batch import Batch
-from pipeline.models.blocks import GroupSwap, Layout
+from pipeline.models.blocks import GroupSwap, Layout, Stored
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.models.pgm import Encoded
 from tests.support.small_models import PGM, random_rows, randomised, shake
@@ -111,9 +111,9 @@ class OwnMean(GroupSwap):
         extent: int,
         q_segments: Segments,
         keys: Layout,
-        cache: Cache | None = None,
+        stored: Stored | None = None,
     ) -> Tensor:
-        out = super().forward(encoded, positions, extent, q_segments, keys, cache)
+        out = super().forward(encoded, positions, extent, q_segments, keys, stored)
         k_segments = keys.segments
         own = q_segments.ids ^ 1  # keys lie group 0, group 1; queries group 1, group 0
         sums = encoded.new_zeros(len(k_segments), encoded.shape[1]).index_add(0, k_segments.ids, encoded)

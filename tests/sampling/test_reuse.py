@@ -95,5 +95,5 @@ def test_sampling_with_reuse(model: Denoiser, order: str):
 
 def test_only_models_with_an_encoder_reuse():
     masked = build(MDLMConfig(kind="mdlm", hidden=16, heads=2, blocks=1, dropout=0), V, L).eval()
-    with pytest.raises(CapabilityError, match="refresh_every: 2; MDLM has no encoder outputs to refresh"):
+    with pytest.raises(CapabilityError, match="refresh_every: 2 for MDLM; expected 1"):
         sample(masked, SamplingRequest(1, 4, seed=0, refresh_every=2))

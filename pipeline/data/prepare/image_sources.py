@@ -333,10 +333,12 @@ def _read_parquet(path: str, refs: Sequence[Ref], data: ImageDataConfig) -> Iter
         numbers = itertools.chain.from_iterable(range(starts[g], starts[g + 1]) for g in groups)
         columns = [data.image_field, data.label_field]
         for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns):
-            cells = zip(batch.column(data.image_field), batch.column(data.label_field), numbers, strict=False)
-            for image, label, number in cells:
+            pictures, labels = batch.column(data.image_field), batch.column(data.label_field)
+            for i, number in zip(
+                range(len(batch)), numbers, strict=False
+            ):  # cells of other rows are not decoded
                 if number in places:
-                    yield _cell(image.as_py(), label.as_py(), f"{path} row {number}", data=data)
+                    yield _cell(pictures[i].as_py(), labels[i].as_py(), f"{path} row {number}", data=data)
             if number >= refs[-1].place:
                 return
 

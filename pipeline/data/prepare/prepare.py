@@ -92,8 +92,10 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
     # A sweep fills in data.path with the derived folder: the name tells which key the path came from.
     derived = data.path is None or path.endswith(f"/data/{_folder_name(data)}")
     storage.check_writable(path, "cluster.storage" if derived else "data.path")
-    plan = hash_content({"content": _content(data), "plan": source.plan})
-    work = storage.join(path, f"{_WORK}{plan[:16]}")
+    plan: dict[str, Any] = {"content": _content(data), "plan": source.plan}
+    if data.kind == "image":  # units of one size cannot be continued with those of another
+        plan["unit_size"] = images.unit_size(data)
+    work = storage.join(path, f"{_WORK}{hash_content(plan)[:16]}")
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
     log.info("preparing %s in %s", data.source, path)

@@ -143,6 +143,7 @@ def run_units(
     """
     names = [name for name in storage.listing(work) if name.startswith("unit-") and name.endswith(".json")]
     units = [record.model_validate_json(storage.read_bytes(storage.join(work, name))) for name in names]
+    units = [unit for unit in units if unit.index < len(inputs)]
     finished = {unit.index for unit in units}
     if units:
         log.info("%d of %d units were %s before", len(units), len(inputs), verb)
@@ -243,10 +244,13 @@ def write_shards(
     """
     task: Any = ray.remote(num_cpus=1)(publish_shard)
     shards = [shard for plan in plans.values() for shard in plan.shards]
-    tasks = [task.remote(shard.name, path, work, make=partial(make, shard)) for shard in shards]
+    tasks = {task.remote(shard.name, path, work, make=partial(make, shard)): shard for shard in shards}
     progress = Progress("wrote", "shards", len(tasks), unit)
     files: dict[str, ShardFile] = {}
-    for shard, done in zip(shards, tasks, strict=True):
+    waiting = list(tasks)
+    while waiting:  # as they end, so that a failure ends the others at once
+        (done,), waiting = ray.wait(waiting)
+        shard = tasks[done]
         try:
             files[shard.name] = ray.get(done)
         except ray.exceptions.RayTaskError as error:
