@@ -1,7 +1,7 @@
 """Random times and groups as a pure function of (seed, step, index in the global batch)."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsInt
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -86,7 +86,9 @@ def draw(
     return StepDraws(eps + (1 - eps) * u, groups)
 
 
-def draw_order(seed: Sequence[int], rows: Iterable[int], length: int, bos: bool) -> Int[np.ndarray, "m L"]:
+def draw_order(
+    seed: Sequence[int], rows: Iterable[SupportsInt], length: int, bos: bool
+) -> Int[np.ndarray, "m L"]:
     """Draw uniform random orders of revelation, each as a function of (seed, row).
 
     Args:

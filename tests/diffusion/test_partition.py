@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.config.schema import DiffusionConfig
-from pipeline.diffusion.partition import draw, draw_subset, stratified
+from pipeline.diffusion.partition import by_rank, draw, draw_order, draw_subset, stratified
 from pipeline.diffusion.schedule import alpha
 
 EPS = 1e-3
@@ -87,3 +88,28 @@ def test_subsets_have_their_size_and_are_uniform(bos: bool) -> None:
 
 def _choose(n: int, k: int) -> float:
     return np.prod(np.arange(n - k + 1, n + 1)) / np.prod(np.arange(1, k + 1))
+
+
+def test_an_order_depends_on_seed_and_row_alone() -> None:
+    whole = draw_order([1, 5, 3], range(6), 10, bos=True)
+    assert np.array_equal(np.sort(whole, axis=1), np.tile(np.arange(10), (6, 1)))
+    assert (whole[:, 0] == 0).all(), "BOS comes first"
+    assert np.array_equal(draw_order([1, 5, 3], np.array([4, 1]), 10, bos=True), whole[[4, 1]])
+    assert not np.array_equal(draw_order([1, 6, 3], range(6), 10, bos=True), whole)
+    assert draw_order([1], [2**64 - 1, 3], 4, bos=False).shape == (2, 4), (
+        "indices of the harness have 64 bits"
+    )
+
+
+def test_orders_are_uniform() -> None:
+    ranks = draw_order([0], range(6000), 3, bos=False)
+    found = np.unique(ranks, axis=0, return_counts=True)[1]
+    assert len(found) == 6
+    assert np.abs(found - 1000).max() < 4 * np.sqrt(1000)
+
+
+def test_positions_by_rank() -> None:
+    where = torch.tensor([[True, False, True], [True, True, True]])
+    order = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    assert by_rank(where, order).tolist() == [2, 0, 5, 3, 4]
+    assert by_rank(where, None).tolist() == [0, 2, 3, 4, 5]

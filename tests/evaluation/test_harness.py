@@ -31,6 +31,7 @@ L, LETTERS = 16, "abcdefgh"
 PGM = PGMConfig(hidden=32, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0)
 KINDS = [
     PGM,
+    PGM.model_copy(update={"encoder": "causal"}),
     MDLMConfig(kind="mdlm", hidden=32, heads=2, blocks=2, dropout=0),
     ARConfig(kind="ar", hidden=32, heads=2, blocks=2, dropout=0),
 ]
@@ -98,7 +99,7 @@ def harness(model: Denoiser, **changes: int) -> DenoiserLM:
     return DenoiserLM(Model(model, None, ByteTokenizer()), settings)
 
 
-@pytest.mark.parametrize("config", KINDS, ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", KINDS, ids=["pgm", "causal", "mdlm", "ar"])
 def test_together_and_one_by_one(config: PGMConfig | MDLMConfig) -> None:
     model = randomised(config, 257, L).double()
     lm = harness(model)

@@ -22,7 +22,7 @@ from pipeline.models import build
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
 from tests.support.one_process import measure
-from tests.support.small_models import BOTH_KINDS, randomised
+from tests.support.small_models import BOTH_KINDS, CAUSAL, randomised
 
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 ESTIMATORS = pytest.mark.parametrize("estimator", ["count", "mdlm"])
@@ -57,23 +57,27 @@ def test_the_mdlm_estimate_of_a_uniform_model(config: PGMConfig | MDLMConfig, ep
 
 
 def exact_bound(model: Denoiser, row: np.ndarray, bos: bool) -> float:
-    """Any-order bound of a row in nats per token: every subset hidden, every subset size equally likely."""
+    """Any-order bound of a row in nats per token: every subset hidden, every subset size equally likely.
+
+    A causal encoder reads the known tokens behind BOS in every order, all equally likely.
+    """
     places, tokens = range(int(bos), len(row)), torch.from_numpy(row)[None]
     total = 0.0
     for size in range(1, len(places) + 1):
         subsets = list(itertools.combinations(places, size))
         for hidden in subsets:
-            known = [place for place in range(len(row)) if place not in hidden]
-            at = torch.tensor([known], dtype=torch.int64)
-            logits = Model(model).predict(
-                tokens[:, known], at, torch.tensor([len(known)]), torch.tensor([hidden])
-            )
-            losses = torch.nn.functional.cross_entropy(logits[0].double(), tokens[0, list(hidden)])
-            total += losses.item() / len(subsets) / len(places)
+            known = [place for place in places if place not in hidden]
+            orders = list(itertools.permutations(known)) if model.causal else [tuple(known)]
+            for order in orders:
+                given = [*range(int(bos)), *order]
+                at, count = torch.tensor([given], dtype=torch.int64), torch.tensor([len(given)])
+                logits = Model(model).predict(tokens[:, given], at, count, torch.tensor([hidden]))
+                losses = torch.nn.functional.cross_entropy(logits[0].double(), tokens[0, list(hidden)])
+                total += losses.item() / len(subsets) / len(orders) / len(places)
     return total
 
 
-@KINDS
+@pytest.mark.parametrize("config", [*BOTH_KINDS, CAUSAL], ids=["pgm", "mdlm", "causal"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_count_estimate_is_unbiased(config: PGMConfig | MDLMConfig, bos: bool) -> None:
     model = randomised(config, vocab_size=3, length=3 + bos, scale=0.25)
@@ -100,7 +104,7 @@ def test_a_wrong_weighting_would_be_seen() -> None:
 @ESTIMATORS
 @pytest.mark.parametrize("workers", [2, 3, 8])
 def test_workers_share_the_pairs_without_changing_the_result(estimator: Estimator, workers: int) -> None:
-    model, tokens = randomised(BOTH_KINDS[0]).double(), rows_of(13, 16, 11)
+    model, tokens = randomised(CAUSAL).double(), rows_of(13, 16, 11)  # whose orders are part of the draws
 
     def shares(count: int) -> list[list[tuple[np.ndarray, Batch]]]:
         return [

@@ -15,7 +15,9 @@ from pipeline.models.denoiser import Denoiser, State
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.models.pgm import EncoderCache
 from pipeline.sampling import orders
-from pipeline.sampling.sampler import SamplingRequest, sample
+from pipeline.sampling.sampler import SamplingRequest, sample, sample_long
+from tests.models.test_leaks import V as VALUES
+from tests.models.test_leaks import check_values, partitioned
 from tests.support.small_models import CAUSAL, random_rows, randomised, shake
 
 V, L = 11, 16
@@ -199,3 +201,51 @@ def test_every_parameter_learns(config: PGMConfig) -> None:
     alone = model(Batch(*rows, None if labels is None else labels[2:3], order=order[2:3]))
     torch.testing.assert_close(alone, losses[2:3], atol=0, rtol=1e-5)
     assert np.isfinite(float(losses.sum()))
+
+
+class InOrder:
+    """A model whose logits are those of one random order of every row."""
+
+    def __init__(self, model: Denoiser, order: Tensor):
+        self._model, self._order = model, order
+
+    def logits(self, tokens: Tensor, groups: Tensor) -> Tensor:
+        return self._model.logits(tokens, groups, order=self._order)
+
+
+@EVERY
+def test_no_leak_in_a_random_order(config: PGMConfig) -> None:
+    """Of either group, also beside the registers."""
+    model = randomised(config, VALUES, L).double()
+    tokens, groups = partitioned(5, L, equal=False)
+    check_values(InOrder(model, random_order(5, L)), tokens, groups)  # type: ignore[arg-type]
+
+
+def test_rows_beyond_the_length() -> None:
+    """A window is encoded again for the next one, with a prompt in front."""
+    model = randomised(CAUSAL, V, L)
+    given = torch.zeros(3, L, dtype=torch.bool)
+    given[:, :2] = True
+    request = SamplingRequest(3, 8, 1, "left_to_right", known=(torch.full((3, L), 4), given))
+    rows = sample_long(model, request, length=2 * L, stride=L // 2)
+    assert rows.shape == (3, 2 * L)
+    assert torch.equal(rows[:, :L], sample(model, request))
+    assert rows[:, :2].eq(4).all()
+
+
+@torch.no_grad()
+def test_low_precision() -> None:
+    """Vectors of the cached form in bfloat16, whose weights are folded, against the full pass in float32."""
+    model = randomised(CAUSAL, V, L, scale=0.1)
+    tokens, _ = random_rows(4, L, V)
+    order = random_order(4, L)
+    expected = model.logits(
+        tokens, torch.ones(4, L).bool().scatter(1, order[:, :9], False), order=order.argsort(1)
+    )
+    state = model.bfloat16().open(4)
+    for counts in ([4] * 4, [5] * 4):
+        reveal(model, state, tokens, order, counts)
+        hidden = model.hidden(state, order[:, 9:].flatten(), [L - 9] * 4)
+    found = model.head(hidden).view(4, L - 9, V)
+    wanted = expected.gather(1, order[:, 9:, None].expand(-1, -1, V))
+    assert (found - wanted).abs().max() < 0.04 * wanted.abs().max()

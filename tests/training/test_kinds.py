@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, SamplingConfig
 from tests.support import observed
 from tests.support.workers import Workers
 
@@ -17,7 +17,7 @@ MODELS = {
     "complementary": MDLMConfig(kind="mdlm", blocks=2, complementary=True, **SIZE),
     "mdlm-classes-registers": MDLMConfig(kind="mdlm", blocks=2, classes=3, registers=1, **SIZE),
     "pgm-variant": PGMConfig(encoder_blocks=1, decoder_blocks=2, swap=SWAP, **SIZE),
-    "pgm-causal": PGMConfig(encoder="causal", encoder_blocks=2, decoder_blocks=1, classes=3, **SIZE),
+    "pgm-causal": PGMConfig(encoder="causal", encoder_blocks=2, decoder_blocks=1, **SIZE),
     "pgm-classes-registers": PGMConfig(encoder_blocks=1, decoder_blocks=1, classes=3, registers=2, **SIZE),
 }
 STEPS = 5
@@ -33,7 +33,7 @@ def _configs(storage: Path, stage: int, again: bool) -> list[RunConfig]:
             steps=STEPS,
             zero_stage=stage,
             activation_checkpointing=again,
-        ).model_copy(update={"model": model})
+        ).model_copy(update={"model": model, "sampling": SamplingConfig(steps=3)})
         for name, model in MODELS.items()
     ]
 
