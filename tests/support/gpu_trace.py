@@ -7,12 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling import sampler
+
+pgm, mdlm = PGMConfig, MDLMConfig
 
 
 def draw(
