@@ -162,9 +162,8 @@ def _masked_rows(
     start, length = int(bos is not None), model.length
     tokens = np.zeros((len(pairs), draws, length), np.int64)
     groups = np.ones((len(pairs), draws, length), bool)
-    weights, keys = np.zeros(
-        (2, len(pairs), draws, length)
-    )  # a row's order of revelation is that of its keys
+    # A row's order of revelation is that of its keys.
+    weights, keys = np.zeros((2, len(pairs), draws, length))
     for pair, (prompt, continuation) in enumerate(pairs):
         begin, end = start + len(prompt), start + len(prompt) + len(continuation)
         tokens[pair, :, start:end] = [*prompt, *continuation]

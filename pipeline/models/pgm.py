@@ -234,9 +234,8 @@ class PGM(Denoiser):
         ones_targets = (batch.targets & batch.groups).sum(1)
         # Keys of row b: group 0, group 1. Queries: group 1, group 0. Query segment i reads key segment i.
         sort_key = groups
-        if (
-            self.causal and batch.order is not None
-        ):  # inside a group: registers, then tokens as they are revealed
+        if self.causal and batch.order is not None:
+            # Inside a group: registers, then tokens in the order of their revelation.
             first = torch.full((rows, self.registers), -1)
             sort_key = groups * (batch.order.amax() + 2) + torch.cat([first, batch.order], 1)
         key_index = sort_key.argsort(dim=1, stable=True) + torch.arange(rows)[:, None] * width
