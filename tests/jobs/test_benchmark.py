@@ -104,7 +104,7 @@ def test_the_two_models_of_the_size_to_compare_have_equal_parameters() -> None:
             "training=[{model: pmg}]",
             "model 'pmg' of 'training pmg' is none of pgm, causal, mdlm, ar.*did you mean 'pgm'",
         ),
-        ("training=[{model: mdlm, form: dense}]", "form dense of 'mdlm'; expected a pgm"),
+        ("training=[{model: mdlm, form: dense}]", "form dense of 'mdlm'; expected a bidirectional pgm"),
         ("sampling=[{model: pgm, form: plain}]", "form plain is of kind mdlm, not of pgm"),
         ("sampling=[{model: mdlm, refresh_every: 2}]", "refresh_every is of kind pgm"),
         ("sampling=[{model: causal, refresh_every: 2}]", "kind pgm with a bidirectional encoder"),
