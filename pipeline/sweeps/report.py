@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from pipeline.reports import tables
@@ -65,8 +66,9 @@ class Spread(NamedTuple):
         Args:
             values: of the seeds.
         """
-        known = pd.Series(values, dtype=float).replace([math.inf, -math.inf], math.nan)
-        return cls(float(known.mean()), float(known.std()))
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        mean = float(np.mean(known)) if known else math.nan
+        return cls(mean, float(np.std(known, ddof=1)) if len(known) > 1 else math.nan)
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
