@@ -1,5 +1,6 @@
 """Transformer blocks over packed segments: self-attention (encoder, masked models) and cross-attention."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -122,7 +123,7 @@ class EncoderReader(nn.Module):
         return attend(q, *self.keys_values(encoded, keys.code), q_segments, keys.segments).flatten(1)
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """Base of pre-norm blocks: attention, then an MLP, both modulated and on gated residual branches.
 
     Args:
@@ -139,18 +140,18 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(hidden)
         self.mlp = MLP(hidden)
 
+    @abstractmethod
     def _add_projections(self, hidden: int) -> None:
         """Create the norms and projections in front of the attention.
 
         They come between modulation and output, since the order of creation fixes the initial weights of a
         seed, and the order of parameters in checkpoints.
         """
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def norm_before_attention(self) -> LayerNorm:
         """The norm in front of the attention."""
-        raise NotImplementedError
 
     def modulated(self, condition: Condition | None) -> Modulated:
         """Modulate the block's norms and gates.

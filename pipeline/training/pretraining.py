@@ -1,5 +1,6 @@
 """The task of a training run: from rows of data to batches with targets and weights."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 
 
-class Task:
+class Task(ABC):
     """Makes the batches of a training run; its randomness is a function of (seed, step, index in the batch).
 
     Args:
@@ -41,6 +42,7 @@ class Task:
         self._step = step
         self._dropped = partition.draw_dropped(self._config.seed, step, train.batch, train.class_drop)
 
+    @abstractmethod
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started.
 
@@ -54,7 +56,6 @@ class Task:
         Returns:
             The batch, on the device of the worker.
         """
-        raise NotImplementedError
 
     def _order(self, index: Int[np.ndarray, "m"]) -> Int[np.ndarray, "m L"]:
         """Draw the orders of revelation of some rows of the global batch, for models with a causal encoder."""

@@ -7,6 +7,7 @@ has finished.
 
 import logging
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar
@@ -32,7 +33,7 @@ _NAMES = 1000  # descriptions of what was skipped that a manifest keeps
 Pieces = Int64[np.ndarray, "p 3"]
 
 
-class Unit(BaseModel):
+class Unit(BaseModel, ABC):
     """The record of one unit of the source; keys that earlier versions wrote are ignored.
 
     Attributes:
@@ -44,9 +45,9 @@ class Unit(BaseModel):
     problems: Sequence[str] = ()
 
     @property
+    @abstractmethod
     def amount(self) -> int:
         """What the unit holds, as the log counts it."""
-        raise NotImplementedError
 
     def publish(self, work: str) -> Self:
         """Write the record, which says that the unit's file is complete, and return it.
