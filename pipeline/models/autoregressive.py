@@ -153,7 +153,8 @@ class AR(Denoiser):
         rows, capacity = state.tokens.shape
         vectors = self.class_vectors(state.condition, rows)
         if state.memory is None:
-            stored = self.store([*self.blocks], rows, self.registers + 1 + capacity)
+            caches = self.empty_caches(len(self.blocks), rows, self.registers + 1 + capacity)
+            stored = self.store([*self.blocks], caches)
             newest = self.head.weight.new_zeros(rows, self.embedding.embedding_dim)
             state.memory = PrefixCache(stored, [0] * rows, newest)
         self._encode_new(state, vectors, lengths)

@@ -247,18 +247,17 @@ class Denoiser(nn.Module, ABC):
         """Whether parameters can be read anywhere; under ZeRO-3 they exist only in the forward of their module."""
         return not any(hasattr(parameter, "ds_id") for parameter in self.parameters())
 
-    def store(self, blocks: Sequence[Block], rows: int, slots: int) -> list[Stored]:
-        """Allocate what blocks keep during sampling.
+    def store(self, blocks: Sequence[Block], caches: Cache) -> list[Stored]:
+        """Make what blocks keep during sampling.
 
         Args:
             blocks: the blocks.
-            rows: number of rows.
-            slots: tokens that a row has room for.
+            caches: of all blocks, from `empty_caches`.
 
         Returns:
-            An empty cache for each block, with its norms and gates where they can be folded.
+            The cache of each block, with its norms and gates where they can be folded.
         """
-        caches, fold = self.empty_caches(len(blocks), rows, slots), self.foldable
+        fold = self.foldable
         return [Stored(caches.layer(i), block.folded() if fold else None) for i, block in enumerate(blocks)]
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:

@@ -174,15 +174,12 @@ class PGM(Denoiser):
         fold, head = self.foldable, self.head.weight
         weights = [block.kv_proj.weight * block.kv_norm.weight for block in blocks] if fold else []
         return EncoderCache(
-            encoder=self.store([*self.encoder], rows, slots),
+            encoder=self.store([*self.encoder], self.empty_caches(len(self.encoder), rows, slots)),
             swaps=[
                 Stored(swap_caches.layer(i), queries=swap.queries(every) if fold and not pooled else None)
                 for i, swap in enumerate(swaps)
             ],
-            decoder=[
-                Stored(decoder_caches.layer(i), block.folded() if fold else None)
-                for i, block in enumerate(blocks)
-            ],
+            decoder=self.store(blocks, decoder_caches),
             decoder_caches=decoder_caches,
             decoder_weight=torch.cat(weights) if fold else None,
             code=rotary(every, self.head_size),
