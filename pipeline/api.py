@@ -111,8 +111,11 @@ class Model:
         Source:
             arXiv 2505.18883, section 4.
         """
-        if order is not None and not order.sort(1).values.eq(torch.arange(order.shape[1])).all():
-            raise ConfigError(f"order: expected the ranks 0 to {tokens.shape[1] - 1} in every row")
+        if order is not None:
+            order = order.cpu().long()
+            ranks = torch.arange(tokens.shape[1]).expand(tokens.shape)
+            if not torch.equal(order.sort(-1).values, ranks):
+                raise ConfigError(f"order: expected the ranks 0 to {tokens.shape[1] - 1} once in every row")
         return self.denoiser.logits(tokens.to(self.device), groups.to(self.device).bool(), condition, order)
 
     @torch.inference_mode()

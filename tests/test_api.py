@@ -13,7 +13,7 @@ from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError
 from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
-from tests.support.small_models import BOTH_KINDS, random_rows, randomised
+from tests.support.small_models import BOTH_KINDS, CAUSAL, random_rows, randomised
 
 V, L = 257, 16
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
@@ -120,6 +120,13 @@ def test_bf16(config: PGMConfig | MDLMConfig | ARConfig, tmp_path: Path) -> None
 def test_a_precision_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match="precision: 'fp16'; expected fp32 or bf16; did you mean 'bf16'"):
         load_model("nowhere", precision="fp16")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", [[[0, 0, 2]], [[-2, 0, 1]], [[1, 2, 3]]])
+def test_an_order_ranks_every_position_once(order: list[list[int]]) -> None:
+    model, tokens = Model(randomised(CAUSAL, 11, 3)), torch.tensor([[1, 2, 3]])
+    with pytest.raises(ConfigError, match="order: expected the ranks 0 to 2 once in every row"):
+        model.logits(tokens, torch.tensor([[0, 1, 0]]), order=torch.tensor(order))
 
 
 def test_what_the_model_cannot_do_is_refused(model: Model) -> None:
