@@ -44,6 +44,11 @@ class TrunkConfig(Section):
     classes: PositiveInt | None = None
     registers: NonNegativeInt = 0
 
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether steps of sampling can have fixed shapes: stored keys and values are all that a step reads."""
+        return False
+
     @model_validator(mode="after")
     def _check_heads(self) -> "TrunkConfig":
         if self.hidden % (2 * self.heads):
@@ -71,6 +76,11 @@ class PGMConfig(TrunkConfig):
     encoder_blocks: PositiveInt = 8
     decoder_blocks: PositiveInt = 8
     swap: SwapConfig = SwapConfig()
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether steps of sampling can have fixed shapes: stored keys and values are all that a step reads."""
+        return self.encoder == "causal" and self.swap.pooling == "none"
 
     @model_validator(mode="after")
     def _check_registers(self) -> "PGMConfig":
@@ -104,6 +114,11 @@ class ARConfig(TrunkConfig):
 
     kind: Literal["ar"]
     blocks: PositiveInt = 12
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether steps of sampling can have fixed shapes: stored keys and values are all that a step reads."""
+        return True
 
 
 ModelConfig = Annotated[PGMConfig | MDLMConfig | ARConfig, Field(discriminator="kind")]

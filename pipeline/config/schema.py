@@ -109,6 +109,7 @@ class SamplingConfig(Section):
         guidance: Weight w of guidance at the last step: (1 + w) log p(x|c) - w log p(x).
         refresh_every: Steps between two full encodings of the known tokens (bidirectional PGM); 1 is exact.
         precision: Precision of the blocks; `bf16` enables flash attention on GPUs. Draws are float64 in both.
+        compile: Compiles steps of fixed shape on CUDA, for AR and for causal PGM without pooled swaps.
         batch: Rows that one worker samples together.
         seed: Seed of the samples.
     """
@@ -127,6 +128,7 @@ class SamplingConfig(Section):
     guidance: NonNegativeFloat = 0.0
     refresh_every: PositiveInt = 1
     precision: Precision = "fp32"
+    compile: bool = False
     batch: PositiveInt = 16
     seed: int = 0
 
@@ -355,6 +357,11 @@ class RunConfig(Section):
         if sampling.refresh_every > 1 and sampling.model is None and not refreshes:
             bidirectional = "expected 1; only a pgm with model.encoder bidirectional can encode less often"
             yield f"sampling.refresh_every: {sampling.refresh_every}; {bidirectional}"
+        if sampling.compile and sampling.order in ("confidence", "entropy"):
+            yield f"sampling.compile: true for order {sampling.order}; expected false, or an order planned in advance"
+        if sampling.compile and sampling.model is None and not self.model.fixed_steps:
+            models = "expected false; only ar and pgm with model.encoder causal and swap.pooling none can"
+            yield f"sampling.compile: true; {models}"
         if self.model.kind == "ar" and sampling.model is None:
             if sampling.order != "left_to_right":
                 yield f"sampling.order: {sampling.order!r} for model.kind ar; expected left_to_right"

@@ -291,21 +291,6 @@ class CacheAppend:
         else:
             rows.flatten(0, 1).index_copy_(0, self._index, packed)
 
-    def put_layers(
-        self, rows: Shaped[Tensor, "layers B capacity *rest"], packed: Shaped[Tensor, "T layers *rest"]
-    ) -> None:
-        """Write the entries of the new tokens for several layers.
-
-        Args:
-            rows: a field of each layer, which is changed in place.
-            packed: entries of the new tokens, row after row.
-        """
-        if self._uniform:
-            new = packed.unflatten(0, (rows.shape[1], -1)).movedim(2, 0)
-            rows[:, :, self._old[0] : self.longest] = new
-        else:
-            rows.flatten(1, 2).index_copy_(1, self._index, packed.movedim(1, 0))
-
     @cached_property
     def mask(self) -> Bool[Tensor, "_ 1 longest_new longest"] | None:
         """Which entries each new token reads, in every row or in all rows alike; None if it reads all of them."""
@@ -322,28 +307,83 @@ class CacheAppend:
         return (torch.arange(self.longest, device=self._device) <= padded[..., None])[:, None]
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of one layer or of several, in preallocated rows that are written once and read in place.
+class EqualSegments(Segments):
+    """Segments of one length, whose indices are made on the device.
 
-    Attributes:
-        keys: [B, capacity, N, D], or [layers, B, capacity, N, D].
-        values: in the same form.
+    Args:
+        count: number of segments.
+        length: tokens of each.
+        device: where index tensors are needed.
     """
 
-    keys: Float[Tensor, "*layers B capacity N D"]
-    values: Float[Tensor, "*layers B capacity N D"]
+    def __init__(self, count: int, length: int, device: torch.device):
+        super().__init__([length] * count, device)
+        self.ids = torch.arange(count * length, device=device) // max(length, 1)
 
-    def layer(self, index: int) -> "Cache":
-        """Select one of several layers.
+
+class Filled(Segments):
+    """The first entries of every row of a cache, in numbers that only the device knows.
+
+    Args:
+        counts: entries of every row. A row without entries reads the first, which a cache begins with as zeros.
+        capacity: entries that a row has room for.
+    """
+
+    def __init__(self, counts: Int[Tensor, "B"], capacity: int):
+        super().__init__([capacity] * len(counts), counts.device)
+        places = torch.arange(capacity, device=counts.device)
+        self.filled = (places < counts.clamp(min=1)[:, None])[:, None, None]
+
+    @property
+    def equal(self) -> bool:
+        """False: the counts may differ."""
+        return False
+
+
+class FixedAppend(CacheAppend):
+    """As `CacheAppend` with as many new tokens in every row, at slots that only the device knows.
+
+    All shapes follow from the arguments' shapes, and nothing is copied from the host, so that a step of sampling can
+    be compiled or captured as a CUDA graph. A new token reads its own slot and all before it.
+
+    Args:
+        slots: of the new tokens in their rows; -1 is the last slot of a row, which no token may need.
+        capacity: entries that a row of the cache has room for.
+    """
+
+    def __init__(self, slots: Int[Tensor, "B new"], capacity: int):
+        rows, new = slots.shape
+        self.segments = EqualSegments(rows, new, slots.device)
+        self.longest, self._uniform, self._last = capacity, False, slots % capacity
+
+    def put(self, rows: Shaped[Tensor, "B capacity *rest"], packed: Shaped[Tensor, "T *rest"]) -> None:
+        """Write the entries of the new tokens.
 
         Args:
-            index: of the layer.
-
-        Returns:
-            Its part of the memory.
+            rows: a field with one entry for each slot of the cache, which is changed in place. It must be a tensor
+                of its own and no view, or compiled code would copy it.
+            packed: entries of the new tokens, row after row.
         """
-        return Cache(self.keys[index], self.values[index])
+        rows.index_put_((self.segments.ids, self._last.flatten()), packed)
+
+    @property
+    def mask(self) -> Bool[Tensor, "B 1 new capacity"]:
+        """Which entries each new token reads."""
+        places = torch.arange(self.longest, device=self._last.device)
+        return (places <= self._last[..., None])[:, None]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer, in preallocated rows that are written once and read in place.
+
+    Attributes:
+        keys: [B, capacity, N, D].
+        values: [B, capacity, N, D].
+    """
+
+    keys: Float[Tensor, "B capacity N D"]
+    values: Float[Tensor, "B capacity N D"]
 
     def put(self, k: Heads, v: Heads, append: CacheAppend) -> None:
         """Store the keys and values of new tokens.

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from pipeline.config.model import ARConfig
 from pipeline.errors import CapabilityError
-from pipeline.models.attention import CacheAppend, Segments
+from pipeline.models.attention import CacheAppend, FixedAppend, Segments
 from pipeline.models.batch import Batch, Labels
 from pipeline.models.blocks import SelfBlock, Stored
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.denoiser import CachedDenoiser, NewTokens, State
 from pipeline.models.layers import ClassVectors, Condition
 
 
@@ -31,7 +31,7 @@ class PrefixCache:
     newest: Float[Tensor, "B H"]
 
 
-class AR(Denoiser):
+class AR(CachedDenoiser):
     """Every token is predicted from all before it; the first from a learned start vector.
 
     A row is read as registers, start, tokens: the slot before position i predicts position i. So every token has a
@@ -150,16 +150,48 @@ class AR(Denoiser):
                     f"positions {places.tolist()[:8]} of row {row}: AR predicts left to right; with {following} "
                     f"known tokens, expected position {following} alone (order left_to_right, one token a step)"
                 )
-        rows, capacity = state.tokens.shape
-        vectors = self.class_vectors(state.condition, rows)
-        if state.memory is None:
-            caches = self.empty_caches(len(self.blocks), rows, self.registers + 1 + capacity)
-            stored = self.store([*self.blocks], caches)
-            newest = self.head.weight.new_zeros(rows, self.embedding.embedding_dim)
-            state.memory = PrefixCache(stored, [0] * rows, newest)
+        vectors = self.class_vectors(state.condition, len(state.lengths))
         self._encode_new(state, vectors, lengths)
         active = Segments(lengths, positions.device).ids
         return self.final(state.memory.newest[active], Condition(vectors, active))
+
+    def encode(self, state: State, width: int) -> NewTokens:
+        """Encode all known tokens of all rows, so that `hidden_fixed` can follow.
+
+        Args:
+            state: rows and their known tokens, in tensors with room for one more.
+            width: 1, the tokens that the first step adds to every row.
+
+        Returns:
+            The newest slot of every row once more, whose output the first step needs.
+        """
+        first = super().encode(state, width)
+        newest = first.filled[:, None] - 1
+        return NewTokens(self._ids(state.tokens).gather(1, newest), newest, newest, first.filled)
+
+    def hidden_fixed(
+        self,
+        memory: PrefixCache,
+        vectors: ClassVectors,
+        new: NewTokens,
+        positions: Int[Tensor, "B 1"],  # noqa: ARG002
+    ) -> Float[Tensor, "B H"]:
+        """Add one token to every row and compute the vector of what follows it.
+
+        Args:
+            memory: of a state after `encode`; changed in place.
+            vectors: class vectors of the rows.
+            new: the tokens.
+            positions: not used, since the newest slot of a row predicts what follows it.
+
+        Returns:
+            [B, H] vectors for the head.
+        """
+        append = FixedAppend(new.slots, memory.stored[0].cache.keys.shape[1])
+        layout = self.layout(append.segments, new.slots.flatten())
+        condition = Condition(vectors, append.segments.ids)
+        x = self.run_blocks(self.blocks, new.ids.flatten(), layout, condition, memory.stored, append)
+        return self.final(x, condition)
 
     def _ids(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B P_plus_L"]:
         """Registers, start and tokens: the content of the slots."""
@@ -168,9 +200,16 @@ class AR(Denoiser):
 
     def _encode_new(self, state: State, vectors: ClassVectors, lengths: Sequence[int]) -> None:
         """Compute the slots that are not in the caches yet, of rows that a prediction is needed of."""
+        if state.memory is None:
+            rows, capacity = state.tokens.shape
+            stored = self.store([*self.blocks], rows, self.registers + 1 + capacity)
+            newest = self.head.weight.new_zeros(rows, self.embedding.embedding_dim)
+            state.memory = PrefixCache(stored, [0] * rows, newest)
         memory: PrefixCache = state.memory
-        rows = zip(state.lengths, memory.done, lengths, strict=True)
-        new = [self.registers + 1 + known - done if count else 0 for known, done, count in rows]
+        new = [
+            self.registers + 1 + known - done if count else 0
+            for known, done, count in zip(state.lengths, memory.done, lengths, strict=True)
+        ]
         if not any(new):
             return
         ids = self._ids(state.tokens)  # [B, P + capacity]

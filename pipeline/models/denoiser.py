@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -67,6 +67,22 @@ class State:
         """
         tokens, positions = packed(self.lengths, self.tokens, self.positions)
         return tokens, positions
+
+
+class NewTokens(NamedTuple):
+    """Tokens to add to what a model keeps, as many in every row; some may stand for no token.
+
+    Attributes:
+        ids: of the tokens.
+        positions: of the tokens.
+        slots: of the tokens in the caches; -1 for those that stand for no token.
+        filled: slots of every row that are filled afterwards.
+    """
+
+    ids: Int[Tensor, "B new"]
+    positions: Int[Tensor, "B new"]
+    slots: Int[Tensor, "B new"]
+    filled: Int[Tensor, "B"]
 
 
 def packed(lengths: Sequence[int], *fields: Shaped[Tensor, "B _ ..."]) -> list[Shaped[Tensor, "T ..."]]:
@@ -228,7 +244,7 @@ class Denoiser(nn.Module, ABC):
         layout = self.layout(segments, torch.arange(width, device=ids.device).repeat(rows))
         return self.run_blocks(blocks, ids.flatten(), layout, Condition(vectors, segments.ids))
 
-    def empty_caches(self, layers: int, rows: int, slots: int) -> Cache:
+    def empty_caches(self, layers: int, rows: int, slots: int) -> list[Cache]:
         """Allocate caches of keys and values.
 
         Args:
@@ -237,28 +253,33 @@ class Denoiser(nn.Module, ABC):
             slots: tokens that a row has room for.
 
         Returns:
-            [layers, rows, slots, N, D] keys and values, filled with zeros.
+            Caches of [rows, slots, N, D] keys and values, filled with zeros.
         """
-        shape = (layers, rows, slots, self.embedding.embedding_dim // self.head_size, self.head_size)
-        return Cache(self.head.weight.new_zeros(shape), self.head.weight.new_zeros(shape))
+        shape = (rows, slots, self.embedding.embedding_dim // self.head_size, self.head_size)
+        zeros = self.head.weight.new_zeros
+        return [Cache(zeros(shape), zeros(shape)) for _ in range(layers)]
 
     @property
     def foldable(self) -> bool:
         """Whether parameters can be read anywhere; under ZeRO-3 they exist only in the forward of their module."""
         return not any(hasattr(parameter, "ds_id") for parameter in self.parameters())
 
-    def store(self, blocks: Sequence[Block], caches: Cache) -> list[Stored]:
+    def store(self, blocks: Sequence[Block], rows: int, slots: int) -> list[Stored]:
         """Make what blocks keep during sampling.
 
         Args:
             blocks: the blocks.
-            caches: of all blocks, from `empty_caches`.
+            rows: number of rows.
+            slots: tokens that a row has room for.
 
         Returns:
-            The cache of each block, with its norms and gates where they can be folded.
+            An empty cache for each block, with its norms and gates where they can be folded.
         """
-        fold = self.foldable
-        return [Stored(caches.layer(i), block.folded() if fold else None) for i, block in enumerate(blocks)]
+        caches, fold = self.empty_caches(len(blocks), rows, slots), self.foldable
+        return [
+            Stored(cache, block.folded() if fold else None)
+            for cache, block in zip(caches, blocks, strict=True)
+        ]
 
     def forward(self, batch: Batch) -> Float[Tensor, "B"]:
         """Compute every row's loss.
@@ -417,3 +438,51 @@ class Denoiser(nn.Module, ABC):
                 f"condition: label {int(wrong[0])} for {name} of {none} classes; "
                 f"expected 0 to {none - 1}, or {none} for no class"
             )
+
+
+class CachedDenoiser(Denoiser):
+    """A model that can keep what it computed of known tokens, so that a step only computes new ones.
+
+    Attributes:
+        fixed_steps: steps can have fixed shapes: keys and values that never change are all that a step reads.
+    """
+
+    fixed_steps: bool = True
+
+    @abstractmethod
+    def _encode_new(self, state: State, vectors: ClassVectors, lengths: Sequence[int]) -> Any:
+        """Encode the new tokens of the rows with `lengths[b]` positions to predict."""
+
+    def encode(self, state: State, width: int) -> NewTokens:
+        """Encode all known tokens of all rows, so that `hidden_fixed` can follow.
+
+        Args:
+            state: rows and their known tokens, in tensors with room for one more.
+            width: tokens that the first step adds to every row.
+
+        Returns:
+            What the first step adds: `width` times no token. The caches are in `state.memory`.
+        """
+        rows, device = len(state.lengths), state.tokens.device
+        self._encode_new(state, self.class_vectors(state.condition, rows), [1] * rows)
+        ids, positions = torch.zeros(2, rows, width, dtype=torch.int64, device=device)
+        return NewTokens(ids, positions, ids - 1, torch.tensor(state.memory.done, device=device))
+
+    @abstractmethod
+    def hidden_fixed(
+        self, memory: Any, vectors: ClassVectors, new: NewTokens, positions: Int[Tensor, "B queries"]
+    ) -> Float[Tensor, "B_times_queries H"]:
+        """Add tokens and compute vectors at positions, in shapes that follow from those of the arguments alone.
+
+        Attention runs over whole caches under a mask. Nothing is read from the host, so that the same kernels run at
+        every step.
+
+        Args:
+            memory: of a state after `encode`; changed in place.
+            vectors: class vectors of the rows.
+            new: tokens to add.
+            positions: to predict, as many in every row; any that are too many may be anything.
+
+        Returns:
+            [B * queries, H] vectors for the head.
+        """

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -98,6 +98,29 @@ def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class FoldedNorm(NamedTuple):
+    """A norm whose modulation is part of its weight and bias.
+
+    Attributes:
+        weight: [H].
+        bias: [H].
+    """
+
+    weight: Float[Tensor, "H"]
+    bias: Float[Tensor, "H"]
+
+    def __call__(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
+        """Normalise and modulate every token in one kernel.
+
+        Args:
+            x: tokens.
+
+        Returns:
+            [T, H] in the dtype of x.
+        """
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
 class LayerNorm(nn.Module):
     """LayerNorm in float32 with eps 1e-5, optionally modulated: `norm(x) * (1 + scale) + shift`.
 
@@ -139,7 +162,7 @@ class LayerNorm(nn.Module):
         bias = shift if bias is None else bias * factor + shift
         return F.layer_norm(upcast(x), weight.shape, weight * factor, bias, 1e-5).to(x.dtype)
 
-    def folded(self, shift: Float[Tensor, "H"], scale: Float[Tensor, "H"]) -> Callable[[Tensor], Tensor]:
+    def folded(self, shift: Float[Tensor, "H"], scale: Float[Tensor, "H"]) -> FoldedNorm:
         """Fold a modulation into the norm, for many calls with the same one.
 
         Args:
@@ -147,14 +170,13 @@ class LayerNorm(nn.Module):
             scale: one vector for all tokens.
 
         Returns:
-            A function that gives what `forward` gives with this shift and scale, in one kernel; it rounds weight and
-            bias to the dtype of the norm, and computes the norm itself in float32.
+            What gives the same as `forward` with this shift and scale; it rounds weight and bias to the dtype of the
+            norm, and computes the norm itself in float32.
         """
         factor, bias = 1 + upcast(scale), upcast(shift)
         if self.bias is not None:
             bias = bias + upcast(self.bias) * factor
-        weight, bias = (x.to(self.weight.dtype) for x in (upcast(self.weight) * factor, bias))
-        return lambda x: F.layer_norm(x, weight.shape, weight, bias, 1e-5)
+        return FoldedNorm((upcast(self.weight) * factor).to(self.weight.dtype), bias.to(self.weight.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -296,7 +318,7 @@ class FinalNorm(nn.Module):
         """
         return self.norm(x, *self.modulation(condition))
 
-    def folded(self) -> Callable[[Tensor], Tensor] | None:
+    def folded(self) -> FoldedNorm | None:
         """Fold the modulation into the norm for many calls; None where it depends on a class."""
         return None if self.modulation.map is not None else self.norm.folded(*self.modulation())
 

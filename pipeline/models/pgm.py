@@ -1,6 +1,6 @@
 """Partition Generative Model: two groups that cannot see each other, each predicted from the other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.config.model import PGMConfig
-from pipeline.models.attention import Cache, CacheAppend, Segments
+from pipeline.models.attention import CacheAppend, EqualSegments, Filled, FixedAppend, Segments
 from pipeline.models.batch import Batch
 from pipeline.models.blocks import CrossBlock, EncoderReader, GroupSwap, Layout, Rotary, SelfBlock, Stored
-from pipeline.models.denoiser import Denoiser, State, packed
-from pipeline.models.layers import ClassVectors, Condition, rotary, rotate
+from pipeline.models.denoiser import CachedDenoiser, NewTokens, State, packed
+from pipeline.models.layers import ClassVectors, Condition, FoldedNorm, rotary, rotate
 
 
 @dataclass
@@ -27,7 +27,6 @@ class EncoderCache:
         encoder: what every encoder block keeps.
         swaps: what every swap keeps.
         decoder: what every decoder block keeps.
-        decoder_caches: keys and values of all decoder blocks, of which `decoder` has one each.
         decoder_weight: [2 H * blocks, H] maps normed encoder outputs to keys and values of all decoder blocks; None
             under ZeRO-3, where weights cannot be folded.
         code: rotary code of every position, registers counted.
@@ -40,10 +39,9 @@ class EncoderCache:
     encoder: list[Stored]
     swaps: list[Stored]
     decoder: list[Stored]
-    decoder_caches: Cache
     decoder_weight: Float[Tensor, "decoder_keys_and_values H"] | None
     code: Rotary
-    final: Callable[[Tensor], Tensor] | None
+    final: FoldedNorm | None
     vectors: Float[Tensor, "B slots H"]
     done: list[int]
     age: int = 0
@@ -63,7 +61,7 @@ class Encoded(NamedTuple):
     stored: EncoderCache | None = None
 
 
-class PGM(Denoiser):
+class PGM(CachedDenoiser):
     """Encoder within groups, GroupSwap, and a cross-attention decoder that computes only positions to predict.
 
     With `swap.every_block`, every decoder block but the first has one more swap before it, whose output is added
@@ -89,6 +87,7 @@ class PGM(Denoiser):
         super().__init__(config, vocab_size, length, ids=max(vocab_size, 0 if bos is None else bos + 1))
         self.causal = config.encoder == "causal"
         self.refreshes = not self.causal
+        self.fixed_steps = config.fixed_steps
         self.encoder = nn.ModuleList(SelfBlock(config, self.causal) for _ in range(config.encoder_blocks))
         swaps = config.decoder_blocks if config.swap.every_block else 1
         self.swap, *later = (GroupSwap(config.hidden, config.heads, config.swap) for _ in range(swaps))
@@ -152,10 +151,7 @@ class PGM(Denoiser):
         ]
         if any(new):
             append = CacheAppend(memory.done, new, slots, device, causal=self.causal)
-            code = memory.code[append.take(places)]
-            layout, condition = Layout(append.segments, code), Condition(vectors, append.segments.ids)
-            x = self.run_blocks(self.encoder, append.take(ids), layout, condition, memory.encoder, append)
-            self._store_outputs(memory, x, code, append)
+            self._append(memory, append.take(ids), append.take(places), append, vectors)
             memory.done = append.ends
         segments = Segments(memory.done, device)
         outputs = memory.vectors.flatten(0, 1)
@@ -163,24 +159,57 @@ class PGM(Denoiser):
             (outputs,) = packed(memory.done, memory.vectors)
         return Encoded(outputs, Layout(segments, memory.code[:0]), memory)  # stored keys have their code
 
+    def _append(
+        self,
+        memory: EncoderCache,
+        ids: Int[Tensor, "T"],
+        places: Int[Tensor, "T"],
+        append: CacheAppend,
+        vectors: ClassVectors,
+    ) -> None:
+        """Encode new tokens, at places that count registers, and keep what later steps read of them."""
+        code = memory.code[places]
+        layout, condition = Layout(append.segments, code), Condition(vectors, append.segments.ids)
+        x = self.run_blocks(self.encoder, ids, layout, condition, memory.encoder, append)
+        self._store_outputs(memory, x, code, append)
+
+    def hidden_fixed(
+        self, memory: EncoderCache, vectors: ClassVectors, new: NewTokens, positions: Int[Tensor, "B queries"]
+    ) -> Float[Tensor, "B_times_queries H"]:
+        """Add tokens and compute vectors at positions, in shapes that follow from those of the arguments alone.
+
+        Args:
+            memory: of a state after `encode`; changed in place.
+            vectors: class vectors of the rows.
+            new: tokens to add.
+            positions: to predict, as many in every row; any that are too many may be anything.
+
+        Returns:
+            [B * queries, H] vectors for the head.
+        """
+        capacity = memory.decoder[0].cache.keys.shape[1]
+        append = FixedAppend(new.slots, capacity)
+        self._append(memory, new.ids.flatten(), new.positions.flatten() + self.registers, append, vectors)
+        filled = Layout(Filled(new.filled, capacity), memory.code[:0])
+        queries = EqualSegments(*positions.shape, positions.device)
+        condition = Condition(vectors, queries.ids)
+        encoded = Encoded(memory.vectors.flatten(0, 1), filled, memory)
+        return self._decode(encoded, positions.flatten(), self.length, queries, condition)
+
     def _empty_cache(self, rows: int, slots: int) -> EncoderCache:
         """Allocate the cache, and fold the weights that only sampling can fold."""
         swaps, blocks = self._readers()
-        swap_caches, decoder_caches = (
-            self.empty_caches(len(readers), rows, slots) for readers in (swaps, blocks)
-        )
         every = torch.arange(self.registers + self.length, device=self.head.weight.device)
         pooled = self.swap.pooling != "none"
         fold, head = self.foldable, self.head.weight
         weights = [block.kv_proj.weight * block.kv_norm.weight for block in blocks] if fold else []
         return EncoderCache(
-            encoder=self.store([*self.encoder], self.empty_caches(len(self.encoder), rows, slots)),
+            encoder=self.store([*self.encoder], rows, slots),
             swaps=[
-                Stored(swap_caches.layer(i), queries=swap.queries(every) if fold and not pooled else None)
-                for i, swap in enumerate(swaps)
+                Stored(cache, queries=swap.queries(every) if fold and not pooled else None)
+                for cache, swap in zip(self.empty_caches(len(swaps), rows, slots), swaps, strict=True)
             ],
-            decoder=self.store(blocks, decoder_caches),
-            decoder_caches=decoder_caches,
+            decoder=self.store(blocks, rows, slots),
             decoder_weight=torch.cat(weights) if fold else None,
             code=rotary(every, self.head_size),
             final=self.final.folded() if fold else None,
@@ -210,8 +239,9 @@ class PGM(Denoiser):
         normed = F.layer_norm(x, x.shape[-1:])
         kv = F.linear(normed, memory.decoder_weight).unflatten(-1, (len(self.decoder), 2, -1, self.head_size))
         k, v = kv.unbind(2)  # [T, blocks, N, D]
-        append.put_layers(memory.decoder_caches.keys, rotate(k.flatten(1, 2), code).view_as(k))
-        append.put_layers(memory.decoder_caches.values, v)
+        k = rotate(k.flatten(1, 2), code).view_as(k)
+        for stored, keys, values in zip(memory.decoder, k.unbind(1), v.unbind(1), strict=True):
+            stored.cache.put(keys, values, append)
 
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:
         """Compute the targets' vectors in one pass, each group's from the other group's tokens.

@@ -53,7 +53,7 @@ class Guidance(NamedTuple):
     """
 
     unconditional: Float[Tensor, "Q H"]
-    weight: float
+    weight: float | Float[Tensor, ""]
 
 
 class Drawn(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline.config.schema import SamplingConfig
 from pipeline.diffusion.partition import by_rank, draw_order
 from pipeline.errors import ConfigError
-from pipeline.models.denoiser import Denoiser
-from pipeline.sampling import orders
+from pipeline.models.denoiser import CachedDenoiser, Denoiser
+from pipeline.sampling import fixed, orders
 from pipeline.sampling.logits import Drawn, Filters, Guidance, draw_tokens
 from pipeline.sampling.orders import Order
 from pipeline.seeds import mix_seed
@@ -39,6 +39,8 @@ class SamplingRequest:
         refresh_every: steps from one encoding of all known tokens to the next; the steps between encode only new
             ones (PGM; 1 is exact, more is approximate).
         indices: the index i of every sample in a longer list; None: 0 to num_samples - 1.
+        compile: on CUDA, compile steps of fixed shape and run them as CUDA graphs; elsewhere nothing changes. For
+            AR and for causal PGM without pooled swaps, in planned orders.
     """
 
     num_samples: int
@@ -52,6 +54,7 @@ class SamplingRequest:
     guidance: float = 0.0
     refresh_every: int = 1
     indices: Sequence[int] | None = None
+    compile: bool = False
 
     @classmethod
     def of(cls, settings: SamplingConfig, bos: int | None) -> "SamplingRequest":
@@ -73,6 +76,7 @@ class SamplingRequest:
             filters=Filters(settings.temperature, settings.top_k, settings.top_p),
             guidance=settings.guidance,
             refresh_every=settings.refresh_every,
+            compile=settings.compile,
         )
 
 
@@ -102,7 +106,8 @@ def sample(
         docs/method.md section 4; arXiv 2207.12598 (guidance).
     """
     rows = _Rows(model, request)
-    steps = rows.follow() if rows.order.name in orders.PLANNED else rows.choose()
+    planned = rows.follow_fixed if rows.fixed else rows.follow
+    steps = planned() if rows.order.name in orders.PLANNED else rows.choose()
     for done, _ in enumerate(steps, 1):
         if progress is not None:
             progress(done, request.steps)
@@ -116,6 +121,7 @@ class _Rows:
 
     Attributes:
         order: the order of the request.
+        fixed: steps have fixed shapes and are compiled.
         tokens: [B, L] tokens so far, 0 where unknown, on the model's device.
         revealed_at: [B, L] the step at which every position is drawn, from 1.
     """
@@ -144,7 +150,11 @@ class _Rows:
                     f"guidance: {request.guidance} without class labels; expected labels, or guidance 0"
                 )
             condition = torch.cat([condition, torch.full_like(condition, model.classes.num_embeddings - 1)])
-        self._state = model.open(self._copies * rows, condition, request.refresh_every)
+        if request.compile:
+            fixed.check(model, self.order)
+        self.fixed = request.compile and device.type in fixed.DEVICES and model.foldable
+        capacity = fixed.room(model.length) if self.fixed else None
+        self._state = model.open(self._copies * rows, condition, request.refresh_every, capacity)
         self._unknown, self.tokens = ~given, tokens.to(device)
         self.revealed_at = torch.zeros_like(tokens)
         if given.any():
@@ -161,7 +171,35 @@ class _Rows:
 
         Rows may reveal different numbers of tokens. No loop over rows runs after the plans are made.
         """
-        (rows, length), steps, device = self.tokens.shape, self._request.steps, self.tokens.device
+        plan, device = self._plan(), self.tokens.device
+        cells = plan.rows * self.tokens.shape[1] + plan.positions
+        fields = [torch.from_numpy(x).to(device) for x in (plan.positions, cells, plan.noise)]
+        parts = zip(*(x.split(plan.counts.sum(1).tolist()) for x in fields), strict=True)
+        for step, (lengths, (places, cell, uniform)) in enumerate(
+            zip(plan.counts.tolist(), parts, strict=True)
+        ):
+            if any(lengths):  # a step in which no row reveals anything is not run
+                drawn = self._draw(places, lengths, uniform, step).tokens
+                self.tokens.view(-1)[cell] = drawn
+                self._extend(drawn, places, lengths)
+            yield
+
+    def follow_fixed(self) -> Iterator[None]:
+        """As `follow`, in compiled steps of fixed shape; yields after every step."""
+        request, model, guidance = self._request, self._model, None
+        assert isinstance(model, CachedDenoiser)
+        if request.guidance:
+            weights = [self._weight(step) for step in range(request.steps)]
+            guidance = torch.tensor(weights, device=self.tokens.device)
+        canvas = F.pad(self.tokens.flatten(), (0, 1))  # the last cell takes what is drawn for no token
+        for cells, drawn in fixed.follow(model, self._state, self._plan(), request.filters, guidance):
+            canvas[cells] = drawn
+            self.tokens = canvas[:-1].view_as(self.tokens)
+            yield
+
+    def _plan(self) -> fixed.Plan:
+        """Plan the steps of all rows, and note the step of every position."""
+        (rows, length), steps = self.tokens.shape, self._request.steps
         bos = self._request.bos is not None
         plans = [
             orders.plan(self.order, np.flatnonzero(unknown), steps, rng=rng, bos=bos)
@@ -169,20 +207,13 @@ class _Rows:
         ]
         noise = np.stack([rng.random(length) for rng in self._generators]).ravel()
         counts = np.stack([count for _, count in plans], axis=1)  # [steps, B]
-        # The positions of all rows, sorted by step and then by row: every step takes the next few.
         step_of = np.concatenate([np.repeat(np.arange(steps), count) for _, count in plans])
         by_step = step_of.argsort(kind="stable")
-        position = np.concatenate([sequence for sequence, _ in plans])[by_step]
-        cell = np.repeat(np.arange(rows), counts.sum(0))[by_step] * length + position
-        self.revealed_at.view(-1)[cell] = torch.from_numpy(step_of[by_step] + 1)
-        fields = [torch.from_numpy(x).to(device) for x in (position, cell, noise[cell])]
-        parts = zip(*(x.split(counts.sum(1).tolist()) for x in fields), strict=True)
-        for step, (lengths, (places, cells, uniform)) in enumerate(zip(counts.tolist(), parts, strict=True)):
-            if any(lengths):  # a step in which no row reveals anything is not run
-                drawn = self._draw(places, lengths, uniform, step).tokens
-                self.tokens.view(-1)[cells] = drawn
-                self._extend(drawn, places, lengths)
-            yield
+        positions = np.concatenate([sequence for sequence, _ in plans])[by_step]
+        row = np.repeat(np.arange(rows), counts.sum(0))[by_step]
+        cells = row * length + positions
+        self.revealed_at.view(-1)[cells] = torch.from_numpy(step_of[by_step] + 1)
+        return fixed.Plan(counts, row, positions, noise[cells])
 
     def choose(self) -> Iterator[None]:
         """Predict all unknown positions at every step and keep some of them; yields after every step."""
@@ -212,6 +243,10 @@ class _Rows:
                 remaining = [n - k for n, k in zip(remaining, kept, strict=True)]
             yield
 
+    def _weight(self, step: int) -> float:
+        """Weight of guidance at a step."""
+        return step / max(self._request.steps - 1, 1) * self._request.guidance
+
     def _extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
         """Give the model packed tokens, `lengths[b]` of them in row b."""
         n = self._copies
@@ -230,7 +265,7 @@ class _Rows:
         hidden = self._model.hidden(self._state, positions.repeat(copies), list(lengths) * copies)
         if copies > 1:
             hidden, unconditional = hidden.chunk(copies)
-            guidance = Guidance(unconditional, step / max(request.steps - 1, 1) * request.guidance)
+            guidance = Guidance(unconditional, self._weight(step))
         return draw_tokens(self._model.head, hidden, noise, request.filters, guidance, certainty)
 
 
