@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,8 @@ def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class FoldedNorm(NamedTuple):
+@dataclass(frozen=True)
+class FoldedNorm:
     """A norm whose modulation is part of its weight and bias.
 
     Attributes:

@@ -191,7 +191,7 @@ class PGM(CachedDenoiser):
         append = FixedAppend(new.slots, capacity)
         self._append(memory, new.ids.flatten(), new.positions.flatten() + self.registers, append, vectors)
         filled = Layout(Filled(new.filled, capacity), memory.code[:0])
-        queries = EqualSegments(*positions.shape, positions.device)
+        queries = EqualSegments(len(positions), positions.shape[1], positions.device)
         condition = Condition(vectors, queries.ids)
         encoded = Encoded(memory.vectors.flatten(0, 1), filled, memory)
         return self._decode(encoded, positions.flatten(), self.length, queries, condition)
