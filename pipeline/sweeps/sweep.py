@@ -245,7 +245,7 @@ def _optuna(plan: Sweep, folder: str) -> OptunaSearch:
         metric=plan.config.metric,
         mode=plan.config.mode,
         points_to_evaluate=storage.read_json(storage.join(folder, SUGGESTED), []),
-        seed=plan.config.seeds[0],
+        seed=plan.config.seeds[0] % 2**32,  # Optuna accepts no larger one
     )
 
 
