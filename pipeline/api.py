@@ -107,8 +107,8 @@ class Model:
 
         Raises:
             CapabilityError: an autoregressive model, which has no groups; `predict` gives its next tokens.
-            ConfigError: rows longer than L, an id that the model does not read, a group other than 0 and 1, or an order
-                that does not rank every position once.
+            ConfigError: rows longer than L, an id that the model does not read, a group other than 0 and 1, or an
+                order that does not rank every position once.
 
         Source:
             arXiv 2505.18883, section 4.
@@ -258,8 +258,8 @@ class Model:
             The texts, with the prompt.
 
         Raises:
-            ConfigError: a prompt longer than a row or than `length`, a stride that leaves no context, or a value outside
-                its bounds.
+            ConfigError: a prompt longer than a row or than `length`, a stride that leaves no context, or a value
+                outside its bounds.
             CapabilityError: the model is not one of text.
         """
         tokenizer = self._text_tokenizer

@@ -108,9 +108,9 @@ def integers(name: str, values: Any, *shape: int | str) -> Tensor:
         ConfigError: other values, or another shape.
     """
     tensor = _tensor(name, values, shape)
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        if tensor.numel():  # an empty list has no type of its own
-            raise ConfigError(f"{name}: values of type {_kind(tensor)}; expected integers")
+    other = tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool
+    if other and tensor.numel():  # an empty list has no type of its own
+        raise ConfigError(f"{name}: values of type {_kind(tensor)}; expected integers")
     return tensor.long()
 
 

@@ -1,6 +1,8 @@
 """The model object: a written folder comes back whole, shapes and dtypes, and what is refused."""
 
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline
+from pipeline import storage
 from pipeline.api import Model, load_model
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
-from pipeline.errors import CapabilityError, CheckpointError, ConfigError
+from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.logits import Filters
@@ -197,6 +200,62 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(CheckpointError, match=name):
             load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (model_folder.CONFIG, "data: null\nmodel: {kind: pgm}", "is damaged"),
+        (model_folder.CONFIG, "data: [1]\nmodel: {kind: pgm}", "is damaged"),
+        (
+            model_folder.CONFIG,
+            "data: {vocab_size: x, length: 16}\nmodel: {kind: pgm}",
+            "data: vocab_size: 'x'",
+        ),
+        (model_folder.CONFIG, "data: {vocab_size: 257, length: null}\nmodel: {kind: pgm}", "length: missing"),
+        (model_folder.CONFIG, "data: {vocab_size: 257, length: 16}\nrun: {name: a}", "is damaged"),
+        ("tokenizer_info.json", "", "is damaged (JSONDecodeError"),
+        ("tokenizer_info.json", "[]", "is damaged (TypeError"),
+        ("tokenizer_info.json", "{}", "is damaged (KeyError: 'kind')"),
+        (
+            "tokenizer_info.json",
+            '{"kind": "byte", "name": "bytes", "hash": ""}',
+            "kind 'byte'; expected bytes or bpe; did you mean 'bytes'?",
+        ),
+        ("tokenizer_info.json", '{"kind": "bytes", "name": "bytes", "hash": "5"}', "hash '5' is not that of"),
+    ],
+)
+def test_damaged_contents_are_named(name: str, text: str, says: str, tmp_path: Path) -> None:
+    written(tmp_path, BOTH_KINDS[0])
+    (tmp_path / name).write_text(text)
+    with pytest.raises((CheckpointError, DataError), match=f"{name}.*{re.escape(says)}"):
+        load_model(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    written(tmp_path, BOTH_KINDS[0])
+    tensors = load_file(tmp_path / model_folder.WEIGHTS)
+    tensors["head.bias"][3] = torch.nan
+    save_file(tensors, tmp_path / model_folder.WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors holds values that are not finite: head.bias"
+    ):
+        load_model(tmp_path)
+
+
+def test_files_and_folders_follow_the_umask(tmp_path: Path) -> None:
+    """Others can read a model on a shared folder if the umask lets them."""
+    previous = os.umask(0o027)
+    try:
+        written(tmp_path / "model", BOTH_KINDS[0])
+        with tempfile.TemporaryDirectory() as temporary:
+            storage.publish_folder(temporary, str(tmp_path / "published"))
+    finally:
+        os.umask(previous)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
+    assert set(modes) == {"model.safetensors", "config.yaml", "config.json", "tokenizer_info.json"}
+    assert set(modes.values()) == {0o640}
+    assert (tmp_path / "published").stat().st_mode & 0o777 == 0o750
 
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:

@@ -25,11 +25,6 @@ class _Loader(yaml.SafeLoader):
     and numbers to base 60 such as 1:30 stay text, which the type of the key then accepts or refuses.
     """
 
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def construct_number(self, node: yaml.ScalarNode) -> Any:
         """Return a number as YAML 1.2 reads it."""
         if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
@@ -45,6 +40,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 

@@ -244,7 +244,7 @@ def _optuna(plan: Sweep, folder: str) -> OptunaSearch:
         partial(_suggest, plan.entries),  # not a closure: Ray Tune pickles its searcher
         metric=plan.config.metric,
         mode=plan.config.mode,
-        points_to_evaluate=storage.read_json(storage.join(folder, SUGGESTED), []),
+        points_to_evaluate=storage.read_json(storage.join(folder, SUGGESTED), [], list),
         seed=plan.config.seeds[0] % 2**32,  # Optuna accepts no larger one
     )
 

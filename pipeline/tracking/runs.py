@@ -123,9 +123,12 @@ def recorded_run(folder: str) -> tuple[str, str] | None:
 
     Returns:
         The run's id and its store's address without user and password, or None if no run is recorded.
+
+    Raises:
+        DataError: the record is damaged.
     """
-    record = storage.read_json(storage.join(folder, _RECORD))
-    return None if record is None else (record["run_id"], record["tracking_uri"])
+    path = storage.join(folder, _RECORD)
+    return storage.read_json(path, parse=lambda record: (record["run_id"], record["tracking_uri"]))
 
 
 def open_recorded_run(
