@@ -62,6 +62,7 @@ def sweep(plan: Sweep) -> SweepResult:
     with joined_cluster(base.config.cluster):
         uri = base.tracking_uri
         check_visible(folder, uri)
+        tracking.check_store(folder, uri, base.config.tracking.experiment)
         for run in {run.data_path: run for run in examples}.values():
             run.with_data()
         written = own.model_dump(mode="json")
