@@ -22,7 +22,7 @@ from pipeline.errors import StoppedError
 from pipeline.run import Run
 from pipeline.runtime.control_files import STOP
 from pipeline.runtime.ray_cluster import check_visible, fitting_workers, joined_cluster, stoppable
-from pipeline.sweeps.summary import SweepResult, summarise
+from pipeline.sweeps.summary import SweepResult, refuse_total_failure, summarise
 from pipeline.sweeps.trial import PlannedTrial, in_one_process, kept_end, read_end, run_trial
 from pipeline.training import resume
 
@@ -47,6 +47,7 @@ def sweep(plan: Sweep) -> SweepResult:
     Raises:
         ConfigError, DataError, CheckpointError: before any trial starts.
         StoppedError: the user stopped the sweep.
+        TrainingError: every trial failed.
     """
     base, own = Run.of(plan.base()), plan.config
     folder = storage.join(base.config.cluster.storage, own.name)
@@ -80,7 +81,9 @@ def sweep(plan: Sweep) -> SweepResult:
                     "stopped on request after checkpoints; the same command continues the sweep"
                 )
             log.info("all trials ended after %.0f minutes", (time.monotonic() - began) / 60)
-            return summarise(plan, base.replace(run_id=run_id), folder, started)
+            result = summarise(plan, base.replace(run_id=run_id), folder, started)
+            refuse_total_failure(result.rows, folder)
+            return result
 
 
 def planned(plan: Sweep, variant: Variant, seed: int) -> PlannedTrial:
