@@ -1,6 +1,5 @@
 """Print what a training job's config would need and cost: `plan=GPU` behind the config."""
 
-import logging
 import os
 
 import ray
@@ -15,6 +14,7 @@ from pipeline.models import model_folder
 from pipeline.planning.gpus import select_gpus
 from pipeline.planning.plan import report
 from pipeline.run import Run
+from pipeline.runtime.ray_cluster import join
 
 
 def plan(config: RunConfig, gpu: str) -> None:
@@ -60,7 +60,7 @@ def resources() -> dict[str, float]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    ray.init(address=address, logging_level=logging.WARNING)
+    join(address)
     try:
         return ray.cluster_resources()
     finally:

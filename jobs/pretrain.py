@@ -12,6 +12,7 @@ import sys
 from jobs.cli import main
 from jobs.plan import plan
 from pipeline.logs import shown
+from pipeline.reports.tables import two_decimals
 from pipeline.training.finish import RunResult
 from pipeline.training.launch import pretrain
 
@@ -22,9 +23,11 @@ def report(result: RunResult) -> None:
     Args:
         result: of the run.
     """
-    print(f"\nvalidation {result.metric:<11} {result.value:8.2f}")
+    print(f"\nvalidation {result.metric:<11} {two_decimals(result.value):>8}")
     for name, value in result.references.items():
-        print(f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {result.value / value:.2f}")
+        print(
+            f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {two_decimals(result.value / value)}"
+        )
     for text in result.samples[:1]:
         print(f"\n--- sample\n{text}\n---")
     if result.quality:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from pipeline import storage, tracking
+from pipeline import arguments, storage, tracking
 from pipeline.config.load import parse_section
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import CardConfig, ImportConfig, Precision, RunConfig
@@ -25,9 +25,7 @@ from pipeline.models.released import conversion
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import Progress, SamplingRequest, ragged_known, sample, sample_long
-
-Known = dict[int, int] | list[dict[int, int]] | tuple[Tensor, Tensor]
+from pipeline.sampling.sampler import Known, Progress, SamplingRequest, known_tokens, sample, sample_long
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +37,15 @@ class SamplingOptions(TypedDict, total=False):
         filters: temperature, top-k and nucleus.
         refresh_every: steps from one encoding of all known tokens to the next, for a PGM with a bidirectional
             encoder; 1 is exact.
-        guidance: weight w of classifier-free guidance at the last step, reached linearly from 0; requires
-            `condition`.
+        guidance: weight w of classifier-free guidance at the last step, reached linearly from 0 at the first; a
+            single step has all of w. Requires `condition`.
+        compile: compile the steps on CUDA, for AR and for a causal PGM without pooled swaps, in planned orders.
     """
 
     filters: Filters
     refresh_every: int
     guidance: float
+    compile: bool
 
 
 class Model:
@@ -77,8 +77,11 @@ class Model:
 
         Returns:
             The model itself.
+
+        Raises:
+            CapabilityError: this machine has no such device.
         """
-        self.denoiser.to(device)
+        self.denoiser.to(_device(device))
         return self
 
     @torch.inference_mode()
@@ -106,17 +109,24 @@ class Model:
 
         Raises:
             CapabilityError: an autoregressive model, which has no groups; `predict` gives its next tokens.
-            ConfigError: an order that does not rank every position once.
+            ConfigError: rows longer than L, an id that the model does not read, a group other than 0 and 1, or an
+                order that does not rank every position once.
 
         Source:
             arXiv 2505.18883, section 4.
         """
+        tokens = arguments.integers("tokens", tokens, "B", "L")
+        if tokens.shape[1] > self.denoiser.length:
+            raise ConfigError(f"tokens: rows of {tokens.shape[1]}; expected at most {self.denoiser.length}")
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        arguments.check_ids("tokens", tokens, places, self.denoiser.vocab_size, self.bos)
+        groups = arguments.booleans("groups", groups, *tokens.shape)
         if order is not None:
-            order = order.cpu().long()
+            order = arguments.integers("order", order, *tokens.shape).cpu()
             ranks = torch.arange(tokens.shape[1]).expand(tokens.shape)
             if not torch.equal(order.sort(-1).values, ranks):
                 raise ConfigError(f"order: expected the ranks 0 to {tokens.shape[1] - 1} once in every row")
-        return self.denoiser.logits(tokens.to(self.device), groups.to(self.device).bool(), condition, order)
+        return self.denoiser.logits(tokens.to(self.device), groups.to(self.device), _labels(condition), order)
 
     @torch.inference_mode()
     def predict(
@@ -145,14 +155,23 @@ class Model:
             [B, Q, V] float32, 0 in the padding.
 
         Raises:
-            ConfigError: a position outside the row, or a length beyond the padded width.
+            ConfigError: a position outside the row, known twice, or both known and queried; an id that the model does
+                not read; or a length beyond the padded width.
             CapabilityError: labels or positions that the model cannot use.
         """
-        known_mask = self._valid("positions", positions, lengths)
-        query_mask = self._valid("queries", queries, query_lengths)
+        length, condition = self.denoiser.length, _labels(condition)
+        queries = arguments.integers("queries", queries, "B", "Q").cpu()
+        known = arguments.integers("known", known, len(queries), "K").cpu()
+        positions = arguments.integers("positions", positions, *known.shape).cpu()
         state = self.denoiser.open(len(queries), condition, capacity=known.shape[1])
+        known_mask = arguments.present("positions", positions, lengths, length)
+        query_mask = arguments.present("queries", queries, query_lengths, length)
+        arguments.check_ids(
+            "known", known[known_mask], positions[known_mask], self.denoiser.vocab_size, self.bos
+        )
+        arguments.check_distinct(positions, known_mask, queries, query_mask, length)
         tokens, places, targets = (
-            values.cpu()[mask].to(self.device)
+            values[mask].to(self.device)
             for values, mask in ((known, known_mask), (positions, known_mask), (queries, query_mask))
         )
         self.denoiser.extend(state, tokens, places, known_mask.sum(1).tolist())
@@ -160,21 +179,6 @@ class Model:
         out = logits.new_zeros(*queries.shape, self.denoiser.vocab_size)
         out[query_mask.to(self.device)] = logits
         return out
-
-    def _valid(self, name: str, positions: Tensor, lengths: Tensor | None) -> Bool[Tensor, "B K"]:
-        """Which positions are no padding, on the host, after checking them."""
-        rows, width = positions.shape
-        counts = torch.full((rows,), width) if lengths is None else lengths.cpu()
-        if counts.shape != (rows,) or (counts < 0).any() or (counts > width).any():
-            raise ConfigError(
-                f"{name}: lengths {counts.tolist()[:8]}; expected one of 0 to {width} for each of {rows} rows"
-            )
-        mask = torch.arange(width) < counts[:, None]
-        outside = positions.cpu()[mask]
-        outside = outside[(outside < 0) | (outside >= self.denoiser.length)]
-        if len(outside):
-            raise ConfigError(f"{name}: {int(outside[0])}; expected 0 to {self.denoiser.length - 1}")
-        return mask
 
     def sample(
         self,
@@ -200,24 +204,32 @@ class Model:
             progress: called with (steps done, steps) after every step.
             known: given tokens: `{position: token}` for all samples, a list of one for each, or (tokens, mask), both
                 [num_samples, L]. They are kept, and everything else is drawn around them.
-            **options: `filters`, `refresh_every` and `guidance`, see `SamplingOptions`.
+            **options: `filters`, `refresh_every`, `guidance` and `compile`, see `SamplingOptions`.
 
         Returns:
             [num_samples, L] ids, BOS included.
 
         Raises:
-            ConfigError: an unknown order, more steps than positions, a given position outside the row, or guidance
-                without labels.
+            ConfigError: a value outside its bounds, an unknown order, more steps than positions, a given position
+                outside the row, a given token that the model cannot draw, or guidance without labels.
             CapabilityError: labels or an order that the model cannot use.
         """
-        tokens, order = self._known(known, num_samples), order or self._order
+        arguments.integer("num_samples", num_samples, 1)
+        tokens = known_tokens(known, num_samples, self.denoiser.length)
         if steps is None:
             unknown = self.denoiser.length - int(self.bos is not None)
             if tokens is not None:  # positions to draw in the row that has the most
                 unknown = max(1, int((~tokens[1][:, -unknown:].bool()).sum(1).max()))
             steps = unknown if self.denoiser.left_to_right else min(64, unknown)
         request = SamplingRequest(
-            num_samples, steps, seed, order=order, bos=self.bos, condition=condition, known=tokens, **options
+            num_samples,
+            steps,
+            seed,
+            order=self._order if order is None else order,
+            bos=self.bos,
+            condition=_labels(condition),
+            known=tokens,
+            **options,
         )
         return sample(self.denoiser, request, progress)
 
@@ -237,7 +249,7 @@ class Model:
         Args:
             prompt: beginning of every text.
             num_samples: number of texts.
-            length: tokens, the prompt included; None: L.
+            length: tokens, BOS and prompt included; None: L.
             stride: new tokens of every window after the first; None: half of L.
             steps: forward passes of a full window; None: 64, or one for each token of an autoregressive model.
             seed: text i depends on (seed, i) only.
@@ -248,39 +260,35 @@ class Model:
             The texts, with the prompt.
 
         Raises:
-            ConfigError: a prompt longer than a row, or a stride that leaves no context.
+            ConfigError: a prompt longer than a row or than `length`, a stride that leaves no context, or a value
+                outside its bounds.
             CapabilityError: the model is not one of text.
         """
         tokenizer = self._text_tokenizer
         window, start = self.denoiser.length, int(self.bos is not None)
-        ids = tokenizer.encode_batch([prompt])[0]
+        ids = tokenizer.encode_batch([arguments.text("prompt", prompt)])[0]
         room = window - start - 1
         if len(ids) > room:
             raise ConfigError(f"prompt: {len(ids)} tokens; expected at most {room} for rows of {window}")
+        length = window if length is None else arguments.integer("length", length, start + len(ids) + 1)
+        stride = window // 2 if stride is None else arguments.integer("stride", stride, 1)
+        if steps is None:
+            steps = window if self.denoiser.left_to_right else 64
+        arguments.integer("num_samples", num_samples, 1)
+        known = {start + i: int(token) for i, token in enumerate(ids)}
         request = SamplingRequest(
             num_samples,
-            min(steps or (window if self.denoiser.left_to_right else 64), window - start - len(ids)),
+            min(arguments.integer("steps", steps, 1), window - start - len(ids)),
             seed,
-            order=order or self._order,
+            order=self._order if order is None else order,
             bos=self.bos,
-            known=self._known({start + i: int(token) for i, token in enumerate(ids)}, num_samples),
+            known=known_tokens(known, num_samples, window),
             filters=filters,
         )
-        length = length or window
-        stride = stride or window // 2
         rows = sample_long(
             self.denoiser, request, length=max(window, length), stride=stride, stop=tokenizer.eot
         )
         return self.decode(rows[:, :length])
-
-    def _known(self, known: Known | None, rows: int) -> tuple[Tensor, Tensor] | None:
-        """Known tokens of any form as (tokens, mask)."""
-        if known is None or isinstance(known, tuple):
-            return known
-        prompts = [known] * rows if isinstance(known, dict) else known
-        if len(prompts) != rows:
-            raise ConfigError(f"known: {len(prompts)} prompts for {rows} samples; expected one for each")
-        return ragged_known(prompts, self.denoiser.length)
 
     def score(self, pairs: Sequence[tuple[str, str]], draws: int = 32, seed: int = 0) -> list[Continuation]:
         """Bound -log p(continuation | prompt) of texts in nats; exact for an autoregressive model.
@@ -294,10 +302,16 @@ class Model:
             The bound of every continuation, with its standard error.
 
         Raises:
-            ConfigError: an empty continuation, or a pair longer than a row.
+            ConfigError: an empty continuation, a pair longer than a row, or a value outside its bounds.
             CapabilityError: the model is not one of text.
         """
-        ids = self._text_tokenizer.encode_batch([text for pair in pairs for text in pair])
+        for pair in pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ConfigError(f"pairs: {pair!r}; expected a prompt and a continuation")
+        arguments.integer("draws", draws, 1)
+        arguments.integer("seed", seed, 0)
+        texts = [arguments.text("pairs", text) for pair in pairs for text in pair]
+        ids = self._text_tokenizer.encode_batch(texts)
         rows = [list(map(int, row)) for row in ids]
         tokens = list(zip(rows[::2], rows[1::2], strict=True))
         return score_continuations(self.denoiser, tokens, draws=draws, seed=seed, bos=self.bos)
@@ -313,9 +327,12 @@ class Model:
 
         Raises:
             CapabilityError: the model is not one of text.
+            ConfigError: no rows, or an id outside the tokenizer's vocabulary.
         """
         tokenizer = self._text_tokenizer
-        special = {self.bos, tokenizer.eot}
+        special, tokens = {self.bos, tokenizer.eot}, arguments.integers("tokens", tokens, "B", "L")
+        begins = tokens == (tokenizer.eot if self.bos is None else self.bos)
+        arguments.check_below("tokens", tokens[~begins], tokenizer.vocab_size)
         return [tokenizer.decode([i for i in row if i not in special]) for row in tokens.tolist()]
 
     def images(self, tokens: Int[Tensor, "B L"]) -> UInt8[np.ndarray, "B S S 3"]:
@@ -329,10 +346,12 @@ class Model:
 
         Raises:
             CapabilityError: the model is not one of images, or has no tokenizer.
+            ConfigError, DataError: no rows of codes.
         """
         if not isinstance(self.tokenizer, ImageTokenizer):
             raise CapabilityError("images: this model has no image tokenizer; expected one of image data")
-        return self.tokenizer.decode(tokens[:, int(self.bos is not None) :].cpu().numpy())
+        codes = arguments.integers("tokens", tokens, "B", "L")[:, int(self.bos is not None) :]
+        return self.tokenizer.decode(codes.cpu().numpy())
 
     @property
     def _text_tokenizer(self) -> Tokenizer:
@@ -368,14 +387,30 @@ def load_model(
 
     Raises:
         CheckpointError: no such folder, file, model or version, or a damaged one.
-        CapabilityError: weights of a model that this project does not have.
+        CapabilityError: weights of a model that this project does not have, or a device that this machine does not.
         ConfigError: a wrong override, an override of what is no file, or an unknown precision.
     """
-    if precision not in DTYPES:
+    if precision not in list(DTYPES):
         raise ConfigError(f"precision: {precision!r}; expected fp32 or bf16{did_you_mean(precision, DTYPES)}")
+    arguments.instance("path", path, str, Path)
+    arguments.instance("overrides", overrides, list, tuple)
+    place = _device(device)
     model = _open(str(path), overrides)[0]
-    model.denoiser.to(device, DTYPES[precision])
+    model.denoiser.to(place, DTYPES[precision])
     return model
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """The device, which this machine must have."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise CapabilityError(f"device: {device!r}: {str(error).partition(chr(10))[0]}") from None
+
+
+def _labels(condition: Tensor | Sequence[int] | None) -> Int[Tensor, "B"] | None:
+    """Class labels as a tensor."""
+    return None if condition is None else arguments.integers("condition", condition, "B")
 
 
 def export_model(source: str | Path, destination: str, words: Sequence[str] = ()) -> None:

@@ -1,21 +1,39 @@
 """The model object: a written folder comes back whole, shapes and dtypes, and what is refused."""
 
+import os
+import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline
+from pipeline import storage
 from pipeline.api import Model, load_model
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.data.tokenizers import ByteTokenizer
-from pipeline.errors import CapabilityError, CheckpointError, ConfigError
+from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
+from pipeline.sampling.logits import Filters
+from pipeline.sampling.orders import Order
 from tests.support.small_models import BOTH_KINDS, CAUSAL, random_rows, randomised
 
 V, L = 257, 16
+ROWS = torch.full((2, L), 3)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let wrong types reach the code, as they do outside of tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 KINDS = pytest.mark.parametrize("config", BOTH_KINDS, ids=lambda config: config.kind)
 
 
@@ -140,9 +158,8 @@ def test_what_the_model_cannot_do_is_refused(model: Model) -> None:
         model.sample(2, 4, condition=labels)
     with pytest.raises(ConfigError, match="order: 'haltn'"):
         model.sample(2, 4, order="haltn")
-    for steps in (64, 0):
-        with pytest.raises(ConfigError, match=f"steps: {steps} for 15 positions"):
-            model.sample(steps=steps)
+    with pytest.raises(ConfigError, match="steps: 64 for 15 positions"):
+        model.sample(steps=64)
 
 
 @KINDS
@@ -185,6 +202,62 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
             load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (model_folder.CONFIG, "data: null\nmodel: {kind: pgm}", "is damaged"),
+        (model_folder.CONFIG, "data: [1]\nmodel: {kind: pgm}", "is damaged"),
+        (
+            model_folder.CONFIG,
+            "data: {vocab_size: x, length: 16}\nmodel: {kind: pgm}",
+            "data: vocab_size: 'x'",
+        ),
+        (model_folder.CONFIG, "data: {vocab_size: 257, length: null}\nmodel: {kind: pgm}", "length: missing"),
+        (model_folder.CONFIG, "data: {vocab_size: 257, length: 16}\nrun: {name: a}", "is damaged"),
+        ("tokenizer_info.json", "", "is damaged (JSONDecodeError"),
+        ("tokenizer_info.json", "[]", "is damaged (TypeError"),
+        ("tokenizer_info.json", "{}", "is damaged (KeyError: 'kind')"),
+        (
+            "tokenizer_info.json",
+            '{"kind": "byte", "name": "bytes", "hash": ""}',
+            "kind 'byte'; expected bytes or bpe; did you mean 'bytes'?",
+        ),
+        ("tokenizer_info.json", '{"kind": "bytes", "name": "bytes", "hash": "5"}', "hash '5' is not that of"),
+    ],
+)
+def test_damaged_contents_are_named(name: str, text: str, says: str, tmp_path: Path) -> None:
+    written(tmp_path, BOTH_KINDS[0])
+    (tmp_path / name).write_text(text)
+    with pytest.raises((CheckpointError, DataError), match=f"{name}.*{re.escape(says)}"):
+        load_model(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    written(tmp_path, BOTH_KINDS[0])
+    tensors = load_file(tmp_path / model_folder.WEIGHTS)
+    tensors["head.bias"][3] = torch.nan
+    save_file(tensors, tmp_path / model_folder.WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors holds values that are not finite: head.bias"
+    ):
+        load_model(tmp_path)
+
+
+def test_files_and_folders_follow_the_umask(tmp_path: Path) -> None:
+    """Others can read a model on a shared folder if the umask lets them."""
+    previous = os.umask(0o027)
+    try:
+        written(tmp_path / "model", BOTH_KINDS[0])
+        with tempfile.TemporaryDirectory() as temporary:
+            storage.publish_folder(temporary, str(tmp_path / "published"))
+    finally:
+        os.umask(previous)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
+    assert set(modes) == {"model.safetensors", "config.yaml", "config.json", "tokenizer_info.json"}
+    assert set(modes.values()) == {0o640}
+    assert (tmp_path / "published").stat().st_mode & 0o777 == 0o750
+
+
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     model = randomised(BOTH_KINDS[0], 7, L)
     facts = model_folder.DataFacts(7, L, None, None)
@@ -195,20 +268,206 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     assert loaded.sample(2, 4).shape == (2, L)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("positions", "lengths", "queries", "says"),
+    ("known", "positions", "lengths", "queries", "says"),
     [
-        ([[0, L]], [2], [[1]], f"positions: {L}; expected 0 to {L - 1}"),
-        ([[0, 2]], [2], [[-1]], "queries: -1; expected 0"),
-        ([[0, 2]], [3], [[1]], r"positions: lengths \[3\]; expected one of 0 to 2 for each of 1 rows"),
-        ([[0, 2]], [1, 1], [[1]], r"positions: lengths \[1, 1\]"),
+        ([[1, 2]], [[0, L]], [2], [[1]], f"positions: {L}; expected 0 to {L - 1}"),
+        ([[1, 2]], [[0, 2]], [2], [[-1]], "queries: -1; expected 0"),
+        ([[1, 2]], [[0, 2]], [3], [[1]], "positions: lengths [3]; expected one of 0 to 2 for each of 1 rows"),
+        ([[1, 2]], [[0, 2]], [1, 1], [[1]], "positions: lengths [1, 1]"),
+        ([[1, 2]], [[0, 2]], [2], [[2]], "queries: position 2 of row 0 is known; expected unknown positions"),
+        ([[1, 2]], [[3, 3]], [2], [[2]], "positions: position 3 of row 0 is known twice"),
+        (
+            [[1] * 20],
+            [[*range(16), 1, 2, 3, 4]],
+            [20],
+            [[2]],
+            "positions: position 1 of row 0 is known twice",
+        ),
+        ([[1, V]], [[0, 3]], [2], [[2]], f"known: {V}; expected 0 to {V - 1}"),
+        ([[-2, 1]], [[0, 3]], [2], [[2]], f"known: -2; expected 0 to {V - 1}"),
+        ([[1.5, 2]], [[0, 3]], [2], [[2]], "known: values of type float32; expected integers"),
+        ([[1, 2]], [[0, 3, 4]], [2], [[2]], "positions: shape [1, 3]; expected [1, 2]"),
+        ([[1, 2]], [[0, 3]], [2], [2], "queries: shape [1]; expected [B, Q]"),
+        ([[1], [2]], [[0], [3]], [1, 1], [[2]], "known: shape [2, 1]; expected [1, K]"),
     ],
 )
-def test_predictions_outside_the_row_are_refused(
-    positions: list[list[int]], lengths: list[int], queries: list[list[int]], says: str
+@pytest.mark.parametrize("convert", [torch.tensor, list])
+def test_predictions_that_cannot_be_made_are_refused(
+    known: list[list[float]],
+    positions: list[list[int]],
+    lengths: list[int],
+    queries: Any,
+    says: str,
+    convert: Callable[..., Any],
 ) -> None:
     model = Model(randomised(BOTH_KINDS[0], V, L))
-    with pytest.raises(ConfigError, match=says):
-        model.predict(
-            torch.tensor([[1, 2]]), torch.tensor(positions), torch.tensor(lengths), torch.tensor(queries)
-        )
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        model.predict(*map(convert, (known, positions, lengths, queries)))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"num_samples": 0}, "num_samples: 0; expected an integer of at least 1"),
+        ({"num_samples": True}, "num_samples: True; expected an integer of at least 1"),
+        ({"steps": 0}, "steps: 0; expected an integer of at least 1"),
+        ({"steps": 4.0}, "steps: 4.0; expected an integer of at least 1"),
+        ({"seed": -1}, "seed: -1; expected an integer of at least 0"),
+        ({"order": ""}, "order: '' is not one of uniform"),
+        ({"order": 5}, "order: 5 is a int; expected str or Order"),
+        ({"guidance": -1.0}, "guidance: -1.0; expected a number from 0 to 1e+06"),
+        ({"guidance": float("nan")}, "guidance: nan; expected a number from 0 to 1e+06"),
+        ({"refresh_every": 0}, "refresh_every: 0; expected an integer of at least 1"),
+        ({"filters": 0.7}, "filters: 0.7 is a float; expected Filters"),
+        ({"condition": "cat"}, "condition: no array"),
+        ({"condition": [0.5, 1.0]}, "condition: values of type float32; expected integers"),
+        ({"known": {V: 5}}, f"known: position: {V}; expected an integer from 0 to {L - 1}"),
+        ({"known": {"3": 5}}, "known: position: '3'; expected an integer from 0"),
+        ({"known": {3: "a"}}, "known: token at position 3: 'a'; expected an integer of at least 0"),
+        ({"known": {3: V}}, f"known: token: {V}; expected 0 to {V - 1}"),  # the mask of a masked model
+        ({"known": {0: 5}}, "known: token 5 at position 0; expected BOS, 256, or no token"),
+        ({"known": [{}]}, "known: 1 prompts for 2 samples; expected one for each"),
+        ({"known": 5}, "known: 5 is a int; expected dict or list"),
+        ({"known": [[3], [4]]}, "known: [3] is a list; expected dict"),
+        ({"known": (ROWS, ROWS, ROWS)}, "known: a tuple of 3; expected (tokens, mask)"),
+        ({"known": (ROWS[:, :5], ROWS[:, :5])}, f"known: tokens: shape [2, 5]; expected [2, {L}]"),
+        ({"known": (ROWS, ROWS)}, "known: mask: values of type int64; expected booleans, or 0 and 1"),
+        ({"known": (ROWS.float(), ROWS.bool())}, "known: tokens: values of type float32; expected integers"),
+    ],
+)
+def test_arguments_of_sample(options: dict[str, Any], says: str) -> None:
+    model = Model(randomised(BOTH_KINDS[1], V, L), bos=256)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        model.sample(**{"num_samples": 2, "steps": 4, **options})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_known_tokens_in_any_form_are_kept() -> None:
+    model = Model(randomised(BOTH_KINDS[0], V, L), bos=256)
+    expected = model.sample(2, 4, known={0: 256, 3: 7})
+    tokens, mask = torch.zeros(2, 2, L, dtype=torch.int32)
+    tokens[:, 0], tokens[:, 3], mask[:, 0], mask[:, 3] = 256, 7, 1, 1
+    for known in ([{3: 7}, {0: 256, 3: 7}], (tokens, mask), (tokens.numpy(), mask.bool().tolist())):
+        assert torch.equal(model.sample(2, 4, known=known), expected)
+    assert expected[:, 3].eq(7).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompt": 5}, "prompt: 5 is a int; expected str"),
+        ({"prompt": "a\ud800"}, "prompt: '\\ud800' at index 1 is half of a surrogate pair"),
+        ({"num_samples": 0}, "num_samples: 0; expected an integer of at least 1"),
+        ({"length": 0}, "length: 0; expected an integer of at least 4"),
+        ({"length": 3}, "length: 3; expected an integer of at least 4"),  # BOS, the prompt, one token
+        ({"stride": 0}, "stride: 0; expected an integer of at least 1"),
+        ({"steps": 0}, "steps: 0; expected an integer of at least 1"),
+        ({"steps": 2.5}, "steps: 2.5; expected an integer of at least 1"),
+        ({"seed": -1}, "seed: -1; expected an integer of at least 0"),
+        ({"order": ""}, "order: '' is not one of uniform"),
+    ],
+)
+def test_arguments_of_write(options: dict[str, Any], says: str) -> None:
+    model = Model(randomised(BOTH_KINDS[0], V, L), bos=256, tokenizer=ByteTokenizer())
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        model.write(**{"prompt": "ab", **options})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("pairs", "options", "says"),
+    [
+        ([("a", "b")], {"draws": 0}, "draws: 0; expected an integer of at least 1"),
+        ([("a", "b")], {"seed": -1}, "seed: -1; expected an integer of at least 0"),
+        (["ab"], {}, "pairs: 'ab'; expected a prompt and a continuation"),
+        ([("a",)], {}, "pairs: ('a',); expected a prompt and a continuation"),
+        ([("a", 5)], {}, "pairs: 5 is a int; expected str"),
+        ([("a", "\udc00")], {}, "pairs: '\\udc00' at index 0 is half of a surrogate pair"),
+        ([("a", "")], {}, "pair 0: 1 + 0 tokens; expected a continuation of at least one token"),
+    ],
+)
+def test_arguments_of_score(pairs: Any, options: dict[str, int], says: str) -> None:
+    model = Model(randomised(BOTH_KINDS[0], V, L), tokenizer=ByteTokenizer())
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        model.score(pairs, **options)
+
+
+def test_rows_to_decode() -> None:
+    model = Model(randomised(BOTH_KINDS[0], V, L), bos=300, tokenizer=ByteTokenizer())
+    assert model.decode([[300, 72, 105, 256]]) == ["Hi"]
+    for tokens, says in (
+        ([72, 105], "tokens: shape [2]; expected [B, L]"),
+        ([[72], [72, 105]], "tokens: no array"),
+        ([[72.0]], "tokens: values of type float32; expected integers"),
+        ([[257]], "tokens: 257; expected 0 to 256"),
+        ([[-1]], "tokens: -1; expected 0 to 256"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            model.decode(tokens)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("tokens", "groups", "says"),
+    [
+        ([[1] * (L + 1)], [[0] * (L + 1)], f"tokens: rows of {L + 1}; expected at most {L}"),
+        ([[1, V]], [[0, 1]], f"tokens: {V}; expected 0 to {V - 1}"),
+        ([[1, 2]], [[0, 2]], "groups: values of type int64; expected booleans, or 0 and 1"),
+        ([[1, 2]], [[0, 1, 0]], "groups: shape [1, 3]; expected [1, 2]"),
+        ([1, 2], [0, 1], "tokens: shape [2]; expected [B, L]"),
+        ([[1.0, 2.0]], [[0, 1]], "tokens: values of type float32; expected integers"),
+    ],
+)
+def test_arguments_of_logits(tokens: Any, groups: Any, says: str) -> None:
+    model = Model(randomised(BOTH_KINDS[0], V, L))
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        model.logits(tokens, groups)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"temperature": 0}, "temperature: 0; expected above 0; top_k=1 takes the likeliest token"),
+        ({"temperature": 1e-300}, "temperature: 1e-300; expected a number from 1e-06 to 1e+06"),
+        ({"temperature": float("inf")}, "temperature: inf; expected a number from 1e-06 to 1e+06"),
+        ({"temperature": "hot"}, "temperature: 'hot'; expected a number"),
+        ({"top_k": 2.5}, "top_k: 2.5; expected an integer of at least 1"),
+        ({"top_k": 0}, "top_k: 0; expected an integer of at least 1"),
+        ({"top_p": 0}, "top_p: 0; expected above 0 and at most 1, or None"),
+        ({"top_p": 1.5}, "top_p: 1.5; expected a number from 0 to 1"),
+    ],
+)
+def test_settings_of_filters(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        Filters(**options)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"name": "haltn"}, "order: 'haltn' is not one of uniform"),
+        ({"schedule": "arcos"}, "schedule: 'arcos' is not one of linear, arccos; did you mean 'arccos'?"),
+        ({"gumbel": -1.0}, "gumbel: -1.0; expected a number from 0 to 1e+06"),
+        ({"gumbel": 1e300}, "gumbel: 1e+300; expected a number from 0 to 1e+06"),
+        ({"gamma": float("nan")}, "gamma: nan; expected a number from 0 to 1e+06"),
+    ],
+)
+def test_settings_of_orders(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        Order(**options)
+
+
+def test_arguments_of_load_model(tmp_path: Path) -> None:
+    written(tmp_path, BOTH_KINDS[0])
+    with pytest.raises(CapabilityError, match="device: 'tpu9'"):
+        load_model(tmp_path, device="tpu9")
+    with pytest.raises(ConfigError, match="overrides: 'length=5' is a str; expected list or tuple"):
+        load_model(tmp_path, overrides="length=5")
+    with pytest.raises(ConfigError, match="path: None is a NoneType; expected str or Path"):
+        load_model(None)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Read configs: YAML files that build on each other, and `section.key=value` overrides, as typed sections."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -17,8 +18,19 @@ S = TypeVar("S", bound=Section)
 Tree = dict[str, Any]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would silently keep the last."""
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without its surprises.
+
+    A key that is written twice is an error; YAML would silently keep the last one. Dates, octal numbers such as 010
+    and numbers to base 60 such as 1:30 stay text, which the type of the key then accepts or refuses.
+    """
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """Return a number as YAML 1.2 reads it."""
+        if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
+            return node.value
+        whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -26,6 +38,14 @@ class _UniqueKeys(yaml.SafeLoader):
             message = f"key {repeated[0]!r} is written twice"
             raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -131,7 +151,7 @@ def read_chain(path: str | Path, base: str | None = None) -> list[Tree]:
             return trees
         if not isinstance(tree["base"], str):
             raise ConfigError(f"{file}: base: {tree['base']!r}; expected the path of a config file")
-        file = file.parent / Path(tree["base"]).expanduser()
+        file = file.parent / os.path.expanduser(tree["base"])
 
 
 def merged(chain: Sequence[Tree]) -> Tree:
@@ -164,12 +184,16 @@ def _merge(inherited: Tree, own: Tree) -> Tree:
 
 def _read(file: Path) -> Tree:
     """Read one YAML file as a nested mapping."""
-    if not file.is_file():
-        beside = [other.name for other in file.parent.glob("*.yaml")]
-        raise ConfigError(f"config file {str(file)!r} does not exist{did_you_mean(file.name, beside)}")
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if not file.is_file():
+            beside = [other.name for other in file.parent.glob("*.yaml")]
+            raise ConfigError(f"config file {str(file)!r} does not exist{did_you_mean(file.name, beside)}")
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"config file {str(file)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config file {str(file)!r} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {str(file)!r} holds a {type(tree).__name__}; expected sections")
@@ -205,9 +229,10 @@ def override(tree: Tree, word: str, path_of: Callable[[str], list[str]] = lambda
     if not equals or not all(key.split(".")):
         return f"override {word!r}: expected section.key=value"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return f"override {word!r}: {text!r} is not a YAML value"
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = f": {error.problem}" if isinstance(error, yaml.constructor.ConstructorError) else ""
+        return f"override {word!r}: {text!r} is not a YAML value{reason}"
     problem = put(tree, path_of(key), value)
     return problem and f"override {word!r}: {problem}"
 

@@ -38,7 +38,7 @@ class TrunkConfig(Section):
         registers: Number of learned vectors in front of every row.
     """
 
-    hidden: PositiveInt = 768
+    hidden: Annotated[int, Field(gt=0, le=65_536)] = 768
     heads: PositiveInt = 12
     dropout: Rate = 0.1
     classes: PositiveInt | None = None

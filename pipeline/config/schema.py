@@ -8,10 +8,16 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
 from pipeline.config.model import ModelConfig, PGMConfig
-from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section
+from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section, Seed
 
 Precision = Literal["fp32", "bf16"]
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$")]
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$", max_length=128)]
+# What `models:/NAME@ALIAS` can name; MLflow's stores limit it to 256 characters, and `-round-N` may follow.
+RegisteredName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=200)]
+
+# Bounds of the settings of samplers. Beyond them, distributions no longer change or are not finite.
+LEAST_TEMPERATURE, LARGEST_SETTING = 1e-6, 1e6
+Setting = Annotated[float, Field(ge=0, le=LARGEST_SETTING)]
 
 
 class DiffusionConfig(Section):
@@ -119,18 +125,18 @@ class SamplingConfig(Section):
     steps: PositiveInt = 128
     order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
     schedule: Literal["linear", "arccos"] | None = None
-    gumbel: NonNegativeFloat = 1.0
-    gamma: NonNegativeFloat = 0.1
-    temperature: PositiveFloat = 1.0
+    gumbel: Setting = 1.0
+    gamma: Setting = 0.1
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE, le=LARGEST_SETTING)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     labels: tuple[NonNegativeInt, ...] | None = None
-    guidance: NonNegativeFloat = 0.0
+    guidance: Setting = 0.0
     refresh_every: PositiveInt = 1
     precision: Precision = "fp32"
     compile: bool = False
     batch: PositiveInt = 16
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EvaluationConfig(Section):
@@ -179,8 +185,8 @@ class TrackingConfig(Section):
     """
 
     uri: str | None = None
-    experiment: str = "pgm"
-    register_as: str | None = None
+    experiment: Annotated[str, Field(max_length=500)] = "pgm"
+    register_as: RegisteredName | None = None
     system_metrics: bool = True
 
 
@@ -232,7 +238,7 @@ class ClusterConfig(Section):
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
     # Far above the time of a step, and below the 30 minutes after which torch aborts a collective without a reason.
-    hang_timeout_s: PositiveFloat | None = 900.0
+    hang_timeout_s: Annotated[float, Field(gt=0, le=1e9)] | None = 900.0
 
     @property
     def least(self) -> int:
@@ -309,7 +315,7 @@ class RunConfig(Section):
     """
 
     name: Name
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     data: AnyDataConfig = TextDataConfig()
     model: ModelConfig = PGMConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -388,6 +394,8 @@ class RunConfig(Section):
 
     def _classes(self) -> Iterator[str]:
         sampling, classes = self.sampling, self.model.classes
+        if sampling.labels == ():
+            yield "sampling.labels: []; expected at least one class, or null"
         # A distillation without a model section has the teacher's model, which is not read yet.
         known = sampling.model is None and (self.distill is None or "model" in self.model_fields_set)
         if known and classes is None and (sampling.guidance or sampling.labels):

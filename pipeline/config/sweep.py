@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 
 from pipeline.config.load import Tree, check, listed, merged, override, put, read_chain
 from pipeline.config.schema import RunConfig
-from pipeline.config.section import Name, NonNegativeInt, Section
+from pipeline.config.section import Name, Section, Seed
 from pipeline.config.space import Entry, Variant, draw, keys_of, one_at_a_time, product, read_entries
 from pipeline.errors import ConfigError, did_you_mean
 
@@ -46,7 +46,7 @@ class SweepConfig(Section):
     base: str
     overrides: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Any]
-    seeds: tuple[NonNegativeInt, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     metric: str = "validation/perplexity"
     mode: Literal["min", "max"] = "min"
     search: Literal["grid", "one_at_a_time", "random", "optuna"] = "grid"

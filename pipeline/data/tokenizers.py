@@ -14,7 +14,7 @@ import numpy as np
 import tiktoken
 from jaxtyping import Integer
 
-from pipeline import storage
+from pipeline import arguments, storage
 from pipeline.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ class Tokenizer(ABC):
     eot: int
     hash: str
 
-    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
         """Encode texts; what looks like a special token is plain text.
 
@@ -55,7 +54,15 @@ class Tokenizer(ABC):
 
         Returns:
             The ids of every text, without EOT.
+
+        Raises:
+            ConfigError: one is no text, or UTF-8 cannot write it.
         """
+        return self._encode([arguments.text("texts", text) for text in texts])
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
+        """Encode texts that UTF-8 can write."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
@@ -86,8 +93,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size, eot = 257, 256
     hash = hashlib.sha256(b"utf-8 bytes, eot 256").hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
-        """See `Tokenizer.encode_batch`."""
+    def _encode(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
@@ -120,8 +126,7 @@ class BPETokenizer(Tokenizer):
             name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot, **unused}
         )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
-        """See `Tokenizer.encode_batch`."""
+    def _encode(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
         encode = partial(self._encoding.encode_to_numpy, allowed_special=set(), disallowed_special=())
         return [encode(text) for text in texts]
 
@@ -143,7 +148,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
     Raises:
         ConfigError: there is no such tokenizer, or GPT-2's cannot be downloaded.
-        DataError: the rank file is damaged.
+        DataError: a file of it is damaged.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -151,14 +156,29 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return BPETokenizer("gpt2", _gpt2_ranks())
     if spec.endswith(".tiktoken"):
         return BPETokenizer(Path(spec).stem, _read_ranks(spec))
-    if info := storage.read_json(storage.join(spec, INFO_FILE)):
-        if info["kind"] == ByteTokenizer.kind:
-            return ByteTokenizer()
-        return BPETokenizer(info["name"], _read_ranks(storage.join(spec, RANK_FILE)))
+    path = storage.join(spec, INFO_FILE)
+    if info := storage.read_json(
+        path, parse=lambda info: tuple(str(info[key]) for key in ("kind", "name", "hash"))
+    ):
+        return _load_folder(spec, *info)
     raise ConfigError(
         f"data.tokenizer: {spec!r} is unknown; expected 'bytes', 'gpt2', a .tiktoken rank file "
         f"or a folder with {INFO_FILE}{did_you_mean(spec, ['bytes', 'gpt2'])}"
     )
+
+
+def _load_folder(spec: str, kind: str, name: str, expected: str) -> Tokenizer:
+    """Load what `Tokenizer.save` wrote into a folder."""
+    path, kinds = storage.join(spec, INFO_FILE), (ByteTokenizer.kind, BPETokenizer.kind)
+    if kind not in kinds:
+        raise DataError(f"{path}: kind {kind!r}; expected {' or '.join(kinds)}{did_you_mean(kind, kinds)}")
+    ranks = storage.join(spec, RANK_FILE)
+    tokenizer = ByteTokenizer() if kind == ByteTokenizer.kind else BPETokenizer(name, _read_ranks(ranks))
+    if tokenizer.hash != expected:
+        raise DataError(
+            f"{path}: hash {expected!r} is not that of the tokenizer; expected {tokenizer.hash!r}"
+        )
+    return tokenizer
 
 
 def saved_tokenizer(folder: Path) -> "Tokenizer | ImageTokenizer | None":

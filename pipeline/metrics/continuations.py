@@ -25,7 +25,7 @@ class Continuation:
 
     Attributes:
         nats: bound on -log p(continuation | prompt), of the whole continuation; exact for AR.
-        stderr: standard error over draws.
+        stderr: standard error over draws, 0 for AR; nan for a single draw.
         tokens: number of tokens of the continuation.
     """
 
@@ -62,7 +62,7 @@ def score_continuations(
         ConfigError: an empty continuation, or a pair longer than a row.
     """
     _check(model, pairs, bos)
-    draws = 1 if model.left_to_right else draws
+    draws, unknown = (1, 0.0) if model.left_to_right else (draws, math.nan)
     portion = max(1, batch // draws)
     scores = []
     for first in range(0, len(pairs), portion):
@@ -70,7 +70,7 @@ def score_continuations(
         batches = _masked_rows(model, part, draws, seed, bos, batch)
         nats = torch.cat([model(rows).double().cpu() for rows in batches]).view(len(part), draws)
         for (_, continuation), values in zip(part, nats, strict=True):
-            stderr = float(values.std()) / math.sqrt(draws) if draws > 1 else 0.0
+            stderr = float(values.std()) / math.sqrt(draws) if draws > 1 else unknown
             scores.append(Continuation(float(values.mean()), stderr, len(continuation)))
     return scores
 

@@ -18,6 +18,7 @@ from pipeline.diffusion.partition import draw_order, draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
+from pipeline.reports.tables import two_decimals
 
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
 NORMAL_95 = 1.959964  # standard errors from the mean to either end of a 95% interval
@@ -75,7 +76,7 @@ class Likelihood:
 
     Attributes:
         nats: per predicted token.
-        stderr: standard error of `nats` over rows.
+        stderr: standard error of `nats` over rows; infinite for a single row.
         estimator, draws, seed: as in `Masking`.
         rows: number of rows.
     """
@@ -93,24 +94,27 @@ class Likelihood:
         return _exp(self.nats)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """Return the 95% confidence interval of `nats`: normal over rows, unbounded for a single row."""
+    def interval(self) -> tuple[float, float] | None:
+        """Return the 95% confidence interval of `nats`, normal over rows; None for a single row."""
+        if not math.isfinite(self.stderr):
+            return None
         return self.nats - NORMAL_95 * self.stderr, self.nats + NORMAL_95 * self.stderr
 
     @property
-    def perplexity_interval(self) -> tuple[float, float]:
-        """Return the 95% confidence interval of the perplexity."""
-        low, high = self.interval
-        return _exp(low), _exp(high)
+    def perplexity_interval(self) -> tuple[float, float] | None:
+        """Return the 95% confidence interval of the perplexity; None for a single row."""
+        return self.interval and (_exp(self.interval[0]), _exp(self.interval[1]))
 
     def __str__(self) -> str:
         method = f"{self.estimator} estimator, {self.rows} rows x {self.draws} draws, seed {self.seed}"
+        nats = f"{self.nats:.4f}" + (f" +- {self.stderr:.4f}" if self.interval else "")
         if self.estimator == "arccos":
-            return f"{self.nats:.4f} +- {self.stderr:.4f} nats per masked token, {method}"
-        low, high = self.perplexity_interval
-        interval = f"95% interval {low:.2f} to {high:.2f}; " if math.isfinite(self.stderr) else ""
-        nats = f"{self.nats:.4f} +- {self.stderr:.4f} nats per token"
-        return f"perplexity {self.perplexity:.2f} ({interval}{nats}, {method})"
+            return f"{nats} nats per masked token, {method}"
+        interval = ""
+        if self.perplexity_interval:
+            low, high = map(two_decimals, self.perplexity_interval)
+            interval = f"95% interval {low} to {high}; "
+        return f"perplexity {two_decimals(self.perplexity)} ({interval}{nats} nats per token, {method})"
 
 
 def _exp(nats: float) -> float:

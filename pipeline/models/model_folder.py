@@ -10,17 +10,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
+from pydantic import Field, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.config.load import parse_section
+from pipeline import storage
+from pipeline.config.load import check, parse_section
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import ImportConfig
+from pipeline.config.section import NonNegativeInt, Section
 from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
@@ -43,6 +46,15 @@ class DataFacts:
     length: int
     bos: int | None
     eot: int | None
+
+
+class _Facts(Section):
+    """`DataFacts`, as the file has them."""
+
+    vocab_size: PositiveInt
+    length: Annotated[int, Field(ge=2)]
+    bos: NonNegativeInt | None = None
+    eot: NonNegativeInt | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}  # which libraries of the hub ask for
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, metadata)
+    storage.follow_umask(folder / WEIGHTS)
     section, data = model.model_dump(mode="json"), asdict(facts)
     known = {key: dict(value) for key, value in asdict(background).items() if value}
     tree = {"model": section, "data": data} | known
@@ -114,16 +127,17 @@ def read_config(folder: Path) -> tuple[ModelConfig, DataFacts]:
         CheckpointError: a file is missing or damaged.
         ConfigError: this version does not have the model section or one of its keys.
     """
-    tree = _read_tree(folder)
-    try:
-        facts = DataFacts(**tree["data"])
-    except TypeError as error:
-        raise CheckpointError(
-            f"{folder / CONFIG} is damaged ({error}); expected the sections model and data"
-        ) from None
+    tree, origin = _read_tree(folder), str(folder / CONFIG)
+    data, run = tree["data"], tree.get("run")
+    facts, flaws = check(_Facts, data) if isinstance(data, dict) else (None, [f"{data!r}; expected its keys"])
+    if facts is None:
+        raise CheckpointError(f"{origin} is damaged: data: {'; '.join(flaws)}")
     # Folders written by earlier versions name the model only in their run.
-    section = {"model": tree.get("model") or tree["run"]["model"], "length": facts.length}
-    return parse_section(ImportConfig, section, origin=str(folder / CONFIG)).model, facts
+    model = tree.get("model") or (run.get("model") if isinstance(run, dict) else None)
+    if model is None:
+        raise CheckpointError(f"{origin} is damaged: model: missing")
+    section = {"model": model, "length": facts.length}
+    return parse_section(ImportConfig, section, origin).model, DataFacts(**facts.model_dump())
 
 
 def read_background(folder: Path) -> Background:
@@ -139,7 +153,10 @@ def read_background(folder: Path) -> Background:
         CheckpointError: a file is missing or damaged.
     """
     tree = _read_tree(folder)
-    return Background(tree.get("figures") or {}, tree.get("run") or {})
+    figures, run = (tree.get(key) or {} for key in ("figures", "run"))
+    if not isinstance(figures, dict) or not isinstance(run, dict):
+        raise CheckpointError(f"{folder / CONFIG} is damaged; expected keys in the sections figures and run")
+    return Background(figures, run)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -167,9 +184,11 @@ def load_weights(model: Denoiser, tensors: dict[str, Tensor], origin: str) -> No
         origin: where they are from, for messages.
 
     Raises:
-        CheckpointError: tensors are missing, extra or misshapen; every one is named.
+        CheckpointError: tensors are missing, extra or misshapen, or not finite; every one is named.
     """
     check_shapes({name: tuple(value.shape) for name, value in model.state_dict().items()}, tensors, origin)
+    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{origin} holds values that are not finite: {', '.join(bad)}")
     model.load_state_dict(tensors, assign=True)
 
 

@@ -340,6 +340,7 @@ def _save(folder: Path, kind: str, tokenizer: ImageTokenizer, tensors: dict[str,
     """Write tensors, and a description that names their hash."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE)
+    storage.follow_umask(folder / WEIGHTS_FILE)
     info = {"kind": kind, "name": tokenizer.name, "codes": tokenizer.codes, "factor": tokenizer.factor}
     text = json.dumps(info | {"hash": tokenizer.hash}, indent=2) + "\n"
     (folder / INFO_FILE).write_text(text, encoding="utf-8")

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-_NUMBER = re.compile(r"[-+]?([\d,.]+%?|inf)|nan")
+_NUMBER = re.compile(r"[-+]?([\d,.]+(e[-+]\d+)?%?|inf)|nan")
+_LARGE = 1e9  # numbers from here on are written with an exponent
 
 
 def table_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
@@ -19,11 +20,18 @@ def table_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
 
 
 def short(value: float) -> str:
-    """Format a number with four decimals below 10, two below 1,000 and none above."""
+    """Format a number with four decimals below 10, two below 1,000, none below 1e9 and an exponent above."""
     if not math.isfinite(value):
         return str(value)
+    if abs(value) >= _LARGE:
+        return f"{value:.3g}"
     decimals = 4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
     return f"{value:,.{decimals}f}"
+
+
+def two_decimals(value: float) -> str:
+    """Format a number with two decimals, or with an exponent from 1e9 on."""
+    return f"{value:.2f}" if abs(value) < _LARGE else f"{value:.3g}"
 
 
 def is_number(cell: str) -> bool:

@@ -6,9 +6,11 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
+import grpc
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -20,6 +22,8 @@ from pipeline.runtime.control_files import STOP
 
 log = logging.getLogger(__name__)
 
+SOON_S, ANSWER_S = 3.0, 30.0  # seconds that a cluster may take to answer before a warning, and after it
+
 
 @contextmanager
 def joined_cluster(config: ClusterConfig) -> Iterator[None]:
@@ -27,19 +31,77 @@ def joined_cluster(config: ClusterConfig) -> Iterator[None]:
 
     Args:
         config: a local Ray gets CPUs for its smallest number of workers, or those of the machine if they are more.
+
+    Raises:
+        ConfigError: there is no cluster at RAY_ADDRESS.
     """
     if ray.is_initialized():  # by the caller, who also shuts it down
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    cpus = None if address else max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
-    ray.init(address=address or "local", num_cpus=cpus, logging_level=logging.WARNING)
+    if address:
+        join(address)
+    else:
+        cpus = max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
+        ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
     if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a message
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def join(address: str) -> None:
+    """Join a cluster, or say in one line why that is not possible.
+
+    Args:
+        address: value of RAY_ADDRESS.
+
+    Raises:
+        ConfigError: it is no address of a cluster, or no cluster answers there within half a minute.
+    """
+    if address not in ("auto", "local"):
+        _check_answers(address)
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"RAY_ADDRESS: {address!r}: {reason}") from error
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address at which no cluster answers; Ray would wait for many minutes without a word."""
+    expected = "expected HOST:PORT of the head node (by default 6379), ray://HOST:10001, auto or local"
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS: {address!r} is the dashboard's, for `ray job submit` alone; {expected}"
+        )
+    try:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
+        place = (
+            f"{parts.hostname}:{parts.port}"
+            if parts.scheme == "ray" and parts.hostname and parts.port
+            else ""
+        )
+    except ValueError:
+        place = ""
+    if not place:
+        raise ConfigError(f"RAY_ADDRESS: {address!r}; {expected}")
+    if os.environ.get("RAY_USE_TLS") == "1":  # its certificates are Ray's business
+        return
+    with closing(grpc.insecure_channel(place, [("grpc.enable_http_proxy", 0)])) as channel:
+        ready = grpc.channel_ready_future(channel)
+        with suppress(grpc.FutureTimeoutError):
+            ready.result(SOON_S)
+            return
+        log.warning("RAY_ADDRESS: no cluster answers at %r; waiting for %.0f s", address, ANSWER_S)
+        try:
+            ready.result(ANSWER_S)
+        except grpc.FutureTimeoutError:
+            raise ConfigError(
+                f"RAY_ADDRESS: no cluster answers at {address!r}; {expected}, or no RAY_ADDRESS for a Ray of its own"
+            ) from None
 
 
 def places(nodes: Sequence[Mapping[str, Any]], cpus: int, use_gpu: bool) -> int:

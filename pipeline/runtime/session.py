@@ -105,6 +105,7 @@ class PlainSession:
             shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("files_*"))
             for listing in folder.glob("files_*"):
                 shutil.copy(listing, target / listing.name)
+            storage.follow_umask(target)  # the temporary folder is its owner's alone
         except OSError as error:
             reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first of many
             raise CheckpointError(f"{target}: the checkpoint cannot be written: {reason}") from error

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline import arguments
+from pipeline.config.schema import LARGEST_SETTING, LEAST_TEMPERATURE
 from pipeline.errors import ConfigError
 from pipeline.models.layers import CHUNK_LOGITS, Head, chunk_rows
 
@@ -21,7 +23,7 @@ class Filters:
     """Changes to a distribution before a token is drawn from it.
 
     Attributes:
-        temperature: logits are divided by it.
+        temperature: logits are divided by it; 1e-6 to 1e6.
         top_k: only the k most likely tokens (None: all).
         top_p: only the most likely tokens that together reach this probability (nucleus; None: all).
 
@@ -34,14 +36,13 @@ class Filters:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(
-                f"temperature: {self.temperature} is not above 0; use top_k=1 for the likeliest token"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k: {self.top_k}; expected at least 1, or None")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: {self.top_p}; expected above 0 and at most 1, or None")
+        if self.temperature == 0:
+            raise ConfigError("temperature: 0; expected above 0; top_k=1 takes the likeliest token")
+        arguments.number("temperature", self.temperature, LEAST_TEMPERATURE, LARGEST_SETTING)
+        if self.top_k is not None:
+            arguments.integer("top_k", self.top_k, 1)
+        if self.top_p is not None and arguments.number("top_p", self.top_p, 0, 1) == 0:
+            raise ConfigError("top_p: 0; expected above 0 and at most 1, or None")
 
 
 class Guidance(NamedTuple):

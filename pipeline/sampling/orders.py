@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline import arguments
+from pipeline.config.schema import LARGEST_SETTING
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.sampling.logits import Drawn
 
@@ -16,6 +18,7 @@ PLANNED = ("uniform", "binomial", "halton", "left_to_right")
 CHOSEN = ("confidence", "entropy")
 ORDERS = PLANNED + CHOSEN
 Schedule = Literal["linear", "arccos"]
+SCHEDULES = get_args(Schedule)
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,25 @@ class Order:
         schedule: how many positions each step reveals; None: arccos for confidence and halton, linear otherwise.
         gumbel: scale of the Gumbel noise on log-confidences at the first step, falling linearly to 0.
         gamma: bound, in nats, on the error of taking an entropy step's tokens as independent.
+
+    Raises:
+        ConfigError: an unknown name or schedule, or a gumbel or gamma outside 0 to 1e6.
     """
 
     name: str = "uniform"
     schedule: Schedule | None = None
     gumbel: float = 1.0
     gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name not in ORDERS:
+            near = did_you_mean(self.name, ORDERS)
+            raise ConfigError(f"order: {self.name!r} is not one of {', '.join(ORDERS)}{near}")
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            near = did_you_mean(self.schedule, SCHEDULES)
+            raise ConfigError(f"schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}{near}")
+        arguments.number("gumbel", self.gumbel, 0, LARGEST_SETTING)
+        arguments.number("gamma", self.gamma, 0, LARGEST_SETTING)
 
 
 def check(order: Order, steps: int, unknown: int, length: int) -> None:
@@ -48,13 +64,10 @@ def check(order: Order, steps: int, unknown: int, length: int) -> None:
         length: positions of a row, without BOS.
 
     Raises:
-        ConfigError: an unknown order, fewer than 1 step or more steps than positions, or a Halton order of rows that
-            are no square grid.
+        ConfigError: fewer than 1 step or more steps than positions, or a Halton order of rows that are no square
+            grid.
     """
-    name = order.name
-    if name not in ORDERS:
-        raise ConfigError(f"order: {name!r} is not one of {', '.join(ORDERS)}{did_you_mean(name, ORDERS)}")
-    most = max(unknown, 1)
+    name, most = order.name, max(unknown, 1)
     # The binomial grid may be finer than there are tokens: steps that reveal nothing cost nothing.
     if steps < 1 or (steps > most and name != "binomial"):
         raise ConfigError(f"steps: {steps} for {unknown} positions to reveal; expected 1 to {most}")

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.config.schema import SamplingConfig
+from pipeline import arguments
+from pipeline.config.schema import LARGEST_SETTING, SamplingConfig
 from pipeline.diffusion.partition import by_rank, draw_order
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import CachedDenoiser, Denoiser
@@ -19,6 +20,7 @@ from pipeline.sampling.orders import Order
 from pipeline.seeds import mix_seed
 
 Progress = Callable[[int, int], None]  # (steps done, steps)
+Known = dict[int, int] | list[dict[int, int]] | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class SamplingRequest:
         condition: [num_samples] class labels, or None.
         known: [num_samples, L] tokens, and where they are given; all other positions are drawn.
         filters: temperature, top-k and nucleus.
-        guidance: weight w of classifier-free guidance at the last step, reached linearly from 0 at the first;
-            requires `condition`. The model then holds every row twice, with its class and without.
+        guidance: weight w of classifier-free guidance at the last step, reached linearly from 0 at the first; a
+            single step has all of w. Requires `condition`. The model then holds every row twice, with its class and
+            without.
         refresh_every: steps from one encoding of all known tokens to the next; the steps between encode only new
             ones (PGM; 1 is exact, more is approximate).
         indices: the index i of every sample in a longer list; None: 0 to num_samples - 1.
@@ -99,7 +102,8 @@ def sample(
         [num_samples, L] ids, BOS included, on the model's device.
 
     Raises:
-        ConfigError: an unknown order, more steps than positions, or guidance without labels.
+        ConfigError: a value that is outside its bounds, more steps than positions, a given token that the model
+            cannot draw, another one than BOS in BOS's place, or guidance without labels.
         CapabilityError: class labels that the model has no vectors for, or an order that it cannot follow.
 
     Source:
@@ -127,17 +131,17 @@ class _Rows:
     """
 
     def __init__(self, model: Denoiser, request: SamplingRequest):
+        known = _check(model, request)
         self._model, self._request = model, request
         self.order = Order(request.order) if isinstance(request.order, str) else request.order
         rows, device = request.num_samples, model.head.weight.device
         tokens = torch.zeros(rows, model.length, dtype=torch.int64)
         given = torch.zeros(rows, model.length, dtype=torch.bool)
-        if request.known is not None:
-            given = given | request.known[1].cpu()
-            tokens = torch.where(given, request.known[0].cpu(), tokens)
+        if known is not None:
+            tokens, given = torch.where(known[1], known[0], 0), known[1].clone()
         if request.bos is not None:
             tokens[:, 0], given[:, 0] = request.bos, True
-        most, length = int((~given).sum(1).max()) if rows else 0, model.length - (request.bos is not None)
+        most, length = int((~given).sum(1).max()), model.length - (request.bos is not None)
         orders.check(self.order, request.steps, most, length)
         indices = range(rows) if request.indices is None else request.indices
         assert len(indices) == rows, (len(indices), rows)
@@ -245,7 +249,8 @@ class _Rows:
 
     def _weight(self, step: int) -> float:
         """Weight of guidance at a step."""
-        return step / max(self._request.steps - 1, 1) * self._request.guidance
+        steps = self._request.steps
+        return (step / (steps - 1) if steps > 1 else 1.0) * self._request.guidance
 
     def _extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
         """Give the model packed tokens, `lengths[b]` of them in row b."""
@@ -319,6 +324,36 @@ def _ended(rows: Int[Tensor, "B T"], stop: int, given: int) -> Bool[Tensor, "B T
     return hits.cummax(1).values
 
 
+def known_tokens(
+    known: Known | None, rows: int, length: int
+) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None:
+    """Convert given tokens of any form to tensors.
+
+    Args:
+        known: `{position: token}` for all rows, a list of one for each, or (tokens, mask).
+        rows: number of rows, B.
+        length: L.
+
+    Returns:
+        [B, L] tokens, and [B, L] where they are given; None if none are given.
+
+    Raises:
+        ConfigError: another form, or a position outside the row.
+    """
+    if known is None:
+        return None
+    if isinstance(known, tuple):
+        if len(known) != 2:
+            raise ConfigError(f"known: a tuple of {len(known)}; expected (tokens, mask)")
+        tokens = arguments.integers("known: tokens", known[0], rows, length)
+        return tokens, arguments.booleans("known: mask", known[1], rows, length)
+    arguments.instance("known", known, dict, list)
+    prompts = [known] * rows if isinstance(known, dict) else known
+    if len(prompts) != rows:
+        raise ConfigError(f"known: {len(prompts)} prompts for {rows} samples; expected one for each")
+    return ragged_known(prompts, length)
+
+
 def ragged_known(
     prompts: Sequence[dict[int, int]], length: int
 ) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
@@ -332,11 +367,38 @@ def ragged_known(
         [B, L] tokens, 0 where none is given, and [B, L] where they are given.
 
     Raises:
-        ConfigError: a position outside the row.
+        ConfigError: a position outside the row, or a token that is no id.
     """
-    outside = [position for prompt in prompts for position in prompt if not 0 <= position < length]
-    if outside:
-        raise ConfigError(f"known: position {outside[0]}; expected 0 to {length - 1} for rows of {length}")
+    for prompt in prompts:
+        arguments.instance("known", prompt, dict)
+        for position, token in prompt.items():
+            arguments.integer("known: position", position, 0, length - 1)
+            arguments.integer(f"known: token at position {position}", token, 0)
     tokens = [[prompt.get(position, 0) for position in range(length)] for prompt in prompts]
     mask = [[position in prompt for position in range(length)] for prompt in prompts]
     return torch.tensor(tokens), torch.tensor(mask)
+
+
+def _check(
+    model: Denoiser, request: SamplingRequest
+) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None:
+    """Refuse a request that the model cannot follow, and return its known tokens on the host."""
+    rows = arguments.integer("num_samples", request.num_samples, 1)
+    arguments.integer("steps", request.steps, 1)
+    arguments.integer("seed", request.seed, 0)
+    arguments.integer("refresh_every", request.refresh_every, 1)
+    arguments.number("guidance", request.guidance, 0, LARGEST_SETTING)
+    arguments.instance("order", request.order, str, Order)
+    arguments.instance("filters", request.filters, Filters)
+    known = known_tokens(request.known, rows, model.length)
+    if known is None:
+        return None
+    tokens, mask = (values.cpu() for values in known)
+    start = int(request.bos is not None)
+    other = tokens[:, :start][mask[:, :start] & (tokens[:, :start] != request.bos)]
+    if len(other):
+        raise ConfigError(
+            f"known: token {int(other[0])} at position 0; expected BOS, {request.bos}, or no token"
+        )
+    arguments.check_below("known: token", tokens[:, start:][mask[:, start:]], model.vocab_size)
+    return tokens, mask

@@ -11,6 +11,7 @@ from pipeline.storage.files import (
     fetch,
     filesystem,
     folder_complete,
+    follow_umask,
     is_local,
     join,
     listing,

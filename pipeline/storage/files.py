@@ -141,17 +141,28 @@ def read_text(path: str) -> str:
     return read_bytes(path).decode("utf-8")
 
 
-def read_json(path: str, default: Any = None) -> Any:
+def read_json(path: str, default: Any = None, parse: Callable[[Any], Any] = lambda tree: tree) -> Any:
     """Read a JSON file.
 
     Args:
         path: the file.
         default: returned if there is no such file.
+        parse: converts what the file holds; it may fail on a file of another form.
+
+    Returns:
+        What `parse` makes of the file's content.
 
     Raises:
-        DataError: the store refuses access.
+        DataError: the file is damaged, or the store refuses access.
     """
-    return json.loads(read_text(path)) if exists(path) else default
+    if not exists(path):
+        return default
+    text = read_bytes(path)
+    try:
+        return parse(json.loads(text))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} is damaged ({what}); restore it, or remove it to go on without it") from None
 
 
 @retry
@@ -246,6 +257,7 @@ def publish_folder(local: str | Path, path: str) -> None:
     if is_local(path):
         with _replacing(path) as part:
             shutil.copytree(local, part)
+            follow_umask(part)  # a temporary folder is its owner's alone
             for file in part.rglob("*"):
                 _sync(file)
         return
@@ -273,6 +285,21 @@ def publishing_folder(path: str) -> Iterator[Path]:
         local = Path(temporary) / "folder"
         yield local
         publish_folder(local, path)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file or folder the permissions of a new one; some libraries make theirs for their owner alone.
+
+    Args:
+        path: a local file or folder.
+    """
+    probe = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    if path.is_dir():
+        probe.mkdir()
+    else:
+        probe.touch()
+    shutil.copymode(probe, path)
+    remove(str(probe))
 
 
 def folder_complete(path: str) -> bool:

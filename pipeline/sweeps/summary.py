@@ -13,7 +13,7 @@ from pipeline import storage, tracking
 from pipeline.config.load import dump
 from pipeline.config.schema import SamplingConfig
 from pipeline.config.sweep import Sweep
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.metrics.draw import Sampler
 from pipeline.models import model_folder
 from pipeline.reports.figures import png
@@ -103,6 +103,23 @@ def summarise(plan: Sweep, base: Run, folder: str, trials: Sequence[PlannedTrial
         tracker.flush()
     best = storage.join(folder, BEST) if winner else None
     return SweepResult(folder, table, texts["table.md"], best, base.run_id, base.tracking_uri)
+
+
+def refuse_total_failure(rows: Sequence[report.Row], folder: str) -> None:
+    """Refuse a sweep of which nothing is left.
+
+    Args:
+        rows: the table.
+        folder: of the sweep.
+
+    Raises:
+        TrainingError: every trial failed; names the reasons.
+    """
+    trials = [trial for row in rows for trial in row.trials]
+    if trials and all(trial.status == "failed" for trial in trials):
+        reasons = Counter(trial.error or "no reason is known" for trial in trials)
+        listed = "; ".join(f"{reason} ({count} trials)" for reason, count in reasons.most_common(3))
+        raise TrainingError(f"all {len(trials)} trials failed: {listed}; {folder}/table.md lists them")
 
 
 def _result(trial: PlannedTrial, metric: str, speeds: dict[str, tuple[int, float]]) -> report.Trial:

@@ -22,7 +22,7 @@ from pipeline.errors import StoppedError
 from pipeline.run import Run
 from pipeline.runtime.control_files import STOP
 from pipeline.runtime.ray_cluster import check_visible, fitting_workers, joined_cluster, stoppable
-from pipeline.sweeps.summary import SweepResult, summarise
+from pipeline.sweeps.summary import SweepResult, refuse_total_failure, summarise
 from pipeline.sweeps.trial import PlannedTrial, in_one_process, kept_end, read_end, run_trial
 from pipeline.training import resume
 
@@ -47,6 +47,7 @@ def sweep(plan: Sweep) -> SweepResult:
     Raises:
         ConfigError, DataError, CheckpointError: before any trial starts.
         StoppedError: the user stopped the sweep.
+        TrainingError: every trial failed.
     """
     base, own = Run.of(plan.base()), plan.config
     folder = storage.join(base.config.cluster.storage, own.name)
@@ -62,6 +63,7 @@ def sweep(plan: Sweep) -> SweepResult:
     with joined_cluster(base.config.cluster):
         uri = base.tracking_uri
         check_visible(folder, uri)
+        tracking.check_store(folder, uri, base.config.tracking.experiment)
         for run in {run.data_path: run for run in examples}.values():
             run.with_data()
         written = own.model_dump(mode="json")
@@ -79,7 +81,9 @@ def sweep(plan: Sweep) -> SweepResult:
                     "stopped on request after checkpoints; the same command continues the sweep"
                 )
             log.info("all trials ended after %.0f minutes", (time.monotonic() - began) / 60)
-            return summarise(plan, base.replace(run_id=run_id), folder, started)
+            result = summarise(plan, base.replace(run_id=run_id), folder, started)
+            refuse_total_failure(result.rows, folder)
+            return result
 
 
 def planned(plan: Sweep, variant: Variant, seed: int) -> PlannedTrial:
@@ -244,8 +248,8 @@ def _optuna(plan: Sweep, folder: str) -> OptunaSearch:
         partial(_suggest, plan.entries),  # not a closure: Ray Tune pickles its searcher
         metric=plan.config.metric,
         mode=plan.config.mode,
-        points_to_evaluate=storage.read_json(storage.join(folder, SUGGESTED), []),
-        seed=plan.config.seeds[0],
+        points_to_evaluate=storage.read_json(storage.join(folder, SUGGESTED), [], list),
+        seed=plan.config.seeds[0] % 2**32,  # Optuna accepts no larger one
     )
 
 

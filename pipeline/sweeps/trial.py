@@ -81,8 +81,7 @@ def read_end(folder: str) -> TrialEnd | None:
     Returns:
         The end, or None of a trial that has not ended.
     """
-    fields = storage.read_json(storage.join(folder, RECORD))
-    return fields and TrialEnd(**fields)
+    return storage.read_json(storage.join(folder, RECORD), parse=lambda fields: TrialEnd(**fields))
 
 
 def kept_end(run: Run) -> TrialEnd | None:
@@ -105,7 +104,9 @@ def read_reports(folder: str) -> list[dict[str, float]]:
     Args:
         folder: of the trial.
     """
-    return storage.read_json(storage.join(folder, REPORTS), [])
+    return storage.read_json(
+        storage.join(folder, REPORTS), [], lambda reports: [dict(one) for one in reports]
+    )
 
 
 def in_one_process(config: RunConfig, use_gpu: bool) -> bool:

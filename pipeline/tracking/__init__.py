@@ -9,6 +9,7 @@ of the workers logs into that run through a `Tracker` (`journal`), which never b
 from pipeline.tracking.journal import Tracker
 from pipeline.tracking.registry import download_model, find_version, register_model, set_alias
 from pipeline.tracking.runs import (
+    check_store,
     child_of,
     end_run,
     ending,

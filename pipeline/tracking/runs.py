@@ -7,10 +7,12 @@ import io
 import json
 import logging
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
@@ -31,6 +33,7 @@ _PARAM_LENGTH = 6000  # MLflow's limits on one value, and on one request
 _TAG_LENGTH = 5000
 _DIGEST_LENGTH = 36
 _PER_REQUEST = 100
+_LOCKED_S = 60.0  # for which another process may lock the SQLite file
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -58,16 +61,46 @@ def tracking_uri(config: RunConfig) -> str:
                 f"tracking.uri: missing, and SQLite cannot be in the remote cluster.storage {folder!r}; "
                 "expected the address of an MLflow server, or MLFLOW_TRACKING_URI in the environment"
             )
-        return f"{_SQLITE}{Path(folder).expanduser().resolve() / 'mlflow.db'}"
+        return f"{_SQLITE}{Path(os.path.expanduser(folder)).resolve() / 'mlflow.db'}"
     scheme = uri.split(":")[0].split("+")[0]
-    if scheme not in _SCHEMES or (":" not in uri and scheme != "databricks"):
+    if scheme not in _SCHEMES or not _is_address(scheme, uri):
         raise ConfigError(
             f"{key}: {uri!r} is not an MLflow store; expected sqlite:///FILE or an address that starts with "
             f"one of {', '.join(_SCHEMES[1:])}{did_you_mean(scheme, _SCHEMES)}"
         )
     if uri.startswith(_SQLITE):
-        return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).expanduser().resolve()}"
+        return f"{_SQLITE}{Path(os.path.expanduser(uri.removeprefix(_SQLITE))).resolve()}"
     return uri
+
+
+def _is_address(scheme: str, uri: str) -> bool:
+    """Return whether an address of a known kind of store is complete."""
+    if scheme == "sqlite":
+        return (
+            uri.startswith(_SQLITE) and uri != _SQLITE
+        )  # else the store is in memory, and lost with the process
+    try:
+        host = urlsplit(uri).hostname
+    except ValueError:
+        return False
+    return bool(host) if scheme in ("http", "https") else ":" in uri or scheme == "databricks"
+
+
+def check_store(folder: str, uri: str, experiment: str) -> None:
+    """Refuse a store that a new run needs and that cannot be used, before any time is spent.
+
+    Args:
+        folder: of a job; one that has a run continues it, whether the store answers or not.
+        uri: from `tracking_uri`.
+        experiment: name of the experiment; created if missing.
+
+    Raises:
+        ConfigError: the store cannot be reached or written, or the experiment is deleted.
+        DataError: the folder's record of its run is damaged.
+    """
+    if recorded_run(folder) is None:
+        with answering(uri) as client:
+            _experiment_id(client, uri, experiment)
 
 
 def open_run(
@@ -123,9 +156,12 @@ def recorded_run(folder: str) -> tuple[str, str] | None:
 
     Returns:
         The run's id and its store's address without user and password, or None if no run is recorded.
+
+    Raises:
+        DataError: the record is damaged.
     """
-    record = storage.read_json(storage.join(folder, _RECORD))
-    return None if record is None else (record["run_id"], record["tracking_uri"])
+    path = storage.join(folder, _RECORD)
+    return storage.read_json(path, parse=lambda record: (record["run_id"], record["tracking_uri"]))
 
 
 def open_recorded_run(
@@ -255,7 +291,7 @@ def connect(uri: str) -> "MlflowClient":
         The client.
 
     Raises:
-        PermissionError: the SQLite file is not writable.
+        OSError: the SQLite file cannot be opened or written, or is no database.
     """
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -267,6 +303,11 @@ def connect(uri: str) -> "MlflowClient":
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PermissionError(f"{file} is not writable")
+        try:
+            with closing(sqlite3.connect(file, timeout=_LOCKED_S)) as database:
+                database.execute("PRAGMA schema_version")
+        except sqlite3.Error as error:
+            raise OSError(f"{file} is no SQLite file that can be used: {error}") from None
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -278,11 +319,14 @@ def answering(uri: str) -> Iterator["MlflowClient"]:
         ConfigError: MLflow refused a call, or did not answer.
     """
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield connect(uri)
-    except (MlflowException, OSError) as error:
-        raise ConfigError(shown(f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}")) from error
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        advice = "; the database's driver must be installed" if isinstance(error, ImportError) else ""
+        message = f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}{advice}"
+        raise ConfigError(shown(message)) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -333,7 +333,10 @@ def read_origin(folder: str) -> dict[str, Any]:
     Returns:
         `teacher`, a folder, a file, or the model version behind an alias; and `tokenizer`, its hash or None.
     """
-    return dict(storage.read_json(storage.join(teacher_folder(folder, 0), ORIGIN)))
+    path = storage.join(teacher_folder(folder, 0), ORIGIN)
+    return storage.read_json(
+        path, parse=lambda origin: {key: origin[key] for key in ("teacher", "tokenizer")}
+    )
 
 
 def check_teacher(run: Run) -> None:

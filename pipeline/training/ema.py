@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline import storage
 from pipeline.training.engine import Slices
 
 
@@ -45,6 +46,7 @@ class EMA:
         save_file(
             {f"{name}@{offset}": v.cpu().contiguous() for (name, offset), v in self.slices.items()}, file
         )
+        storage.follow_umask(file)
 
 
 def read_averages(folder: Path) -> dict[str, Tensor]:

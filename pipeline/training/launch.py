@@ -74,6 +74,7 @@ def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | 
         uri = run.tracking_uri
         run = run.replace(given_resources=available_resources(run.config.cluster))
         check_visible(run.folder, uri)
+        tracking.check_store(run.folder, uri, run.config.tracking.experiment)
         run = run.with_data()
         check_fits(run.manifest, run.config)
         if run.config.distill is not None:

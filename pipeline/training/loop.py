@@ -36,6 +36,8 @@ from pipeline.training.validation import validate
 
 log = logging.getLogger(__name__)
 
+_LIMIT = 3  # steps in a row whose rows may all be skipped because of the gradient
+
 
 class _NonfiniteStep(Exception):
     """A step was not finite: resume from the last checkpoint, without the rows in `skipped.json`."""
@@ -266,6 +268,13 @@ def _report_nonfinite(
     if len(blamed) == run.config.train.batch:
         raise TrainingError(
             f"{message}: every row of the batch, so the weights are not finite; lower optim.lr"
+        )
+    streak = min(_LIMIT, run.config.train.steps)
+    before = [skipped.get(earlier, ()) for earlier in range(step - streak + 1, step)]
+    if not blamed and all(len(rows_before) == run.config.train.batch for rows_before in before):
+        raise TrainingError(
+            f"{message}: the gradient of {streak} steps in a row is not finite while all losses are, so rows are not "
+            "the cause; lower optim.lr, or set train.precision=fp32"
         )
     if step in skipped:
         raise TrainingError(f"{message}, although rows were skipped in this step already; lower optim.lr")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import storage
+from pipeline import storage, tracking
 from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError
@@ -94,14 +94,17 @@ def plan_resume(run: Run, workers: int) -> Resume | None:
 
 
 def precheck(run: Run) -> None:
-    """Refuse, before any worker starts, a config that the run's newest checkpoint does not fit.
+    """Refuse, before any worker starts, a config that the run's newest checkpoint does not fit, and damaged records.
 
     Args:
         run: that starts.
 
     Raises:
         CheckpointError: as `plan_resume`.
+        DataError: a record in the run's folder is damaged.
     """
+    tracking.recorded_run(run.folder)
+    read_skipped(run.folder)
     _usable_state(run, checkpoint.newest(run.folder))
 
 
@@ -146,7 +149,9 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
     Raises:
         CheckpointError: lists every difference as old -> new.
     """
-    fixed = FIXED_KEYS | ({"train.steps"} if config.distill else set())  # steps say where a round ends
+    # Steps say where a round ends, and the whole course of a cosine's learning rate.
+    steps_matter = config.distill or config.optim.schedule == "cosine"
+    fixed = FIXED_KEYS | ({"train.steps"} if steps_matter else set())
     # A key that came after the run before was started had its default then.
     stated = flatten(old).keys() | flatten(config.model_dump(mode="json", exclude_defaults=True)).keys()
     differing = [
@@ -156,8 +161,9 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{path} belongs to a run with another config; only steps (not in distillation), validation, logging "
-            "and cluster keys may change. Use another name, or change back:\n" + "\n".join(differing)
+            f"{path} belongs to a run with another config; only steps (not in distillation, nor with optim.schedule "
+            "cosine), validation, logging and cluster keys may change. Use another name, with train.init_from to "
+            "start from this run's weights, or change back:\n" + "\n".join(differing)
         )
 
 
@@ -253,9 +259,15 @@ def read_skipped(folder: str) -> Skipped:
 
     Args:
         folder: of the run.
+
+    Raises:
+        DataError: the file is damaged.
     """
-    entries = storage.read_json(storage.join(folder, SKIPPED), {})
-    return {int(step): entry["places"] for step, entry in entries.items()}
+    return storage.read_json(
+        storage.join(folder, SKIPPED),
+        {},
+        lambda entries: {int(step): list(map(int, entry["places"])) for step, entry in entries.items()},
+    )
 
 
 def add_skipped(folder: str, step: int, places: list[int], rows: list[int]) -> None:

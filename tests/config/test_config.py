@@ -1,5 +1,6 @@
 """YAML + overrides -> RunConfig: what is wrong is named, all of it at once, with the nearest right choice."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,35 @@ class TestMistakes:
             ),
             ({"model": {"hidden": 64}}, "model.kind: missing; expected one of pgm, mdlm, ar"),
             ({"cluster": {"workers": 0}}, "cluster.workers: 0: input should be greater than 0"),
-            ({"cluster": {"workers": True}}, "cluster.workers: True: input should be a valid integer"),
+            ({"cluster": {"workers": True}}, "cluster.workers: 'true': input should be a valid integer"),
+            (
+                {"cluster": {"hang_timeout_s": True}},
+                "cluster.hang_timeout_s: 'true': input should be a valid",
+            ),
+            ({"cluster": {"hang_timeout_s": 1e300}}, "cluster.hang_timeout_s: 1e+300: input should be less"),
+            ({"sampling": {"top_k": True}}, "sampling.top_k: 'true': input should be a valid integer"),
+            ({"sampling": {"top_p": True}}, "sampling.top_p: 'true': input should be a valid number"),
+            ({"evaluation": {"steps": [8, True]}}, "evaluation.steps.1: 'true': input should be a valid"),
+            ({"sampling": {"labels": []}}, "sampling.labels: []; expected at least one class, or null"),
+            ({"sampling": {"seed": -1}}, "sampling.seed: -1: input should be greater than or equal to 0"),
+            ({"sampling": {"seed": 2**64}}, "sampling.seed: 18446744073709551616: input should be less than"),
+            ({"seed": 2**64}, "seed: 18446744073709551616: input should be less than"),
+            ({"train": {"steps": 2**63}}, "train.steps: 9223372036854775808; expected an integer below 2^63"),
+            ({"sampling": {"temperature": 1e-300}}, "sampling.temperature: 1e-300: input should be greater"),
+            ({"sampling": {"temperature": 1e300}}, "sampling.temperature: 1e+300: input should be less"),
+            ({"sampling": {"gumbel": 1e300}}, "sampling.gumbel: 1e+300: input should be less"),
+            ({"sampling": {"gamma": 1e300}}, "sampling.gamma: 1e+300: input should be less"),
+            ({"tracking": {"register_as": "a/b"}}, "tracking.register_as: 'a/b': string should match"),
+            ({"tracking": {"register_as": "a@b"}}, "tracking.register_as: 'a@b': string should match"),
+            ({"tracking": {"experiment": ""}}, "tracking.experiment: '': string should have at least 1"),
+            ({"train": {"init_from": ""}}, "train.init_from: '': string should have at least 1 character"),
+            ({"data": {"source": "a\0b"}}, "data.source: 'a\\x00b'; expected text without NUL characters"),
+            ({"data": {"source": "a\ud800"}}, "data.source: 'a\\ud800': input should be a valid string"),
+            ({"name": "a" * 200}, f"name: '{'a' * 200}': string should have at most 128 characters"),
+            (
+                {"model": {"kind": "pgm", "hidden": 10**9 + 7}},
+                "model.hidden: 1000000007: input should be less",
+            ),
             (
                 {"cluster": {"workers": {"min": 3, "max": 2}}},
                 "cluster.workers: min 3 is above max 2; expected at most 2",
@@ -159,7 +188,14 @@ class TestFile:
 
     @pytest.mark.parametrize(
         ("text", "says"),
-        [("name: [", "is not YAML"), ("- a\n- b", "holds a list; expected sections"), ("", "name: missing")],
+        [
+            ("name: [", "is not YAML"),
+            ("- a\n- b", "holds a list; expected sections"),
+            ("", "name: missing"),
+            ("name: " + "1" * 5000, "is not YAML"),
+            ("base: ~nosuchuser/run.yaml\nname: a", "config file .*~nosuchuser/run.yaml' does not exist"),
+            ("base: " + "a" * 300 + "\nname: a", "cannot be read: File name too long"),
+        ],
     )
     def test_what_is_no_config(self, tmp_path: Path, text: str, says: str) -> None:
         with pytest.raises(ConfigError, match=says):
@@ -186,6 +222,27 @@ class TestOverrides:
         assert config.tracking.system_metrics is False
         assert isinstance(config.model, MDLMConfig)
         assert config.name == "b"
+
+    @pytest.mark.parametrize(
+        ("word", "says"),
+        [
+            ("train.steps=1:30", "train.steps: '1:30': input should be a valid integer"),  # YAML 1.1: 90
+            ("optim.lr=1:30.5", "optim.lr: '1:30.5': input should be a valid number"),
+            ("train={steps: 5, steps: 6}", "is not a YAML value: key 'steps' is written twice"),
+            ("train.steps=" + "1" * 5000, "is not a YAML value"),
+            ("data.revision=[" * 2000, "is not a YAML value"),
+        ],
+    )
+    def test_surprises_of_yaml_are_refused(self, tmp_path: Path, word: str, says: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            load(write(tmp_path, "name: a"), [word])
+
+    def test_dates_and_leading_zeros_are_what_is_written(self, tmp_path: Path) -> None:
+        words = ["data.revision=2024-13-45", "name=2024-01-01", "train.steps=0010000", "train.batch=0x200"]
+        config = load(write(tmp_path, "name: a"), words)
+        assert (config.data.revision, config.name) == ("2024-13-45", "2024-01-01")
+        assert (config.train.steps, config.train.batch) == (10000, 512)
+        assert parse(yaml.safe_load(dump(config)), origin="test") == config
 
     def test_floats_as_people_write_them(self, tmp_path: Path) -> None:
         """YAML 1.1 reads `3e-4` as a word; the field's type says that it is a number."""

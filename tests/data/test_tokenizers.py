@@ -99,3 +99,17 @@ def test_damaged_ranks(spoil: bytes, says: str, ranks: str) -> None:
     Path(ranks).write_bytes(Path(ranks).read_bytes()[:500])
     with pytest.raises(DataError, match=r"line \d+|no rank for byte"):
         load_tokenizer(ranks)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("a\ud800", r"texts: '\\ud800' at index 1 is half of a surrogate pair"),
+        (b"a", "texts: b'a' is a bytes; expected str"),
+        (None, "texts: None is a NoneType; expected str"),
+    ],
+)
+def test_what_is_no_text(given: object, says: str, ranks: str) -> None:
+    for tokenizer in (load_tokenizer("bytes"), load_tokenizer(ranks)):
+        with pytest.raises(ConfigError, match=says):
+            tokenizer.encode_batch(["fine", given])  # type: ignore[list-item]

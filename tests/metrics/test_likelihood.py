@@ -160,12 +160,20 @@ def test_the_summary_says_what_was_measured() -> None:
         assert part in str(bound)
     assert Likelihood(1e6, 1.0, "mdlm", 1, 1, 0).perplexity < math.inf
     assert bound.interval == pytest.approx((2 - 1.96 / math.sqrt(3), 2 + 1.96 / math.sqrt(3)), rel=1e-4)
+    assert bound.interval is not None
     assert bound.perplexity_interval == pytest.approx([math.exp(nats) for nats in bound.interval])
     assert "95% interval 2.38 to 22.91" in str(bound)
     alone = summarise(sums[:1], Masking("mdlm", 2, 0))
     assert alone.stderr == math.inf
-    assert alone.interval == (-math.inf, math.inf)
-    assert "interval" not in str(alone), "one row says nothing of the spread"
+    assert alone.interval is None
+    assert alone.perplexity_interval is None
+    assert str(alone).startswith("perplexity 2.72 (1.0000 nats per token, "), (
+        "one row says nothing of the spread"
+    )
+    diverged = str(Likelihood(1e6, 1e3, "mdlm", 1, 2, 0))
+    assert diverged.startswith(
+        "perplexity 1.01e+304 (95% interval 1.01e+304 to 1.01e+304; 1000000.0000 +- 1000.0000 nats"
+    )
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from pipeline.reports.tables import aligned, markdown, short, table_of, to_csv
+from pipeline.reports.tables import aligned, is_number, markdown, short, table_of, to_csv
 
 TABLE = pd.DataFrame({"model": ["a|b", "c"], "value": ["1,234", "-0.5"], "note": ["", "x"], "none": ["", ""]})
 
@@ -43,7 +43,15 @@ def test_csv_keeps_values() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.23456, "1.2346"), (12.345, "12.35"), (-123.456, "-123.46"), (12345.6, "12,346"), (math.inf, "inf")],
+    [
+        (1.23456, "1.2346"),
+        (12.345, "12.35"),
+        (-123.456, "-123.46"),
+        (12345.6, "12,346"),
+        (1e304, "1e+304"),
+        (math.inf, "inf"),
+    ],
 )
 def test_short(value: float, text: str) -> None:
     assert short(value) == text
+    assert is_number(short(value))

@@ -89,3 +89,25 @@ def test_the_mixed_distribution() -> None:
 def test_guidance_needs_labels(model: Denoiser) -> None:
     with pytest.raises(ConfigError, match=r"guidance: 1\.0 without class labels"):
         sample(model, SamplingRequest(1, 1, 0, "uniform", guidance=1.0))
+
+
+def test_a_single_step_has_the_whole_weight() -> None:
+    """The ramp ends at w at the last step, which here is the first one too."""
+    model = randomised(KINDS[1]).double().eval()
+    labels, none = LABELS, torch.full((3,), 3)
+    drawn = sample(model, SamplingRequest(3, 1, 5, "left_to_right", condition=labels, guidance=2.0))
+    with torch.inference_mode():
+        places = torch.arange(model.length)
+        logits = [
+            torch.stack(
+                [model.head(model.hidden(model.open(1, c[None]), places, [model.length])) for c in row]
+            )
+            for row in (labels, none)
+        ]
+    given, free = (values.log_softmax(-1) for values in logits)
+    mixed = (3 * given - 2 * free).softmax(-1).cumsum(-1)
+    noise = torch.stack(
+        [torch.from_numpy(np.random.default_rng([5, i]).random(model.length)) for i in range(3)]
+    )
+    expected = (mixed <= noise[..., None] * mixed[..., -1:]).sum(-1)
+    assert torch.equal(drawn, expected)

@@ -6,8 +6,10 @@ import math
 
 import pytest
 
+from pipeline.errors import TrainingError
 from pipeline.sweeps.figures import learning_curves, parallel_coordinates, quality_against_speed
 from pipeline.sweeps.report import Row, Trial, best, markdown, rows, trials_csv, variants_csv
+from pipeline.sweeps.summary import refuse_total_failure
 
 METRIC = "validation/perplexity"
 
@@ -126,3 +128,12 @@ def test_pictures_of_nothing_can_be_drawn() -> None:
         stream = io.BytesIO()
         figure.savefig(stream, format="png")
         assert stream.getvalue()[:4] == b"\x89PNG"
+
+
+def test_a_sweep_of_which_all_trials_failed_is_an_error(table: list[Row]) -> None:
+    refuse_total_failure(table, "there")  # one of these failed
+    failed = rows([trial("none", seed, status="failed", error="no room") for seed in range(2)], "min")
+    with pytest.raises(
+        TrainingError, match=r"all 2 trials failed: no room \(2 trials\); there/table.md lists them"
+    ):
+        refuse_total_failure(failed, "there")

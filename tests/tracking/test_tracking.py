@@ -3,13 +3,15 @@
 import json
 import logging
 import os
+import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from pipeline.config.load import parse
 from pipeline.errors import CheckpointError, ConfigError, StoppedError
 from pipeline.tracking import (
     Tracker,
+    check_store,
     child_of,
     download_model,
     end_run,
@@ -75,10 +78,23 @@ class TestUri:
         ):
             tracking_uri(config)
 
-    @pytest.mark.parametrize(("written", "nearest"), [("htp://server", "http"), ("mlruns", "")])
+    @pytest.mark.parametrize(
+        ("written", "nearest"),
+        [
+            ("htp://server", "http"),
+            ("mlruns", ""),
+            ("http://", ""),
+            ("http://[::1", ""),
+            ("sqlite://", ""),
+            ("sqlite:///", ""),
+            ("sqlite:x.db", ""),
+        ],
+    )
     def test_no_such_kind_of_store(self, written: str, nearest: str) -> None:
         config = parse({"name": "a", "tracking": {"uri": written}}, "test")
-        with pytest.raises(ConfigError, match=f"tracking.uri: '{written}'.*sqlite:///FILE.*{nearest}"):
+        with pytest.raises(
+            ConfigError, match=f"tracking.uri: '{re.escape(written)}'.*sqlite:///FILE.*{nearest}"
+        ):
             tracking_uri(config)
 
 
@@ -142,6 +158,31 @@ class TestRun:
         (tmp_path / "file").write_text("in the way")
         with pytest.raises(ConfigError, match=r"tracking\.uri: MLflow at 'sqlite:.*/file'"):
             open_run(f"sqlite:///{tmp_path}/file/mlflow.db", "tests", "a", {}, {})
+
+    @pytest.mark.parametrize(
+        ("uri", "says"),
+        [
+            ("sqlite:///{}/text.db", "text.db is no SQLite file that can be used: file is not a database"),
+            (
+                "sqlite:///{}/folder",
+                "folder is no SQLite file that can be used: unable to open database file",
+            ),
+            ("sqlite:///{}/other.db", "no such column"),
+            ("postgresql://", "No module named 'psycopg.*'; the database's driver must be installed"),
+            ("postgresql+foo://a/b", "Can't load plugin"),
+        ],
+    )
+    def test_stores_that_cannot_be_used(self, uri: str, says: str, tmp_path: Path) -> None:
+        (tmp_path / "text.db").write_text("no database\n" * 100)
+        (tmp_path / "folder").mkdir()
+        with closing(sqlite3.connect(tmp_path / "other.db")) as database:
+            database.execute("CREATE TABLE runs (x)")
+        address = uri.format(tmp_path)
+        with pytest.raises(
+            ConfigError, match=f"tracking.uri: MLflow at '{re.escape(address)}' failed: .*{says}"
+        ):
+            check_store(str(tmp_path / "run"), address, "tests")
+        assert not (tmp_path / "run").exists()
 
     def test_dataset_is_an_input_once(self, uri: str, run_id: str) -> None:
         for _ in range(2):

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import storage
 from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.data.manifest import Manifest
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, DataError
 from pipeline.run import Run
 from pipeline.training import checkpoint, resume
 from tests.support import observed
 from tests.support.observed import quick
+from tests.support.tiny_runs import tiny
 from tests.support.workers import Workers
 
 
@@ -190,6 +192,36 @@ def test_what_a_resumed_run_may_change(config: RunConfig) -> None:
     assert plan is not None
     assert plan.state.step == 6
     assert not plan.universal
+
+
+@pytest.mark.parametrize("steps", [5, 7])
+def test_the_steps_of_a_cosine_are_fixed(steps: int, tmp_path: Path) -> None:
+    """With other steps the learning rate would jump: of a finished run, from 0 up again."""
+    config = tiny(tmp_path, "cosine", optim={"schedule": "cosine"}, train={"steps": 6})
+    other = tiny(tmp_path, "cosine", optim={"schedule": "cosine"}, train={"steps": steps})
+    with pytest.raises(CheckpointError, match=f"train.init_from to(.|\n)*  train.steps: 6 -> {steps}$"):
+        resume.check_same(config.model_dump(mode="json"), other, "there")
+    resume.check_same(config.model_dump(mode="json"), config, "there")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("skipped.json", "", "JSONDecodeError"),
+        ("skipped.json", '{"5": [1]}', "TypeError"),
+        ("skipped.json", '{"x": {"places": [1]}}', "ValueError"),
+        ("run.json", '{"run_id": "a"}', "KeyError: 'tracking_uri'"),
+        ("run.json", "[]", "TypeError"),
+    ],
+)
+def test_damaged_records_are_named_before_anything_starts(
+    name: str, text: str, says: str, tmp_path: Path
+) -> None:
+    run = Run(tiny(tmp_path, "damaged"))
+    resume.precheck(run)
+    storage.publish_text(storage.join(run.folder, name), text)
+    with pytest.raises(DataError, match=rf"{run.folder}/{name} is damaged \({says}"):
+        resume.precheck(run)
 
 
 def test_a_new_key_of_training_is_fixed_until_it_is_listed_here() -> None:

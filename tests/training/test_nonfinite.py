@@ -48,6 +48,11 @@ class NanGradient:
         return gradient * float("nan") if spoilt else gradient
 
 
+def nan_gradients(model: Denoiser) -> None:
+    """Spoil every gradient that is not 0, so that a step without rows is finite."""
+    model.head.bias.register_hook(lambda gradient: torch.where(gradient == 0, gradient, torch.nan))
+
+
 def rare_token(config: RunConfig, step: int) -> tuple[int, int, int]:
     """(id, place, row): a token that of all rows of the run, and of validation, stands only in this one."""
     rows, tokens = zip(*(plain.rows_of(config, s) for s in range(config.train.steps)), strict=True)
@@ -83,6 +88,8 @@ def runs(run_storage: Path, groups: dict[int, Workers]) -> dict[str, tuple[RunCo
     found["weights"] = config, groups[2](observed.train_one, config, False, nan_head), None
     config = quick(run_storage, "nan-gradients-always")
     found["gradients-always"] = config, groups[2](observed.train_one, config, False, NanGradient(None)), None
+    config = quick(run_storage, "nan-gradients-of-all-steps", log_every=1)
+    found["all-steps"] = config, groups[2](observed.train_one, config, False, nan_gradients), None
     for stage, precision in KINDS:
         config = quick(
             run_storage, f"nan-gradient-{stage}-{precision}", zero_stage=stage, precision=precision, steps=3
@@ -158,3 +165,14 @@ def test_gradients_that_stay_not_finite_are_an_error(
     for one in runs["gradients-always"][1]:
         assert one.error is not None
         assert "although rows were skipped in this step already" in one.error
+
+
+def test_steps_in_a_row_without_a_finite_gradient_are_an_error(
+    runs: dict[str, tuple[RunConfig, list[Seen], object]],
+) -> None:
+    """Else every step would be skipped, and the run would end as a success that has learned nothing."""
+    config, seen, _ = runs["all-steps"]
+    for one in seen:
+        assert one.error is not None
+        assert "the gradient of 3 steps in a row is not finite while all losses are" in one.error
+    assert list(skipped(config)) == ["0", "1"]
