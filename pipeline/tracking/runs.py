@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ConfigError, StoppedError, did_you_mean
+from pipeline.errors import ConfigError, StoppedError, did_you_mean, first_line
 from pipeline.logs import shown
 
 if TYPE_CHECKING:
@@ -283,11 +283,6 @@ def answering(uri: str) -> Iterator["MlflowClient"]:
         yield connect(uri)
     except (MlflowException, OSError) as error:
         raise ConfigError(shown(f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}")) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def ensure(create: Callable[[], object]) -> None:
