@@ -216,7 +216,7 @@ def _matches(folder: str, parts: list[str]) -> Iterator[str]:
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield a local folder and all below it, linked ones included and hidden ones left out, with the names of files."""
+    """Yield a local folder and those below it, linked ones too and hidden ones not, with the names of their files."""
 
     def fail(error: OSError) -> None:
         raise error
