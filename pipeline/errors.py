@@ -44,3 +44,21 @@ def did_you_mean(written: object, choices: Iterable[object]) -> str:
     """
     near = difflib.get_close_matches(str(written), [str(c) for c in choices], n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type.
+
+    Args:
+        error: of any library.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """Return a text on one line that UTF-8 can hold: line ends, control characters and lone surrogates are escaped.
+
+    Args:
+        text: may hold the name of a file or of a field, which can be anything.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,5 +1,6 @@
 """Read configs: YAML files that build on each other, and `section.key=value` overrides, as typed sections."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -229,12 +230,30 @@ def override(tree: Tree, word: str, path_of: Callable[[str], list[str]] = lambda
     if not equals or not all(key.split(".")):
         return f"override {word!r}: expected section.key=value"
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(_as_yaml(text), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = f": {error.problem}" if isinstance(error, yaml.constructor.ConstructorError) else ""
         return f"override {word!r}: {text!r} is not a YAML value{reason}"
     problem = put(tree, path_of(key), value)
     return problem and f"override {word!r}: {problem}"
+
+
+def _as_yaml(text: str) -> str:
+    """Return the YAML that an override's value means.
+
+    Plain values, quoted ones and those in [] and {} are YAML. What YAML would read as something else, such as a path
+    with ` #`, `: ` or a leading `*`, means itself.
+    """
+    word = text.strip()
+    closing = {"[": "]", "{": "}"}.get(word[:1], "")
+    if word[:1] in ("'", '"') or (closing and (word.endswith(closing) or closing not in word)):
+        return text
+    try:
+        node = yaml.compose(word, yaml.SafeLoader)
+    except yaml.YAMLError:
+        node = None
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None and node.value == word
+    return text if plain or not word else json.dumps(word, ensure_ascii=False)
 
 
 def put(tree: Tree, path: Sequence[str], value: Any) -> str:

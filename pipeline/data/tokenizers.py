@@ -6,7 +6,6 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import tiktoken
 from jaxtyping import Integer
 
 from pipeline import arguments, storage
-from pipeline.errors import ConfigError, DataError, did_you_mean
+from pipeline.errors import ConfigError, DataError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from pipeline.models.vq import ImageTokenizer
@@ -36,7 +35,7 @@ class Tokenizer(ABC):
         kind: "bytes" or "bpe", as saved folders have it.
         name: for people; what determines the ids is `hash`.
         vocab_size: V; ids are 0..V-1, `eot` among them.
-        eot: id of the end-of-text token, which `encode_batch` never returns.
+        eot: id of the end-of-text token, which `encode` never returns.
         hash: SHA-256 over everything that determines the ids.
     """
 
@@ -46,23 +45,34 @@ class Tokenizer(ABC):
     eot: int
     hash: str
 
+    @abstractmethod
+    def encode(self, text: str) -> Integer[np.ndarray, "n"]:
+        """Encode a text; what looks like a special token is plain text.
+
+        Args:
+            text: of any length.
+
+        Returns:
+            Its ids, without EOT.
+
+        Raises:
+            DataError: the tokenizer fails at this text.
+        """
+
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
-        """Encode texts; what looks like a special token is plain text.
+        """Encode texts, see `encode`.
 
         Args:
             texts: any number of them.
 
         Returns:
-            The ids of every text, without EOT.
+            The ids of every text.
 
         Raises:
             ConfigError: one is no text, or UTF-8 cannot write it.
+            DataError: the tokenizer fails at one.
         """
-        return self._encode([arguments.text("texts", text) for text in texts])
-
-    @abstractmethod
-    def _encode(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
-        """Encode texts that UTF-8 can write."""
+        return [self.encode(arguments.text("texts", text)) for text in texts]
 
     @abstractmethod
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
@@ -93,8 +103,9 @@ class ByteTokenizer(Tokenizer):
     vocab_size, eot = 257, 256
     hash = hashlib.sha256(b"utf-8 bytes, eot 256").hexdigest()
 
-    def _encode(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
-        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+    def encode(self, text: str) -> Integer[np.ndarray, "n"]:
+        """See `Tokenizer.encode`."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
         """See `Tokenizer.decode`."""
@@ -126,9 +137,15 @@ class BPETokenizer(Tokenizer):
             name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot, **unused}
         )
 
-    def _encode(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "n"]]:
-        encode = partial(self._encoding.encode_to_numpy, allowed_special=set(), disallowed_special=())
-        return [encode(text) for text in texts]
+    def encode(self, text: str) -> Integer[np.ndarray, "n"]:
+        """See `Tokenizer.encode`."""
+        try:
+            return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except (
+            Exception
+        ) as error:  # its search for words has limits, such as on spaces that follow each other
+            what = f"{len(text)} characters cannot be tokenised"
+            raise DataError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
         """See `Tokenizer.decode`."""
@@ -154,7 +171,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     if spec == "gpt2":
         return BPETokenizer("gpt2", _gpt2_ranks())
-    if spec.endswith(".tiktoken"):
+    if spec.lower().endswith(".tiktoken"):
         return BPETokenizer(Path(spec).stem, _read_ranks(spec))
     path = storage.join(spec, INFO_FILE)
     if info := storage.read_json(

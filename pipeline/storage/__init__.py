@@ -8,6 +8,7 @@ from pipeline.storage.files import (
     arrow,
     check_writable,
     exists,
+    explained,
     fetch,
     filesystem,
     folder_complete,
@@ -26,8 +27,9 @@ from pipeline.storage.files import (
     read_text,
     remove,
     resolve,
+    scratch,
     sha256,
     size,
     sweep,
 )
-from pipeline.storage.retries import retry
+from pipeline.storage.retries import of_network, retry

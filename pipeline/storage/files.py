@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -15,12 +16,14 @@ from typing import IO, Any
 import fsspec
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-from pipeline.errors import ConfigError, DataError
-from pipeline.storage.retries import retry
+from pipeline.errors import ConfigError, DataError, PipelineError, first_line
+from pipeline.storage.retries import of_network, retry, transient
 
 COMPLETE = "_COMPLETE"  # last file of a folder on a store that cannot rename folders
 _TEMPORARY = ".part-"  # start of the names of unfinished files
+# By scheme of the stores whose first folder is a bucket.
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def is_local(path: str) -> bool:
@@ -48,17 +51,30 @@ def filesystem(path: str) -> tuple[Any, str]:
         The filesystem, and the path inside it.
 
     Raises:
-        DataError: the URL's scheme is unknown or its driver is not installed.
+        DataError: the URL's scheme is unknown, its driver is not installed, or it names no bucket.
     """
+    if is_local(path):  # any character may stand in a path
+        return fsspec.filesystem("file"), resolve(path)
     scheme = path.split("://")[0]
+    if scheme in _DRIVERS and not path.removeprefix(f"{scheme}://").split("/")[0]:
+        raise DataError(f"{path!r} names no bucket; expected {scheme}://BUCKET/FOLDER")
     try:
-        return fsspec.core.url_to_fs(resolve(path))
+        if _is_chain(path):
+            return fsspec.core.url_to_fs(path)
+        kind = fsspec.get_filesystem_class(scheme)
+        return kind(**kind._get_kwargs_from_urls(path)), kind._strip_protocol(path)
     except ImportError as error:
         driver = _DRIVERS.get(scheme)
         how = f"; run `pip install {driver}` on every node" if driver else ""
         raise DataError(f"{path}: {scheme}:// needs a driver that is not installed ({error}){how}") from None
     except ValueError as error:
         raise DataError(f"{path}: cannot be opened: {error}") from None
+
+
+def _is_chain(path: str) -> bool:
+    """Return whether a URL goes through several filesystems, as `zip://file::s3://bucket/a.zip` does."""
+    known = fsspec.available_protocols()
+    return "::" in path and all("://" in part or part in known for part in path.split("::"))
 
 
 def arrow(path: str) -> tuple[FileSystem | None, str]:
@@ -88,7 +104,7 @@ def exists(path: str) -> bool:
     Raises:
         DataError: the store refuses access.
     """
-    with _explained(path):
+    with explained(path):
         fs, inner = filesystem(path)
         fs.invalidate_cache()  # another process may have written since the last call
         return fs.exists(inner)
@@ -104,7 +120,7 @@ def listing(path: str) -> list[str]:
     fs, inner = filesystem(path)
     fs.invalidate_cache()
     try:
-        with _explained(path):
+        with explained(path):
             names = [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -126,7 +142,7 @@ def read_bytes(path: str) -> bytes:
         FileNotFoundError: there is no such file.
         DataError: the store refuses access.
     """
-    with _explained(path):
+    with explained(path):
         fs, inner = filesystem(path)
         return fs.cat_file(inner)
 
@@ -195,6 +211,7 @@ def check_writable(path: str, key: str) -> None:
     """
     probe = join(path, f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
+        filesystem(path)  # refuses a store without a bucket, for which the probe's name would be taken
         publish_bytes(probe, b"")
         remove(probe)
     except (OSError, DataError) as error:
@@ -281,8 +298,8 @@ def publishing_folder(path: str) -> Iterator[Path]:
     Raises:
         DataError: it cannot be written.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        local = Path(temporary) / "folder"
+    with scratch() as temporary:
+        local = temporary / "folder"
         yield local
         publish_folder(local, path)
 
@@ -325,6 +342,32 @@ def sweep(path: str) -> None:
     """Remove what killed writers left in a folder, if it is local; no other process may be writing there."""
     for part in Path(resolve(path)).glob(f"{_TEMPORARY}*") if is_local(path) else ():
         remove(str(part))
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """Give an empty folder on this node's disk, inside the temporary folder (TMPDIR), and remove it after the block.
+
+    Raises:
+        DataError: the folder cannot be made, or the disk is full; names TMPDIR.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise DataError(_no_room(error)) from error
+    with folder as path:
+        try:
+            yield Path(path)
+        except OSError as error:
+            if error.errno in _FULL or str(error.filename or "").startswith(path):
+                raise DataError(_no_room(error)) from error
+            raise
+
+
+def _no_room(error: OSError) -> str:
+    """Describe why the temporary folder cannot be used."""
+    place = os.environ.get("TMPDIR") or "/tmp"
+    return f"TMPDIR: {place!r} cannot hold temporary files: {error.strerror or first_line(error)}"
 
 
 def node_folder() -> Path:
@@ -407,29 +450,31 @@ def _publish(path: str, write: Callable[[Any, str], None]) -> None:
             write(fs, str(part))
         return
     try:
-        with _explained(path):
+        with explained(path):
             retry(write)(fs, inner)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Name the path and the source of credentials where a store refuses access; other errors pass."""
+def explained(path: str) -> Iterator[None]:
+    """Name the path where a store refuses access or a name; outages and other errors pass."""
     try:
         yield
     except Exception as error:
-        refused = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
-        if is_local(path) or not refused:
+        if is_local(path) or isinstance(error, PipelineError):
             raise
-        raise DataError(
-            f"{path}: the store refuses access ({error}); credentials come from the environment or the node's role"
-        ) from error
+        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+            how = "credentials come from the environment or the node's role"
+            raise DataError(f"{path}: the store refuses access ({error}); {how}") from error
+        if isinstance(error, OSError) or not of_network(error) or transient(error):
+            raise
+        raise DataError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 @retry
 def _delete(path: str) -> None:
     """Remove a remote file or folder if it exists."""
     fs, inner = filesystem(path)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(inner, recursive=True)
+    with contextlib.suppress(FileNotFoundError), explained(path):
+        fs.rm(glob.escape(inner), recursive=True)  # which would take the path for a pattern

@@ -22,6 +22,18 @@ _TRANSIENT |= {errno.EHOSTUNREACH, getattr(errno, "EREMOTEIO", errno.EIO)}
 # Broken connections as the stores' drivers call them; they are no OSError. By name, so that no driver is needed.
 _BROKEN = {"HTTPClientError", "EndpointConnectionError", "ServerDisconnectedError", "ClientPayloadError"}
 _BROKEN |= {"IncompleteRead"}
+# Libraries that talk to stores and servers, whose errors are none of the data.
+_NETWORK = {
+    "aiohttp",
+    "aiobotocore",
+    "botocore",
+    "gcsfs",
+    "httpcore",
+    "httpx",
+    "huggingface_hub",
+    "requests",
+    "urllib3",
+}
 
 
 def status(error: BaseException) -> int | None:
@@ -48,6 +60,16 @@ def transient(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno is None or error.errno in _TRANSIENT
     return any(kind.__name__ in _BROKEN for kind in type(error).__mro__)
+
+
+def of_network(error: BaseException) -> bool:
+    """Return whether an error comes from the network or a store, and not from the data that was read.
+
+    Args:
+        error: raised while data was read.
+    """
+    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError) or not libraries.isdisjoint(_NETWORK)
 
 
 def retry(function: Callable[P, R]) -> Callable[P, R]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import CheckpointError, did_you_mean
-from pipeline.tracking.runs import answering, ensure, first_line
+from pipeline.errors import CheckpointError, did_you_mean, first_line
+from pipeline.tracking.runs import answering, ensure
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ConfigError, StoppedError, did_you_mean
+from pipeline.errors import ConfigError, StoppedError, did_you_mean, first_line
 from pipeline.logs import shown
 
 if TYPE_CHECKING:
@@ -327,11 +327,6 @@ def answering(uri: str) -> Iterator["MlflowClient"]:
         advice = "; the database's driver must be installed" if isinstance(error, ImportError) else ""
         message = f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}{advice}"
         raise ConfigError(shown(message)) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def ensure(create: Callable[[], object]) -> None:

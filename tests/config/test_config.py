@@ -244,6 +244,50 @@ class TestOverrides:
         assert (config.train.steps, config.train.batch) == (10000, 512)
         assert parse(yaml.safe_load(dump(config)), origin="test") == config
 
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "my data #1",
+            "#1",
+            "*.jsonl",
+            "&a",
+            "a: b",
+            "a:",
+            "- x",
+            "? x",
+            "!x",
+            "%20",
+            "@x",
+            "`x`",
+            "|",
+            ">",
+            "{a}/b",
+            "[ab]*.jsonl",
+            "a::b",
+            "what?",
+            "C:\\data",
+            "ü ☃ 😀",
+            "it's",
+            'a"b',
+            "~/data",
+            "a  b",
+            "a\tb",
+        ],
+    )
+    def test_text_that_yaml_would_read_as_something_else(self, source: str, tmp_path: Path) -> None:
+        config = load(write(tmp_path, "name: a"), [f"data.source={source}", f"data.path= {source} "])
+        assert (config.data.source, config.data.path) == (source, source)
+
+    @pytest.mark.parametrize(
+        ("text", "value"), [("'a #1'", "a #1"), ('"a: b"', "a: b"), ("null", None), ("", None)]
+    )
+    def test_quoted_text_and_null(self, text: str, value: str | None, tmp_path: Path) -> None:
+        assert load(write(tmp_path, "name: a"), [f"data.path={text}"]).data.path == value
+
+    def test_a_comment_is_no_part_of_a_number(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"train.steps: '5 #x': input should be a valid integer"):
+            load(write(tmp_path, "name: a"), ["train.steps=5 #x"])
+
     def test_floats_as_people_write_them(self, tmp_path: Path) -> None:
         """YAML 1.1 reads `3e-4` as a word; the field's type says that it is a number."""
         config = load(write(tmp_path, "name: a\noptim: {lr: 3e-4}"), ["diffusion.eps=1e-4"])

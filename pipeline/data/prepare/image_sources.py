@@ -9,13 +9,13 @@ shuffled, keep their own order.
 import gzip
 import itertools
 import json
+import logging
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +25,13 @@ from jaxtyping import UInt8
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import SourceInfo
-from pipeline.data.prepare import source_files
-from pipeline.data.prepare.source_files import HUB, Problem, SourceFile
+from pipeline.data.prepare import source_files, tars
+from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, is_a
+from pipeline.data.prepare.tars import Member, Sample
 from pipeline.data.reading_order import permutation
-from pipeline.errors import DataError, did_you_mean
+from pipeline.errors import DataError, PipelineError, did_you_mean, first_line, printable
+
+log = logging.getLogger(__name__)
 
 DIGITS = "digits"
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -38,6 +41,10 @@ _KINDS = {"image files": IMAGES, "tar files": TAR, "Parquet files": PARQUET, "id
 _ORDER = 1  # seed of the order of sources that come sorted by class
 _READERS = 8  # files listed at the same time
 _ROWS = 64  # of Parquet held at a time
+_NAMED = 6  # names in a message
+_IDX_IMAGES = re.compile(r"images([-.])idx3-ubyte(\.gz)?$", re.IGNORECASE)
+LABELS = {"cls", "json"}  # suffixes in tar files
+_PARTS = {*LABELS, *(end[1:] for end in IMAGES)}
 
 RawImage = tuple[bytes | UInt8[np.ndarray, "..."], int]  # bytes of a file, or pixels; and the label
 
@@ -65,16 +72,6 @@ class Ref(NamedTuple):
         if is_a(self.path, IMAGES):
             return self.path
         return f"{self.path} {'row' if is_a(self.path, PARQUET) else 'image'} {self.place}"
-
-
-def is_a(path: str, suffixes: tuple[str, ...]) -> bool:
-    """Return whether a file's name ends with one of the suffixes, in upper or lower case.
-
-    Args:
-        path: of the file.
-        suffixes: in lower case.
-    """
-    return path.lower().endswith(suffixes)
 
 
 def _outside(label: object, classes: int) -> str:
@@ -130,10 +127,9 @@ def open_images(data: ImageDataConfig) -> ImageSource:
     if data.source.startswith(HUB):
         return _open_hub(data)
     files = source_files.find(data.source, tuple(itertools.chain(*_KINDS.values())), DIGITS)
-    files = [file for file in files if "/." not in f"/{file.name}"]
     kinds = [kind for kind, ends in _KINDS.items() if any(is_a(file.path, ends) for file in files)]
     if len(kinds) != 1:
-        names = " and ".join(kinds) or "hidden files only"
+        names = " and ".join(kinds)
         raise DataError(f"data.source: {names} at {data.source!r}; expected one kind of {', '.join(_KINDS)}")
     if kinds == ["idx files"]:
         files = _idx_pair(files, data.source)
@@ -190,11 +186,11 @@ def read_images(refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage
             for item in _read(path, part, data):
                 yield item
                 count += 1
-        except (ConnectionError, TimeoutError):
-            raise  # no fault of the data: it is read again
-        except (OSError, EOFError, ValueError, pa.ArrowException) as error:
+        except Exception as error:
+            if isinstance(error, PipelineError) or storage.of_network(error):
+                raise  # no fault of the data: it is read again
             for ref in part[count:]:
-                yield Problem(str(ref), f"cannot be read: {type(error).__name__}: {error}")
+                yield Problem(str(ref), f"cannot be read: {type(error).__name__}: {first_line(error)}")
 
 
 def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[RawImage | Problem]:
@@ -221,80 +217,92 @@ def _digits() -> tuple[UInt8[np.ndarray, "n 8 8"], np.ndarray]:
 def _list_folders(
     files: Sequence[SourceFile], data: ImageDataConfig
 ) -> tuple[list[Ref], list[Problem], tuple[str, ...]]:
-    """List folders, each a class with all that lies in it; classes are numbered in the order of their names."""
+    """List folders, each a class with all that lies in it; classes are numbered in the order of their names.
+
+    A folder without images is a class only if `data.classes` counts it, so that no other folder beside the classes
+    moves their labels.
+    """
     if loose := next((file.path for file in files if "/" not in file.name), None):
         raise DataError(f"data.source: {loose!r} is in no class folder; expected FOLDER/CLASS/IMAGE")
     classes = [file.name.partition("/")[0] for file in files]
     root = files[0].path.removesuffix(files[0].name)
-    empty = set() if source_files.has_wildcard(data.source) else _folders(root).difference(classes)
-    names = tuple(sorted(empty.union(classes)))
-    if len(names) < data.classes:
+    filled = set(classes)
+    empty = source_files.folders_in(root) - filled if storage.exists(data.source) else set()
+    if len(filled) == data.classes and empty:
+        log.info("%s: folders without images are no classes: %s", data.source, ", ".join(sorted(empty)))
+        empty = set()
+    names = sorted(empty | filled)
+    if len(names) != data.classes:
         raise DataError(
-            f"data.classes: {data.classes}, but {data.source!r} has folders of {len(names)} classes; "
-            f"expected data.classes={len(names)}"
+            f"data.classes: {data.classes}, but {data.source!r} has folders of {len(filled)} classes; "
+            f"expected data.classes={len(filled)}, or a glob of the class folders, which are {_some(sorted(filled))}"
         )
     labels = {name: label for label, name in enumerate(names)}
     refs = [Ref(file.path, 0, 0, label=labels[name]) for file, name in zip(files, classes, strict=True)]
     why = f"no image in this class; expected {', '.join(IMAGES)}"
-    return refs, [Problem(f"{root}{name}", why) for name in sorted(empty)], names
+    problems = [Problem(f"{root}{name}", why) for name in sorted(empty)]
+    return refs, problems, tuple(map(printable, names))
 
 
-def _folders(root: str) -> set[str]:
-    """Return the names of the folders in a folder, hidden ones left out."""
-    fs, inner = storage.filesystem(root)
-    infos = fs.ls(inner, detail=True)
-    names = {info["name"].rstrip("/").rpartition("/")[2] for info in infos if info["type"] == "directory"}
-    return {name for name in names if not name.startswith(".")}
+def _some(names: Sequence[str]) -> str:
+    """Return the first of some names, for a message."""
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def _list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
-    """List a tar file in WebDataset's layout: members whose names differ only behind the first dot are a sample."""
+    """List a tar file in WebDataset's layout: members whose names differ only behind the first dot are a sample.
+
+    The members of a sample need not stand next to each other. A suffix that comes again begins another sample of the
+    same name. Members that are no part of a sample are ignored.
+    """
+    samples: list[tuple[str, Sample]] = []
+    fault, others = None, 0
     try:
-        with storage.open_read(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = ((*_stem(member.name), member) for member in tar if member.isfile())
-            for stem, group in itertools.groupby(members, key=lambda item: item[0]):
-                if not stem.rpartition("/")[2]:
-                    continue  # a hidden file
-                sample = {suffix: member for _, suffix, member in group}
-                try:
-                    image, label = _sample(sample, tar, data)
-                    yield Ref(path, image.offset_data, image.size, label=label, name=image.name)
-                except DataError as error:
-                    yield Problem(f"{path}: {stem}", str(error))
-    except (ConnectionError, TimeoutError):
-        raise
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        yield Problem(path, f"cannot be read to the end: {type(error).__name__}: {error}")
+        with storage.open_read(path) as file:
+            tars.collect(file, samples, LABELS)
+    except Exception as error:
+        if isinstance(error, PipelineError) or storage.of_network(error):
+            raise
+        fault = error
+    for stem, sample in samples:
+        if not any(suffix.rpartition(".")[2] in _PARTS for suffix in sample):
+            others += 1
+            continue
+        try:
+            image, label = _sample(sample, data)
+            yield Ref(path, image.start, image.size, label=label, name=image.name)
+        except DataError as error:
+            yield Problem(f"{path}: {stem}", str(error))
+    if others:
+        log.info("%s: %d members of other kinds are ignored", path, others)
+    if fault:
+        yield Problem(path, f"cannot be read to the end: {type(fault).__name__}: {first_line(fault)}")
 
 
-def _stem(name: str) -> tuple[str, str]:
-    """Split a member's name at the first dot of its last part."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
-
-
-def _sample(
-    sample: dict[str, tarfile.TarInfo], tar: tarfile.TarFile, data: ImageDataConfig
-) -> tuple[tarfile.TarInfo, int]:
+def _sample(sample: Sample, data: ImageDataConfig) -> tuple[Member, int]:
     """Return the image and the label of a sample; raise what is wrong with it."""
-    suffixes = ", ".join(sample)
+    suffixes = _some(list(sample))
     image = next((sample[end[1:]] for end in IMAGES if end[1:] in sample), None)
-    if image is None:
+    if not isinstance(image, Member):
         raise DataError(f"no image among {suffixes}; expected {', '.join(end[1:] for end in IMAGES)}")
     suffix = "cls" if "cls" in sample else "json"
     try:
-        file = tar.extractfile(sample[suffix])
-        assert file is not None, suffix  # members are files
-        text = file.read().decode("utf-8")
+        content = sample[suffix]
+        if isinstance(content, Member):
+            raise DataError(f"no label in {suffix}: {content.fault}")
+        text = content.decode("utf-8-sig")
         label = int(text) if suffix == "cls" else json.loads(text)[data.label_field]
+    except DataError:
+        raise
     except KeyError:
         expected = f"cls, or json with the field {data.label_field!r} (data.label_field)"
         raise DataError(f"no label among {suffixes}; expected {expected}") from None
-    except (ValueError, TypeError) as error:
-        raise DataError(f"no label in {suffix}: {error}") from None
-    if not isinstance(label, int) or label < 0:
+    except Exception as error:  # of numbers, JSON and UTF-8, and of too much nesting
+        raise DataError(f"no label in {suffix}: {first_line(error)}") from None
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
         raise DataError(_outside(label, data.classes))
+    if image.fault:
+        raise DataError(image.fault)
     return image, label
 
 
@@ -312,8 +320,10 @@ def _list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
         with storage.open_read(path) as file:
             parquet = pq.ParquetFile(file)
             names, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
-    except (OSError, pa.ArrowException) as error:
-        yield Problem(path, f"cannot be read: {type(error).__name__}: {error}")
+    except Exception as error:
+        if isinstance(error, PipelineError) or storage.of_network(error):
+            raise
+        yield Problem(path, f"cannot be read: {type(error).__name__}: {first_line(error)}")
         return
     for key, name in (("image_field", data.image_field), ("label_field", data.label_field)):
         if name not in names:
@@ -324,48 +334,69 @@ def _list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
 
 def _read_parquet(path: str, refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage | Problem]:
     """Yield the bytes and the label of each image, whose rows ascend; only their row groups are read."""
-    places = {ref.place for ref in refs}
     with storage.open_read(path) as file:
         parquet = pq.ParquetFile(file)
         sizes = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
         starts = np.cumsum([0, *sizes])
-        groups = sorted({int(np.searchsorted(starts, row, side="right")) - 1 for row in places})
-        numbers = itertools.chain.from_iterable(range(starts[g], starts[g + 1]) for g in groups)
-        columns = [data.image_field, data.label_field]
-        for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns):
+        for group, rows in itertools.groupby(
+            (ref.place for ref in refs), lambda row: int(np.searchsorted(starts, row, side="right")) - 1
+        ):
+            yield from _read_group(parquet, group, [row - starts[group] for row in rows], path, data=data)
+
+
+def _read_group(
+    parquet: pq.ParquetFile, group: int, rows: list[int], path: str, data: ImageDataConfig
+) -> Iterator[RawImage | Problem]:
+    """Yield the bytes and the label of some rows of a row group; of a damaged group, what is wrong with it."""
+    first = sum(parquet.metadata.row_group(g).num_rows for g in range(group))
+    columns, start, count = [data.image_field, data.label_field], 0, 0
+    try:
+        for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns):
             pictures, labels = batch.column(data.image_field), batch.column(data.label_field)
-            for i, number in zip(
-                range(len(batch)), numbers, strict=False
+            while count < len(rows) and rows[count] < start + len(
+                batch
             ):  # cells of other rows are not decoded
-                if number in places:
-                    yield _cell(pictures[i].as_py(), labels[i].as_py(), f"{path} row {number}", data=data)
-            if number >= refs[-1].place:
+                place = rows[count] - start
+                yield _cell(pictures[place], labels[place], f"{path} row {first + rows[count]}", data=data)
+                count += 1
+            if count == len(rows):
                 return
+            start += len(batch)
+    except Exception as error:
+        if storage.of_network(error):
+            raise
+        why = f"cannot be read: {type(error).__name__}: {first_line(error)}"
+        yield from (Problem(f"{path} row {first + row}", why) for row in rows[count:])
 
 
-def _cell(image: Any, label: Any, where: str, data: ImageDataConfig) -> RawImage | Problem:
+def _cell(picture: pa.Scalar, number: pa.Scalar, where: str, data: ImageDataConfig) -> RawImage | Problem:
     """Return the bytes and the label in a row; Hugging Face stores an image as its bytes and its file's name."""
+    try:
+        image, label = picture.as_py(), number.as_py()
+    except Exception as error:  # of values that Python cannot hold, such as text that is not UTF-8
+        return Problem(where, f"cannot be read: {type(error).__name__}: {first_line(error)}")
     image = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(image, bytes):
         found = f"{data.image_field!r} (data.image_field) holds a {type(image).__name__}"
         return Problem(where, f"{found}; expected the bytes of an image")
-    if not isinstance(label, int) or not 0 <= label < data.classes:
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < data.classes:
         return Problem(where, _outside(label, data.classes))
     return image, label
 
 
 def _idx_pair(files: list[SourceFile], source: str) -> list[SourceFile]:
     """Return one file of images and the file of its labels: the training ones, where there are several."""
-    images = [file for file in files if re.search(r"images[-.]idx3-ubyte(\.gz)?$", file.path)]
-    chosen = [file for file in images if file.path.rpartition("/")[2].startswith("train")] or images
+    images = [file for file in files if _IDX_IMAGES.search(file.path)]
+    chosen = [file for file in images if file.path.rpartition("/")[2].lower().startswith("train")] or images
     if len(chosen) != 1:
         names = ", ".join(file.path.rpartition("/")[2] for file in chosen or files)
         raise DataError(
             f"data.source: {names} at {source!r}; expected train-images-idx3-ubyte[.gz], or one such file"
         )
     path, name = chosen[0].path, chosen[0].name
-    stem = re.sub(r"images([-.])idx3-ubyte(\.gz)?$", r"labels\1idx1-ubyte", path)
-    labels = [*source_files.list_files(stem), *source_files.list_files(f"{stem}.gz")]
+    upper = path[-1].isupper()
+    stem = _IDX_IMAGES.sub(r"LABELS\1IDX1-UBYTE" if upper else r"labels\1idx1-ubyte", path)
+    labels = [file for end in ("", ".gz", ".GZ") for file in source_files.list_files(stem + end)]
     if not labels:
         raise DataError(f"data.source: {path!r} without its labels; expected {stem!r} or with .gz")
     return [chosen[0], labels[0]._replace(name=labels[0].path[len(path) - len(name) :])]
@@ -387,9 +418,9 @@ def _idx(path: str) -> UInt8[np.ndarray, "..."]:
     """Read an idx file: two zeros, 8 for bytes, the number of dimensions, their sizes, the values."""
     data = storage.read_bytes(path)
     try:
-        data = gzip.decompress(data) if path.endswith(".gz") else data
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        data = gzip.decompress(data) if is_a(path, (".gz",)) else data
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
     rank = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
     shape = tuple(np.frombuffer(data[4 : 4 + 4 * rank], dtype=">i4").tolist())
     if not rank or len(shape) < rank or len(data) != 4 + 4 * rank + int(np.prod(shape)):
@@ -411,8 +442,8 @@ def _open_hub(data: ImageDataConfig) -> ImageSource:
     name = folder or data.source.removeprefix(HUB)
     try:
         splits = load_dataset_builder(name, data.subset, revision=revision).config.data_files or {}
-    except (OSError, ValueError, RuntimeError) as error:  # the message names the subsets
-        raise DataError(f"data.source: {data.source!r} cannot be opened: {error}") from error
+    except Exception as error:  # errors of several libraries; the message names the subsets
+        raise DataError(f"data.source: {data.source!r} cannot be opened: {first_line(error)}") from error
     if data.split not in splits:
         known = f"{', '.join(map(str, splits))}{did_you_mean(data.split, splits)}"
         raise DataError(f"data.split: no split {data.split!r} in {data.source!r}; known: {known}")

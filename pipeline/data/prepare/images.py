@@ -12,13 +12,11 @@ What the shards hold depends on the input and the config alone; codes of a netwo
 import io
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +30,7 @@ from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import Manifest, SpecialIds, TokenizerInfo, hash_content, tokenizer_key
 from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_sources import ImageSource, Listing, Ref, list_images, read_images
-from pipeline.data.prepare.source_files import Problem, leave_out
+from pipeline.data.prepare.source_files import Problem, leave_out, reached
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.errors import DataError
 
@@ -332,7 +330,8 @@ def _rows(shard: workflow.Shard, work: str, bos: int) -> Rows:
 def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
     """List all images; raise what is wrong with the source."""
     log.info("listing %s", data.source)
-    listing = list_images(source, data)
+    with reached(data.source):
+        listing = list_images(source, data)
     for problem in listing.problems:
         log.warning("skipped %s", leave_out(problem, data))
     workflow.check_held_out(data, "images", len(listing.refs))
@@ -367,8 +366,8 @@ def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
 
 def _save(tokenizer: "ImageTokenizer", folder: str) -> None:
     """Write the tokenizer to a folder, whole or not at all."""
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save(local := Path(scratch) / TOKENIZER)
+    with storage.scratch() as scratch:
+        tokenizer.save(local := scratch / TOKENIZER)
         storage.publish_folder(local, folder)
 
 
@@ -394,7 +393,8 @@ def _encode_units(units: ray.data.Dataset, data: ImageDataConfig, images: int, w
 
 def _read(unit: tuple[int, Sequence[Ref]], data: ImageDataConfig) -> tuple[int, Pixels]:
     """Read the images of a unit."""
-    return unit[0], read_pixels(unit[1], data)
+    with reached(data.source):
+        return unit[0], read_pixels(unit[1], data)
 
 
 def _decode(raw: bytes) -> Image.Image:

@@ -1,21 +1,29 @@
 """What the sources of text and of images share: listing files, datasets of the Hugging Face hub, problems."""
 
+import contextlib
+import fnmatch
 import hashlib
+import itertools
 import logging
+import os
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
 from pipeline.data.manifest import SourceInfo
-from pipeline.errors import DataError, did_you_mean
+from pipeline.errors import DataError, PipelineError, did_you_mean, first_line, printable
 
 log = logging.getLogger(__name__)
 
 HUB = "hf:"
 _WILDCARD = re.compile(r"[*?\[]")
+_ARCHIVER = "__MACOSX"  # folder of hidden files that macOS puts into archives
+
+Found = dict[str, tuple[int, str]]  # by path: size, and what changes with the content
 
 
 class Problem(NamedTuple):
@@ -30,7 +38,7 @@ class Problem(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.why}"
+        return printable(f"{self.where}: {self.why}")
 
 
 class SourceFile(NamedTuple):
@@ -70,7 +78,10 @@ def digest(parts: Iterable[str]) -> str:
     Args:
         parts: the texts.
     """
-    return hashlib.sha256(b"".join(part.encode("utf-8") + b"\0" for part in parts)).hexdigest()
+    # Names of files that are not UTF-8 hold surrogates.
+    return hashlib.sha256(
+        b"".join(part.encode("utf-8", "surrogatepass") + b"\0" for part in parts)
+    ).hexdigest()
 
 
 def describe(data: AnyDataConfig, parts: Iterable[str], revision: str | None = None) -> SourceInfo:
@@ -93,31 +104,195 @@ def names_and_sizes(files: Iterable[SourceFile]) -> list[str]:
     return [f"{file.name} {file.size}" for file in files]
 
 
-def has_wildcard(source: str) -> bool:
-    """Return whether a path is a glob.
+def is_a(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether a file's name ends with one of the suffixes, in upper or lower case.
 
     Args:
-        source: path or URL.
+        path: of the file.
+        suffixes: in lower case.
     """
-    return bool(_WILDCARD.search(source))
+    return path.lower().endswith(suffixes)
 
 
-def list_files(source: str, root: str = "") -> list[SourceFile]:
+def is_hidden(name: str) -> bool:
+    """Return whether a path below a folder is one of those that systems and editors leave beside the data.
+
+    Args:
+        name: the path, relative to the folder.
+    """
+    parts = [part for part in name.split("/") if part != "."]
+    return any(part.startswith(".") or part == _ARCHIVER for part in parts)
+
+
+@contextlib.contextmanager
+def reached(source: str) -> Iterator[None]:
+    """Turn an outage that lasts into an error that names the source.
+
+    Args:
+        source: `data.source`.
+
+    Raises:
+        DataError: the network or the store did not answer.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        if not storage.of_network(error):
+            raise
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"data.source: {source!r} cannot be reached: {what}") from error
+
+
+def list_files(source: str, root: str | None = None) -> list[SourceFile]:
     """List all files at a path, sorted by path; none if nothing is there.
+
+    A path that exists is taken as it is, whatever characters it has. Linked folders are followed. Hidden files inside
+    a folder are left alone.
 
     Args:
         source: a file, a folder, whose subfolders are listed too, or a glob.
-        root: how the paths start (without the protocol of a URL); what follows is the name.
+        root: how the paths start (without the protocol of a URL); what follows is the name. None: the folder, or the
+            folder that holds the file or all matches of the glob.
+
+    Raises:
+        DataError: a folder cannot be listed.
     """
-    fs, inner = storage.filesystem(source)
-    infos: dict[str, Any] = {}
-    for path, info in fs.glob(inner, detail=True).items():  # also of a path without wildcards
-        infos |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
-    protocol = "" if storage.is_local(source) else fs.unstrip_protocol(inner).removesuffix(inner)
+    if storage.is_local(source):
+        (found, base), protocol = _list_local(storage.resolve(source)), ""
+    else:
+        found, base, protocol = _list_remote(source)
+    start = len(storage.join(base, "") if root is None else root)
     return [
-        SourceFile(protocol + path, path[len(root) :], info["size"], version=digest([str(info)]))
-        for path, info in sorted(infos.items())
+        SourceFile(protocol + path, path[start:], size, version=digest([version]))
+        for path, (size, version) in sorted(found.items())
     ]
+
+
+def _list_local(path: str) -> tuple[Found, str]:
+    """Return the files at a path of this machine, and the folder below which they have their names."""
+    literal = _literal(path)
+    try:
+        if literal != path:
+            matches = list(_matches(literal, path[len(literal) :].strip("/").split("/")))
+        else:
+            matches, literal = [path], path if os.path.isdir(path) else os.path.dirname(path)
+        files = (_below(match) if os.path.isdir(match) else _regular(match) for match in matches)
+        return {file: facts for group in files for file, facts in group}, literal
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be listed: {error.strerror}") from error
+
+
+def _literal(path: str) -> str:
+    """Return a local path, or of a glob the folder in front of the first wildcard.
+
+    What exists as it is written has no wildcards.
+    """
+    parts = path.split("/")
+    for count, part in enumerate(parts):
+        if _WILDCARD.search(part) and not os.path.lexists("/".join(parts[: count + 1])):
+            return "/".join(parts[:count]) or "/"
+    return path
+
+
+def _matches(folder: str, parts: list[str]) -> Iterator[str]:
+    """Yield what matches the parts of a glob below a local folder."""
+    if not parts:
+        yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if not os.path.isdir(folder):
+        return
+    if first == "**":
+        for below in [inner for inner, _ in _walk(folder)] if rest else [folder]:
+            yield from _matches(below, rest)
+    elif _WILDCARD.search(first):
+        for name in fnmatch.filter(os.listdir(folder), first):
+            if first.startswith(".") or not is_hidden(name):
+                yield from _matches(storage.join(folder, name), rest)
+    else:
+        yield from _matches(storage.join(folder, first), rest)
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield a local folder and those below it, linked ones too and hidden ones not, with the names of their files."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    above: dict[str, frozenset[tuple[int, int]]] = {root: frozenset()}
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        info = os.stat(folder)
+        chain = above.pop(folder) | {(info.st_dev, info.st_ino)}
+        followed = []
+        for name in itertools.filterfalse(is_hidden, inner):
+            path = os.path.join(folder, name)
+            info = os.stat(path)
+            if (info.st_dev, info.st_ino) in chain:
+                log.info("%s leads back to a folder that it lies in, and is not followed", path)
+            else:
+                above[path] = chain
+                followed.append(name)
+        inner[:] = followed
+        yield folder, [name for name in names if not is_hidden(name)]
+
+
+def _below(root: str) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Yield the files below a local folder."""
+    for folder, names in _walk(root):
+        for name in names:
+            yield from _regular(os.path.join(folder, name))
+
+
+def _regular(path: str) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Yield a local file; a link without a target too, which is named when it is read, but no pipe and no device."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        if not os.path.lexists(path):
+            return
+        info = os.lstat(path)
+    if stat.S_ISREG(info.st_mode) or stat.S_ISLNK(info.st_mode):
+        yield path, (info.st_size, f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}")
+
+
+@storage.retry
+def _list_remote(source: str) -> tuple[Found, str, str]:
+    """Return the files at a URL, the folder below which they have their names, and how their URLs start."""
+    fs, inner = storage.filesystem(source)
+    fs.invalidate_cache()
+    with storage.explained(source):
+        try:
+            tops, base = {inner: fs.info(inner)}, inner
+            if tops[inner]["type"] != "directory":
+                base = inner.rpartition("/")[0]
+        except FileNotFoundError as error:
+            if error.__cause__ is not None and storage.of_network(error.__cause__):  # how HTTP's driver fails
+                raise error.__cause__ from None
+            tops = fs.glob(inner, detail=True) if _WILDCARD.search(inner) else {}
+            base = _WILDCARD.split(inner)[0].rpartition("/")[0]
+        found: Found = {}
+        for top, info in tops.items():
+            below = fs.find(top, detail=True) if info["type"] == "directory" else {top: info}
+            files = {path: info for path, info in below.items() if not is_hidden(path[len(top) :])}
+            found |= {path: (info.get("size") or 0, str(info)) for path, info in files.items()}
+    return found, base, fs.unstrip_protocol(inner).removesuffix(inner)
+
+
+def folders_in(path: str) -> set[str]:
+    """Return the names of the folders in a folder, linked ones included, and hidden ones left out.
+
+    Args:
+        path: path or URL of the folder.
+    """
+    fs, inner = storage.filesystem(path)
+    if storage.is_local(path):
+        names = {name for name in os.listdir(inner) if os.path.isdir(storage.join(inner, name))}
+    else:
+        found = (info["name"] for info in fs.ls(inner, detail=True) if info["type"] == "directory")
+        names = {name.rstrip("/").rpartition("/")[2] for name in found}
+    return {name for name in names if not is_hidden(name)}
 
 
 def find(source: str, suffixes: tuple[str, ...], *embedded: str) -> list[SourceFile]:
@@ -131,23 +306,24 @@ def find(source: str, suffixes: tuple[str, ...], *embedded: str) -> list[SourceF
     Raises:
         DataError: nothing is there, or nothing that can be read.
     """
-    inner = storage.filesystem(source)[1]
-    root = _WILDCARD.split(inner)[0]
-    if root != inner or root.lower().endswith(suffixes):
-        root = root.rpartition("/")[0]
-    files = list_files(source, storage.join(root, ""))
+    try:
+        with reached(source):
+            files = list_files(source)
+    except DataError as error:
+        raise DataError(f"data.source: {str(error).removeprefix('data.source: ')}") from error
     if not files:
         folder, _, name = source.rstrip("/").rpartition("/")
         near = did_you_mean(name, [*storage.listing(folder or "."), *embedded])
         raise DataError(f"data.source: nothing at {source!r}{near}")
-    readable = [file for file in files if file.path.lower().endswith(suffixes)]
+    readable = [file for file in files if is_a(file.path, suffixes)]
     if not readable:
         raise DataError(
             f"data.source: no file to read among {len(files)} at {source!r}, such as {files[0].path!r}; "
             f"expected {', '.join(suffixes)}"
         )
     if others := len(files) - len(readable):
-        log.info("%s: %d files of other kinds are ignored", source, others)
+        first = next(file.path for file in files if not is_a(file.path, suffixes))
+        log.info("%s: %d files of other kinds are ignored, such as %r", source, others, first)
     return readable
 
 
@@ -179,4 +355,4 @@ def pinned_revision(data: AnyDataConfig) -> str | None:
     try:
         return HfApi().dataset_info(data.source.removeprefix(HUB), revision=data.revision).sha
     except Exception as error:  # errors of several libraries, which have no base class in common
-        raise DataError(f"data.source: {data.source!r} cannot be opened: {error}") from error
+        raise DataError(f"data.source: {data.source!r} cannot be opened: {first_line(error)}") from error

@@ -7,13 +7,10 @@
 What the shards hold depends on the input and the config alone.
 """
 
-import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import islice
 from operator import methodcaller
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +19,13 @@ from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import Manifest, SpecialIds, Split, TokenizerInfo, hash_content
 from pipeline.data.prepare import workflow
-from pipeline.data.prepare.source_files import leave_out
+from pipeline.data.prepare.source_files import Problem, leave_out, reached
 from pipeline.data.prepare.text_sources import Piece, TextSource, read
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import DataError
 
 FORMAT = 1  # raise it when the same config and input would give other shards
-_BATCH = 256  # documents that are tokenised together
 
 # Once per process, since building a large tokenizer takes longer than tokenising most units.
 cached_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
@@ -118,7 +114,6 @@ def describe(
     )
 
 
-@storage.retry
 def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work: str) -> TextUnit:
     """Tokenise one unit and write its file and its record.
 
@@ -131,23 +126,30 @@ def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work:
         The record.
 
     Raises:
-        DataError: a document cannot be read, and `data.on_error` is fatal.
+        DataError: the source cannot be reached, or a document cannot be read, and `data.on_error` is fatal.
     """
-    index, pieces = unit
+    with reached(data.source):
+        return _tokenise(*unit, data=data, work=work)
+
+
+@storage.retry
+def _tokenise(index: int, pieces: Sequence[Piece], data: TextDataConfig, work: str) -> TextUnit:
+    """Tokenise one unit."""
     tokenizer = cached_tokenizer(data.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
     problems: list[str] = []
-    documents = _readable(pieces, data, problems)
     lengths, empty = array("q"), 0
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "unit"
+    with storage.scratch() as folder:
+        local = folder / "unit"
         with local.open("wb") as file:
-            while batch := list(islice(documents, _BATCH)):
-                texts = [text for text in batch if text]
-                empty += len(batch) - len(texts)
-                for ids in tokenizer.encode_batch(texts):
+            for ids in (item for piece in pieces for item in read(piece, data, tokenizer.encode)):
+                if isinstance(ids, Problem):
+                    problems.append(leave_out(ids, data))
+                elif len(ids):
                     file.write(np.append(ids, tokenizer.eot).astype(dtype).tobytes())
                     lengths.append(len(ids) + 1)
+                else:
+                    empty += 1
             file.write(np.cumsum(lengths, dtype="<i8").tobytes())
         storage.publish_file(local, workflow.unit_path(work, index, "bin"))
     return TextUnit(
@@ -227,12 +229,3 @@ def _border(units: Sequence[TextUnit], document: int, data: TextDataConfig, work
     with storage.open_read(workflow.unit_path(work, index, "bin")) as file:
         file.seek(units[index].tokens * dtype.itemsize + (before - 1) * 8)
         return start + int(np.frombuffer(file.read(8), "<i8")[0])
-
-
-def _readable(pieces: Sequence[Piece], data: TextDataConfig, problems: list[str]) -> Iterator[str]:
-    """Yield the documents that can be read; append the others to `problems`, or raise the first one."""
-    for document in (document for piece in pieces for document in read(piece, data)):
-        if isinstance(document, str):
-            yield document
-        else:
-            problems.append(leave_out(document, data))

@@ -5,15 +5,15 @@ work. Each piece can be read on its own, so reading is parallel and can be inter
 same.
 """
 
+import codecs
 import gzip
 import io
 import itertools
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,12 +22,19 @@ from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import SourceInfo
 from pipeline.data.prepare import markov, source_files
-from pipeline.data.prepare.source_files import HUB, Problem, SourceFile
-from pipeline.errors import DataError, did_you_mean
+from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, is_a
+from pipeline.errors import DataError, PipelineError, did_you_mean, first_line
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 UNIT_BYTES = 16 << 20  # small files are bundled, and large ones split, to about this much
 UNIT_FILES = 64
+_BLOCK = 1 << 20
+
+T = TypeVar("T")
+# What a reader yields: the number of a document (WHOLE: the file is one), and the function that gives its text or
+# raises what is wrong with it.
+Numbered = Iterator[tuple[int, Callable[[], str]]]
+WHOLE = -1
 
 
 @dataclass(frozen=True)
@@ -91,27 +98,54 @@ def open_source(data: TextDataConfig) -> TextSource:
     return TextSource(tuple(map(tuple, units)), info)
 
 
-def read(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
+def read(piece: Piece, data: TextDataConfig, convert: Callable[[str], T] = str) -> Iterator[T | Problem]:  # type: ignore[assignment]
     """Read the documents of a piece, in order.
 
     Args:
         piece: of `data.source`.
         data: the data section of the config.
+        convert: what is made of a document; whatever it raises is a problem of that document.
 
     Returns:
-        The documents, and in place of those that cannot be read what is wrong with them.
+        What `convert` makes of the documents, and in place of those that cannot be read what is wrong with them.
     """
     if piece.path in EMBEDDED:
-        yield from EMBEDDED[piece.path]()
+        yield from map(convert, EMBEDDED[piece.path]())
         return
-    kind = HUB if piece.path.startswith(HUB) else Path(piece.path).suffix
-    reader = {HUB: _read_hub, ".txt": _read_txt, ".parquet": _read_parquet}.get(kind, _read_jsonl)
+    kinds = {HUB: _read_hub, ".txt": _read_txt, ".parquet": _read_parquet}
+    kind = HUB if piece.path.startswith(HUB) else next((end for end in kinds if is_a(piece.path, (end,))), "")
     try:
-        yield from reader(piece, data)
-    except (ConnectionError, TimeoutError):
-        raise  # no fault of the data: the unit is read again
-    except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
-        yield Problem(piece.path, f"cannot be read to the end: {type(error).__name__}: {error}")
+        for number, load in kinds.get(kind, _read_jsonl)(piece, data):
+            try:
+                item: T | Problem = convert(load())
+            except Exception as error:  # decoders and tokenizers have errors of their own
+                item = Problem(_place(piece, number, data), _why(error))
+            yield item
+    except Exception as error:
+        if isinstance(error, PipelineError) or storage.of_network(error):
+            raise  # no fault of the data: the unit is read again
+        yield Problem(piece.path, f"cannot be read to the end: {type(error).__name__}: {first_line(error)}")
+
+
+def _place(piece: Piece, number: int, data: TextDataConfig) -> str:
+    """Return where a document is."""
+    if number == WHOLE:
+        return piece.path
+    if piece.path.startswith(HUB):
+        return f"{piece.path} {data.split} shard {piece.start} of {piece.stop}, row {number}"
+    if is_a(piece.path, (".parquet",)):
+        return f"{piece.path} row {number}"
+    return f"{piece.path} line {_lines_before(piece) + number}"
+
+
+def _why(error: Exception) -> str:
+    """Return what is wrong with a document."""
+    if isinstance(error, UnicodeDecodeError | UnicodeEncodeError):
+        unit = "byte" if isinstance(error, UnicodeDecodeError) else "character"
+        return f"not UTF-8: {error.reason} at {unit} {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _pydoc() -> list[str]:
@@ -127,34 +161,33 @@ EMBEDDED: dict[str, Callable[[], list[str]]] = {"pydoc": _pydoc, "markov": marko
 def _split(file: SourceFile) -> Iterable[tuple[Piece, int]]:
     """Cut a large file into pieces of about UNIT_BYTES where its format allows it; with their weights in bytes."""
     piece, weight = Piece(file.path, version=file.version), UNIT_BYTES
-    if file.size <= 2 * UNIT_BYTES or not file.path.endswith((".jsonl", ".parquet")):
+    if file.size <= 2 * UNIT_BYTES or not is_a(file.path, (".jsonl", ".parquet")):
         return [(piece, file.size)]
     edges = [*range(0, file.size, UNIT_BYTES), file.size]
-    if file.path.endswith(".parquet"):
+    if is_a(file.path, (".parquet",)):
         try:
             with storage.open_read(file.path) as opened:
                 groups = pq.ParquetFile(opened).num_row_groups
-        except (OSError, pa.ArrowException):
+        except Exception as error:
+            if isinstance(error, PipelineError) or storage.of_network(error):
+                raise
             return [(piece, file.size)]  # reading it will name the fault
         edges, weight = list(range(groups + 1)), file.size // max(groups, 1)
     return [(replace(piece, start=start, stop=stop), weight) for start, stop in itertools.pairwise(edges)]
 
 
-def _read_txt(piece: Piece, _: TextDataConfig) -> Iterator[str | Problem]:
+def _read_txt(piece: Piece, _: TextDataConfig) -> Numbered:
     """Yield a file as one document, its line ends untouched."""
-    try:
-        yield storage.read_bytes(piece.path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        yield Problem(piece.path, f"not UTF-8: {error.reason} at byte {error.start}")
+    yield WHOLE, partial(storage.read_bytes(piece.path).decode, "utf-8-sig")
 
 
-def _read_jsonl(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
+def _read_jsonl(piece: Piece, data: TextDataConfig) -> Numbered:
     """Yield the lines as documents; a line belongs to the piece of the file in which it starts."""
     with storage.open_read(piece.path) as file:
         lines: Iterable[bytes] = file
-        if piece.path.endswith(".gz"):
+        if is_a(piece.path, (".gz",)):
             lines = gzip.GzipFile(fileobj=file)
-        elif piece.path.endswith(".zst"):
+        elif is_a(piece.path, (".zst",)):
             lines = io.BufferedReader(pa.CompressedInputStream(file, "zstd"))
         position = piece.start
         if piece.start:
@@ -164,61 +197,72 @@ def _read_jsonl(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
             if 0 <= piece.stop <= position:
                 return
             position += len(line)
-            if line.strip():
-                document = _parse(line, data.text_field)
-                if isinstance(document, Problem):
-                    document = Problem(f"{piece.path} line {_lines_before(piece) + number}", document.why)
-                yield document
+            if line.removeprefix(codecs.BOM_UTF8).strip():  # files with such a mark may have been joined
+                yield number, partial(_parse, line, data.text_field)
 
 
-def _parse(line: bytes, field: str) -> str | Problem:
-    """Return the document of a line; where a problem is, the caller knows."""
+def _parse(line: bytes, field: str) -> str:
+    """Return the document of a line."""
     try:
-        return _text(json.loads(line.decode("utf-8")), field, "")
+        return _text(json.loads(line.decode("utf-8-sig")), field)
     except UnicodeDecodeError as error:
-        return Problem("", f"not UTF-8: {error.reason} at byte {error.start} of the line")
-    except json.JSONDecodeError as error:
-        return Problem("", f"not JSON: {error}")
+        raise DataError(f"not UTF-8: {error.reason} at byte {error.start} of the line") from None
 
 
-def _text(row: Any, field: str, where: str) -> str | Problem:
-    """Return the document in a field of a row."""
+def _text(row: Any, field: str) -> str:
+    """Return the document in a field of a row; raise what is wrong with it."""
     if not isinstance(row, dict):
-        return Problem(where, f"a {type(row).__name__}; expected an object with the field {field!r}")
+        raise DataError(f"a {type(row).__name__}; expected an object with the field {field!r}")
     if field not in row:
         known = f"{', '.join(map(str, row))}{did_you_mean(field, row)}"
-        return Problem(where, f"no field {field!r} (data.text_field); fields: {known}")
+        raise DataError(f"no field {field!r} (data.text_field); fields: {known}")
     if not isinstance(row[field], str):
-        return Problem(where, f"{field!r} holds a {type(row[field]).__name__}; expected text")
-    try:
-        row[field].encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which UTF-8 cannot
-        return Problem(where, f"not UTF-8: {error.reason} at character {error.start}")
+        raise DataError(f"{field!r} holds a {type(row[field]).__name__}; expected text")
+    row[field].encode("utf-8")  # JSON can spell half of a surrogate pair, which UTF-8 cannot
     return row[field]
 
 
 def _lines_before(piece: Piece) -> int:
     """Count the lines that start before this piece of a file; needed only where a problem must be named."""
+    lines, left, last = 0, piece.start, b"\n"
     with storage.open_read(piece.path) as file:
-        head = file.read(piece.start)
-    return head.count(b"\n") + (head[-1:] not in (b"", b"\n"))
+        while left and (block := file.read(min(left, _BLOCK))):
+            lines, left, last = lines + block.count(b"\n"), left - len(block), block[-1:]
+    return lines + (last != b"\n")
 
 
-def _read_parquet(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
-    """Yield the rows as documents."""
+def _read_parquet(piece: Piece, data: TextDataConfig) -> Numbered:
+    """Yield the rows as documents; of a group of rows that is damaged, the first row says so."""
     field = data.text_field
     with storage.open_read(piece.path) as raw:
         file = pq.ParquetFile(raw)
         if field not in file.schema_arrow.names:
-            yield _text(dict.fromkeys(file.schema_arrow.names), field, piece.path)
+            yield WHOLE, partial(_text, dict.fromkeys(file.schema_arrow.names), field)
             return
-        stop = file.num_row_groups if piece.stop < 0 else piece.stop
-        first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        numbers = itertools.count(first)
-        groups = list(range(piece.start, stop))
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield _text({field: value}, field, f"{piece.path} row {next(numbers)}")
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        ends = [0, *itertools.accumulate(sizes)]
+        for group in range(piece.start, len(sizes) if piece.stop < 0 else piece.stop):
+            number = ends[group]
+            try:
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[field]):
+                    for value in batch.column(0):
+                        yield number, partial(_cell, value, field)
+                        number += 1
+            except Exception as error:
+                if storage.of_network(error):
+                    raise
+                yield number, partial(_lost, ends[group + 1], error)
+
+
+def _cell(value: pa.Scalar, field: str) -> str:
+    """Return the document in a cell."""
+    return _text({field: value.as_py()}, field)
+
+
+def _lost(end: int, error: Exception) -> str:
+    """Raise what is wrong with the rest of a group of rows."""
+    what = f"{type(error).__name__}: {first_line(error)}"
+    raise DataError(f"cannot be read, nor the rows that follow in its group, up to row {end - 1}: {what}")
 
 
 def _open_hub(data: TextDataConfig) -> TextSource:
@@ -230,8 +274,8 @@ def _open_hub(data: TextDataConfig) -> TextSource:
     version = source_files.digest(file.version for file in files) if folder else str(revision)
     try:
         shards = _load_hub(data, revision).num_shards
-    except (OSError, ValueError) as error:  # what `datasets` raises; its message names splits and subsets
-        raise DataError(f"data.source: {data.source!r} cannot be opened: {error}") from error
+    except Exception as error:  # errors of several libraries; their message names splits and subsets
+        raise DataError(f"data.source: {data.source!r} cannot be opened: {first_line(error)}") from error
     units = tuple((Piece(data.source, shard, shards, version),) for shard in range(shards))
     return TextSource(units, source_files.describe(data, parts, revision))
 
@@ -245,9 +289,8 @@ def _load_hub(data: TextDataConfig, revision: str | None) -> Any:
     return load_dataset(path, data.subset, split=data.split, revision=revision, streaming=True)
 
 
-def _read_hub(piece: Piece, data: TextDataConfig) -> Iterator[str | Problem]:
+def _read_hub(piece: Piece, data: TextDataConfig) -> Numbered:
     """Yield the rows of a shard of a dataset as documents."""
-    where = f"{piece.path} {data.split} shard {piece.start} of {piece.stop}"
     rows = _load_hub(data, piece.version).shard(num_shards=piece.stop, index=piece.start)
     for number, row in enumerate(rows):
-        yield _text(row, data.text_field, f"{where}, row {number}")
+        yield number, partial(_text, row, data.text_field)

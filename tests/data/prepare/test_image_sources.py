@@ -124,10 +124,48 @@ def test_empty_class_folder_and_other_numbers_of_classes(tmp_path: Path) -> None
     ]
     assert {ref.label for ref in listing.refs} == {0, 1, 3}
     (tmp_path / "class_15").rmdir()
-    listing = listed(make_data(source, 2))
-    assert len(listing.refs) + len(listing.problems) == 23
-    first = min(map(str, listing.problems))
-    assert first == f"{tmp_path}/class_2/00002.png: label 2; expected 0 to 1 (data.classes)"
+    with pytest.raises(
+        DataError, match=r"data.classes: 2, but .* 3 classes; .*or a glob .* class_0, class_1, class_2"
+    ):
+        listed(make_data(source, 2, on_error="skip"))
+
+
+@pytest.mark.parametrize(
+    "extra", ["__MACOSX/class_0/._00000.png", "__MACOSX/x.png", "a/.DS_Store", "a/notes.txt", "a"]
+)
+def test_a_folder_beside_the_classes_moves_no_label(extra: str, tmp_path: Path) -> None:
+    source = write_folders(tmp_path, IMAGES, LABELS)
+    before = listed(make_data(source))
+    path = tmp_path / extra
+    path.mkdir(parents=True)
+    if path.suffix or path.name.startswith("."):
+        path.rmdir()
+        path.write_bytes(b"what some systems leave beside a file")
+    after = listed(make_data(source))
+    assert (after.refs, after.problems, after.class_names) == (
+        before.refs,
+        [],
+        ("class_0", "class_1", "class_2"),
+    )
+
+
+def test_a_folder_of_images_beside_the_classes_is_refused(tmp_path: Path) -> None:
+    source = write_folders(tmp_path, IMAGES, LABELS)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(encoded(IMAGES[0]))
+    for on_error in ("fatal", "skip"):
+        with pytest.raises(
+            DataError, match=r"data.classes: 3, but .* folders of 4 classes; .*data.classes=4, or a glob"
+        ):
+            listed(make_data(source, on_error=on_error))
+
+
+def test_linked_classes(tmp_path: Path) -> None:
+    source = write_folders(tmp_path / "images", IMAGES, LABELS)
+    before = listed(make_data(source))
+    (tmp_path / "images" / "class_1").rename(tmp_path / "elsewhere")
+    (tmp_path / "images" / "class_1").symlink_to(tmp_path / "elsewhere")
+    assert listed(make_data(source)).refs == before.refs
 
 
 def test_labels_outside_the_classes(tmp_path: Path) -> None:
@@ -208,6 +246,53 @@ def test_spoilt_parquet(tmp_path: Path) -> None:
         listed(make_data(source, label_field="cls"))
     (tmp_path / "a.parquet").write_bytes(b"thesis")
     assert "a.parquet: cannot be read: ArrowInvalid" in str(listed(make_data(source)).problems[0])
+
+
+def test_a_bad_row_of_parquet_costs_only_itself(tmp_path: Path) -> None:
+    files = [encoded(image) for image in IMAGES[:12]]
+    table = pa.table({"image": files, "label": LABELS[:12]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4, compression="none", use_dictionary=False)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = content.index(files[4])
+    content[start - 30 : start] = bytes(30)  # the header of the page
+    (tmp_path / "a.parquet").write_bytes(content)
+    pixels = everything(make_data(str(tmp_path / "a.parquet"), on_error="skip"))
+    assert pixels.kept.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert [problem.partition(": ")[0] for problem in pixels.problems] == [
+        f"{tmp_path}/a.parquet row {row}" for row in range(4, 8)
+    ]
+
+
+def test_a_cell_of_parquet_that_is_no_text(tmp_path: Path) -> None:
+    labels = pa.array([b"\xff", b"1"]).view(pa.utf8())
+    pq.write_table(pa.table({"image": [encoded(IMAGES[0])] * 2, "label": labels}), tmp_path / "a.parquet")
+    first, second = everything(make_data(str(tmp_path / "a.parquet"), on_error="skip")).problems
+    assert first.startswith(f"{tmp_path}/a.parquet row 0: cannot be read: UnicodeDecodeError")
+    assert second == f"{tmp_path}/a.parquet row 1: label '1'; expected 0 to 2 (data.classes)"
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    for write in (write_idx, write_tars, write_parquet, write_folders):
+        source = Path(write(tmp_path / write.__name__, IMAGES, LABELS))
+        before = everything(make_data(str(source)))
+        for file in list(source.rglob("*.*" if write is not write_idx else "*")):
+            file.rename(file.with_name(file.name.upper()))
+        after = everything(make_data(str(source)))
+        assert np.array_equal(after.images, before.images)
+        assert np.array_equal(after.labels, before.labels)
+
+
+def test_a_decoder_with_errors_of_its_own(tmp_path: Path) -> None:
+    """An AVIF image whose decoder raises RuntimeError, as .jpg, beside good ones."""
+    source = write_folders(tmp_path, IMAGES, LABELS)
+    damaged = Path(__file__).parents[1] / "damaged_avif.jpg"
+    (tmp_path / "class_1" / "photo.jpg").write_bytes(damaged.read_bytes())
+    pixels = everything(make_data(source, on_error="skip"))
+    (problem,) = pixels.problems
+    assert len(pixels.images) == 23
+    assert problem.startswith(f"{tmp_path}/class_1/photo.jpg: RuntimeError: Failed to decode")
+    with pytest.raises(DataError, match=r"photo.jpg: RuntimeError.*data.on_error: skip"):
+        everything(make_data(source))
 
 
 def test_spoilt_idx_files(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from pipeline.config.data import TextDataConfig
 from pipeline.data.prepare import markov, text_sources
-from pipeline.data.prepare.source_files import Problem
+from pipeline.data.prepare.source_files import Problem, reached
 from pipeline.data.prepare.text_sources import open_source, read
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import DataError
-from tests.support.data_helpers import DOCUMENTS, lines, write_parquet
+from tests.support.data_helpers import DOCUMENTS, lines, write_parquet, write_ranks
 
 
 def everything(source: str, **settings: str) -> list[str | Problem]:
@@ -147,6 +148,109 @@ def test_faults_of_parquet_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")
     assert problems(str(tmp_path)) == [f"{tmp_path}/a.parquet row 1: 'text' holds a NoneType; expected text"]
     assert "fields: text" in problems(str(tmp_path), text_field="tex")[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        (
+            b'{"text": "x", "m": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+            "RecursionError: maximum recursion depth",
+        ),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "ValueError: Exceeds the limit"),
+        (b'{"te\\ud83dxt": "x"}', r"no field 'text' .*te\\ud83dxt"),
+        (b'{"text": {"\\udc00": 1}}', "'text' holds a dict"),
+        (b"\xff\xfe{", "not UTF-8"),
+        (b"\0" * 99, "not JSON"),
+    ],
+)
+def test_a_bad_line_costs_only_itself(record: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(DOCUMENTS[:3]) + record + b"\n" + lines(DOCUMENTS[3:]))
+    found = everything(str(tmp_path))
+    assert [item for item in found if isinstance(item, str)] == DOCUMENTS
+    assert re.match(rf"{tmp_path}/a.jsonl line 4: {says}", str(found[3]))
+    assert str(found[3]).encode("utf-8")  # a manifest can hold it
+
+
+def test_a_bad_row_of_parquet_costs_only_itself(tmp_path: Path) -> None:
+    cells = pa.array([b"a", b"\xff", b"c"]).view(pa.utf8())
+    pq.write_table(pa.table({"text": cells}), tmp_path / "a.parquet")
+    one, bad, three = everything(str(tmp_path))
+    assert (one, three) == ("a", "c")
+    assert str(bad) == f"{tmp_path}/a.parquet row 1: not UTF-8: invalid start byte at byte 0"
+
+
+def test_a_damaged_group_of_rows_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    options = {"row_group_size": 10, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"text": DOCUMENTS}), path, **options)
+    content = bytearray(path.read_bytes())
+    start = content.index(DOCUMENTS[10].encode())
+    content[start - 30 : start] = bytes(30)  # the header of the page
+    path.write_bytes(content)
+    found = everything(str(path))
+    assert [item for item in found if isinstance(item, str)] == DOCUMENTS[:10] + DOCUMENTS[20:]
+    assert re.match(rf"{path} row 10: cannot be read, nor .* up to row 19: \w+", str(found[10]))
+
+
+def test_byte_order_marks(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + lines(DOCUMENTS[:3]) + mark + lines(DOCUMENTS[3:]) + mark)
+    (tmp_path / "b.txt").write_bytes(mark + b"text\r\n")
+    (tmp_path / "c.txt").write_bytes(mark)
+    assert everything(str(tmp_path)) == [*DOCUMENTS, "text\r\n", ""]
+
+
+def test_suffixes_in_capitals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_sources, "UNIT_BYTES", 1000)
+    (tmp_path / "A.JSONL").write_bytes(lines())
+    (tmp_path / "B.Jsonl.GZ").write_bytes(gzip.compress(lines()))
+    (tmp_path / "C.JSONL.ZST").write_bytes(pa.compress(lines(), "zstd", asbytes=True))
+    write_parquet(tmp_path / "D.PARQUET", DOCUMENTS)
+    (tmp_path / "E.TXT").write_text("text")
+    assert everything(str(tmp_path)) == [*DOCUMENTS * 4, "text"]
+    split = {
+        piece.path
+        for unit in open_source(TextDataConfig(source=str(tmp_path))).units
+        for piece in unit
+        if piece.stop > 0
+    }
+    assert split == {f"{tmp_path}/A.JSONL", f"{tmp_path}/D.PARQUET"}
+
+
+def test_joined_compressed_files(tmp_path: Path) -> None:
+    halves = [lines(DOCUMENTS[:9]), lines(DOCUMENTS[9:])]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, halves)))
+    (tmp_path / "b.jsonl.zst").write_bytes(
+        b"".join(pa.compress(half, "zstd", asbytes=True) for half in halves)
+    )
+    assert everything(str(tmp_path)) == DOCUMENTS * 2
+
+
+def test_a_document_that_the_tokenizer_refuses_costs_only_itself(tmp_path: Path) -> None:
+    """GPT-2's search for words fails at a million spaces in front of a word."""
+    tokenizer = load_tokenizer(write_ranks(tmp_path / "small.tiktoken"))
+    (tmp_path / "a.jsonl").write_bytes(lines(["one", " " * 1_000_000 + "x", "two"]))
+    data = TextDataConfig(source=str(tmp_path / "a.jsonl"))
+    ((piece,),) = open_source(data).units
+    one, bad, two = read(piece, data, tokenizer.encode)
+    assert [tokenizer.decode(ids) for ids in (one, two) if not isinstance(ids, Problem)] == ["one", "two"]
+    assert str(bad).startswith(
+        f"{tmp_path}/a.jsonl line 2: 1000001 characters cannot be tokenised: ValueError"
+    )
+
+
+def test_an_outage_is_no_fault_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> bytes:
+        raise ConnectionResetError("reset by peer")
+
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setattr(text_sources.storage, "read_bytes", fail)
+    with pytest.raises(ConnectionResetError):
+        everything(str(tmp_path))
+    says = r"^data.source: 'x' cannot be reached: ConnectionResetError: reset"
+    with pytest.raises(DataError, match=says), reached("x"):
+        everything(str(tmp_path))
 
 
 @pytest.mark.parametrize(
