@@ -2,19 +2,22 @@
 
 # ruff: noqa: F401  these imports are the package's interface
 
-from pipeline.storage.cache import read_cached
+from pipeline.storage.cache import fetch, node_lock, read_cached
 from pipeline.storage.files import (
     COMPLETE,
     arrow,
     check_writable,
+    create,
     exists,
-    fetch,
     filesystem,
     folder_complete,
     is_local,
     join,
     listing,
+    modified,
+    node_folder,
     open_read,
+    present_time,
     publish_bytes,
     publish_file,
     publish_folder,
@@ -28,5 +31,6 @@ from pipeline.storage.files import (
     sha256,
     size,
     sweep,
+    touch,
 )
 from pipeline.storage.retries import retry

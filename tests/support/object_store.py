@@ -14,7 +14,7 @@ import boto3
 from moto.server import ThreadedMotoServer
 
 _XML = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>planted</Message></Error>"
-PLANTED = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}
+PLANTED = {500: "InternalError", 501: "NotImplemented", 503: "SlowDown", 403: "AccessDenied"}
 
 
 @dataclass
