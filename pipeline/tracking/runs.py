@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ConfigError, StoppedError, did_you_mean
+from pipeline.errors import ConfigError, PipelineError, StoppedError, did_you_mean
 from pipeline.logs import shown
 
 if TYPE_CHECKING:
@@ -267,6 +267,10 @@ def connect(uri: str) -> "MlflowClient":
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PermissionError(f"{file} is not writable")
+        with storage.node_lock(
+            file.with_name(f"{file.name}.lock")
+        ):  # two clients cannot make the tables together
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -275,14 +279,20 @@ def answering(uri: str) -> Iterator["MlflowClient"]:
     """Give a client of a store, and turn the errors of MLflow inside the block into a ConfigError that names it.
 
     Raises:
-        ConfigError: MLflow refused a call, or did not answer.
+        ConfigError: MLflow or its store of artifacts refused a call, or did not answer.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         yield connect(uri)
-    except (MlflowException, OSError) as error:
+    except Exception as error:
+        if not of_library(error):
+            raise
         raise ConfigError(shown(f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}")) from error
+
+
+def of_library(error: Exception) -> bool:
+    """Return whether MLflow, or a library that it uses to store files, raised an error; others are defects."""
+    ours = isinstance(error, PipelineError)
+    return not ours and (isinstance(error, OSError | ImportError) or type(error).__module__ != "builtins")
 
 
 def first_line(error: BaseException) -> str:

@@ -65,3 +65,10 @@ def claimed(task: tuple[str, bool]) -> tuple[float, float] | str:
             return began, time.monotonic()
     except ConfigError as error:
         return str(error)
+
+
+def opened(uri: str) -> str:
+    """Open an MLflow run; its id."""
+    from pipeline.tracking import open_run
+
+    return open_run(uri, "tests", "a", {"key": 1}, {})
