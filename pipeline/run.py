@@ -1,6 +1,6 @@
 """A run: the config of a job and everything that follows from it, resolved once at the head of the job."""
 
-import tempfile
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -150,16 +150,19 @@ class Run:
             raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
         return storage.resolve(model)
 
-    def tracker(self, system_metrics: bool = False) -> tracking.Tracker:
+    def tracker(self, folder: str | None = None, system_metrics: bool = False) -> tracking.Tracker:
         """Open a tracker of the run's MLflow run.
 
         Args:
+            folder: that this job owns, for metrics that MLflow has not taken; None: the run's folder.
             system_metrics: sample this machine's CPU, memory and GPUs too.
         """
         assert self.run_id is not None
-        # Metrics that MLflow has not taken are kept in the run's folder if that is local, else on this node.
-        local = storage.is_local(self.folder)
-        spill = Path(self.folder) if local else Path(tempfile.gettempdir()) / self.config.name
+        folder = folder or self.folder
+        # Beside a remote folder, on this node; two runs of one name in different folders are kept apart.
+        digest = hashlib.sha256(folder.encode()).hexdigest()[:16]
+        local = storage.is_local(folder)
+        spill = Path(folder) if local else storage.node_folder() / "untracked" / digest
         spill.mkdir(parents=True, exist_ok=True)
         return tracking.Tracker(self.tracking_uri, self.run_id, spill / "untracked.jsonl", system_metrics)
 

@@ -22,6 +22,7 @@ from pipeline.reports.page import Columns, Page, Section, Table, Text, excerpt, 
 from pipeline.reports.sections import metrics_section, paper_section, setting_sections
 from pipeline.reports.tables import table_of
 from pipeline.run import Run
+from pipeline.runtime import claims
 from pipeline.runtime.ray_cluster import available_resources, joined_cluster
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ def compare(config: RunConfig) -> Comparison:
     run = Run.of(config)
     config, folder = run.config, storage.join(run.folder, "comparison")
     models = [_open(run, name, spec) for name, spec in config.evaluation.models.items()]
-    storage.check_writable(folder, "cluster.storage")
-    with mlflow_run(run) as run, joined_cluster(config.cluster):
+    claim = claims.held(folder, "cluster.storage", f"the comparison {config.name!r}", "made")
+    with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
         run = run.replace(given_resources=available_resources(config.cluster)).with_data()
         corpus = Corpus("validation", run.data_path, run.manifest)
         for model in models:
@@ -87,7 +88,7 @@ def compare(config: RunConfig) -> Comparison:
         for name, content in tables.items():
             storage.publish_text(storage.join(folder, name), content)
         files = [*_page(run, models, result, evaluator).publish(folder), *tables]
-        with run.tracker() as tracker:
+        with run.tracker(folder) as tracker:
             for point in points:
                 key = f"frontier/{point.model}/"
                 values = {key + measure.key: measure.value for measure in point.measures}

@@ -17,6 +17,7 @@ from pipeline.reports.measures import Measure, Report
 from pipeline.reports.page import Page, Section, Text, picture
 from pipeline.reports.sections import metrics_section, paper_section, setting_sections
 from pipeline.run import Run
+from pipeline.runtime import claims
 from pipeline.runtime.ray_cluster import available_resources, joined_cluster
 
 Evaluator = TextEvaluator | ImageEvaluator
@@ -54,8 +55,8 @@ def evaluate(config: RunConfig) -> Evaluation:
     config, folder = run.config, storage.join(run.folder, "evaluation")
     model = open_model(run, config.name)
     others = open_corpora(config.evaluation.data)
-    storage.check_writable(folder, "cluster.storage")
-    with mlflow_run(run) as run, joined_cluster(config.cluster):
+    claim = claims.held(folder, "cluster.storage", f"run {config.name!r}", "evaluated")
+    with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
         run = run.replace(given_resources=available_resources(config.cluster)).with_data()
         corpora = [Corpus("validation", run.data_path, run.manifest), *others]
         for corpus in corpora:
@@ -82,7 +83,7 @@ def evaluate(config: RunConfig) -> Evaluation:
         storage.publish_text(storage.join(folder, "evaluation.json"), report.to_json())
         files = ["evaluation.json", *page.publish(folder)]
         files += ["samples/samples.txt"] if config.data.kind == "text" else []
-        with run.tracker() as tracker:
+        with run.tracker(folder) as tracker:
             tracker.log_metrics(report.metrics(), model.step)
             for name in files:
                 tracker.log_artifact(storage.fetch(storage.join(folder, name)), "evaluation")

@@ -2,21 +2,19 @@
 
 # ruff: noqa: F401  these imports are the package's interface
 
-from pipeline.storage.cache import read_cached
+from pipeline.storage.cache import fetch, node_lock, read_cached
 from pipeline.storage.files import (
     COMPLETE,
-    arrow,
     check_writable,
+    create,
     exists,
-    explained,
-    fetch,
-    filesystem,
     folder_complete,
     follow_umask,
-    is_local,
-    join,
     listing,
+    modified,
+    node_folder,
     open_read,
+    present_time,
     publish_bytes,
     publish_file,
     publish_folder,
@@ -26,10 +24,11 @@ from pipeline.storage.files import (
     read_json,
     read_text,
     remove,
-    resolve,
     scratch,
     sha256,
     size,
     sweep,
+    touch,
 )
+from pipeline.storage.paths import arrow, explained, filesystem, is_local, join, resolve
 from pipeline.storage.retries import of_network, retry

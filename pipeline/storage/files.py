@@ -13,88 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
-
-from pipeline.errors import ConfigError, DataError, PipelineError, first_line
-from pipeline.storage.retries import of_network, retry, transient
+from pipeline.errors import ConfigError, DataError, first_line
+from pipeline.storage.paths import explained, filesystem, is_local, join, resolve
+from pipeline.storage.retries import retry, status
 
 COMPLETE = "_COMPLETE"  # last file of a folder on a store that cannot rename folders
-_TEMPORARY = ".part-"  # start of the names of unfinished files
-# By scheme of the stores whose first folder is a bucket.
-_DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+TEMPORARY = ".part-"  # start of the names of unfinished files
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
-
-def is_local(path: str) -> bool:
-    """Return whether a path is a plain path or starts with `file://`."""
-    return "://" not in path or path.startswith("file://")
-
-
-def resolve(path: str) -> str:
-    """Make a local path absolute (`~` and `file://` included); URLs are returned unchanged."""
-    return os.path.abspath(os.path.expanduser(path.removeprefix("file://"))) if is_local(path) else path
-
-
-def join(path: str, *parts: str) -> str:
-    """Return `path/part/part`, for paths and URLs alike."""
-    return "/".join([path[:-1] if path.endswith("://") else path.rstrip("/"), *parts])
-
-
-def filesystem(path: str) -> tuple[Any, str]:
-    """Open the fsspec filesystem of a path or URL.
-
-    Args:
-        path: file or folder, which need not exist.
-
-    Returns:
-        The filesystem, and the path inside it.
-
-    Raises:
-        DataError: the URL's scheme is unknown, its driver is not installed, or it names no bucket.
-    """
-    if is_local(path):  # any character may stand in a path
-        return fsspec.filesystem("file"), resolve(path)
-    scheme = path.split("://")[0]
-    if scheme in _DRIVERS and not path.removeprefix(f"{scheme}://").split("/")[0]:
-        raise DataError(f"{path!r} names no bucket; expected {scheme}://BUCKET/FOLDER")
-    try:
-        if _is_chain(path):
-            return fsspec.core.url_to_fs(path)
-        kind = fsspec.get_filesystem_class(scheme)
-        return kind(**kind._get_kwargs_from_urls(path)), kind._strip_protocol(path)
-    except ImportError as error:
-        driver = _DRIVERS.get(scheme)
-        how = f"; run `pip install {driver}` on every node" if driver else ""
-        raise DataError(f"{path}: {scheme}:// needs a driver that is not installed ({error}){how}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: cannot be opened: {error}") from None
-
-
-def _is_chain(path: str) -> bool:
-    """Return whether a URL goes through several filesystems, as `zip://file::s3://bucket/a.zip` does."""
-    known = fsspec.available_protocols()
-    return "::" in path and all("://" in part or part in known for part in path.split("::"))
-
-
-def arrow(path: str) -> tuple[FileSystem | None, str]:
-    """Open the filesystem of a path or URL for libraries that write through Arrow.
-
-    Arrow's own driver of S3 asks Amazon for the bucket's region, whatever endpoint the environment names.
-
-    Args:
-        path: file or folder, which need not exist.
-
-    Returns:
-        The filesystem (None stands for Arrow's own, of local paths), and the path inside it.
-
-    Raises:
-        DataError: the URL's scheme is unknown or its driver is not installed.
-    """
-    if is_local(path):
-        return None, resolve(path)
-    fs, inner = filesystem(path)
-    return PyFileSystem(FSSpecHandler(fs)), inner
 
 
 @retry
@@ -124,7 +49,7 @@ def listing(path: str) -> list[str]:
             names = [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(name for name in names if name and not name.startswith(_TEMPORARY))
+    return sorted(name for name in names if name and not name.startswith(TEMPORARY))
 
 
 @retry
@@ -209,7 +134,7 @@ def check_writable(path: str, key: str) -> None:
     Raises:
         ConfigError: the folder cannot be written; names key and path.
     """
-    probe = join(path, f"{_TEMPORARY}{uuid.uuid4().hex}")
+    probe = join(path, f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         filesystem(path)  # refuses a store without a bucket, for which the probe's name would be taken
         publish_bytes(probe, b"")
@@ -217,6 +142,110 @@ def check_writable(path: str, key: str) -> None:
     except (OSError, DataError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"{key}: {path!r} is not a folder that can be written: {why}") from None
+
+
+def create(path: str, data: bytes) -> bool:
+    """Write a file unless there is one already; of several callers at the same time, one succeeds.
+
+    Object stores decide with a conditional request (`If-None-Match: *`, or `ifGenerationMatch=0`). On a store that
+    does not know them, the last of several callers at the same time succeeds, and others have to read the file.
+
+    Args:
+        path: the file; missing folders are created.
+        data: its content, which no other caller writes.
+
+    Returns:
+        Whether this call wrote the file.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        if is_local(path):
+            _create_local(Path(resolve(path)), data)
+        else:
+            fs, inner = filesystem(path)
+            with explained(path):
+                retry(fs.pipe_file)(inner, data, mode="create")
+    except Exception as error:
+        if isinstance(error, FileExistsError) or status(error) == 412:  # precondition failed
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                return read_bytes(path) == data  # by an earlier attempt of this call, whose answer was lost
+            return False
+        if status(error) == 501 and not exists(path):  # a store without conditional requests
+            publish_bytes(path, data)
+            return True
+        if isinstance(error, OSError):
+            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise
+    return True
+
+
+def _create_local(target: Path, data: bytes) -> None:
+    """Write a local file that does not exist yet, and remove it if its content cannot be written."""
+    while True:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = target.open("xb")
+            break
+        except FileNotFoundError:  # another process has removed the empty folder
+            continue
+    with file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
+
+
+def touch(path: str, data: bytes) -> None:
+    """Set the modification time of a file to the present time of the store.
+
+    Args:
+        path: the file.
+        data: its content, which is written again where a store knows no other way.
+
+    Raises:
+        FileNotFoundError: there is no such local file.
+        DataError: it cannot be written.
+    """
+    if is_local(path):
+        os.utime(resolve(path))  # without a time: that of the machine that holds the file
+    else:
+        publish_bytes(path, data)
+
+
+@retry
+def modified(path: str) -> float:
+    """Return the modification time of a file in seconds, by the clock of the store.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: the store refuses access.
+    """
+    with explained(path):
+        fs, inner = filesystem(path)
+        fs.invalidate_cache()
+        return fs.modified(inner).timestamp()
+
+
+def present_time(folder: str) -> float:
+    """Return the present time by the clock of the store, from the modification time of a new file.
+
+    Args:
+        folder: in which the file is made and removed.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    probe = join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
+    publish_bytes(probe, b"")
+    try:
+        return modified(probe)
+    finally:
+        remove(probe)
 
 
 def publish_bytes(path: str, data: bytes) -> None:
@@ -276,7 +305,7 @@ def publish_folder(local: str | Path, path: str) -> None:
             shutil.copytree(local, part)
             follow_umask(part)  # a temporary folder is its owner's alone
             for file in part.rglob("*"):
-                _sync(file)
+                sync(file)
         return
     remove(path)
     for file in sorted(Path(local).rglob("*")):
@@ -310,7 +339,7 @@ def follow_umask(path: Path) -> None:
     Args:
         path: a local file or folder.
     """
-    probe = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    probe = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     if path.is_dir():
         probe.mkdir()
     else:
@@ -340,7 +369,7 @@ def remove(path: str) -> None:
 
 def sweep(path: str) -> None:
     """Remove what killed writers left in a folder, if it is local; no other process may be writing there."""
-    for part in Path(resolve(path)).glob(f"{_TEMPORARY}*") if is_local(path) else ():
+    for part in Path(resolve(path)).glob(f"{TEMPORARY}*") if is_local(path) else ():
         remove(str(part))
 
 
@@ -375,54 +404,17 @@ def node_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"partition-pipeline-{os.getuid()}"
 
 
-def fetch(path: str) -> Path:
-    """Make a file or folder available locally.
-
-    Args:
-        path: local, or remote in any form.
-
-    Returns:
-        The path itself if it is local, else a copy of its present version in this node's cache.
-
-    Raises:
-        FileNotFoundError: there is no such remote file or folder.
-        DataError: the copy cannot be written.
-    """
-    if is_local(path):
-        return Path(resolve(path))
-    fs, inner = filesystem(path)
-    fs.invalidate_cache()
-    files = [inner] if fs.isfile(inner) else sorted(fs.find(inner))
-    if not files:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    version = hashlib.sha256("\n".join([path, *(str(fs.ukey(file)) for file in files)]).encode()).hexdigest()
-    target = node_folder() / version[:32] / path.rstrip("/").rsplit("/", 1)[-1]
-    if not target.exists():
-        with _replacing(str(target)) as part:
-            for file in files:
-                copy = part if files == [inner] else part / file[len(inner) :].lstrip("/")
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                retry(fs.get_file)(file, str(copy))
-    return target
-
-
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[Path]:
     """Give a temporary name beside a local path, and rename it to the path if the block succeeds."""
     target = Path(resolve(path))
-    part = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    part = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        _sync(part)
-        if target.is_dir() and part.is_dir():  # a folder cannot be renamed over one that is not empty
-            old = part.with_name(f"{part.name}-old")
-            os.replace(target, old)
-            os.replace(part, target)
-            remove(str(old))
-        else:
-            os.replace(part, target)
-        _sync(target.parent)
+        sync(part)
+        _rename(part, target)
+        sync(target.parent)
     except BaseException as error:
         remove(str(part))
         if isinstance(error, OSError):
@@ -430,7 +422,28 @@ def _replacing(path: str) -> Iterator[Path]:
         raise
 
 
-def _sync(path: Path) -> None:
+def _rename(part: Path, target: Path) -> None:
+    """Rename a file or folder to `target`, in place of what is there; others may do the same at the same time."""
+    replaced: list[Path] = []
+    while True:
+        try:
+            os.replace(part, target)
+            break
+        except OSError as error:
+            # A folder cannot be renamed over one that is not empty, or over a link.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not (
+                part.is_dir() and target.is_symlink()
+            ):
+                raise
+            aside = part.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
+                os.replace(target, aside)
+                replaced.append(aside)
+    for old in replaced:
+        remove(str(old))
+
+
+def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -454,22 +467,6 @@ def _publish(path: str, write: Callable[[Any, str], None]) -> None:
             retry(write)(fs, inner)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Name the path where a store refuses access or a name; outages and other errors pass."""
-    try:
-        yield
-    except Exception as error:
-        if is_local(path) or isinstance(error, PipelineError):
-            raise
-        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-            how = "credentials come from the environment or the node's role"
-            raise DataError(f"{path}: the store refuses access ({error}); {how}") from error
-        if isinstance(error, OSError) or not of_network(error) or transient(error):
-            raise
-        raise DataError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 @retry

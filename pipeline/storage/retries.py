@@ -21,7 +21,7 @@ _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, e
 _TRANSIENT |= {errno.EHOSTUNREACH, getattr(errno, "EREMOTEIO", errno.EIO)}
 # Broken connections as the stores' drivers call them; they are no OSError. By name, so that no driver is needed.
 _BROKEN = {"HTTPClientError", "EndpointConnectionError", "ServerDisconnectedError", "ClientPayloadError"}
-_BROKEN |= {"IncompleteRead"}
+_BROKEN |= {"IncompleteRead", "TransportError", "RetryError"}
 # Libraries that talk to stores and servers, whose errors are none of the data.
 _NETWORK = {
     "aiohttp",
@@ -38,11 +38,12 @@ _NETWORK = {
 
 def status(error: BaseException) -> int | None:
     """Return the HTTP status with which a store answered, or None if the error does not carry one."""
-    for origin in (error, error.__cause__):
-        response = getattr(origin, "response", None)  # botocore
+    for origin in (error, error.__cause__, error.__context__):
+        response = getattr(origin, "response", None)  # botocore, requests
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        code = metadata.get("HTTPStatusCode") or getattr(origin, "code", None)  # code: gcsfs
-        code = str(code or getattr(origin, "status", None))  # status: aiohttp
+        code = metadata.get("HTTPStatusCode") or getattr(response, "status_code", None)
+        code = code or getattr(origin, "code", None)  # gcsfs
+        code = str(code or getattr(origin, "status", None))  # aiohttp
         if code.isdigit() and 400 <= int(code) < 600:
             return int(code)
     return None

@@ -20,6 +20,7 @@ from pipeline.config.space import Entry, Variant, assemble
 from pipeline.config.sweep import Sweep
 from pipeline.errors import StoppedError
 from pipeline.run import Run
+from pipeline.runtime import claims
 from pipeline.runtime.control_files import STOP
 from pipeline.runtime.ray_cluster import check_visible, fitting_workers, joined_cluster, stoppable
 from pipeline.sweeps.summary import SweepResult, refuse_total_failure, summarise
@@ -49,9 +50,15 @@ def sweep(plan: Sweep) -> SweepResult:
         StoppedError: the user stopped the sweep.
         TrainingError: every trial failed.
     """
-    base, own = Run.of(plan.base()), plan.config
-    folder = storage.join(base.config.cluster.storage, own.name)
-    storage.check_writable(folder, "cluster.storage")
+    base = Run.of(plan.base())
+    folder = storage.join(base.config.cluster.storage, plan.config.name)
+    with claims.held(folder, "cluster.storage", f"sweep {plan.config.name!r}", "run"):
+        return _sweep(plan, base, folder)
+
+
+def _sweep(plan: Sweep, base: Run, folder: str) -> SweepResult:
+    """Run the sweep in a folder that this process owns."""
+    own = plan.config
     trials = [planned(plan, variant, seed) for variant in plan.variants() for seed in own.seeds]
     for trial in trials:  # none may continue with another config
         if end := kept_end(trial.run):

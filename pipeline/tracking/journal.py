@@ -11,10 +11,13 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.tracking.runs import connect, first_line
+from pipeline.errors import first_line
+from pipeline.storage.retries import transient
+from pipeline.tracking.runs import connect
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +34,10 @@ _SAMPLES = 3  # machine samples (10 s apart) averaged into one logged point
 
 class _MissingArtifact(Exception):
     """An artifact was removed before it could be sent."""
+
+
+class _Unreachable(Exception):
+    """The store of the runs cannot be opened."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +136,34 @@ def from_line(line: str) -> Item:
     return _KINDS[kind](**fields)
 
 
+class _Queue:
+    """Metrics or artifacts that wait to be delivered, in order, by a thread of their own.
+
+    Attributes:
+        what: "metrics" or "artifacts".
+        at_most: items of one request.
+        waiting: the items.
+        hurry: whether the pause between two attempts ends now.
+        refused: number of items that were left out.
+        thread: delivers.
+    """
+
+    def __init__(self, what: str, at_most: int):
+        self.what, self.at_most = what, at_most
+        self.waiting: deque[Item] = deque()
+        self.hurry, self.refused = False, 0
+        self.thread: threading.Thread | None = None
+
+
 class Tracker:
     """Logs into a run that the driver opened; used by one worker, rank 0.
 
-    Calls return at once, and a background thread delivers in order. While the store does not answer, everything waits
-    in memory (up to 64 MiB) and is sent again after growing pauses. Metrics keep the step and time of their call, so
-    that the history is complete afterwards. No method raises: problems are logged as warnings. A point that is
-    delivered twice (a retry, a replay) is one point in MLflow. A step that a restart repeats has two, of which
-    `metric_history` returns the later.
+    Calls return at once, and background threads deliver in order: one for metrics and one for artifacts, so that
+    metrics never wait for artifacts. While a store does not answer, everything for it waits in memory (up to 64 MiB)
+    and is sent again after growing pauses. What a store will never take is left out with a warning. Metrics keep
+    the step and time of their call, so that the history is complete afterwards. No method raises: problems are logged
+    as warnings. A point that is delivered twice (a retry, a replay) is one point in MLflow. A step that a restart
+    repeats has two, of which `metric_history` returns the later.
 
     Args:
         uri: from `tracking_uri`.
@@ -158,15 +185,18 @@ class Tracker:
         self._client: MlflowClient | None = None
         self._step = 0  # of the latest metrics; system metrics carry it
         self._change = threading.Condition()  # guards the fields below
-        self._waiting: deque[Item] = deque()
+        self._metrics, self._artifacts = _Queue("metrics", _BATCH), _Queue("artifacts", 1)
+        self._queues = (self._metrics, self._artifacts)
         self._memory = 0
         self._dropped = 0
-        self._hurry = self._closing = self._abandoned = False
+        self._closing = self._abandoned = False
         self._spill_lock = threading.Lock()
         self._replay()
         self._sampling_over = threading.Event()
-        self._thread = threading.Thread(target=self._deliver, name="tracker", daemon=True)
-        self._thread.start()
+        for queue in self._queues:
+            name = f"tracker-{queue.what}"
+            queue.thread = threading.Thread(target=self._deliver, args=[queue], name=name, daemon=True)
+            queue.thread.start()
         self._sampler = threading.Thread(target=self._sample, name="tracker-system", daemon=True)
         if system_metrics:
             self._sampler.start()
@@ -232,9 +262,8 @@ class Tracker:
             Whether everything is delivered.
         """
         with self._change:
-            self._hurry = True
-            self._change.notify_all()
-            return self._change.wait_for(lambda: not self._waiting, timeout)
+            self._end_pauses()
+            return self._change.wait_for(lambda: not self._left(), timeout)
 
     def close(self, timeout: float = 60.0) -> None:
         """Deliver what waits; what is not delivered in time goes to the spill file.
@@ -247,17 +276,22 @@ class Tracker:
         if self._sampler.is_alive():
             self._sampler.join(timeout)
         with self._change:
-            self._closing = self._hurry = True
-            self._change.notify_all()
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+            self._closing = True
+            self._end_pauses()
+        for queue in self._queues:
+            assert queue.thread is not None
+            queue.thread.join(max(0.0, deadline - time.monotonic()))
         with self._change:
             if self._abandoned:
                 return
             self._abandoned = True
-            left = len(self._waiting)
+            left = self._left()
         if left:
             kept = f"kept in {self._spill} for the next start" if self._save() else "lost"
             log.warning("MLflow at %s still does not answer: %d items are %s", self._uri, left, kept)
+        for queue in self._queues:
+            if queue.refused:
+                log.warning("MLflow at %s has refused %d %s", self._uri, queue.refused, queue.what)
         if self._set_retries:
             os.environ.pop(_RETRIES, None)
         if self._dropped:
@@ -265,6 +299,16 @@ class Tracker:
                 "%d items were not sent to MLflow: too many were waiting, or the tracker was closed",
                 self._dropped,
             )
+
+    def _left(self) -> int:
+        """Number of items that wait."""
+        return sum(len(queue.waiting) for queue in self._queues)
+
+    def _end_pauses(self) -> None:
+        """Let all threads make their next attempt now."""
+        for queue in self._queues:
+            queue.hurry = True
+        self._change.notify_all()
 
     def _put(self, item: Item) -> None:
         """Queue an item, if there is room."""
@@ -276,80 +320,82 @@ class Tracker:
                     log.warning("not sent to MLflow (%s): %s and all later items", why, _label(item))
                 self._dropped += 1
                 return
-            self._waiting.append(item)
+            (self._metrics if isinstance(item, Point) else self._artifacts).waiting.append(item)
             self._memory += _size(item)
             self._change.notify_all()
 
-    def _deliver(self) -> None:
-        """Run the thread: send from the head of the queue, then remove, so that nothing is lost in between."""
+    def _deliver(self, queue: _Queue) -> None:
+        """Run a thread: send from the head of a queue, then remove, so that nothing is lost in between."""
         delay = _FIRST_DELAY
         failing = False
         one_by_one = 0  # items of a refused batch that are still to be sent alone, to find the bad ones
-        refused: set[str] = set()
-        while batch := self._head(1 if one_by_one else _BATCH):
+        told: set[str] = set()
+        while batch := self._head(queue, 1 if one_by_one else queue.at_most):
             try:
                 self._send(batch)
             except Exception as error:  # whatever it is, training goes on
-                if not _is_refusal(error):
+                if not _is_refusal(error, batch[0]):
                     if not failing:
                         why = first_line(error)
-                        log.warning("MLflow at %s does not answer; metrics wait for it: %s", self._uri, why)
+                        log.warning(
+                            "MLflow at %s does not answer; %s wait for it: %s", self._uri, queue.what, why
+                        )
                     failing = True
                     self._save()
-                    self._pause(delay)
+                    self._pause(queue, delay)
                     delay = min(2 * delay, _LONGEST_DELAY)
                     continue
                 if len(batch) > 1:
                     one_by_one = len(batch)
                     continue
-                if (label := _label(batch[0])) not in refused:
-                    log.warning("MLflow refuses %s, which is left out: %s", label, error)
-                refused.add(label)
+                queue.refused += 1
+                if (reason := _reason(error, batch[0])) not in told:
+                    log.warning(
+                        "MLflow refuses %s, which is left out: %s", _label(batch[0]), first_line(error)
+                    )
+                told.add(reason)
             if failing:
-                log.warning("MLflow at %s answers again; sending %d items", self._uri, len(self._waiting))
+                sending = len(queue.waiting)
+                log.warning("MLflow at %s answers again; sending %d %s", self._uri, sending, queue.what)
             failing, delay = False, _FIRST_DELAY
             one_by_one = max(0, one_by_one - 1)
-            self._remove(batch)
+            self._remove(queue, batch)
 
-    def _head(self, at_most: int) -> list[Item]:
-        """Wait for the next items to send together: points up to `at_most`, or one artifact; [] at the end."""
+    def _head(self, queue: _Queue, at_most: int) -> list[Item]:
+        """Wait for the next items of a queue to send together; [] at the end."""
         with self._change:
-            self._change.wait_for(lambda: self._waiting or self._closing)
-            if self._abandoned:
-                return []
-            points: list[Item] = []
-            for item in self._waiting:
-                if not isinstance(item, Point):
-                    return points or [item]
-                points.append(item)
-                if len(points) == at_most:
-                    break
-            return points
+            self._change.wait_for(lambda: queue.waiting or self._closing)
+            return [] if self._abandoned else list(islice(queue.waiting, at_most))
 
-    def _remove(self, batch: list[Item]) -> None:
-        """Remove delivered items from the queue, and the spill file with the last of them."""
+    def _remove(self, queue: _Queue, batch: list[Item]) -> None:
+        """Remove delivered items from a queue, and the spill file with the last of them."""
         with self._change:
             if self._abandoned:  # `close` has counted and kept these
                 return
             for _ in batch:
-                self._memory -= _size(self._waiting.popleft())
-            empty = not self._waiting
+                self._memory -= _size(queue.waiting.popleft())
+            empty = not self._left()
             self._change.notify_all()
         if empty and self._spill is not None:
             with self._spill_lock:
                 self._spill.unlink(missing_ok=True)
 
-    def _pause(self, delay: float) -> None:
+    def _pause(self, queue: _Queue, delay: float) -> None:
         """Wait between attempts; `flush` and `close` end the wait."""
         with self._change:
-            self._change.wait_for(lambda: self._hurry, delay)
-            self._hurry = False
+            self._change.wait_for(lambda: queue.hurry, delay)
+            queue.hurry = False
 
     def _send(self, batch: list[Item]) -> None:
         """Send metric points, or one artifact."""
         from mlflow.entities import Metric
 
-        self._client = client = self._client or connect(self._uri)
+        if self._client is None:
+            try:
+                self._client = connect(self._uri)
+            except Exception as error:
+                raise _Unreachable(first_line(error)) from error
+        client = self._client
         metrics = [Metric(p.key, p.value, p.timestamp, p.step) for p in batch if isinstance(p, Point)]
         if metrics:
             client.log_batch(self._run_id, metrics)
@@ -382,7 +428,7 @@ class Tracker:
             return False
         with self._spill_lock:
             with self._change:
-                lines = [to_line(item) for item in self._waiting]
+                lines = [to_line(item) for queue in self._queues for item in queue.waiting]
             try:
                 self._spill.parent.mkdir(parents=True, exist_ok=True)
                 partial = self._spill.with_name(self._spill.name + ".partial")
@@ -416,10 +462,25 @@ def _label(item: Item) -> str:
     return f"artifact {item.file if isinstance(item, Content) else item.path!r}"
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the store will never take an item, so that another attempt is of no use."""
+def _reason(error: Exception, item: Item) -> str:
+    """What is told once: a metric that is refused, or a kind of error of the store of artifacts."""
+    if isinstance(item, Point) or isinstance(error, _MissingArtifact):
+        return _label(item)
+    return type(error).__name__
+
+
+def _is_refusal(error: Exception, item: Item) -> bool:
+    """Whether the store will never take an item, so that another attempt is of no use.
+
+    An error that is not known is taken for an outage of the store of metrics, of which nothing is lost, but for a
+    refusal of the store of artifacts: credentials, packages or folders that are missing come as errors of any type.
+    """
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-    return isinstance(error, _MissingArtifact)
+        refused = error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+        code = error.get_http_status_code()
+        return refused or (not isinstance(item, Point) and code < 500 and code not in (408, 429))
+    if isinstance(item, Point) or isinstance(error, _Unreachable):
+        return False
+    return not transient(error)

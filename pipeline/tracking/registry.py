@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import CheckpointError, did_you_mean, first_line
-from pipeline.tracking.runs import answering, ensure
+from pipeline.tracking.runs import answering, ensure, of_library
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -28,7 +28,7 @@ def register_model(uri: str, run_id: str, folder: Path, name: str, tags: Mapping
 
     Raises:
         CheckpointError: the folder has no files.
-        ConfigError: the store cannot be reached.
+        ConfigError: the store cannot be reached, or the files cannot be stored.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:
@@ -126,13 +126,14 @@ def download_model(uri: str, reference: str, destination: Path | None = None) ->
         ConfigError: the store cannot be reached.
     """
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     version = find_version(uri, reference)
     target = str(destination) if destination else None
     try:
         return Path(download_artifacts(artifact_uri=version.source, dst_path=target, tracking_uri=uri))
-    except (MlflowException, OSError) as error:
+    except Exception as error:
+        if not of_library(error):
+            raise
         raise CheckpointError(
             f"model {reference!r}: version {version.version} is registered, but its files cannot be read "
             f"({version.source}): {first_line(error)}"

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ConfigError, StoppedError, did_you_mean, first_line
+from pipeline.errors import ConfigError, PipelineError, StoppedError, did_you_mean, first_line
 from pipeline.logs import shown
 
 if TYPE_CHECKING:
@@ -303,11 +303,15 @@ def connect(uri: str) -> "MlflowClient":
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PermissionError(f"{file} is not writable")
-        try:
-            with closing(sqlite3.connect(file, timeout=_LOCKED_S)) as database:
-                database.execute("PRAGMA schema_version")
-        except sqlite3.Error as error:
-            raise OSError(f"{file} is no SQLite file that can be used: {error}") from None
+        with storage.node_lock(
+            file.with_name(f"{file.name}.lock")
+        ):  # two clients cannot make the tables together
+            try:
+                with closing(sqlite3.connect(file, timeout=_LOCKED_S)) as database:
+                    database.execute("PRAGMA schema_version")
+            except sqlite3.Error as error:
+                raise OSError(f"{file} is no SQLite file that can be used: {error}") from None
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -316,17 +320,22 @@ def answering(uri: str) -> Iterator["MlflowClient"]:
     """Give a client of a store, and turn the errors of MLflow inside the block into a ConfigError that names it.
 
     Raises:
-        ConfigError: MLflow refused a call, or did not answer.
+        ConfigError: MLflow or its store of artifacts refused a call, or did not answer.
     """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield connect(uri)
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+    except Exception as error:
+        if not of_library(error):
+            raise
         advice = "; the database's driver must be installed" if isinstance(error, ImportError) else ""
         message = f"tracking.uri: MLflow at {uri!r} failed: {first_line(error)}{advice}"
         raise ConfigError(shown(message)) from error
+
+
+def of_library(error: Exception) -> bool:
+    """Return whether MLflow, or a library that it uses to store files, raised an error; others are defects."""
+    ours = isinstance(error, PipelineError)
+    return not ours and (isinstance(error, OSError | ImportError) or type(error).__module__ != "builtins")
 
 
 def ensure(create: Callable[[], object]) -> None:

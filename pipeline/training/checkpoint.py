@@ -111,6 +111,11 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
         ) from error
 
 
+def is_average(name: str) -> bool:
+    """Return whether a file of a checkpoint holds EMA slices, given its path in the checkpoint."""
+    return name.startswith("ema_")
+
+
 def _list_name(rank: int) -> str:
     """Name of the list of a rank's files."""
     return f"files_{rank:05d}.json"
@@ -251,7 +256,7 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     """
     if flaws := problems(path):
         raise CheckpointError(f"{path} is not usable: " + "; ".join(flaws))
-    averages = read_averages(storage.fetch(path))
+    averages = read_averages(storage.fetch(path, is_average))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
     tensors = {}

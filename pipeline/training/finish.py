@@ -89,9 +89,12 @@ def finish(run: Run) -> RunResult:
     version = None
     try:
         version = _register(run, tokenizer, state.step, value)
-        _log_results(run, state.step, references, grid, quality)
     except ConfigError as error:  # the training is done; an outage now must not make it a failure
         log.warning("the model is not registered; the next start registers it: %s", error)
+    try:
+        _log_results(run, state.step, references, grid, quality)
+    except ConfigError as error:
+        log.warning("the results are not in MLflow; the next start logs them: %s", error)
     return RunResult(
         run=folder,
         model=run.model_folder,

@@ -1,6 +1,7 @@
 """Pretraining, distillation and sampling from a config to their results."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from pipeline import storage, tracking
 from pipeline.config.load import dump, flatten
@@ -9,6 +10,7 @@ from pipeline.data.manifest import check_fits
 from pipeline.errors import ConfigError, StoppedError
 from pipeline.metrics import draw
 from pipeline.run import Run
+from pipeline.runtime import claims
 from pipeline.runtime.ray_cluster import available_resources, check_visible, joined_cluster, stoppable
 from pipeline.training import distillation, resume
 from pipeline.training.finish import RunResult, finish
@@ -25,7 +27,7 @@ def pretrain(config: RunConfig) -> RunResult:
         Where the registered model and its figures are.
 
     Raises:
-        ConfigError, DataError: before any worker starts.
+        ConfigError, DataError: before any worker starts; so if another job trains the run.
         CapabilityError: the cluster is too small for `cluster.workers`.
         StoppedError: the user stopped the run.
         TrainingError: the workers failed too often.
@@ -49,9 +51,9 @@ def distill(config: RunConfig) -> RunResult:
         ConfigError, DataError, CapabilityError, StoppedError, TrainingError: as `pretrain`.
     """
     run = Run.of(config)
-    storage.check_writable(run.folder, "cluster.storage")
-    run = distillation.with_teacher(run)
-    return train_to_end(run, {"teacher": distillation.read_origin(run.folder)["teacher"]})
+    with _claimed(run):
+        run = distillation.with_teacher(run)
+        return _train_to_end(run, {"teacher": distillation.read_origin(run.folder)["teacher"]}, run_group)
 
 
 def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | None = None) -> RunResult:
@@ -68,7 +70,17 @@ def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | 
     Raises:
         PipelineError: as `pretrain` and `distill`.
     """
-    storage.check_writable(run.folder, "cluster.storage")
+    with _claimed(run):
+        return _train_to_end(run, tags, train or run_group)
+
+
+def _claimed(run: Run) -> AbstractContextManager[None]:
+    """Own the run's folder: two jobs never train in one."""
+    return claims.held(run.folder, "cluster.storage", f"run {run.config.name!r}", "trained")
+
+
+def _train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None]) -> RunResult:
+    """Train in a folder that this process owns."""
     resume.precheck(run)
     with joined_cluster(run.config.cluster), stoppable(run.folder) as stop:
         uri = run.tracking_uri
@@ -82,7 +94,7 @@ def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | 
         run_id = _open_mlflow_run(run, tags)
         with tracking.ending(uri, run_id):
             run = run.replace(run_id=run_id)
-            (train or run_group)(run)
+            train(run)
             if stop.is_set():
                 raise StoppedError(
                     "stopped on request after a checkpoint; the same command continues the run"

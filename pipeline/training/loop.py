@@ -101,7 +101,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     engine = Engine(model, config, parts, device, universal=resume is not None and resume.universal)
     ema = EMA(engine.masters(), settings.ema)
     if resume:
-        resume.load(engine, ema)
+        resume.load(engine, ema, rank)
     elif initial:
         weights, average = initial
         fill(engine.masters(), weights)
@@ -127,7 +127,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
         if rank == 0:
             requests = stack.enter_context(closing(Requests(run.folder)))
             if run.run_id:
-                tracker = stack.enter_context(run.tracker(config.tracking.system_metrics))
+                tracker = stack.enter_context(run.tracker(system_metrics=config.tracking.system_metrics))
         hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
         stack.callback(hang.end)
         stack.callback(engine.close)

@@ -5,8 +5,9 @@ import contextlib
 import io
 import json
 import logging
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ SKIPPED = "skipped.json"
 FREE_SECTIONS = ("train.", "sampling.", "evaluation.", "tracking.", "cluster.")
 FIXED_KEYS = {"train.batch", "train.precision", "train.class_drop", "train.init_from", "train.ema"}
 
+_PART = re.compile(r"zero_pp_rank_(\d+)_")  # in the names of files that DeepSpeed reads on one rank only
+
 Skipped = dict[int, list[int]]  # step -> places in its global batch
 
 
@@ -51,16 +54,31 @@ class Resume:
     state: TrainState
     universal: bool
 
-    def load(self, engine: Engine, ema: EMA) -> None:
+    def load(self, engine: Engine, ema: EMA, rank: int) -> None:
         """Restore model, optimiser and EMA; all ranks call it together.
 
         Args:
             engine: fresh.
             ema: of its weights.
+            rank: of this worker.
         """
-        local = storage.fetch(self.path)
+        local = storage.fetch(self.path, checkpoint.is_average if self.universal else needed_by(rank))
         engine.load(storage.fetch(checkpoint.universal_path(self.path)) if self.universal else local)
         fill(ema.slices, read_averages(local))
+
+
+def needed_by(rank: int) -> Callable[[str], bool]:
+    """Return a function that tells whether a rank reads a file of a checkpoint by as many ranks as wrote it.
+
+    Args:
+        rank: of the worker.
+    """
+
+    def needed(name: str) -> bool:
+        part = _PART.search(name)
+        return part is None or int(part[1]) == rank
+
+    return needed
 
 
 def plan_resume(run: Run, workers: int) -> Resume | None:

@@ -28,7 +28,9 @@ from pipeline.training.loop import train
 
 log = logging.getLogger(__name__)
 
-CLAIM = "claim"  # file in the run's folder: the name under which Ray reserves resources for the run
+RESERVATION = (
+    "reservation"  # file in the run's folder: the name under which Ray reserves resources for the run
+)
 # How long Ray waits for the resources of an elastic group. Its view of the nodes is up to 20 s old, so after a
 # loss it may ask for resources that are gone, and only then for fewer; its default is one minute.
 RESERVATION_TIMEOUT_S = 10
@@ -94,9 +96,9 @@ def run_group(run: Run, callbacks: Sequence[ray.train.UserCallback] = ()) -> Non
 
 def _release(folder: str) -> None:
     """Release the resources of an earlier start whose driver was killed; Ray keeps them for three minutes."""
-    claim = storage.join(folder, CLAIM)
-    if storage.exists(claim):
-        holder = f"train-{storage.read_text(claim)}"
+    reservation = storage.join(folder, RESERVATION)
+    if storage.exists(reservation):
+        holder = f"train-{storage.read_text(reservation)}"
         coordinator = autoscaling.get_or_create_autoscaling_coordinator()
         ray.get(coordinator.cancel_request.remote(holder), timeout=60)
 
@@ -150,7 +152,7 @@ class BetweenGroups(ControllerCallback):
         Args:
             train_run_context: Ray's context of the run.
         """
-        storage.publish_text(storage.join(self._folder, CLAIM), train_run_context.run_id)
+        storage.publish_text(storage.join(self._folder, RESERVATION), train_run_context.run_id)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Save before a resize, and check for a stop request; Ray calls this repeatedly while it waits for nodes.

@@ -5,7 +5,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
@@ -14,7 +14,7 @@ import boto3
 from moto.server import ThreadedMotoServer
 
 _XML = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>planted</Message></Error>"
-PLANTED = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}
+PLANTED = {500: "InternalError", 501: "NotImplemented", 503: "SlowDown", 403: "AccessDenied"}
 
 
 @dataclass
@@ -53,6 +53,9 @@ class Store:
 
 def _handler(store: Store, behind: tuple[str, int]) -> type[BaseHTTPRequestHandler]:
     lock = threading.Lock()
+    conditional = (
+        threading.Lock()
+    )  # moto itself checks a condition and writes in two steps, unlike real stores
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -76,10 +79,11 @@ def _handler(store: Store, behind: tuple[str, int]) -> type[BaseHTTPRequestHandl
                     self.end_headers()
                     self.wfile.write(data if self.command != "HEAD" else b"")
                 return
-            connection = http.client.HTTPConnection(*behind)
-            connection.request(self.command, self.path, self.rfile.read(length), dict(self.headers))
-            answer = connection.getresponse()
-            data = answer.read()
+            connection, body = http.client.HTTPConnection(*behind), self.rfile.read(length)
+            with conditional if "If-None-Match" in self.headers else nullcontext():
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                data = answer.read()
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in (

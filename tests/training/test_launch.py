@@ -15,7 +15,7 @@ from pipeline.errors import CapabilityError, CheckpointError, ConfigError
 from pipeline.run import Run
 from pipeline.tracking import tracking_uri
 from pipeline.training import checkpoint, launch
-from pipeline.training.finish import RunResult
+from pipeline.training.finish import RunResult, finish
 from tests.support.tiny_runs import tiny
 
 
@@ -112,6 +112,20 @@ def test_sampling_job_with_actors(outcome: RunResult, config: RunConfig):
     assert {p.name for p in Path(samples.folder).iterdir()} == {"tokens.npy", "samples.jsonl", "samples.txt"}
     # Drawn two by two on two actors, and all at once here: the same samples.
     assert load_model(outcome.model).sample(5, steps=3, seed=0).numpy().tolist() == samples.tokens.tolist()
+
+
+def test_artifacts_that_cannot_be_stored_do_not_fail_the_end(
+    outcome: RunResult, config: RunConfig, client: MlflowClient, tmp_path: Path
+):
+    """The same end again, in an MLflow run whose artifacts belong into a folder that cannot be made."""
+    (tmp_path / "file").write_text("in the way")
+    place = client.create_experiment("no place", artifact_location=f"{tmp_path}/file/artifacts")
+    run_id = client.create_run(place).info.run_id
+    run = Run.of(config).with_data().replace(run_id=run_id)
+    result = finish(run)
+    assert result.version is None
+    assert (result.references, result.value) == (outcome.references, outcome.value)
+    assert client.get_run(run_id).data.metrics["reference/bigram"] == outcome.references["bigram"]
 
 
 def test_another_config_is_refused_before_any_worker_starts(outcome: RunResult, config: RunConfig):

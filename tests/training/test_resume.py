@@ -10,7 +10,9 @@ import torch
 from pipeline.config.schema import RunConfig
 from pipeline.run import Run
 from pipeline.runtime.control_files import STOP
-from pipeline.training import checkpoint
+from pipeline.runtime.session import PlainSession
+from pipeline.training import checkpoint, loop
+from pipeline.training.resume import needed_by
 from tests.support import observed
 from tests.support.observed import Seen, quick
 from tests.support.workers import Workers, run_workers
@@ -107,6 +109,50 @@ def test_nothing_is_left_in_the_temporary_folder(
 ) -> None:
     groups[1](_train_in, quick(run_storage, "tidy", steps=4), str(tmp_path))
     assert not list(tmp_path.glob("*step*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("zero/zero_pp_rank_1_mp_rank_00_optim_states.pt", [1]),
+        ("zero/bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt", [12]),
+        ("zero/zero_pp_rank_1_mp_rank_00_model_states.pt", [1]),
+        ("zero/mp_rank_00_model_states.pt", [1, 2, 12]),
+        ("ema_00002.safetensors", [1, 2, 12]),
+        ("state.json", [1, 2, 12]),
+    ],
+)
+def test_a_rank_needs_its_own_part_of_the_optimiser(name: str, ranks: list[int]) -> None:
+    assert [rank for rank in (1, 2, 12) if needed_by(rank)(name)] == ranks
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_rank_resumes_from_a_store_with_its_own_files(
+    pairs: dict[tuple[int, str], Pair], groups: dict[int, Workers], tmp_path: Path, stage: int
+) -> None:
+    """`local://` is a store like any other: checkpoints are read through copies, here one for each rank."""
+    pair = pairs[stage, "fp32"]
+    shutil.copytree(Run(pair.config).folder, tmp_path / pair.config.name)
+    shutil.rmtree(tmp_path / pair.config.name / checkpoint.name_of(8))
+    histories = groups[2](_resume_from_store, pair.config, str(tmp_path))
+    assert [loss for _, loss in histories[0]] == [pair.straight.losses[step] for step in range(5, 9)]
+    for rank in (0, 1):
+        names = {file.name for file in (tmp_path / str(rank)).rglob("zero/*")}
+        assert not any(f"zero_pp_rank_{1 - rank}" in name for name in names)
+        assert len(names) == {0: 1, 1: 2, 2: 2, 3: 2}[stage]
+
+
+def _resume_from_store(rank: int, workers: int, config: RunConfig, folder: str) -> list[tuple[int, float]]:
+    """Resume with a node folder for each rank; (step, loss)."""
+    session = PlainSession(rank, workers, f"{folder}/{config.name}")
+    cluster = config.cluster.model_copy(update={"storage": f"local://{folder}"})
+    before, tempfile.tempdir = tempfile.tempdir, f"{folder}/{rank}"
+    Path(tempfile.tempdir).mkdir()
+    try:
+        loop.train(Run(config.model_copy(update={"cluster": cluster})), session)
+    finally:
+        tempfile.tempdir = before
+    return [(step, metrics["train/loss"]) for step, metrics in session.history]
 
 
 def _train_in(rank: int, workers: int, config: RunConfig, folder: str) -> None:

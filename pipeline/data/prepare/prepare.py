@@ -21,6 +21,7 @@ from pipeline.data.prepare.image_sources import ImageSource, open_images
 from pipeline.data.prepare.source_files import HUB
 from pipeline.data.prepare.text_sources import TextSource, open_source
 from pipeline.errors import DataError
+from pipeline.runtime import claims
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ def ensure(data: AnyDataConfig, path: str) -> Manifest:
 def prepare(data: AnyDataConfig, path: str) -> Manifest:
     """Make the shards of the data, or finish them where an interrupted preparation stopped.
 
+    While another job prepares the same folder, this one waits.
+
     Args:
         data: the data section of the config.
         path: folder of the prepared data, as `data_path` returns it.
@@ -81,17 +84,29 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
     manifest = _prepared(data, path)
     source = _open(data)
     if manifest is not None:
-        if manifest.source.fingerprint != source.info.fingerprint:
-            raise DataError(
-                f"data.source: {data.source!r} is not what it was when {path} was prepared from it; "
-                "remove that folder to prepare it again, or set data.path to another one"
-            )
-        log.info("%s is already prepared", path)
-        _clean(path, manifest)
-        return manifest
+        return _known(data, source, path, manifest)
     # A sweep fills in data.path with the derived folder: the name tells which key the path came from.
     derived = data.path is None or path.endswith(f"/data/{_folder_name(data)}")
-    storage.check_writable(path, "cluster.storage" if derived else "data.path")
+    key = "cluster.storage" if derived else "data.path"
+    with claims.held(path, key, f"the data in {path}", "prepared", wait=True):
+        manifest = _prepared(data, path)  # by the job that this one has waited for
+        return _make(data, source, path) if manifest is None else _known(data, source, path, manifest)
+
+
+def _known(data: AnyDataConfig, source: TextSource | ImageSource, path: str, manifest: Manifest) -> Manifest:
+    """Return the manifest of data that is prepared; refuse a source that has changed since."""
+    if manifest.source.fingerprint != source.info.fingerprint:
+        raise DataError(
+            f"data.source: {data.source!r} is not what it was when {path} was prepared from it; "
+            "remove that folder to prepare it again, or set data.path to another one"
+        )
+    log.info("%s is already prepared", path)
+    _clean(path, manifest)
+    return manifest
+
+
+def _make(data: AnyDataConfig, source: TextSource | ImageSource, path: str) -> Manifest:
+    """Make the shards in a folder that this process owns."""
     plan: dict[str, Any] = {"content": _content(data), "plan": source.plan}
     if data.kind == "image":  # units of one size cannot be continued with those of another
         plan["unit_size"] = images.unit_size(data)
@@ -127,7 +142,7 @@ def _open(data: AnyDataConfig) -> TextSource | ImageSource:
 
 def _prepared(data: AnyDataConfig, path: str) -> Manifest | None:
     """Return the manifest of the data in `path`, or None if there is none yet; refuse other data."""
-    names = storage.listing(path)
+    names = [name for name in storage.listing(path) if name != claims.FOLDER]
     if MANIFEST in names:
         manifest, wants = Manifest.read(path), _content(data)
         has = manifest.content
