@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CapabilityError, ConfigError
 
 
 def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
@@ -91,6 +91,28 @@ def text(name: str, value: Any) -> str:
             "expected text that UTF-8 can write"
         ) from None
     return value
+
+
+def device(value: Any) -> torch.device:
+    """Check a device.
+
+    Args:
+        value: a device or its name; None is the CPU.
+
+    Returns:
+        The device.
+
+    Raises:
+        CapabilityError: this machine has no such device, or it holds no values.
+    """
+    try:
+        place = torch.empty(0, device=value).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CapabilityError(f"device: {value!r}: {reason}") from None
+    if place.type == "meta":
+        raise CapabilityError(f"device: {value!r} holds no values; expected cpu or cuda")
+    return place
 
 
 def integers(name: str, values: Any, *shape: int | str) -> Tensor:
