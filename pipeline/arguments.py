@@ -10,6 +10,11 @@ from torch import Tensor
 from pipeline.errors import CapabilityError, ConfigError
 
 
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer; a boolean is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
     """Check an integer.
 
@@ -25,8 +30,7 @@ def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
     Raises:
         ConfigError: another type, or a value outside the bounds.
     """
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not least <= value <= most:
+    if not is_integer(value) or not least <= value <= most:
         expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ConfigError(f"{name}: {value!r}; expected an integer {expected}")
     return int(value)

@@ -312,10 +312,13 @@ def test_predictions_that_cannot_be_made_are_refused(
     ("options", "says"),
     [
         ({"num_samples": 0}, "num_samples: 0; expected an integer of at least 1"),
-        ({"steps": 10**9, "order": "binomial"}, "steps: 1000000000; expected an integer from 1 to 1000000"),
+        (
+            {"steps": 10**9, "order": "binomial"},
+            "steps: 1000000000 for 15 positions to reveal; expected 1 to 1000000",
+        ),
         ({"num_samples": True}, "num_samples: True; expected an integer of at least 1"),
-        ({"steps": 0}, "steps: 0; expected an integer from 1 to"),
-        ({"steps": 4.0}, "steps: 4.0; expected an integer from 1 to"),
+        ({"steps": 0}, "steps: 0 for 15 positions to reveal; expected 1 to 15"),
+        ({"steps": 4.0}, "steps: 4.0 for 15 positions to reveal; expected 1 to 15"),
         ({"seed": -1}, "seed: -1; expected an integer of at least 0"),
         ({"order": ""}, "order: '' is not one of uniform"),
         ({"order": 5}, "order: 5 is a int; expected str or Order"),

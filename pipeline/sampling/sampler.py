@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import arguments
-from pipeline.config.schema import LARGEST_SETTING, MOST_STEPS, SamplingConfig
+from pipeline.config.schema import LARGEST_SETTING, SamplingConfig
 from pipeline.diffusion.partition import by_rank, draw_order
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import Denoiser
@@ -349,7 +349,6 @@ def _check(
 ) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None:
     """Refuse a request that the model cannot follow, and return its known tokens on the host."""
     rows = arguments.integer("num_samples", request.num_samples, 1)
-    arguments.integer("steps", request.steps, 1, MOST_STEPS)
     arguments.integer("seed", request.seed, 0)
     arguments.integer("refresh_every", request.refresh_every, 1)
     arguments.number("guidance", request.guidance, 0, LARGEST_SETTING)
