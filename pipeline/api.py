@@ -81,7 +81,7 @@ class Model:
         Raises:
             CapabilityError: this machine has no such device.
         """
-        self.denoiser.to(_device(device))
+        self.denoiser.to(arguments.device(device))
         return self
 
     @torch.inference_mode()
@@ -270,7 +270,9 @@ class Model:
         room = window - start - 1
         if len(ids) > room:
             raise ConfigError(f"prompt: {len(ids)} tokens; expected at most {room} for rows of {window}")
-        length = window if length is None else arguments.integer("length", length, start + len(ids) + 1)
+        length = (
+            window if length is None else arguments.integer("length", length, start + len(ids) + 1, 10**9)
+        )
         stride = window // 2 if stride is None else arguments.integer("stride", stride, 1)
         if steps is None:
             steps = window if self.denoiser.left_to_right else 64
@@ -308,7 +310,7 @@ class Model:
         for pair in pairs:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise ConfigError(f"pairs: {pair!r}; expected a prompt and a continuation")
-        arguments.integer("draws", draws, 1)
+        arguments.integer("draws", draws, 1, 10**6)
         arguments.integer("seed", seed, 0)
         texts = [arguments.text("pairs", text) for pair in pairs for text in pair]
         ids = self._text_tokenizer.encode_batch(texts)
@@ -394,18 +396,10 @@ def load_model(
         raise ConfigError(f"precision: {precision!r}; expected fp32 or bf16{did_you_mean(precision, DTYPES)}")
     arguments.instance("path", path, str, Path)
     arguments.instance("overrides", overrides, list, tuple)
-    place = _device(device)
+    place = arguments.device(device)
     model = _open(str(path), overrides)[0]
     model.denoiser.to(place, DTYPES[precision])
     return model
-
-
-def _device(device: torch.device | str) -> torch.device:
-    """The device, which this machine must have."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise CapabilityError(f"device: {device!r}: {str(error).partition(chr(10))[0]}") from None
 
 
 def _labels(condition: Tensor | Sequence[int] | None) -> Int[Tensor, "B"] | None:
@@ -426,6 +420,7 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
         CheckpointError: as `load_model`.
         CapabilityError: as `load_model`.
     """
+    arguments.instance("words", words, list, tuple)
     names = storage.listing(destination)
     if names and not {model_folder.WEIGHTS, model_folder.CONFIG} <= set(names):
         raise ConfigError(

@@ -7,7 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CapabilityError, ConfigError
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer; a boolean is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
@@ -25,8 +30,7 @@ def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
     Raises:
         ConfigError: another type, or a value outside the bounds.
     """
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not least <= value <= most:
+    if not is_integer(value) or not least <= value <= most:
         expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ConfigError(f"{name}: {value!r}; expected an integer {expected}")
     return int(value)
@@ -91,6 +95,28 @@ def text(name: str, value: Any) -> str:
             "expected text that UTF-8 can write"
         ) from None
     return value
+
+
+def device(value: Any) -> torch.device:
+    """Check a device.
+
+    Args:
+        value: a device or its name; None is the CPU.
+
+    Returns:
+        The device.
+
+    Raises:
+        CapabilityError: this machine has no such device, or it holds no values.
+    """
+    try:
+        place = torch.empty(0, device=value).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CapabilityError(f"device: {value!r}: {reason}") from None
+    if place.type == "meta":
+        raise CapabilityError(f"device: {value!r} holds no values; expected cpu or cuda")
+    return place
 
 
 def integers(name: str, values: Any, *shape: int | str) -> Tensor:

@@ -11,6 +11,7 @@ from pipeline.config.schema import DistillConfig, RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.errors import CheckpointError
+from pipeline.models import model_folder
 from pipeline.runtime.actors import Resources
 
 
@@ -141,13 +142,15 @@ class Run:
             Absolute folder of the model.
 
         Raises:
-            CheckpointError: there is no such model.
+            CheckpointError: there is no such model, or it is damaged.
         """
         model = self.config.sampling.model or self.model_folder
         if model.startswith("models:/"):
             model = str(tracking.download_model(self.tracking_uri, model))
         if not storage.folder_complete(model):
             raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
+        if storage.is_local(model):  # a remote one is read by the workers, which copy it
+            model_folder.read_config(Path(storage.resolve(model)))
         return storage.resolve(model)
 
     def tracker(self, folder: str | None = None, system_metrics: bool = False) -> tracking.Tracker:

@@ -312,9 +312,13 @@ def test_predictions_that_cannot_be_made_are_refused(
     ("options", "says"),
     [
         ({"num_samples": 0}, "num_samples: 0; expected an integer of at least 1"),
+        (
+            {"steps": 10**9, "order": "binomial"},
+            "steps: 1000000000 for 15 positions to reveal; expected 1 to 1000000",
+        ),
         ({"num_samples": True}, "num_samples: True; expected an integer of at least 1"),
-        ({"steps": 0}, "steps: 0; expected an integer of at least 1"),
-        ({"steps": 4.0}, "steps: 4.0; expected an integer of at least 1"),
+        ({"steps": 0}, "steps: 0 for 15 positions to reveal; expected 1 to 15"),
+        ({"steps": 4.0}, "steps: 4.0 for 15 positions to reveal; expected 1 to 15"),
         ({"seed": -1}, "seed: -1; expected an integer of at least 0"),
         ({"order": ""}, "order: '' is not one of uniform"),
         ({"order": 5}, "order: 5 is a int; expected str or Order"),
@@ -362,8 +366,8 @@ def test_known_tokens_in_any_form_are_kept() -> None:
         ({"prompt": 5}, "prompt: 5 is a int; expected str"),
         ({"prompt": "a\ud800"}, "prompt: '\\ud800' at index 1 is half of a surrogate pair"),
         ({"num_samples": 0}, "num_samples: 0; expected an integer of at least 1"),
-        ({"length": 0}, "length: 0; expected an integer of at least 4"),
-        ({"length": 3}, "length: 3; expected an integer of at least 4"),  # BOS, the prompt, one token
+        ({"length": 0}, "length: 0; expected an integer from 4 to 1000000000"),
+        ({"length": 3}, "length: 3; expected an integer from 4 to 1000000000"),  # BOS, prompt and one token
         ({"stride": 0}, "stride: 0; expected an integer of at least 1"),
         ({"steps": 0}, "steps: 0; expected an integer of at least 1"),
         ({"steps": 2.5}, "steps: 2.5; expected an integer of at least 1"),
@@ -381,7 +385,7 @@ def test_arguments_of_write(options: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("pairs", "options", "says"),
     [
-        ([("a", "b")], {"draws": 0}, "draws: 0; expected an integer of at least 1"),
+        ([("a", "b")], {"draws": 0}, "draws: 0; expected an integer from 1 to"),
         ([("a", "b")], {"seed": -1}, "seed: -1; expected an integer of at least 0"),
         (["ab"], {}, "pairs: 'ab'; expected a prompt and a continuation"),
         ([("a",)], {}, "pairs: ('a',); expected a prompt and a continuation"),
@@ -467,7 +471,16 @@ def test_arguments_of_load_model(tmp_path: Path) -> None:
     written(tmp_path, BOTH_KINDS[0])
     with pytest.raises(CapabilityError, match="device: 'tpu9'"):
         load_model(tmp_path, device="tpu9")
+    with pytest.raises(CapabilityError, match="device: 'meta' holds no values"):
+        load_model(tmp_path, device="meta")
     with pytest.raises(ConfigError, match="overrides: 'length=5' is a str; expected list or tuple"):
         load_model(tmp_path, overrides="length=5")
     with pytest.raises(ConfigError, match="path: None is a NoneType; expected str or Path"):
         load_model(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("bos", [-1, V, "a"])
+def test_a_bos_that_the_model_does_not_read(bos: Any) -> None:
+    with pytest.raises(ConfigError, match=f"bos: {bos!r}; expected an integer from 0 to {V - 1}"):
+        Model(randomised(BOTH_KINDS[0], V, L), bos=bos).sample(1, 1)

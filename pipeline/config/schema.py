@@ -16,7 +16,7 @@ Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$", max_length
 RegisteredName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=200)]
 
 # Bounds of the settings of samplers. Beyond them, distributions no longer change or are not finite.
-LEAST_TEMPERATURE, LARGEST_SETTING = 1e-6, 1e6
+LEAST_TEMPERATURE, LARGEST_SETTING, MOST_STEPS = 1e-6, 1e6, 1_000_000
 Setting = Annotated[float, Field(ge=0, le=LARGEST_SETTING)]
 
 
@@ -122,7 +122,7 @@ class SamplingConfig(Section):
 
     model: str | None = None
     num_samples: PositiveInt = 16
-    steps: PositiveInt = 128
+    steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] = 128
     order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
     schedule: Literal["linear", "arccos"] | None = None
     gumbel: Setting = 1.0

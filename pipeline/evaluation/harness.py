@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from pipeline import arguments
 from pipeline.api import Model
+from pipeline.config.schema import MOST_STEPS
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CapabilityError
 from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, windows
@@ -37,12 +39,21 @@ class HarnessSettings:
         seed: of all random draws.
         steps: of generating a row; fewer where fewer tokens are missing.
         rows: of a forward pass.
+
+    Raises:
+        ConfigError: a value outside its bounds.
     """
 
     draws: int = 32
     seed: int = 0
     steps: int = 64
     rows: int = 64
+
+    def __post_init__(self) -> None:
+        arguments.integer("draws", self.draws, 1, 10**6)
+        arguments.integer("seed", self.seed, 0)
+        arguments.integer("steps", self.steps, 1, MOST_STEPS)
+        arguments.integer("rows", self.rows, 1)
 
 
 class DenoiserLM(LM):

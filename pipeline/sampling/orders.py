@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import arguments
-from pipeline.config.schema import LARGEST_SETTING
+from pipeline.config.schema import LARGEST_SETTING, MOST_STEPS
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.sampling.logits import Drawn
 
@@ -67,10 +67,11 @@ def check(order: Order, steps: int, unknown: int, length: int) -> None:
         ConfigError: fewer than 1 step or more steps than positions, or a Halton order of rows that are no square
             grid.
     """
-    name, most = order.name, max(unknown, 1)
+    name = order.name
     # The binomial grid may be finer than there are tokens: steps that reveal nothing cost nothing.
-    if steps < 1 or (steps > most and name != "binomial"):
-        raise ConfigError(f"steps: {steps} for {unknown} positions to reveal; expected 1 to {most}")
+    most = MOST_STEPS if name == "binomial" else max(unknown, 1)
+    if not arguments.is_integer(steps) or not 1 <= steps <= most:
+        raise ConfigError(f"steps: {steps!r} for {unknown} positions to reveal; expected 1 to {most}")
     if name == "halton" and round(length**0.5) ** 2 != length:
         raise ConfigError(f"order: 'halton' needs a square grid of tokens, not {length}; expected 'uniform'")
 

@@ -384,17 +384,18 @@ def _check(
 ) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None:
     """Refuse a request that the model cannot follow, and return its known tokens on the host."""
     rows = arguments.integer("num_samples", request.num_samples, 1)
-    arguments.integer("steps", request.steps, 1)
     arguments.integer("seed", request.seed, 0)
     arguments.integer("refresh_every", request.refresh_every, 1)
     arguments.number("guidance", request.guidance, 0, LARGEST_SETTING)
     arguments.instance("order", request.order, str, Order)
     arguments.instance("filters", request.filters, Filters)
     known = known_tokens(request.known, rows, model.length)
+    start = int(request.bos is not None)
+    if start:
+        arguments.integer("bos", request.bos, 0, model.embedding.num_embeddings - model.registers - 1)
     if known is None:
         return None
     tokens, mask = (values.cpu() for values in known)
-    start = int(request.bos is not None)
     other = tokens[:, :start][mask[:, :start] & (tokens[:, :start] != request.bos)]
     if len(other):
         raise ConfigError(

@@ -15,6 +15,7 @@ from pipeline.config.schema import DiffusionConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
+from pipeline.errors import ConfigError
 from pipeline.metrics.continuations import score_continuations
 from pipeline.models import build, model_folder
 from pipeline.models.denoiser import Denoiser
@@ -144,3 +145,17 @@ def test_writing_and_first_choices(repeats: Denoiser) -> None:
     found = lm.loglikelihood(requests(("ddd", "dddd"), ("ddd", "dddf")))
     assert [match for _, match in found] == [True, False]
     assert found[0][0] > found[1][0] + 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"draws": 0}, "draws: 0"),
+        ({"seed": -1}, "seed: -1"),
+        ({"steps": 0}, "steps: 0"),
+        ({"rows": "8"}, "rows: '8'"),
+    ],
+)
+def test_settings_outside_their_bounds(settings: dict[str, int], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"{says}; expected an integer"):
+        HarnessSettings(**settings)

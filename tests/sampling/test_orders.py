@@ -267,7 +267,7 @@ def test_a_row_ends_at_its_stop():
         (lambda m: sample(m, SamplingRequest(1, 16, 0)), "steps: 16 for 15 positions"),
         (
             lambda m: sample(m, SamplingRequest(1, 3, 0, known=ragged_known([{15: 0}], 15))),
-            "position 15; expected 0 to 14",
+            "position: 15; expected an integer from 0 to 14",
         ),
         (
             lambda m: sample_long(m, SamplingRequest(1, 3, 0), length=30, stride=15),

@@ -224,6 +224,12 @@ def test_damaged_records_are_named_before_anything_starts(
         resume.precheck(run)
 
 
+def test_a_folder_without_a_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    run = Run(tiny(tmp_path, "sampled", sampling={"model": str(tmp_path)}))
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: no model.safetensors"):
+        run.sampled_model()
+
+
 def test_a_new_key_of_training_is_fixed_until_it_is_listed_here() -> None:
     free = {"steps", "micro_batch", "log_every", "validate_every", "checkpoint_every", "keep", "on_nonfinite"}
     free |= {"persistent_parameters", "offload_optimizer", "activation_checkpointing", "zero_stage"}
