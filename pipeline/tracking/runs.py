@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
@@ -58,7 +59,7 @@ def tracking_uri(config: RunConfig) -> str:
                 f"tracking.uri: missing, and SQLite cannot be in the remote cluster.storage {folder!r}; "
                 "expected the address of an MLflow server, or MLFLOW_TRACKING_URI in the environment"
             )
-        return f"{_SQLITE}{Path(folder).expanduser().resolve() / 'mlflow.db'}"
+        return _sqlite(Path(folder).expanduser().resolve() / "mlflow.db")
     scheme = uri.split(":")[0].split("+")[0]
     if scheme not in _SCHEMES or (":" not in uri and scheme != "databricks"):
         raise ConfigError(
@@ -66,8 +67,24 @@ def tracking_uri(config: RunConfig) -> str:
             f"one of {', '.join(_SCHEMES[1:])}{did_you_mean(scheme, _SCHEMES)}"
         )
     if uri.startswith(_SQLITE):
-        return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).expanduser().resolve()}"
+        _, mark, query = uri.partition("?")
+        return _sqlite(_sqlite_file(uri).expanduser().resolve()) + mark + query
     return uri
+
+
+def _sqlite(file: Path) -> str:
+    """Return the address of an SQLite file."""
+    return f"{_SQLITE}{_encoded(file)}"
+
+
+def _encoded(path: Path) -> str:
+    """Return a path with codes in place of the characters that mean something else in addresses."""
+    return str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+
+
+def _sqlite_file(uri: str) -> Path:
+    """Return the file of the address of an SQLite store."""
+    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0]))
 
 
 def open_run(
@@ -263,7 +280,7 @@ def connect(uri: str) -> "MlflowClient":
 
     if uri.startswith(_SQLITE):
         # Checked here, because MLflow retries a file that it cannot open for most of an hour.
-        file = Path(uri.removeprefix(_SQLITE))
+        file = _sqlite_file(uri)
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PermissionError(f"{file} is not writable")
@@ -304,8 +321,8 @@ def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     """Find an experiment, or create it."""
     if client.get_experiment_by_name(name) is None:
         # MLflow would put the files of an SQLite store into the current folder; they belong beside the store.
-        folder = Path(uri.removeprefix(_SQLITE)).parent / "mlartifacts"
-        place = str(folder) if uri.startswith(_SQLITE) else None
+        folder = _sqlite_file(uri).parent / "mlartifacts"
+        place = _encoded(folder) if uri.startswith(_SQLITE) else None
         ensure(lambda: client.create_experiment(name, artifact_location=place))
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
