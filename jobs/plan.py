@@ -15,6 +15,7 @@ from pipeline.models import model_folder
 from pipeline.planning.gpus import select_gpus
 from pipeline.planning.plan import report
 from pipeline.run import Run
+from pipeline.runtime.ray_cluster import start
 
 
 def plan(config: RunConfig, gpu: str) -> None:
@@ -60,7 +61,7 @@ def resources() -> dict[str, float]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    ray.init(address=address, logging_level=logging.WARNING)
+    start(address=address, logging_level=logging.WARNING)
     try:
         return ray.cluster_resources()
     finally:

@@ -21,6 +21,28 @@ from pipeline.runtime.control_files import STOP
 log = logging.getLogger(__name__)
 
 
+def start(**settings: Any) -> None:
+    """Join or start Ray, whose sockets and logs lie in the temporary folder of this machine.
+
+    Args:
+        settings: of `ray.init`.
+
+    Raises:
+        ConfigError: the temporary folder cannot be written, or its path is too long; names the variable.
+    """
+    variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    folder = os.environ.get(variable)
+    if folder:
+        storage.check_writable(folder, variable)
+    try:
+        ray.init(**settings)
+    except OSError as error:
+        if not folder or "AF_UNIX" not in str(error):
+            raise
+        what = "is too long for the paths of Ray's sockets; expected a shorter one, such as /tmp"
+        raise ConfigError(f"{variable}: {folder!r} {what}") from None
+
+
 @contextmanager
 def joined_cluster(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start a local Ray, for the time of the block.
@@ -33,7 +55,7 @@ def joined_cluster(config: ClusterConfig) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     cpus = None if address else max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
-    ray.init(address=address or "local", num_cpus=cpus, logging_level=logging.WARNING)
+    start(address=address or "local", num_cpus=cpus, logging_level=logging.WARNING)
     if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a message
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -16,13 +16,14 @@ from typing import IO, Any
 import fsspec
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
+from pipeline.config.location import check_bucket
 from pipeline.errors import ConfigError, DataError, PipelineError, first_line
 from pipeline.storage.retries import of_network, retry, transient
 
 COMPLETE = "_COMPLETE"  # last file of a folder on a store that cannot rename folders
 _TEMPORARY = ".part-"  # start of the names of unfinished files
-# By scheme of the stores whose first folder is a bucket.
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_PROBE = 1 << 16  # bytes that show whether a disk has room
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -56,8 +57,10 @@ def filesystem(path: str) -> tuple[Any, str]:
     if is_local(path):  # any character may stand in a path
         return fsspec.filesystem("file"), resolve(path)
     scheme = path.split("://")[0]
-    if scheme in _DRIVERS and not path.removeprefix(f"{scheme}://").split("/")[0]:
-        raise DataError(f"{path!r} names no bucket; expected {scheme}://BUCKET/FOLDER")
+    try:
+        check_bucket(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     try:
         if _is_chain(path):
             return fsspec.core.url_to_fs(path)
@@ -201,7 +204,7 @@ def check_writable(path: str, key: str) -> None:
     probe = join(path, f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
         filesystem(path)  # refuses a store without a bucket, for which the probe's name would be taken
-        publish_bytes(probe, b"")
+        publish_bytes(probe, bytes(_PROBE))
         remove(probe)
     except (OSError, DataError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
