@@ -22,4 +22,13 @@ def check_bucket(path: str) -> str:
     return path
 
 
-Location = Annotated[str, AfterValidator(check_bucket)]
+def _check(path: str) -> str:
+    """Return a path or URL; refuse one that no manifest and no MLflow store could hold."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{path!r} is not UTF-8; expected a name that is, such as that of a link") from None
+    return check_bucket(path)
+
+
+Location = Annotated[str, AfterValidator(_check)]

@@ -98,7 +98,7 @@ class TestMistakes:
             ),
             (
                 {"data": {"source": "\udcff"}},
-                "data.source: '\\udcff': input should be a valid string, unable to",
+                "data.source: '\\udcff' is not UTF-8; expected a name that is",
             ),
             (
                 {"data": {"wrap": "bos_eos", "length": 2}},
@@ -221,8 +221,17 @@ class TestOverrides:
             "|",
             ">",
             "{a}/b",
-        ]
-        + ["[ab]*.jsonl", "a::b", "what?", "C:\\data", "ü ☃ 😀", "it's", 'a"b', "~/data", "a  b", "a\tb"],
+            "[ab]*.jsonl",
+            "a::b",
+            "what?",
+            "C:\\data",
+            "ü ☃ 😀",
+            "it's",
+            'a"b',
+            "~/data",
+            "a  b",
+            "a\tb",
+        ],
     )
     def test_text_that_yaml_would_read_as_something_else(self, source: str, tmp_path: Path) -> None:
         config = load(write(tmp_path, "name: a"), [f"data.source={source}", f"data.path= {source} "])
