@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
+from pipeline.config.location import Location
 from pipeline.config.section import Section
 
 
@@ -26,7 +27,7 @@ class DataConfig(Section):
     split: str = "train"
     revision: str | None = None
     on_error: Literal["fatal", "skip"] = "fatal"
-    path: str | None = None
+    path: Location | None = None
     shard_rows: PositiveInt = 8192
     streams: Annotated[int, Field(ge=1, le=64)] = 8
     shuffle_window: PositiveInt = 4096
@@ -47,7 +48,7 @@ class TextDataConfig(DataConfig):
     """
 
     kind: Literal["text"] = "text"
-    source: str = "pydoc"
+    source: Location = "pydoc"
     text_field: str = "text"
     tokenizer: str = "bytes"
     length: Annotated[int, Field(ge=2)] = 1024
@@ -89,7 +90,7 @@ class ImageDataConfig(DataConfig):
     """
 
     kind: Literal["image"]
-    source: str = "digits"
+    source: Location = "digits"
     image_field: str = "image"
     label_field: str = "label"
     classes: PositiveInt = 10

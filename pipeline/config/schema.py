@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
+from pipeline.config.location import Location
 from pipeline.config.model import ModelConfig, PGMConfig
 from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section, Seed
 
@@ -228,7 +229,7 @@ class ClusterConfig(Section):
         hang_timeout_s: Seconds that a training step may take before its worker counts as hung; null sets no limit.
     """
 
-    storage: str = "runs"
+    storage: Location = "runs"
     workers: Annotated[
         Annotated[int, Field(gt=0, strict=True), Tag(WORKER_FORMS[0])]
         | Annotated[Workers, Tag(WORKER_FORMS[1])],

@@ -5,7 +5,6 @@ sweeps, and the samples that are shown during training.
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -195,8 +194,7 @@ def generate(model: str, settings: SamplingConfig, resources: Resources, into: s
         tokens = np.concatenate(drawn)
         labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
         texts = [tokenizer.decode(row) for row in tokens.tolist()] if isinstance(tokenizer, Tokenizer) else []
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
+        with storage.scratch() as folder:
             np.save(folder / "tokens.npy", tokens)
             columns = {"index": range(len(tokens)), "label": labels, "text": texts}
             columns = {name: values for name, values in columns.items() if values}

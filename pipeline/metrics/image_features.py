@@ -1,7 +1,6 @@
 """Networks whose features and classes FID and Inception Score are computed from, by their names in the config."""
 
 import importlib
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,9 +208,9 @@ def _inception(weights: str | None) -> nn.Module:
     path = weights or inception.URL_INCEPTION_V3
     if not storage.exists(path):
         raise ConfigError(f"evaluation.weights: {path!r} does not exist")
-    with tempfile.TemporaryDirectory() as folder:
+    with storage.scratch() as folder:
         # The library unpickles any file that it is given, so it gets one with the tensors alone.
-        clean = str(Path(folder) / "weights.pth")
+        clean = str(folder / "weights.pth")
         torch.save(read(storage.fetch(path)).tensors, clean)
         outputs = ["2048", "logits_unbiased"]
         return inception.FeatureExtractorInceptionV3(

@@ -25,6 +25,28 @@ log = logging.getLogger(__name__)
 SOON_S, ANSWER_S = 3.0, 30.0  # seconds that a cluster may take to answer before a warning, and after it
 
 
+def start(**settings: Any) -> None:
+    """Join or start Ray, whose sockets and logs lie in the temporary folder of this machine.
+
+    Args:
+        settings: of `ray.init`.
+
+    Raises:
+        ConfigError: the temporary folder cannot be written, or its path is too long; names the variable.
+    """
+    variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    folder = os.environ.get(variable)
+    if folder:
+        storage.check_writable(folder, variable)
+    try:
+        ray.init(**settings)
+    except OSError as error:
+        if not folder or "AF_UNIX" not in str(error):
+            raise
+        what = "is too long for the paths of Ray's sockets; expected a shorter one, such as /tmp"
+        raise ConfigError(f"{variable}: {folder!r} {what}") from None
+
+
 @contextmanager
 def joined_cluster(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start a local Ray, for the time of the block.
@@ -43,7 +65,7 @@ def joined_cluster(config: ClusterConfig) -> Iterator[None]:
         join(address)
     else:
         cpus = max(os.cpu_count() or 1, config.least * config.cpus_per_worker)
-        ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
+        start(address="local", num_cpus=cpus, logging_level=logging.WARNING)
     if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a message
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -64,7 +86,7 @@ def join(address: str) -> None:
     if address not in ("auto", "local"):
         _check_answers(address)
     try:
-        ray.init(address=address, logging_level=logging.WARNING)
+        start(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"RAY_ADDRESS: {address!r}: {reason}") from error

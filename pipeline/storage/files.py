@@ -19,6 +19,7 @@ from pipeline.storage.retries import retry, status
 
 COMPLETE = "_COMPLETE"  # last file of a folder on a store that cannot rename folders
 TEMPORARY = ".part-"  # start of the names of unfinished files
+_PROBE = 1 << 16  # bytes that show whether a disk has room
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -137,7 +138,7 @@ def check_writable(path: str, key: str) -> None:
     probe = join(path, f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         filesystem(path)  # refuses a store without a bucket, for which the probe's name would be taken
-        publish_bytes(probe, b"")
+        publish_bytes(probe, bytes(_PROBE))
         remove(probe)
     except (OSError, DataError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -8,10 +8,10 @@ from typing import Any
 import fsspec
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
+from pipeline.config.location import check_bucket
 from pipeline.errors import DataError, PipelineError
 from pipeline.storage.retries import of_network, transient
 
-# By scheme of the stores whose first folder is a bucket.
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
@@ -45,8 +45,10 @@ def filesystem(path: str) -> tuple[Any, str]:
     if is_local(path):  # any character may stand in a path
         return fsspec.filesystem("file"), resolve(path)
     scheme = path.split("://")[0]
-    if scheme in _DRIVERS and not path.removeprefix(f"{scheme}://").split("/")[0]:
-        raise DataError(f"{path!r} names no bucket; expected {scheme}://BUCKET/FOLDER")
+    try:
+        check_bucket(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     try:
         if _is_chain(path):
             return fsspec.core.url_to_fs(path)

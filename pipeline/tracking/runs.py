@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipeline import storage
 from pipeline.config.schema import RunConfig
@@ -61,7 +61,7 @@ def tracking_uri(config: RunConfig) -> str:
                 f"tracking.uri: missing, and SQLite cannot be in the remote cluster.storage {folder!r}; "
                 "expected the address of an MLflow server, or MLFLOW_TRACKING_URI in the environment"
             )
-        return f"{_SQLITE}{Path(os.path.expanduser(folder)).resolve() / 'mlflow.db'}"
+        return _sqlite(Path(os.path.expanduser(folder)).resolve() / "mlflow.db")
     scheme = uri.split(":")[0].split("+")[0]
     if scheme not in _SCHEMES or not _is_address(scheme, uri):
         raise ConfigError(
@@ -69,7 +69,8 @@ def tracking_uri(config: RunConfig) -> str:
             f"one of {', '.join(_SCHEMES[1:])}{did_you_mean(scheme, _SCHEMES)}"
         )
     if uri.startswith(_SQLITE):
-        return f"{_SQLITE}{Path(os.path.expanduser(uri.removeprefix(_SQLITE))).resolve()}"
+        _, mark, query = uri.partition("?")
+        return _sqlite(Path(os.path.expanduser(_sqlite_file(uri))).resolve()) + mark + query
     return uri
 
 
@@ -101,6 +102,21 @@ def check_store(folder: str, uri: str, experiment: str) -> None:
     if recorded_run(folder) is None:
         with answering(uri) as client:
             _experiment_id(client, uri, experiment)
+
+
+def _sqlite(file: Path) -> str:
+    """Return the address of an SQLite file."""
+    return f"{_SQLITE}{_encoded(file)}"
+
+
+def _encoded(path: Path) -> str:
+    """Return a path with codes in place of the characters that mean something else in addresses."""
+    return str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+
+
+def _sqlite_file(uri: str) -> Path:
+    """Return the file of the address of an SQLite store."""
+    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0]))
 
 
 def open_run(
@@ -299,7 +315,7 @@ def connect(uri: str) -> "MlflowClient":
 
     if uri.startswith(_SQLITE):
         # Checked here, because MLflow retries a file that it cannot open for most of an hour.
-        file = Path(uri.removeprefix(_SQLITE))
+        file = _sqlite_file(uri)
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PermissionError(f"{file} is not writable")
@@ -357,8 +373,8 @@ def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     """Find an experiment, or create it."""
     if client.get_experiment_by_name(name) is None:
         # MLflow would put the files of an SQLite store into the current folder; they belong beside the store.
-        folder = Path(uri.removeprefix(_SQLITE)).parent / "mlartifacts"
-        place = str(folder) if uri.startswith(_SQLITE) else None
+        folder = _sqlite_file(uri).parent / "mlartifacts"
+        place = _encoded(folder) if uri.startswith(_SQLITE) else None
         ensure(lambda: client.create_experiment(name, artifact_location=place))
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None

@@ -3,7 +3,6 @@
 import logging
 import math
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,8 +120,8 @@ def _register(run: Run, tokenizer: checkpoint.AnyTokenizer, step: int, value: fl
     if not rounds:
         tracking.set_alias(uri, name, "teacher", number)
     for done in range(1, rounds):
-        with tempfile.TemporaryDirectory() as temporary:
-            student = Path(temporary) / "model"
+        with storage.scratch() as temporary:
+            student = temporary / "model"
             shutil.copytree(storage.fetch(teacher_folder(run.folder, done)), student)
             tokenizer.save(student)
             tags = _round_tags(run, done)

@@ -114,6 +114,22 @@ class TestMistakes:
             ({"optim": {"lr": float("nan")}}, "optim.lr: nan: input should be"),
             ({"name": "../up"}, "name: '../up': string should match"),
             (
+                {"cluster": {"storage": "s3://"}},
+                "cluster.storage: 's3://' names no bucket; expected s3://BUCKET/FOLDER",
+            ),
+            (
+                {"data": {"source": "gs:///corpus"}},
+                "data.source: 'gs:///corpus' names no bucket; expected gs://",
+            ),
+            (
+                {"data": {"path": "s3:///x"}},
+                "data.path: 's3:///x' names no bucket; expected s3://BUCKET/FOLDER",
+            ),
+            (
+                {"data": {"source": "\udcff"}},
+                "data.source: '\\udcff' is not UTF-8; expected a name that is",
+            ),
+            (
                 {"data": {"wrap": "bos_eos", "length": 2}},
                 "data: length 2 leaves no token between BOS and EOS",
             ),

@@ -43,8 +43,15 @@ PARAMS = {"name": "a", "train.steps": 100, "optim.betas": [0.9, 0.999], "trackin
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store shared by the tests of this file, since its first use takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    """A store shared by the tests of this file, since its first use takes seconds.
+
+    Its folder has characters that mean something else in addresses.
+    """
+    folder = tmp_path_factory.mktemp("store") / "a [1] #2 %20 x::y?z"
+    address = tracking_uri(parse({"name": "a", "cluster": {"storage": str(folder)}}, "test"))
+    connect(address)
+    assert [file.name for file in folder.iterdir()] == ["mlflow.db"]
+    return address
 
 
 @pytest.fixture

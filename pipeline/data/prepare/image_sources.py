@@ -422,8 +422,9 @@ def _idx(path: str) -> UInt8[np.ndarray, "..."]:
     except Exception as error:
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
     rank = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
-    shape = tuple(np.frombuffer(data[4 : 4 + 4 * rank], dtype=">i4").tolist())
-    if not rank or len(shape) < rank or len(data) != 4 + 4 * rank + int(np.prod(shape)):
+    sizes = data[4 : 4 + 4 * rank]
+    shape = tuple(np.frombuffer(sizes, dtype=">i4").tolist()) if len(sizes) == 4 * rank else ()
+    if not shape or len(data) != 4 + 4 * rank + int(np.prod(shape)):
         raise DataError(
             f"{path}: not a complete idx file: {len(data)} bytes that start with {data[:4].hex()}"
         )

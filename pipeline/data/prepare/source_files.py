@@ -120,7 +120,7 @@ def is_hidden(name: str) -> bool:
     Args:
         name: the path, relative to the folder.
     """
-    parts = [part for part in name.split("/") if part != "."]
+    parts = [part for part in name.split("/") if part not in (".", "..")]
     return any(part.startswith(".") or part == _ARCHIVER for part in parts)
 
 
@@ -311,6 +311,8 @@ def find(source: str, suffixes: tuple[str, ...], *embedded: str) -> list[SourceF
             files = list_files(source)
     except DataError as error:
         raise DataError(f"data.source: {str(error).removeprefix('data.source: ')}") from error
+    if not files and storage.exists(source):
+        raise DataError(f"data.source: no file at {source!r}, besides hidden ones, pipes and devices")
     if not files:
         folder, _, name = source.rstrip("/").rpartition("/")
         near = did_you_mean(name, [*storage.listing(folder or "."), *embedded])

@@ -185,6 +185,9 @@ def _read_jsonl(piece: Piece, data: TextDataConfig) -> Numbered:
     """Yield the lines as documents; a line belongs to the piece of the file in which it starts."""
     with storage.open_read(piece.path) as file:
         lines: Iterable[bytes] = file
+        if is_a(piece.path, (".gz", ".zst")) and not file.read(1):
+            raise EOFError("0 bytes; expected compressed lines")  # their readers would see no line
+        file.seek(0)
         if is_a(piece.path, (".gz",)):
             lines = gzip.GzipFile(fileobj=file)
         elif is_a(piece.path, (".zst",)):

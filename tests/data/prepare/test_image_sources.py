@@ -319,6 +319,13 @@ def test_spoilt_idx_files(tmp_path: Path) -> None:
         listed(make_data(str(tmp_path / "third")))
 
 
+def test_an_idx_file_that_ends_in_its_sizes(tmp_path: Path) -> None:
+    source = write_idx(tmp_path, IMAGES, LABELS)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(LABELS)[:6])
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte: not a complete idx file: 6 bytes"):
+        listed(make_data(source))
+
+
 def test_sources_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.source: nothing at 'digit'; did you mean 'digits'\?"):
         open_images(make_data("digit"))

@@ -133,6 +133,12 @@ def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
     assert names(f"{tmp_path}/.cache/corpus") == ["a.txt"]
 
 
+def test_nothing_but_hidden_files(tmp_path: Path) -> None:
+    write(tmp_path / ".a.txt")
+    with pytest.raises(DataError, match=rf"^data.source: no file at '{tmp_path}', besides hidden ones"):
+        names(str(tmp_path))
+
+
 def test_hidden_folders_of_images(tmp_path: Path) -> None:
     write_folders(tmp_path / ".cache" / "images", *make_images(6))
     data = ImageDataConfig(kind="image", source=f"{tmp_path}/.[a-c]*/images/*/*.png")

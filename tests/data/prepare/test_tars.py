@@ -67,8 +67,9 @@ WANTED = LABELS.tolist()
         [*GOOD[::2], *GOOD[1::2]],
         [*GOOD[1::2], ("__MACOSX/s/x.png", b"none"), *GOOD[::2]],
         [(f"./{name.upper()}", content) for name, content in GOOD],
+        [(f"../{name}", content) for name, content in GOOD],
     ],
-    ids=["between hidden members", "among others", "by kind", "labels first", "capitals"],
+    ids=["between hidden members", "among others", "by kind", "labels first", "capitals", "above"],
 )
 def test_members_that_are_no_samples_lose_none(members: Members, tmp_path: Path) -> None:
     assert found(tar(members), tmp_path) == (WANTED, [])

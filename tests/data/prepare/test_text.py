@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import yaml
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
+from pipeline.data.prepare.text import tokenise_unit
 from pipeline.data.prepare.text_sources import open_source, read
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
@@ -186,6 +189,33 @@ def test_empty_corpus_and_too_few_documents(ray_cluster: None, tmp_path: Path) -
         prepare(make_config(tmp_path / "runs", validation_documents=80))
     assert not list((tmp_path / "runs").rglob("*.parquet"))
     assert not list((tmp_path / "runs").rglob("manifest.json"))
+
+
+def test_a_full_temporary_folder_is_named(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk; Ray is not needed."""
+    source = tmp_path / "a.txt"
+    source.write_text("x" * 100_000)
+    config = make_config(tmp_path, source=str(source))
+    (unit,) = open_source(config.data).units
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(DataError, match=r"^TMPDIR: '/.*' cannot hold temporary files: File too large$"):
+            tokenise_unit((0, unit), config.data, str(tmp_path / "work"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_temporary_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", f"{tmp_path}/gone")
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/gone")
+    config = make_config(tmp_path)
+    (unit,) = open_source(config.data).units
+    with pytest.raises(
+        DataError, match=rf"^TMPDIR: '{tmp_path}/gone' cannot hold temporary files: No such file"
+    ):
+        tokenise_unit((0, unit), config.data, str(tmp_path / "work"))
 
 
 def test_refusals_before_any_work(tmp_path: Path) -> None:

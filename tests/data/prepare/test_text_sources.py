@@ -130,6 +130,8 @@ def test_the_fingerprint_follows_the_files_and_not_their_place(tmp_path: Path) -
         ("a.jsonl", b"[1]\n", r"line 1: a list; expected an object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl line 1: not UTF-8: surrogates"),
         ("a.jsonl.gz", gzip.compress(lines())[:-20], r"a.jsonl.gz: cannot be read to the end: EOFError"),
+        ("a.jsonl.gz", b"", r"a.jsonl.gz: cannot be read to the end: EOFError: 0 bytes"),
+        ("a.jsonl.zst", b"", r"a.jsonl.zst: cannot be read to the end: EOFError: 0 bytes"),
         ("a.jsonl.gz", b"plain", r"cannot be read to the end: BadGzipFile"),
         ("a.jsonl.zst", pa.compress(lines(), "zstd", asbytes=True)[:-20], r"zst: .*Truncated"),
         ("a.parquet", b"PAR1 and so on", r"a.parquet: cannot be read to the end"),

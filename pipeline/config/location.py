@@ -1,0 +1,34 @@
+"""Paths and URLs in configs."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+BUCKET_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "az")  # schemes of stores whose first folder is a bucket
+
+
+def check_bucket(path: str) -> str:
+    """Return a path or URL; refuse that of a store without a bucket, where the next folder would be taken for one.
+
+    Args:
+        path: of a file or folder.
+
+    Raises:
+        ValueError: the URL names no bucket.
+    """
+    scheme, mark, rest = path.partition("://")
+    if mark and scheme in BUCKET_STORES and not rest.split("/")[0]:
+        raise ValueError(f"{path!r} names no bucket; expected {scheme}://BUCKET/FOLDER")
+    return path
+
+
+def _check(path: str) -> str:
+    """Return a path or URL; refuse one that no manifest and no MLflow store could hold."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{path!r} is not UTF-8; expected a name that is, such as that of a link") from None
+    return check_bucket(path)
+
+
+Location = Annotated[str, AfterValidator(_check)]
