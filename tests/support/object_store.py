@@ -53,7 +53,9 @@ class Store:
 
 def _handler(store: Store, behind: tuple[str, int]) -> type[BaseHTTPRequestHandler]:
     lock = threading.Lock()
-    conditional = threading.Lock()  # moto itself checks a condition and writes in two steps, unlike real stores
+    conditional = (
+        threading.Lock()
+    )  # moto itself checks a condition and writes in two steps, unlike real stores
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
