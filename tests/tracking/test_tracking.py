@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mlflow.store.artifact.s3_artifact_repo import _cached_get_s3_client
 
 from pipeline.config.load import parse
 from pipeline.errors import CheckpointError, ConfigError, StoppedError
+from pipeline.run import Run
 from pipeline.tracking import (
     Tracker,
     check_store,
@@ -377,6 +379,18 @@ class TestTracker:
         assert metric_history(uri, run_id, ["train/loss"])["train/loss"] == [(1, 3.0), (3, 5.0)]
         assert connect(uri).get_metric_history(run_id, "train/loss")[0].timestamp <= before
         assert not spill.exists()
+
+    def test_runs_of_one_name_in_two_places_keep_their_metrics_apart(
+        self, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        spills = set()
+        for bucket in ("one", "two"):
+            tree = {"name": "a", "tracking": {"uri": uri}, "cluster": {"storage": f"s3://{bucket}/runs"}}
+            with Run(parse(tree, "test"), run_id="0" * 32).tracker() as tracker:
+                spills.add(tracker._spill)
+        assert len(spills) == 2
+        assert all(spill is not None and spill.is_relative_to(tmp_path) for spill in spills)
 
     def test_memory_is_bounded(
         self, uri: str, run_id: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
