@@ -26,7 +26,7 @@ from pipeline.run import Run
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.ema import EMA, read_averages
-from pipeline.training.engine import TAG, Engine, fill
+from pipeline.training.engine import TAG, Engine, fill, import_deepspeed
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,7 @@ def _convert(path: str) -> None:
     target = checkpoint.universal_path(path)
     if storage.folder_complete(target):
         return
+    import_deepspeed()
     from deepspeed.checkpoint.ds_to_universal import main
 
     log.info("converting %s for another number of workers", path)
@@ -259,6 +260,7 @@ def _raw_weights(local: Path) -> dict[str, Tensor]:
     """Read the full float32 weights of a checkpoint of this project, of any ZeRO stage."""
     state = checkpoint.read_state(str(local))
     if state.config["train"]["zero_stage"] > 0:
+        import_deepspeed()
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         tensors = get_fp32_state_dict_from_zero_checkpoint(str(local), tag=TAG)

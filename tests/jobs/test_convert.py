@@ -16,6 +16,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import model_folder
+from tests.support.in_process import run_job
 from tests.support.small_models import MDLM, PGM, random_rows, randomised
 
 ROOT = Path(__file__).parents[2]
@@ -142,22 +143,19 @@ def test_wrong_words_and_damaged_folders(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    def convert(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "jobs.convert", *words],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    done = convert(str(RELEASED), str(tmp_path / "out"), "license=mit")
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.convert", str(RELEASED), str(tmp_path / "out"), "license=mit"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert f"hf upload OWNER/NAME {tmp_path / 'out'}" in done.stdout
     same(RELEASED, tmp_path / "out")
-    usage = convert(str(RELEASED))
-    assert (usage.returncode, "SOURCE FOLDER [key=value ...]" in usage.stdout) == (2, True)
-    wrong = convert(str(tmp_path / "none.ckpt"), str(tmp_path / "out"))
-    assert wrong.returncode == 1
+    usage = run_job("convert", str(RELEASED))
+    assert (usage.code, "SOURCE FOLDER [key=value ...]" in usage.stdout) == (2, True)
+    wrong = run_job("convert", str(tmp_path / "none.ckpt"), str(tmp_path / "out"))
+    assert wrong.code == 1
     assert "Traceback" not in wrong.stderr
     assert "no such folder or file" in wrong.stderr

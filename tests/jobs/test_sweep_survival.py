@@ -55,7 +55,7 @@ def test_a_killed_and_a_stopped_sweep_go_on_where_they_were(tmp_path: Path) -> N
         job.wait_for("4 trials, 1 of them ended before")
         job.wait_for(r"norm=rms seed 0: step 60/160")
         job.process.send_signal(signal.SIGTERM)
-        assert job.process.wait(60) == 1
+        assert job.process.wait(120) == 1
         text = "\n".join(job.lines)
     assert text.splitlines()[-1].startswith("error: stopped on request after checkpoints")
     assert "norm=layer seed 1: step 20/160" not in text  # it went on from a checkpoint

@@ -71,7 +71,7 @@ class LaunchedJob:
                 self.times.append(time.monotonic())
                 self._news.notify_all()
 
-    def wait_for(self, pattern: str, timeout: float = 150, after: int = 0) -> re.Match[str]:
+    def wait_for(self, pattern: str, timeout: float = 300, after: int = 0) -> re.Match[str]:
         """The first line from number `after` on that matches."""
         deadline = time.monotonic() + timeout
         with self._news:
@@ -90,7 +90,7 @@ class LaunchedJob:
         found = [c for c in children if c.is_running() and "RayTrainWorker" in " ".join(_command(c))]
         return sorted(found, key=lambda process: process.create_time())
 
-    def finish(self, timeout: float = 240) -> str:
+    def finish(self, timeout: float = 480) -> str:
         """Wait for a good end; the output."""
         code = self.process.wait(timeout)
         self._reader.join(10)

@@ -15,8 +15,16 @@ import torch.multiprocessing as mp
 PATIENCE = 300.0  # seconds for one call
 
 
+def _server() -> Any:
+    """The process that workers are forked from: the imports of training take it ten seconds, once."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.imported"])
+    return context
+
+
 class Workers:
-    """A group of worker processes that stays up between calls: starting one costs ten seconds of imports.
+    """A group of worker processes that stays up between calls.
 
     A call that fails on any rank ends the group, since the others may wait for it; the next one starts anew.
     """
@@ -53,7 +61,7 @@ class Workers:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = mp.get_context("spawn")
+        context = _server()
         self._answers = context.Queue()
         self._tasks = [context.Queue() for _ in range(self.count)]
         self._processes = [

@@ -113,9 +113,10 @@ for workers in (1, 2):
     one = config.cluster.model_copy(update={"workers": workers})
     found = available_resources(one)
     print(found.use_gpu, found.actors)
-print(ray.get(ray.remote(own_device).remote()))
+alone, given = ray.remote(own_device).remote(), ray.remote(num_gpus=1)(own_device).remote()
+print(ray.get(alone))
 try:
-    ray.get(ray.remote(num_gpus=1)(own_device).remote())
+    ray.get(given)
 except ray.exceptions.RayTaskError as error:
     assert isinstance(error.cause, CapabilityError)
     print(error.cause)

@@ -13,7 +13,7 @@ from tests.support import observed, plain
 from tests.support.workers import Workers
 
 STAGES = (0, 1, 2, 3)
-STEPS = 20
+STEPS, HALF, SHORT = 12, 8, 6  # of runs in float32, in bf16, and of their variants
 Runs = dict[str, tuple[RunConfig, observed.Seen]]
 
 
@@ -27,14 +27,14 @@ def _configs(storage: Path) -> list[RunConfig]:
     for stage in STAGES:
         # Validation in the middle computes with other weights for a while, and must leave no trace.
         found.append(run(f"stage-{stage}", zero_stage=stage, validate_every=7, checkpoint_every=STEPS))
-        found.append(run(f"stage-{stage}-bf16", zero_stage=stage, precision="bf16", steps=10))
-    found.append(run("stage-3-persistent", zero_stage=3, persistent_parameters=100_000, steps=6))
+        found.append(run(f"stage-{stage}-bf16", zero_stage=stage, precision="bf16", steps=HALF))
+    found.append(run("stage-3-persistent", zero_stage=3, persistent_parameters=100_000, steps=SHORT))
     for stage in (1, 2, 3):
-        found.append(run(f"stage-{stage}-offload", zero_stage=stage, offload_optimizer=True, steps=6))
+        found.append(run(f"stage-{stage}-offload", zero_stage=stage, offload_optimizer=True, steps=SHORT))
     for stage in (1, 3):
         for again in (False, True):
             name = f"stage-{stage}-{'recomputed' if again else 'kept'}"
-            found.append(run(name, 0.1, zero_stage=stage, activation_checkpointing=again, steps=6))
+            found.append(run(name, 0.1, zero_stage=stage, activation_checkpointing=again, steps=SHORT))
     return found
 
 
@@ -102,20 +102,20 @@ def test_ema_equals_plain_training(runs: Runs, reference: plain.Plain) -> None:
 def test_bf16_stays_close_to_fp32(runs: Runs, reference: plain.Plain, stage: int) -> None:
     """bf16 has 8 bits, so losses are good to a few thousandths; masters in bf16 would be off by tenths."""
     seen = runs[f"stage-{stage}-bf16"][1]
-    assert seen.losses == pytest.approx(first(10, reference.losses), abs=0.01, rel=0)
-    assert seen.norms == pytest.approx(first(10, reference.norms), rel=0.02)
+    assert seen.losses == pytest.approx(first(HALF, reference.losses), abs=0.01, rel=0)
+    assert seen.norms == pytest.approx(first(HALF, reference.norms), rel=0.02)
     assert any(not torch.equal(value, value.bfloat16().float()) for value in seen.weights.values())
 
 
 @pytest.mark.parametrize("name", ["stage-3-persistent", *(f"stage-{stage}-offload" for stage in (1, 2, 3))])
 def test_where_tensors_live_changes_nothing(runs: Runs, reference: plain.Plain, name: str) -> None:
     seen = runs[name][1]
-    assert seen.losses == pytest.approx(first(6, reference.losses), abs=1e-5, rel=0)
-    assert seen.norms == pytest.approx(first(6, reference.norms), rel=1e-5)
+    assert seen.losses == pytest.approx(first(SHORT, reference.losses), abs=1e-5, rel=0)
+    assert seen.norms == pytest.approx(first(SHORT, reference.norms), rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_recomputed_activations_change_nothing(runs: Runs, stage: int) -> None:
     kept, again = runs[f"stage-{stage}-kept"][1], runs[f"stage-{stage}-recomputed"][1]
     assert again.losses == pytest.approx(kept.losses, abs=1e-6, rel=0)
-    assert abs(kept.losses[6] - runs["stage-1"][1].losses[6]) > 1e-4  # dropout was on
+    assert abs(kept.losses[SHORT] - runs["stage-1"][1].losses[SHORT]) > 1e-4  # dropout was on

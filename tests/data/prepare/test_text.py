@@ -35,6 +35,7 @@ from tests.support.data_helpers import (
     write_parquet,
     write_ranks,
 )
+from tests.support.in_process import run_job
 
 
 def make_tree(storage: Path, **data: object) -> dict[str, object]:
@@ -295,7 +296,6 @@ def test_names_follow_contents(tmp_path: Path) -> None:
 def test_the_job_tells_mistakes_without_a_traceback(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(make_tree(tmp_path)))
-    command = [sys.executable, "-m", "jobs.prepare", str(file), "data.source=pydok"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    done = run_job("prepare", str(file), "data.source=pydok")
+    assert done.code == 1
     assert done.stderr == "error: data.source: nothing at 'pydok'; did you mean 'pydoc'?\n"
