@@ -84,7 +84,7 @@ def join(address: str) -> None:
         ConfigError: it is no address of a cluster, or no cluster answers there within half a minute.
     """
     if address not in ("auto", "local"):
-        _check_answers(address)
+        check_answers(address)
     try:
         start(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
@@ -92,8 +92,15 @@ def join(address: str) -> None:
         raise ConfigError(f"RAY_ADDRESS: {address!r}: {reason}") from error
 
 
-def _check_answers(address: str) -> None:
-    """Refuse an address at which no cluster answers; Ray would wait for many minutes without a word."""
+def check_answers(address: str) -> None:
+    """Refuse an address at which no cluster answers; Ray would wait for many minutes without a word.
+
+    Args:
+        address: value of RAY_ADDRESS, other than auto and local.
+
+    Raises:
+        ConfigError: it is no address, or nothing answers there that speaks Ray's protocol.
+    """
     expected = "expected HOST:PORT of the head node (by default 6379), ray://HOST:10001, auto or local"
     if address.startswith(("http://", "https://")):
         raise ConfigError(

@@ -2,17 +2,19 @@
 
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.runtime import ray_cluster
-from pipeline.runtime.ray_cluster import join
+from pipeline.runtime.ray_cluster import check_answers, join
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "SOON_S", 0.2)
+    monkeypatch.setattr(ray_cluster, "SOON_S", 1.0)
     monkeypatch.setattr(ray_cluster, "ANSWER_S", 0.3)
 
 
@@ -47,3 +49,15 @@ def test_another_service(deaf: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"^RAY_ADDRESS: no cluster answers at"):
         join(deaf)
     assert "no cluster answers" in caplog.text, "said before the end of the wait"
+
+
+def test_a_server_of_the_protocol_is_not_held_up(caplog: pytest.LogCaptureFixture) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            check_answers(address)
+    finally:
+        server.stop(None).wait()
+    assert not caplog.records
