@@ -127,7 +127,7 @@ class TestMistakes:
             ),
             (
                 {"data": {"source": "\udcff"}},
-                "data.source: '\\udcff' is not UTF-8; expected a name that is",
+                "data.source: '\\udcff': input should be a valid string",
             ),
             (
                 {"data": {"wrap": "bos_eos", "length": 2}},
