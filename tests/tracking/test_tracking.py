@@ -318,7 +318,7 @@ class TestTracker:
             tracker.log_metrics({"train/loss": 2.0}, 1)
             tracker.log_text("a time", "samples/step_2.txt")
             tracker.log_metrics({"train/loss": 1.0}, 2)
-            assert tracker.flush(30)
+            assert tracker.flush(120)
         assert metric_history(uri, run_id, ["train/loss"])["train/loss"] == [(1, 2.0), (2, 1.0)]
         said = warnings_of(caplog)
         assert sum("MLflow refuses artifact 'samples/step_1.txt'" in line for line in said) == 1
