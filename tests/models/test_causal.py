@@ -150,6 +150,7 @@ def test_a_row_is_the_same_in_any_batch(order: str) -> None:
     given = torch.zeros(4, 17, dtype=torch.bool)
     given[:, [0, 3, 8]] = True
     known = torch.full((4, 17), 5), given
+    known[0][:, 0] = 2  # BOS
     labels = torch.tensor([0, 1, 2, 0])
     request = SamplingRequest(4, 6, 7, order, 2, labels, known, guidance=1.5)
     together = sample(model, request)
@@ -172,10 +173,10 @@ def test_given_tokens_come_in_an_order_of_the_seed(monkeypatch: pytest.MonkeyPat
         extend(state, tokens, positions, lengths)
 
     monkeypatch.setattr(model, "extend", watch)
-    given = torch.ones(1, L, dtype=torch.bool)
-    given[0, -1] = False
+    tokens, given = torch.ones(1, L, dtype=torch.int64), torch.ones(1, L, dtype=torch.bool)
+    tokens[0, 0], given[0, -1] = 2, False
     for seed in (0, 0, 1):
-        sample(model, SamplingRequest(1, 1, seed, bos=2, known=(torch.ones(1, L).long(), given)))
+        sample(model, SamplingRequest(1, 1, seed, bos=2, known=(tokens, given)))
     first, again, other = seen[::2]
     assert first == again != other
     assert first[0] == other[0] == 0, "BOS comes first"

@@ -94,17 +94,14 @@ def test_masked_model(mdlm: tuple[dict[str, Tensor], Model]) -> None:
 def test_masked_model_at_clean_positions(mdlm: tuple[dict[str, Tensor], Model]) -> None:
     """What the loss never asks for, but where the trunk is wrong if it is wrong."""
     recorded, model = mdlm
-    tokens = recorded["tokens"]
-    clean = tokens < model.denoiser.vocab_size
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    known = [row[keep] for row, keep in zip(tokens, clean, strict=True)]
-    places = [row[keep] for row, keep in zip(positions, clean, strict=True)]
-    logits = model.predict(
-        torch.nn.utils.rnn.pad_sequence(known, batch_first=True),
-        torch.nn.utils.rnn.pad_sequence(places, batch_first=True),
-        clean.sum(1),
-        positions,
-    )
+    tokens, denoiser = recorded["tokens"], model.denoiser
+    (rows, length), clean = tokens.shape, tokens < denoiser.vocab_size
+    positions = torch.arange(length).expand_as(tokens)
+    with torch.no_grad():
+        state = denoiser.open(rows)
+        denoiser.extend(state, tokens[clean], positions[clean], clean.sum(1).tolist())
+        hidden = denoiser.hidden(state, positions.flatten(), [length] * rows)
+        logits = denoiser.head(hidden).unflatten(0, (rows, length))
     torch.testing.assert_close(logits, recorded["logits"][..., : model.denoiser.vocab_size], **AGREEMENT)
 
 
