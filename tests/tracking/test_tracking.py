@@ -52,7 +52,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("store") / "a [1] #2 %20 x::y?z"
     address = tracking_uri(parse({"name": "a", "cluster": {"storage": str(folder)}}, "test"))
     connect(address)
-    assert [file.name for file in folder.iterdir()] == ["mlflow.db"]
+    assert {file.name for file in folder.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
     return address
 
 
