@@ -11,7 +11,10 @@ from pipeline.errors import CapabilityError, ConfigError
 
 
 def is_integer(value: Any) -> bool:
-    """Return whether a value is an integer; a boolean is none."""
+    """Return whether a value is an integer, or a tensor of one; a boolean is none."""
+    if isinstance(value, Tensor):
+        kind = value.dtype
+        return value.ndim == 0 and not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -174,7 +174,7 @@ class AR(CachedDenoiser):
         memory: PrefixCache,
         vectors: ClassVectors,
         new: NewTokens,
-        positions: Int[Tensor, "B 1"],  # noqa: ARG002
+        positions: Int[Tensor, "B 1"],
     ) -> Float[Tensor, "B H"]:
         """Add one token to every row and compute the vector of what follows it.
 
@@ -182,11 +182,12 @@ class AR(CachedDenoiser):
             memory: of a state after `encode`; changed in place.
             vectors: class vectors of the rows.
             new: the tokens.
-            positions: not used, since the newest slot of a row predicts what follows it.
+            positions: of the tokens to predict, one a row; the newest slot of a row predicts what follows it.
 
         Returns:
             [B, H] vectors for the head.
         """
+        assert positions.shape[1] == new.ids.shape[1] == 1, "AR predicts one token a step"
         append = FixedAppend(new.slots, memory.stored[0].cache.keys.shape[1])
         layout = self.layout(append.segments, new.slots.flatten())
         condition = Condition(vectors, append.segments.ids)

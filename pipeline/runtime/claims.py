@@ -37,6 +37,7 @@ FOLDER = ".claims"  # in the claimed folder
 BEAT_S = 15.0  # between two renewals
 MISSED_BEATS = 3
 POLL_S = 2.0  # between two looks at a claim that is not over
+_held: set[str] = set()  # tokens of the claims of this process
 _NAME = re.compile(r"(\d{6})\.json")
 
 Verb = Literal["trained", "prepared", "evaluated", "made", "run"]
@@ -109,6 +110,7 @@ def _take(folder: str, what: str, verb: Verb, wait: bool) -> "_Claim":
         if all(state == "over" for state in states.values()):
             number = int(_NAME.fullmatch(names[-1])[1]) + 1 if names else 1  # type: ignore[index]
             claim = _Claim(folder, number, owner)
+            _held.add(owner.token)
             if storage.create(claim.path, claim.data):
                 if not claim.lost() and {*_names(folder)} <= {*names, claim.name}:
                     for name in names:
@@ -148,6 +150,8 @@ def _state(
     # Reading comes first: on shared filesystems, opening a file makes its times those of the server.
     path, owner = storage.join(folder, name), _read(folder, name)
     if owner is not None and owner.place == place:
+        if owner.pid == os.getpid() and owner.token not in _held:
+            return "over"  # it could not be removed at its end
         return "alive" if _process(owner.pid) == owner.started else "over"
     try:
         time_now, renewed = storage.present_time(folder), storage.modified(path)
@@ -200,7 +204,7 @@ class _Claim:
         self._folder, self._number = folder, number
         self.name, self.data = f"{number:06d}.json", json.dumps(asdict(owner)).encode()
         self.path = storage.join(folder, self.name)
-        self._ended = threading.Event()
+        self._token, self._ended = owner.token, threading.Event()
         self._thread = threading.Thread(target=self._renew, name="claim", daemon=True)
 
     def start(self) -> None:
@@ -211,6 +215,7 @@ class _Claim:
         """End the claim."""
         self._ended.set()
         self._thread.join()
+        _held.discard(self._token)
         try:
             storage.remove(self.path)
         except Exception as error:  # the next job finds that this process has ended

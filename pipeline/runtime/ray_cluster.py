@@ -108,11 +108,7 @@ def check_answers(address: str) -> None:
         )
     try:
         parts = urlsplit(address if "://" in address else f"ray://{address}")
-        place = (
-            f"{parts.hostname}:{parts.port}"
-            if parts.scheme == "ray" and parts.hostname and parts.port
-            else ""
-        )
+        place = parts.netloc if parts.scheme == "ray" and parts.hostname and parts.port else ""
     except ValueError:
         place = ""
     if not place:

@@ -1,5 +1,6 @@
 """Steps of fixed shape, which can be compiled and captured as CUDA graphs."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import cache
@@ -17,7 +18,9 @@ from pipeline.sampling.logits import Filters, Guidance, draw_tokens
 from pipeline.sampling.orders import PLANNED, Order
 
 DEVICES = ("cuda",)  # on a CPU, attention over whole caches would cost more than it saves
-# Shapes that one process may compile the step for: a few widths of every model and batch.
+log = logging.getLogger(__name__)
+
+# Shapes that one process compiles the step for: a few widths of every model and batch.
 _SHAPES = 64
 
 
@@ -45,15 +48,20 @@ def check(model: Denoiser, order: Order) -> None:
         order: the order of revelation.
 
     Raises:
-        CapabilityError: a model whose stored outputs change or are not in caches, or an order that is not planned.
+        CapabilityError: a model whose stored outputs change or are not in caches, or an order that is not planned or
+            that the model cannot follow.
     """
     if not (isinstance(model, CachedDenoiser) and model.fixed_steps):
         raise CapabilityError(
             f"compile: True for {type(model).__name__}; expected False, since only AR, and a PGM with a causal "
             "encoder and without pooled swaps, have steps of fixed shape"
         )
-    if order.name not in PLANNED:
-        raise CapabilityError(f"compile: True for order {order.name!r}; expected one of {', '.join(PLANNED)}")
+    planned = ("left_to_right",) if model.left_to_right else PLANNED
+    if order.name not in planned:
+        name = type(model).__name__
+        raise CapabilityError(
+            f"compile: True for {name} in order {order.name!r}; expected one of {', '.join(planned)}"
+        )
 
 
 def widths(needed: Sequence[int]) -> list[int]:
@@ -105,6 +113,10 @@ def follow(
     """
     (steps, rows), device, copies = plan.counts.shape, state.tokens.device, 1 if guidance is None else 2
     width = widths(plan.counts.max(1, initial=0).tolist())
+    if model.left_to_right and max(width, default=0) > 1:
+        raise CapabilityError(
+            f"steps: {steps} for AR, which draws one token a step; expected one for each token"
+        )
     new = model.encode(state, next(filter(None, width), 1))
     group = np.repeat(np.arange(steps * rows), plan.counts.ravel())
     within = np.arange(len(group)) - (np.cumsum(plan.counts.ravel()) - plan.counts.ravel())[group]
@@ -167,8 +179,12 @@ def compiled_step(memory: Any) -> Callable[..., Int[Tensor, "samples width"]]:
 
     def step(*inputs: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
-            return _compiled()(*inputs).clone()  # the next call of a CUDA graph overwrites its output
+        try:
+            with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+                return _compiled()(*inputs).clone()  # the next call of a CUDA graph overwrites its output
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            log.warning("compiled steps of %d shapes; steps of other shapes are not compiled", _SHAPES)
+            return _step(*inputs)
 
     return step
 

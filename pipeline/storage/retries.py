@@ -69,8 +69,12 @@ def of_network(error: BaseException) -> bool:
     Args:
         error: raised while data was read.
     """
-    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, ConnectionError | TimeoutError) or not libraries.isdisjoint(_NETWORK)
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    # Drivers of stores raise an OSError for an answer of the store, which is then its cause.
+    origins = [error, error.__cause__, error.__context__] if isinstance(error, OSError) else [error]
+    kinds = [kind for origin in origins for kind in type(origin).__mro__]
+    return any(kind.__module__.partition(".")[0] in _NETWORK for kind in kinds)
 
 
 def retry(function: Callable[P, R]) -> Callable[P, R]:

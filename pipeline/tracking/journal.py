@@ -377,8 +377,9 @@ class Tracker:
             empty = not self._left()
             self._change.notify_all()
         if empty and self._spill is not None:
-            with self._spill_lock:
-                self._spill.unlink(missing_ok=True)
+            with self._spill_lock, self._change:  # in the order of `_save`
+                if not self._left():  # the other queue may have saved an item since
+                    self._spill.unlink(missing_ok=True)
 
     def _pause(self, queue: _Queue, delay: float) -> None:
         """Wait between attempts; `flush` and `close` end the wait."""

@@ -70,13 +70,14 @@ def train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None] | 
     Raises:
         PipelineError: as `pretrain` and `distill`.
     """
-    with _claimed(run):
+    # A sweep owns the folders of its trials: what still owns one is the dying trial of a killed driver.
+    with _claimed(run, wait=train is not None):
         return _train_to_end(run, tags, train or run_group)
 
 
-def _claimed(run: Run) -> AbstractContextManager[None]:
+def _claimed(run: Run, wait: bool = False) -> AbstractContextManager[None]:
     """Own the run's folder: two jobs never train in one."""
-    return claims.held(run.folder, "cluster.storage", f"run {run.config.name!r}", "trained")
+    return claims.held(run.folder, "cluster.storage", f"run {run.config.name!r}", "trained", wait)
 
 
 def _train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None]) -> RunResult:

@@ -107,6 +107,20 @@ def test_a_job_that_fails_releases_its_claim(folder: str) -> None:
     assert storage.listing(folder) == []
 
 
+def test_a_claim_that_its_owner_could_not_remove_does_not_block_it(
+    local: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: str) -> None:
+        raise OSError(path)
+
+    with monkeypatch.context() as patch, hold(local):
+        patch.setattr(storage, "remove", fail)
+        (claim,) = (Path(local) / claims.FOLDER).iterdir()
+    claim.touch()
+    with hold(local):
+        assert claim not in (Path(local) / claims.FOLDER).iterdir()
+
+
 def test_a_job_that_may_wait_gets_its_turn(folder: str, caplog: pytest.LogCaptureFixture) -> None:
     order: list[str] = []
 

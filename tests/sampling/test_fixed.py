@@ -103,11 +103,14 @@ def test_widths_are_few_and_below_twice_the_need() -> None:
         (PGM, "uniform", "causal encoder"),
         (CAUSAL.model_copy(update={"swap": SwapConfig(pooling="mean")}), "uniform", "pooled swaps"),
         (CAUSAL, "entropy", "order 'entropy'"),
+        (AR, "uniform", "AR in order 'uniform'; expected one of left_to_right"),
+        (AR, "left_to_right", "steps: 4 for AR"),
     ],
 )
 def test_models_and_orders_without_fixed_shapes_are_refused(
-    config: PGMConfig | MDLMConfig, order: str, message: str
+    config: PGMConfig | MDLMConfig | ARConfig, order: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fixed, "DEVICES", ("cpu",))
     with pytest.raises(CapabilityError, match=message):
         sample(randomised(config, V, L), SamplingRequest(2, 4, order=order, compile=True))
 

@@ -142,3 +142,15 @@ def test_retry(error: Exception, calls: int, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(type(error)):
             flaky()
     assert len(seen) == calls
+
+
+def test_answers_of_stores_are_no_fault_of_the_data() -> None:
+    answer = ClientError(
+        {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}, "GetObject"
+    )
+    error = OSError(errno.EBUSY, "SlowDown")
+    error.__cause__ = answer
+    assert storage.of_network(error)
+    assert storage.of_network(answer)
+    assert not storage.of_network(OSError(errno.EIO, "bad block"))
+    assert not storage.of_network(ValueError("cut"))

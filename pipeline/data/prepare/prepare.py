@@ -6,6 +6,7 @@ interrupted preparation is continued, and one of another input is not. The manif
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.data.prepare.source_files import HUB
 from pipeline.data.prepare.text_sources import TextSource, open_source
 from pipeline.errors import DataError
 from pipeline.runtime import claims
-from pipeline.runtime.ray_cluster import start
+from pipeline.runtime.ray_cluster import join, start
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,10 @@ def _make(data: AnyDataConfig, source: TextSource | ImageSource, path: str) -> M
         plan["unit_size"] = images.unit_size(data)
     work = storage.join(path, f"{_WORK}{hash_content(plan)[:16]}")
     if not ray.is_initialized():
-        start(include_dashboard=False, log_to_driver=False)
+        if address := os.environ.get("RAY_ADDRESS"):
+            join(address)
+        else:
+            start(address="local", include_dashboard=False, log_to_driver=False)
     log.info("preparing %s in %s", data.source, path)
     build: Callable[..., Manifest] = text.build if data.kind == "text" else images.build
     manifest = build(data, source, path, work=work)

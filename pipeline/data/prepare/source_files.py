@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 HUB = "hf:"
 _WILDCARD = re.compile(r"[*?\[]")
-_ARCHIVER = "__MACOSX"  # folder of hidden files that macOS puts into archives
+# Folders of macOS in archives, and of file systems, which only their owner may read.
+_OF_SYSTEMS = {"__MACOSX", "lost+found", "System Volume Information"}
 
 Found = dict[str, tuple[int, str]]  # by path: size, and what changes with the content
 
@@ -121,7 +122,7 @@ def is_hidden(name: str) -> bool:
         name: the path, relative to the folder.
     """
     parts = [part for part in name.split("/") if part not in (".", "..")]
-    return any(part.startswith(".") or part == _ARCHIVER for part in parts)
+    return any(part.startswith(".") or part in _OF_SYSTEMS for part in parts)
 
 
 @contextlib.contextmanager
