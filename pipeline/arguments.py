@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import CapabilityError, ConfigError
+from pipeline.errors import CapabilityError, ConfigError, first_line
 
 
 def is_integer(value: Any) -> bool:
@@ -115,8 +115,7 @@ def device(value: Any) -> torch.device:
     try:
         place = torch.empty(0, device=value).device
     except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CapabilityError(f"device: {value!r}: {reason}") from None
+        raise CapabilityError(f"device: {value!r}: {first_line(error)}") from None
     if place.type == "meta":
         raise CapabilityError(f"device: {value!r} holds no values; expected cpu or cuda")
     return place
@@ -255,8 +254,8 @@ def _tensor(name: str, values: Any, shape: tuple[int | str, ...]) -> Tensor:
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"{name}: no array ({reason}); expected integers of shape {wanted}") from None
+        why = first_line(error)
+        raise ConfigError(f"{name}: no array ({why}); expected integers of shape {wanted}") from None
     fits = tensor.ndim == len(shape) and all(
         isinstance(size, str) or size == found for size, found in zip(shape, tensor.shape, strict=True)
     )

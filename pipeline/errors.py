@@ -55,6 +55,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def kind_and_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message.
+
+    Args:
+        error: of any library.
+    """
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def printable(text: str) -> str:
     """Return a text on one line that UTF-8 can hold: line ends, control characters and lone surrogates are escaped.
 

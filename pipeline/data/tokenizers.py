@@ -14,7 +14,7 @@ import tiktoken
 from jaxtyping import Integer
 
 from pipeline import arguments, storage
-from pipeline.errors import ConfigError, DataError, did_you_mean, first_line
+from pipeline.errors import ConfigError, DataError, did_you_mean, kind_and_line
 
 if TYPE_CHECKING:
     from pipeline.models.vq import ImageTokenizer
@@ -141,11 +141,9 @@ class BPETokenizer(Tokenizer):
         """See `Tokenizer.encode`."""
         try:
             return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        except (
-            Exception
-        ) as error:  # its search for words has limits, such as on spaces that follow each other
+        except Exception as error:  # its regular expression has limits, such as on many spaces in a row
             what = f"{len(text)} characters cannot be tokenised"
-            raise DataError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
+            raise DataError(f"{what}: {kind_and_line(error)}") from None
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
         """See `Tokenizer.decode`."""

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
 from pipeline.config.schema import ClusterConfig
-from pipeline.errors import CapabilityError, ConfigError
+from pipeline.errors import CapabilityError, ConfigError, first_line
 from pipeline.runtime.actors import Resources
 from pipeline.runtime.control_files import STOP
 
@@ -88,8 +88,7 @@ def join(address: str) -> None:
     try:
         start(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"RAY_ADDRESS: {address!r}: {reason}") from error
+        raise ConfigError(f"RAY_ADDRESS: {address!r}: {first_line(error)}") from error
 
 
 def check_answers(address: str) -> None:

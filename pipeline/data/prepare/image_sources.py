@@ -26,10 +26,10 @@ from pipeline import storage
 from pipeline.config.data import ImageDataConfig
 from pipeline.data.manifest import SourceInfo
 from pipeline.data.prepare import source_files, tars
-from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, is_a
+from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, fault_of_data, is_a
 from pipeline.data.prepare.tars import Member, Sample
 from pipeline.data.reading_order import permutation
-from pipeline.errors import DataError, PipelineError, did_you_mean, first_line, printable
+from pipeline.errors import DataError, did_you_mean, first_line, kind_and_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -187,10 +187,8 @@ def read_images(refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage
                 yield item
                 count += 1
         except Exception as error:
-            if isinstance(error, PipelineError) or storage.of_network(error):
-                raise  # no fault of the data: it is read again
-            for ref in part[count:]:
-                yield Problem(str(ref), f"cannot be read: {type(error).__name__}: {first_line(error)}")
+            why = f"cannot be read: {fault_of_data(error)}"
+            yield from (Problem(str(ref), why) for ref in part[count:])
 
 
 def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[RawImage | Problem]:
@@ -256,14 +254,12 @@ def _list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
     same name. Members that are no part of a sample are ignored.
     """
     samples: list[tuple[str, Sample]] = []
-    fault, others = None, 0
+    fault, others = "", 0
     try:
         with storage.open_read(path) as file:
             tars.collect(file, samples, LABELS)
     except Exception as error:
-        if isinstance(error, PipelineError) or storage.of_network(error):
-            raise
-        fault = error
+        fault = fault_of_data(error)
     for stem, sample in samples:
         if not any(suffix.rpartition(".")[2] in _PARTS for suffix in sample):
             others += 1
@@ -276,7 +272,7 @@ def _list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
     if others:
         log.info("%s: %d members of other kinds are ignored", path, others)
     if fault:
-        yield Problem(path, f"cannot be read to the end: {type(fault).__name__}: {first_line(fault)}")
+        yield Problem(path, f"cannot be read to the end: {fault}")
 
 
 def _sample(sample: Sample, data: ImageDataConfig) -> tuple[Member, int]:
@@ -321,9 +317,7 @@ def _list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
             parquet = pq.ParquetFile(file)
             names, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
     except Exception as error:
-        if isinstance(error, PipelineError) or storage.of_network(error):
-            raise
-        yield Problem(path, f"cannot be read: {type(error).__name__}: {first_line(error)}")
+        yield Problem(path, f"cannot be read: {fault_of_data(error)}")
         return
     for key, name in (("image_field", data.image_field), ("label_field", data.label_field)):
         if name not in names:
@@ -338,35 +332,34 @@ def _read_parquet(path: str, refs: Sequence[Ref], data: ImageDataConfig) -> Iter
         parquet = pq.ParquetFile(file)
         sizes = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
         starts = np.cumsum([0, *sizes])
+        places = (ref.place for ref in refs)
         for group, rows in itertools.groupby(
-            (ref.place for ref in refs), lambda row: int(np.searchsorted(starts, row, side="right")) - 1
+            places, lambda row: int(np.searchsorted(starts, row, side="right")) - 1
         ):
-            yield from _read_group(parquet, group, [row - starts[group] for row in rows], path, data=data)
+            yield from _read_group(parquet, group, int(starts[group]), list(rows), path=path, data=data)
 
 
 def _read_group(
-    parquet: pq.ParquetFile, group: int, rows: list[int], path: str, data: ImageDataConfig
+    parquet: pq.ParquetFile, group: int, start: int, rows: list[int], *, path: str, data: ImageDataConfig
 ) -> Iterator[RawImage | Problem]:
-    """Yield the bytes and the label of some rows of a row group; of a damaged group, what is wrong with it."""
-    first = sum(parquet.metadata.row_group(g).num_rows for g in range(group))
-    columns, start, count = [data.image_field, data.label_field], 0, 0
+    """Yield the bytes and the label of some rows of the row group that begins at row `start`.
+
+    Of a damaged group, what is wrong with it. Cells of other rows are not decoded.
+    """
+    columns, count = [data.image_field, data.label_field], 0
     try:
         for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns):
             pictures, labels = batch.column(data.image_field), batch.column(data.label_field)
-            while count < len(rows) and rows[count] < start + len(
-                batch
-            ):  # cells of other rows are not decoded
-                place = rows[count] - start
-                yield _cell(pictures[place], labels[place], f"{path} row {first + rows[count]}", data=data)
+            while count < len(rows) and rows[count] < start + len(batch):
+                row = rows[count]
+                yield _cell(pictures[row - start], labels[row - start], f"{path} row {row}", data=data)
                 count += 1
             if count == len(rows):
                 return
             start += len(batch)
     except Exception as error:
-        if storage.of_network(error):
-            raise
-        why = f"cannot be read: {type(error).__name__}: {first_line(error)}"
-        yield from (Problem(f"{path} row {first + row}", why) for row in rows[count:])
+        why = f"cannot be read: {fault_of_data(error)}"
+        yield from (Problem(f"{path} row {row}", why) for row in rows[count:])
 
 
 def _cell(picture: pa.Scalar, number: pa.Scalar, where: str, data: ImageDataConfig) -> RawImage | Problem:
@@ -374,7 +367,7 @@ def _cell(picture: pa.Scalar, number: pa.Scalar, where: str, data: ImageDataConf
     try:
         image, label = picture.as_py(), number.as_py()
     except Exception as error:  # of values that Python cannot hold, such as text that is not UTF-8
-        return Problem(where, f"cannot be read: {type(error).__name__}: {first_line(error)}")
+        return Problem(where, f"cannot be read: {kind_and_line(error)}")
     image = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(image, bytes):
         found = f"{data.image_field!r} (data.image_field) holds a {type(image).__name__}"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pipeline import storage
 from pipeline.config.data import AnyDataConfig
 from pipeline.data.manifest import SourceInfo
-from pipeline.errors import DataError, PipelineError, did_you_mean, first_line, printable
+from pipeline.errors import DataError, PipelineError, did_you_mean, first_line, kind_and_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +125,23 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in _OF_SYSTEMS for part in parts)
 
 
+def fault_of_data(error: Exception) -> str:
+    """Describe an error of reading data, and raise it again where the data is not its cause.
+
+    Args:
+        error: raised while data was read.
+
+    Returns:
+        Its type and the first line of its message.
+
+    Raises:
+        Exception: the error itself, if it is one of ours or comes from the network; the data is then read again.
+    """
+    if isinstance(error, PipelineError) or storage.of_network(error):
+        raise error
+    return kind_and_line(error)
+
+
 @contextlib.contextmanager
 def reached(source: str) -> Iterator[None]:
     """Turn an outage that lasts into an error that names the source.
@@ -142,8 +159,7 @@ def reached(source: str) -> Iterator[None]:
     except Exception as error:
         if not storage.of_network(error):
             raise
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"data.source: {source!r} cannot be reached: {what}") from error
+        raise DataError(f"data.source: {source!r} cannot be reached: {kind_and_line(error)}") from error
 
 
 def list_files(source: str, root: str | None = None) -> list[SourceFile]:

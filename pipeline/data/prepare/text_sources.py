@@ -22,8 +22,8 @@ from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import SourceInfo
 from pipeline.data.prepare import markov, source_files
-from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, is_a
-from pipeline.errors import DataError, PipelineError, did_you_mean, first_line
+from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, fault_of_data, is_a
+from pipeline.errors import DataError, did_you_mean, first_line, kind_and_line
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 UNIT_BYTES = 16 << 20  # small files are bundled, and large ones split, to about this much
@@ -122,9 +122,7 @@ def read(piece: Piece, data: TextDataConfig, convert: Callable[[str], T] = str) 
                 item = Problem(_place(piece, number, data), _why(error))
             yield item
     except Exception as error:
-        if isinstance(error, PipelineError) or storage.of_network(error):
-            raise  # no fault of the data: the unit is read again
-        yield Problem(piece.path, f"cannot be read to the end: {type(error).__name__}: {first_line(error)}")
+        yield Problem(piece.path, f"cannot be read to the end: {fault_of_data(error)}")
 
 
 def _place(piece: Piece, number: int, data: TextDataConfig) -> str:
@@ -145,7 +143,7 @@ def _why(error: Exception) -> str:
         return f"not UTF-8: {error.reason} at {unit} {error.start}"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error}"
-    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {first_line(error)}"
+    return str(error) if isinstance(error, DataError) else kind_and_line(error)
 
 
 def _pydoc() -> list[str]:
@@ -169,8 +167,7 @@ def _split(file: SourceFile) -> Iterable[tuple[Piece, int]]:
             with storage.open_read(file.path) as opened:
                 groups = pq.ParquetFile(opened).num_row_groups
         except Exception as error:
-            if isinstance(error, PipelineError) or storage.of_network(error):
-                raise
+            fault_of_data(error)
             return [(piece, file.size)]  # reading it will name the fault
         edges, weight = list(range(groups + 1)), file.size // max(groups, 1)
     return [(replace(piece, start=start, stop=stop), weight) for start, stop in itertools.pairwise(edges)]
@@ -252,9 +249,7 @@ def _read_parquet(piece: Piece, data: TextDataConfig) -> Numbered:
                         yield number, partial(_cell, value, field)
                         number += 1
             except Exception as error:
-                if storage.of_network(error):
-                    raise
-                yield number, partial(_lost, ends[group + 1], error)
+                yield number, partial(_lost, ends[group + 1], fault_of_data(error))
 
 
 def _cell(value: pa.Scalar, field: str) -> str:
@@ -262,10 +257,9 @@ def _cell(value: pa.Scalar, field: str) -> str:
     return _text({field: value.as_py()}, field)
 
 
-def _lost(end: int, error: Exception) -> str:
+def _lost(end: int, fault: str) -> str:
     """Raise what is wrong with the rest of a group of rows."""
-    what = f"{type(error).__name__}: {first_line(error)}"
-    raise DataError(f"cannot be read, nor the rows that follow in its group, up to row {end - 1}: {what}")
+    raise DataError(f"cannot be read, nor the rows that follow in its group, up to row {end - 1}: {fault}")
 
 
 def _open_hub(data: TextDataConfig) -> TextSource:
