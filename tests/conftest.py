@@ -9,6 +9,7 @@ from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
+    from tests.support.object_store import Store
     from tests.support.workers import Workers
 
 # Shapes in signatures are checked by beartype in every test; before anything imports these packages.
@@ -68,3 +69,15 @@ def groups() -> "Iterator[dict[int, Workers]]":
     yield both
     for group in both.values():
         group.close()
+
+
+@pytest.fixture(scope="module")
+def store() -> "Iterator[Store]":
+    """A server of S3's protocol on this machine, with one bucket."""
+    import s3fs
+
+    from tests.support.object_store import object_store
+
+    with object_store("bucket") as running:
+        yield running
+    s3fs.S3FileSystem.clear_instance_cache()

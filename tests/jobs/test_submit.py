@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-import s3fs
 from mlflow import MlflowClient
 
 from jobs.cli import JOB_VARIABLE, check_locations, command
@@ -28,7 +27,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.training import checkpoint
 from tests.support import local_ray
 from tests.support.launched import ROOT
-from tests.support.object_store import Store, object_store
+from tests.support.object_store import Store
 
 BIN = Path(sys.executable).parent
 CONFIG = "configs/text/quickstart.yaml"
@@ -107,13 +106,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             member.kill()
     process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    with object_store("bucket") as running:
-        yield running
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,16 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
 import pytest
-import s3fs
 
 from pipeline import storage
 from pipeline.errors import ConfigError
 from pipeline.runtime import claims
-from tests.support.object_store import Fault, Store, object_store
+from tests.support.object_store import Fault, Store
 from tests.support.rounds import at_once, claimed
 
 ROOT = Path(__file__).parents[2]
@@ -33,13 +31,6 @@ with claims.held(sys.argv[1], "cluster.storage", "run 'a'", "trained"):
     print("held", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    with object_store("bucket") as running:
-        yield running
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -4,26 +4,17 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import s3fs
 
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.storage import cache, files, retries
-from tests.support.object_store import Fault, Store, object_store
+from tests.support.object_store import Fault, Store
 from tests.support.rounds import at_once, fetched
 
 NAMES = ["zero/a.pt", "zero/b.pt", "state.json"]
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    with object_store("bucket") as running:
-        yield running
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

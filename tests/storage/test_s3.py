@@ -4,13 +4,11 @@ import hashlib
 import json
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import s3fs
 
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST, Manifest
@@ -18,17 +16,10 @@ from pipeline.data.shards import ShardReader, publish_shard
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import cache, files, retries
 from pipeline.training import checkpoint
-from tests.support.object_store import Fault, Store, object_store
+from tests.support.object_store import Fault, Store
 from tests.support.small_manifest import small_manifest
 
 ROWS, LENGTH = 200, 8
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    with object_store("bucket") as running:
-        yield running
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
