@@ -118,8 +118,9 @@ def follow(
             f"steps: {steps} for AR, which draws one token a step; expected one for each token"
         )
     new = model.encode(state, next(filter(None, width), 1))
-    group = np.repeat(np.arange(steps * rows), plan.counts.ravel())
-    within = np.arange(len(group)) - (np.cumsum(plan.counts.ravel()) - plan.counts.ravel())[group]
+    sizes = plan.counts.ravel()  # of the groups of tokens that a row reveals in a step
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    within = np.arange(len(group)) - (np.cumsum(sizes) - sizes)[group]
     base = np.array(state.memory.done).reshape(copies, rows)[:1]
     ends = base + plan.counts.cumsum(0)
     before = (ends - plan.counts).ravel()[group] + within
@@ -183,10 +184,16 @@ def compiled_step(memory: Any) -> Callable[..., Int[Tensor, "samples width"]]:
             with torch._dynamo.config.patch(recompile_limit=_SHAPES):
                 return _compiled()(*inputs).clone()  # the next call of a CUDA graph overwrites its output
         except torch._dynamo.exc.FailOnRecompileLimitHit:
-            log.warning("compiled steps of %d shapes; steps of other shapes are not compiled", _SHAPES)
+            _warn_of_limit()
             return _step(*inputs)
 
     return step
+
+
+@cache
+def _warn_of_limit() -> None:
+    """Say once that no further shape is compiled."""
+    log.warning("compiled steps of %d shapes; steps of other shapes are not compiled", _SHAPES)
 
 
 @cache
