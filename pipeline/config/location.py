@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-BUCKET_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "az")  # schemes of stores whose first folder is a bucket
+# By scheme of the stores whose first folder is a bucket: the package that drives them.
+BUCKET_STORES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
 def check_bucket(path: str) -> str:

@@ -176,17 +176,7 @@ class PGM(CachedDenoiser):
     def hidden_fixed(
         self, memory: EncoderCache, vectors: ClassVectors, new: NewTokens, positions: Int[Tensor, "B queries"]
     ) -> Float[Tensor, "B_times_queries H"]:
-        """Add tokens and compute vectors at positions, in shapes that follow from those of the arguments alone.
-
-        Args:
-            memory: of a state after `encode`; changed in place.
-            vectors: class vectors of the rows.
-            new: tokens to add.
-            positions: to predict, as many in every row; any that are too many may be anything.
-
-        Returns:
-            [B * queries, H] vectors for the head.
-        """
+        """See `CachedDenoiser.hidden_fixed`."""
         capacity = memory.decoder[0].cache.keys.shape[1]
         append = FixedAppend(new.slots, capacity)
         self._append(memory, new.ids.flatten(), new.positions.flatten() + self.registers, append, vectors)

@@ -158,9 +158,8 @@ def _state(
     except FileNotFoundError:
         return "over"
     except DataError as error:
-        if isinstance(
-            error.__cause__, FileNotFoundError
-        ):  # the owner has removed the empty folder at its end
+        # The owner removes the empty folder at its end.
+        if isinstance(error.__cause__, FileNotFoundError):
             return "unknown"
         raise
     before = times.setdefault(name, renewed)

@@ -149,9 +149,8 @@ def fetch(path: str, needed: Callable[[str], bool] | None = None) -> Path:
                         _download(files.join(path, name) if name else path, copy)
                 os.utime(node / version)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) or transient(
-            error
-        ):  # a restart may find what is there by then
+        # A restart may find what is there by then.
+        if isinstance(error, FileNotFoundError) or transient(error):
             raise
         raise DataError(f"{path}: cannot be copied to {target}: {error.strerror or error}") from error
     return target

@@ -8,11 +8,9 @@ from typing import Any
 import fsspec
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-from pipeline.config.location import check_bucket
+from pipeline.config.location import BUCKET_STORES, check_bucket
 from pipeline.errors import DataError, PipelineError
 from pipeline.storage.retries import of_network, transient
-
-_DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
 def is_local(path: str) -> bool:
@@ -55,7 +53,7 @@ def filesystem(path: str) -> tuple[Any, str]:
         kind = fsspec.get_filesystem_class(scheme)
         return kind(**kind._get_kwargs_from_urls(path)), kind._strip_protocol(path)
     except ImportError as error:
-        driver = _DRIVERS.get(scheme)
+        driver = BUCKET_STORES.get(scheme)
         how = f"; run `pip install {driver}` on every node" if driver else ""
         raise DataError(f"{path}: {scheme}:// needs a driver that is not installed ({error}){how}") from None
     except ValueError as error:

@@ -77,9 +77,8 @@ def tracking_uri(config: RunConfig) -> str:
 def _is_address(scheme: str, uri: str) -> bool:
     """Return whether an address of a known kind of store is complete."""
     if scheme == "sqlite":
-        return (
-            uri.startswith(_SQLITE) and uri != _SQLITE
-        )  # else the store is in memory, and lost with the process
+        # Without a file the store is in memory, and lost with the process.
+        return uri.startswith(_SQLITE) and uri != _SQLITE
     try:
         host = urlsplit(uri).hostname
     except ValueError:
@@ -319,9 +318,8 @@ def connect(uri: str) -> "MlflowClient":
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PermissionError(f"{file} is not writable")
-        with storage.node_lock(
-            file.with_name(f"{file.name}.lock")
-        ):  # two clients cannot make the tables together
+        # Two clients cannot make the tables together.
+        with storage.node_lock(file.with_name(f"{file.name}.lock")):
             try:
                 with closing(sqlite3.connect(file, timeout=_LOCKED_S)) as database:
                     database.execute("PRAGMA schema_version")

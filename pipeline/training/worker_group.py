@@ -28,9 +28,8 @@ from pipeline.training.loop import train
 
 log = logging.getLogger(__name__)
 
-RESERVATION = (
-    "reservation"  # file in the run's folder: the name under which Ray reserves resources for the run
-)
+# File in the run's folder: the name under which Ray reserves resources for the run.
+RESERVATION = "reservation"
 # How long Ray waits for the resources of an elastic group. Its view of the nodes is up to 20 s old, so after a
 # loss it may ask for resources that are gone, and only then for fewer; its default is one minute.
 RESERVATION_TIMEOUT_S = 10
