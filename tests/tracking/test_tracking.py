@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import boto3
 import pytest
 from matplotlib.figure import Figure
 from mlflow.store.artifact.s3_artifact_repo import _cached_get_s3_client
@@ -318,7 +319,7 @@ class TestTracker:
             tracker.log_metrics({"train/loss": 2.0}, 1)
             tracker.log_text("a time", "samples/step_2.txt")
             tracker.log_metrics({"train/loss": 1.0}, 2)
-            assert tracker.flush(120)
+            assert tracker.flush(30)
         assert metric_history(uri, run_id, ["train/loss"])["train/loss"] == [(1, 2.0), (2, 1.0)]
         said = warnings_of(caplog)
         assert sum("MLflow refuses artifact 'samples/step_1.txt'" in line for line in said) == 1
@@ -417,7 +418,9 @@ class TestTracker:
 
 def run_with_artifacts_in(location: str, uri: str, experiment: str) -> str:
     """A new run whose artifacts belong into a given place."""
-    _cached_get_s3_client.cache_clear()  # MLflow keeps its client of S3, with the credentials of that time
+    # MLflow keeps its client of S3, and boto3 its session, with the credentials of that time.
+    _cached_get_s3_client.cache_clear()
+    boto3.setup_default_session()
     connect(uri).create_experiment(experiment, artifact_location=location)
     return open_run(uri, experiment, "a", {}, {})
 
