@@ -1,6 +1,5 @@
 """The Python interface: `load_model`, and the model object with its logits, predictions and samples."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -10,24 +9,22 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from pipeline import arguments, storage, tracking
+from pipeline import arguments, storage, tracking, trained
 from pipeline.config.load import parse_section
-from pipeline.config.model import ModelConfig
-from pipeline.config.schema import CardConfig, ImportConfig, Precision, RunConfig
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
-from pipeline.errors import CapabilityError, CheckpointError, ConfigError, did_you_mean
+from pipeline.config.location import HUB
+from pipeline.config.schema import ExportConfig, ImportConfig, Precision, RunConfig
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.errors import CapabilityError, ConfigError, did_you_mean
 from pipeline.metrics.continuations import Continuation, score_continuations
 from pipeline.models import model_folder
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.models.model_card import card
-from pipeline.models.model_folder import Background, DataFacts
-from pipeline.models.released import conversion
+from pipeline.models.model_folder import Background
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import Known, Progress, SamplingRequest, known_tokens, sample, sample_long
-
-log = logging.getLogger(__name__)
+from pipeline.storage import hub
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -371,14 +368,16 @@ def load_model(
     overrides: Sequence[str] = (),
     precision: Precision = "fp32",
 ) -> Model:
-    """Load a model folder, a file of released weights, or a registered model.
+    """Load a model folder, a file of released weights, a registered model, or a model of the Hugging Face hub.
 
-    Registered models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) are looked up in MLFLOW_TRACKING_URI, else in
-    the tracking store of runs with default settings. Files (.ckpt, .pth, .pt, .bin, .safetensors) are those of the
-    authors' repositories; their averaged (EMA) weights are used, and no code in them is run.
+    `hf:OWNER/NAME/PATH` and `hf:OWNER/NAME@REVISION/PATH` are a file or folder of a repository, which is downloaded
+    into the cache of huggingface_hub; without PATH the repository is the folder. Registered models
+    (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) are looked up in MLFLOW_TRACKING_URI, else in the tracking store of
+    runs with default settings. Files (.ckpt, .pth, .pt, .bin, .safetensors) are those of the authors' repositories;
+    their averaged (EMA) weights are used, and no code in them is run.
 
     Args:
-        path: folder, file or registered model.
+        path: path or name of the model.
         device: where the model computes.
         overrides: for files, `key=value` settings that replace what the file implies: model.*, length, bos, eot,
             tokenizer.
@@ -397,9 +396,15 @@ def load_model(
     arguments.instance("path", path, str, Path)
     arguments.instance("overrides", overrides, list, tuple)
     place = arguments.device(device)
-    model = _open(str(path), overrides)[0]
+    opened = trained.read(_find(str(path))[0], overrides)
+    model = Model(opened.denoiser, opened.facts.bos, opened.tokenizer)
     model.denoiser.to(place, DTYPES[precision])
     return model
+
+
+def _find(name: str) -> tuple[Path, str]:
+    """Find a model; registered ones are looked for in the tracking store of default settings."""
+    return trained.find(name, tracking.tracking_uri(RunConfig(name="any")))
 
 
 def _labels(condition: Tensor | Sequence[int] | None) -> Int[Tensor, "B"] | None:
@@ -407,16 +412,21 @@ def _labels(condition: Tensor | Sequence[int] | None) -> Int[Tensor, "B"] | None
     return None if condition is None else arguments.integers("condition", condition, "B")
 
 
-def export_model(source: str | Path, destination: str, words: Sequence[str] = ()) -> None:
-    """Write a model folder with configs, tokenizer and a card, ready for the Hugging Face hub.
+def export_model(source: str | Path, destination: str, words: Sequence[str] = ()) -> str | None:
+    """Write a model folder with configs, tokenizer and a card, and upload it where `push` names a repository.
 
     Args:
-        source: a path as for `load_model`.
+        source: a path or name as for `load_model`.
         destination: folder or URL, written as a whole or not at all; replaces an earlier model there.
-        words: `license=NAME` and `figures.NAME=VALUE` for the card, and the overrides of `load_model`.
+        words: `license=NAME`, `figures.NAME=VALUE`, `push=OWNER/NAME` and `private=false`, see
+            `ExportConfig`, and the overrides of `load_model`.
+
+    Returns:
+        The address of the repository that the folder was uploaded to; None without `push`.
 
     Raises:
-        ConfigError: a wrong word, or a destination that holds something other than a model.
+        ConfigError: a wrong word, a destination that holds something other than a model, or a repository that
+            cannot be written, which is found out before anything is converted.
         CheckpointError: as `load_model`.
         CapabilityError: as `load_model`.
     """
@@ -427,64 +437,26 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
             f"destination {destination!r} holds {', '.join(names[:5])}; expected a new folder or a model's"
         )
     keys = {word: word.partition("=")[0].partition(".")[0] for word in words}
-    known = [*CardConfig.model_fields, *ImportConfig.model_fields]
+    known = [*ExportConfig.model_fields, *ImportConfig.model_fields]
     for word, key in keys.items():
         if key not in known:
             raise ConfigError(f"{word!r}: no such key{did_you_mean(key, known)}; known: {', '.join(known)}")
-    for_card = [word for word in words if keys[word] in CardConfig.model_fields]
-    settings = parse_section(CardConfig, {}, "export", for_card)
-    overrides = [word for word in words if word not in for_card]
-    model, config, facts, background = _open(str(source), overrides)
-    figures, tensors = {**background.figures, **settings.figures}, model.denoiser.state_dict()
-    size, origin = sum(value.numel() for value in tensors.values()), Path(source).name
-    text = card(Path(destination).name, config, facts, size, figures, settings.license, origin)
-    with storage.publishing_folder(destination) as local:
+    of_export = [word for word in words if keys[word] in ExportConfig.model_fields]
+    settings = parse_section(ExportConfig, {}, "export", of_export)
+    if settings.push is not None:
+        hub.check_upload(settings.push)
+    local, origin = _find(str(source))
+    model = trained.read(local, [word for word in words if word not in of_export])
+    figures = {**model.background.figures, **settings.figures}
+    size = sum(value.numel() for value in model.denoiser.state_dict().values())
+    origin = origin if origin.startswith(HUB) else Path(source).name
+    title = settings.push or Path(destination).name
+    text = card(title, model.config, model.facts, size, figures, settings.license, origin)
+    with storage.publishing_folder(destination) as folder:
         # The paths of the files and logs of a run are not published.
-        run = {k: v for k, v in background.run.items() if k not in ("cluster", "tracking")}
-        model_folder.write(local, config, facts, tensors, Background(figures, run))
-        (local / "README.md").write_text(text, encoding="utf-8")
-        if model.tokenizer is not None:
-            model.tokenizer.save(local)
-
-
-def _open(path: str, overrides: Sequence[str]) -> tuple[Model, ModelConfig, DataFacts, Background]:
-    """Read a model of any kind, and everything that an export passes on."""
-    if path.startswith("models:/"):
-        local = tracking.download_model(tracking.tracking_uri(RunConfig(name="any")), path)
-    elif not storage.exists(path):
-        raise CheckpointError(f"model {path!r}: no such folder or file")
-    else:
-        local = storage.fetch(path)
-    if local.name == model_folder.WEIGHTS and (local.parent / model_folder.CONFIG).is_file():
-        local = local.parent  # the weights file of a model folder
-    if local.is_file():
-        denoiser, config, facts = conversion.load(local, overrides)
-        chosen = any(word.startswith("tokenizer=") for word in overrides)
-        tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
-        return Model(denoiser, facts.bos, tokenizer), config.model, facts, Background()
-    if overrides:
-        raise ConfigError(
-            f"override {overrides[0]!r}: {path}: overrides apply only to released weight files; the config.yaml "
-            "of a model folder fixes the architecture"
-        )
-    denoiser, model, facts = model_folder.read(local)
-    background = model_folder.read_background(local)
-    return Model(denoiser, facts.bos, saved_tokenizer(local)), model, facts, background
-
-
-def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | None:
-    """The tokenizer of released weights; one that the user did not choose may be missing on this machine."""
-    if name is None:
+        run = {k: v for k, v in model.background.run.items() if k not in ("cluster", "tracking")}
+        model.write(folder, Background(figures, run))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    if settings.push is None:
         return None
-    try:
-        tokenizer = load_tokenizer(name)
-    except ConfigError as error:
-        if chosen:
-            raise
-        log.warning("loading the model without a tokenizer, because %s", error)
-        return None
-    if tokenizer.vocab_size != vocabulary:
-        raise ConfigError(
-            f"tokenizer: {name!r} has {tokenizer.vocab_size} ids; expected the model's {vocabulary}"
-        )
-    return tokenizer
+    return hub.upload(storage.fetch(destination), settings.push, settings.private)

@@ -23,6 +23,7 @@ ORDER = [
     "data",
 ]
 ORDER += [
+    "trained",
     "run",
     "reports",
     "metrics",

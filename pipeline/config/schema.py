@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
-from pipeline.config.location import Location
+from pipeline.config.location import Location, ModelName
 from pipeline.config.model import ModelConfig, PGMConfig
 from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section, Seed
 
@@ -70,7 +70,8 @@ class TrainConfig(Section):
         offload_optimizer: Keeps the optimiser's state in host memory (stages 1 to 3).
         activation_checkpointing: Recomputes every block in the backward pass to save memory.
         class_drop: Share of rows that a model with classes sees without their class, for guidance.
-        init_from: Weights to start from: a model folder, `models:/NAME@ALIAS`, a checkpoint or released weights.
+        init_from: Weights to start from: a model folder, a checkpoint, released weights, `models:/NAME@ALIAS` or
+            `hf:OWNER/NAME/FILE`.
         on_nonfinite: After a loss or gradient that is not finite: return to the last checkpoint and skip the rows, or
             stop.
         ema: Decay of the exponential moving average of the weights.
@@ -89,7 +90,7 @@ class TrainConfig(Section):
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
     class_drop: Rate = 0.1
-    init_from: str | None = None
+    init_from: ModelName | None = None
     on_nonfinite: Literal["skip", "stop"] = "skip"
     ema: Rate = 0.9999
     log_every: PositiveInt = 50
@@ -102,7 +103,7 @@ class SamplingConfig(Section):
     """Sampling by `jobs.sample` and at the end of training.
 
     Attributes:
-        model: Model folder or `models:/NAME@ALIAS`; null is the run's own model.
+        model: Model folder, released weights, `models:/NAME@ALIAS` or `hf:OWNER/NAME/FILE`; null is the run's model.
         num_samples: Number of samples.
         steps: Number of sampling steps.
         order: Which positions a step reveals.
@@ -121,7 +122,7 @@ class SamplingConfig(Section):
         seed: Seed of the samples.
     """
 
-    model: str | None = None
+    model: ModelName | None = None
     num_samples: PositiveInt = 16
     steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] = 128
     order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
@@ -149,7 +150,7 @@ class EvaluationConfig(Section):
         rows: Largest number of validation rows that are used.
         batch: Rows of one forward pass.
         data: Folders of other prepared data to evaluate on, beside the run's own.
-        models: Models to compare, as name: model folder or `models:/NAME@ALIAS`; empty evaluates the run's model.
+        models: Models to compare, by a name each, as `sampling.model` names them; empty evaluates the run's model.
         steps: Numbers of sampling steps at which models are compared.
         scorer: Language model for generative perplexity (text): hub name, folder or .gguf; null: bigrams alone.
         features: Feature net for FID and Inception Score (images): `inception`, `efficientnet`, `classifier` (fitted
@@ -162,7 +163,7 @@ class EvaluationConfig(Section):
     rows: PositiveInt = 1024
     batch: PositiveInt = 32
     data: tuple[str, ...] = ()
-    models: dict[Label, str] = Field(default_factory=dict)
+    models: dict[Label, ModelName] = Field(default_factory=dict)
     steps: tuple[PositiveInt, ...] = (8, 16, 32, 64)
     scorer: str | None = None
     features: str | None = None
@@ -256,7 +257,7 @@ class DistillConfig(Section):
     """Self-Distillation Through Time (SDTT); `train.steps` are divided among the rounds.
 
     Attributes:
-        teacher: Model folder, `models:/NAME@ALIAS`, or a file of released weights.
+        teacher: Model folder, released weights, `models:/NAME@ALIAS` or `hf:OWNER/NAME/FILE`.
         rounds: Number of rounds; each halves the sampling steps that are needed.
         teacher_steps: Sampling steps of the teacher in the first round, 1 / dt; the teacher takes two steps of dt.
         form: `compatible` distils one group; `complementary` distils both in one pass (PGM).
@@ -265,7 +266,7 @@ class DistillConfig(Section):
         optimizer: Whether the optimiser keeps its state between rounds; a reset one warms up again.
     """
 
-    teacher: str
+    teacher: ModelName
     rounds: PositiveInt = 5
     teacher_steps: Annotated[int, Field(ge=2)] = 1024
     form: Literal["compatible", "complementary"] = "compatible"
@@ -292,16 +293,20 @@ class ImportConfig(Section):
     tokenizer: str | None = None
 
 
-class CardConfig(Section):
-    """What the card of an exported model says beside what the model itself knows.
+class ExportConfig(Section):
+    """What the card of an exported model says beside what the model itself knows, and where the model goes.
 
     Attributes:
         license: License as the hub spells it, for example apache-2.0; `other` leaves a line to fill in.
         figures: Measured figures by name.
+        push: Repository of the Hugging Face hub that the folder is uploaded to, OWNER/NAME; null uploads nothing.
+        private: Whether a new repository is private.
     """
 
     license: str = "other"
     figures: dict[str, float | str] = Field(default_factory=dict)
+    push: str | None = None
+    private: bool = True
 
 
 class RunConfig(Section):

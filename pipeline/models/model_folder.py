@@ -27,8 +27,7 @@ from pipeline.config.section import NonNegativeInt, Section
 from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
-
-WEIGHTS, CONFIG, HUB_CONFIG = "model.safetensors", "config.yaml", "config.json"
+from pipeline.storage.hub import CONFIG, HUB_CONFIG, WEIGHTS
 
 
 @dataclass(frozen=True)
