@@ -113,17 +113,18 @@ class Run:
         """
         return self.replace(given_manifest=prepare.ensure(self.config.data, self.data_path))
 
-    def find_model(self, key: str, name: str) -> tuple[Path, str]:
+    def find_model(self, key: str, name: str, kinds: str = trained.KINDS) -> tuple[Path, str]:
         """Find the model that a key of the config names, see `trained.find`.
 
         Args:
             key: of the config, for the message.
             name: of the model.
+            kinds: of folders and files that can be named, for the message.
 
         Raises:
             CheckpointError: there is no such model.
         """
-        return trained.find(name, self.tracking_uri, key)
+        return trained.find(name, self.tracking_uri, key, kinds)
 
     def sampled_model(self) -> str:
         """Find the model to sample: `sampling.model`, or the run's own.

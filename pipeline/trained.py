@@ -21,6 +21,7 @@ from pipeline.storage import hub
 log = logging.getLogger(__name__)
 
 REGISTERED = "models:/"
+KINDS = "a model folder, released weights"
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ def is_path(name: str) -> bool:
     return not name.startswith((REGISTERED, HUB))
 
 
-def find(name: str, uri: str, key: str = "model") -> tuple[Path, str]:
+def find(name: str, uri: str, key: str = "model", kinds: str = KINDS) -> tuple[Path, str]:
     """Find a model, and copy it to this machine unless it lies here.
 
     Args:
         name: a folder or file by path or URL, models:/NAME@ALIAS, models:/NAME/VERSION, or hf:OWNER/NAME/PATH.
         uri: of the MLflow store that has registered models.
         key: that names the model, for the message.
+        kinds: of folders and files that can be named, for the message.
 
     Returns:
         The local folder or file, and the name without what may change its meaning: an alias is a version, and a
@@ -89,7 +91,7 @@ def find(name: str, uri: str, key: str = "model") -> tuple[Path, str]:
         parent, _, last = storage.resolve(name).rstrip("/").removesuffix("/model").rpartition("/")
         near = did_you_mean(last, storage.listing(parent or "/"))
         raise CheckpointError(
-            f"{key}: {name!r}: no such folder or file{near}; expected a model folder, released weights, "
+            f"{key}: {name!r}: no such folder or file{near}; expected {kinds}, "
             "models:/NAME@ALIAS or hf:OWNER/NAME/FILE"
         )
     return _whole(storage.fetch(name)), name

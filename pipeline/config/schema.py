@@ -382,6 +382,12 @@ class RunConfig(Section):
                 yield f"sampling.steps: {sampling.steps} steps {ar} {predicted}"
 
     def _text(self) -> Iterator[str]:
+        if (
+            self.model.kind == "ar"
+            and self.model.start == "bos"
+            and getattr(self.data, "wrap", "none") == "none"
+        ):
+            yield "model.start: 'bos' for rows without BOS; expected learned, or data.wrap bos_eos"
         if self.model.classes is not None:
             yield f"model.classes: {self.model.classes}, but data.kind text has no labels; expected null"
         if self.diffusion.schedule == "arccos":

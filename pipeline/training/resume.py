@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import storage, tracking
+from pipeline import storage, tracking, trained
 from pipeline.config.load import flatten
 from pipeline.config.location import HUB
 from pipeline.config.schema import RunConfig
@@ -246,7 +246,7 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
     if source is None:
         return None
     origin = f"train.init_from: {source!r}"
-    local, _ = run.find_model("train.init_from", source)
+    local, _ = run.find_model("train.init_from", source, f"{trained.KINDS}, a checkpoint")
     if (local / TAG).is_dir():
         if flaws := checkpoint.problems(str(local)):
             raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))
