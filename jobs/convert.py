@@ -14,7 +14,7 @@ model.swap.pooling=mean, length=1024, bos=50256, eot=50256, tokenizer=gpt2.
 """
 
 from jobs.cli import command
-from pipeline.api import export_model
+from pipeline.export import export_model
 
 
 def run(words: list[str]) -> None:

@@ -30,6 +30,7 @@ ORDER += [
     "planning",
     "training",
     "api",
+    "export",
     "evaluation",
     "sweeps",
     "benchmarks",

@@ -113,7 +113,11 @@ class SamplingConfig(Section):
         temperature: Temperature of the token distributions.
         top_k: Number of likeliest tokens that are kept; null keeps all.
         top_p: Probability mass of the likeliest tokens that are kept; null keeps all.
-        labels: Classes to draw, used in turn; null draws all classes in turn.
+        labels: Classes to draw, by number or by the name that the data gives them, in turn; null draws all in turn.
+        prompt: Beginning of every sample of text (`jobs.sample`).
+        infill: File of text with blanks to fill in, such as [[12]] for 12 tokens (`jobs.sample`).
+        inpaint: Image of which a part is drawn again (`jobs.sample`).
+        mask: Image of the size of `inpaint`; what is white in it is drawn again.
         guidance: Weight w of guidance at the last step: (1 + w) log p(x|c) - w log p(x).
         refresh_every: Steps between two full encodings of the known tokens (bidirectional PGM); 1 is exact.
         precision: Precision of the blocks; `bf16` enables flash attention on GPUs. Draws are float64 in both.
@@ -132,7 +136,11 @@ class SamplingConfig(Section):
     temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE, le=LARGEST_SETTING)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    labels: tuple[NonNegativeInt, ...] | None = None
+    labels: tuple[NonNegativeInt | str, ...] | None = None
+    prompt: str | None = None
+    infill: str | None = None
+    inpaint: str | None = None
+    mask: str | None = None
     guidance: Setting = 0.0
     refresh_every: PositiveInt = 1
     precision: Precision = "fp32"
@@ -358,6 +366,11 @@ class RunConfig(Section):
 
     def _sampling(self) -> Iterator[str]:
         sampling, steps, predicted = self.sampling, self.evaluation.steps, self.data.predicted
+        given = [key for key in ("prompt", "infill", "inpaint") if getattr(sampling, key) is not None]
+        if len(given) > 1:
+            yield f"sampling.{given[0]}: together with sampling.{given[1]}; expected one of them"
+        if (sampling.mask is None) != (sampling.inpaint is None):
+            yield "sampling.mask: expected together with sampling.inpaint, the image that it is a mask of"
         most = math.inf if sampling.order == "binomial" else predicted
         too_many = [count for count in steps if count > most]
         row = f"for {predicted} predicted tokens a row; expected"
@@ -413,8 +426,9 @@ class RunConfig(Section):
         if known and classes is None and (sampling.guidance or sampling.labels):
             key = "guidance" if sampling.guidance else "labels"
             yield f"sampling.{key}: needs a model with classes; expected model.classes, or no sampling.{key}"
-        if classes is not None and sampling.labels and max(sampling.labels) >= classes:
-            yield f"sampling.labels: {max(sampling.labels)}; expected 0 to {classes - 1}"
+        largest = max((label for label in sampling.labels or () if isinstance(label, int)), default=0)
+        if classes is not None and largest >= classes:
+            yield f"sampling.labels: {largest}; expected 0 to {classes - 1}"
 
     def _distillation(self) -> Iterator[str]:
         if self.distill is None:

@@ -15,6 +15,7 @@ from pipeline.evaluation.evaluated_model import EvaluatedModel, likelihood_group
 from pipeline.logs import shown
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import describe
+from pipeline.metrics.given import refuse
 from pipeline.models import model_folder
 from pipeline.reports import figures
 from pipeline.reports.measures import Group
@@ -60,6 +61,7 @@ def compare(config: RunConfig) -> Comparison:
     """
     run = Run.of(config)
     config, folder = run.config, storage.join(run.folder, "comparison")
+    refuse(config.sampling, "a comparison")
     models = [_open(run, name, spec) for name, spec in config.evaluation.models.items()]
     claim = claims.held(folder, "cluster.storage", f"the comparison {config.name!r}", "made")
     with claim, mlflow_run(run) as run, joined_cluster(config.cluster):

@@ -36,8 +36,8 @@ class AR(CachedDenoiser):
 
     A row is read as registers, start, tokens: the slot before position i predicts position i. So every token has a
     prediction, with or without BOS, and the likelihood of a row is exact. With `start: bos` there is no start vector,
-    and BOS, which is always known, has no prediction. Sampling computes one slot for each token, since keys and values
-    of the others are kept.
+    and BOS, which is always known, has no prediction. Sampling computes one slot for each token, since keys and
+    values of the others are kept.
 
     Args:
         config: sizes, classes and registers.

@@ -39,12 +39,14 @@ class DataFacts:
         length: L, BOS included.
         bos: id of BOS, or None.
         eot: id of the end of a text, or None.
+        class_names: by label, where the data names its classes.
     """
 
     vocab_size: int
     length: int
     bos: int | None
     eot: int | None
+    class_names: tuple[str, ...] | None = None
 
 
 class _Facts(Section):
@@ -54,6 +56,7 @@ class _Facts(Section):
     length: Annotated[int, Field(ge=2)]
     bos: NonNegativeInt | None = None
     eot: NonNegativeInt | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def write(
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, metadata)
     storage.follow_umask(folder / WEIGHTS)
     section, data = model.model_dump(mode="json"), asdict(facts)
+    if data["class_names"] is None:
+        del data["class_names"]
     known = {key: dict(value) for key, value in asdict(background).items() if value}
     tree = {"model": section, "data": data} | known
     (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

@@ -308,7 +308,8 @@ def publish_model(
         DataError: the folder cannot be written.
     """
     manifest, special = run.manifest, run.manifest.special
-    facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
+    names = manifest.class_names
+    facts = model_folder.DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot, names)
     background = model_folder.Background(figures, run.config.model_dump(mode="json"))
     with storage.publishing_folder(target) as local:
         model_folder.write(local, run.config.model, facts, weights, background)
