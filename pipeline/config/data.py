@@ -43,7 +43,8 @@ class TextDataConfig(DataConfig):
         text_field: Column of .jsonl, .parquet and Hugging Face data that holds the document.
         tokenizer: `bytes`, `gpt2`, or the path of a .tiktoken rank file.
         length: Tokens of a row, L.
-        wrap: `bos_eos` makes a row of EOT, L - 2 tokens and EOT; `none` packs L tokens.
+        wrap: `bos_eos` makes a row of EOT, L - 2 tokens and EOT; `none` packs L tokens; `sentence` makes a row of
+            every document: BOS, at most L - 2 tokens, EOT, and padding up to L.
         validation_documents: Number of documents at the end of the source that are held out for validation.
     """
 
@@ -52,19 +53,19 @@ class TextDataConfig(DataConfig):
     text_field: str = "text"
     tokenizer: str = "bytes"
     length: Annotated[int, Field(ge=2)] = 1024
-    wrap: Literal["none", "bos_eos"] = "none"
+    wrap: Literal["none", "bos_eos", "sentence"] = "none"
     validation_documents: PositiveInt = 100_000
 
     @model_validator(mode="after")
     def _check_length(self) -> "TextDataConfig":
-        if self.wrap == "bos_eos" and self.length < 3:
+        if self.wrap != "none" and self.length < 3:
             raise ValueError(f"length {self.length} leaves no token between BOS and EOS; expected at least 3")
         return self
 
     @property
     def predicted(self) -> int:
-        """L', the number of tokens of a row that are predicted."""
-        return self.length - (self.wrap == "bos_eos")
+        """L', the largest number of tokens of a row that are predicted."""
+        return self.length - (self.wrap != "none")
 
 
 class ImageDataConfig(DataConfig):

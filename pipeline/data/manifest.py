@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,10 +30,12 @@ class SpecialIds(_Frozen):
     Attributes:
         eot: end of text; None for images.
         bos: the id at the start of every row; None where rows have none.
+        pad: the id behind the tokens of a row; None where rows have no padding.
     """
 
     eot: int | None
     bos: int | None
+    pad: int | None = None
 
 
 class TokenizerInfo(_Frozen):
@@ -68,11 +71,13 @@ class ShardFile(_Frozen):
         name: in the folder of the shards.
         rows: number of rows.
         sha256: of the file's bytes.
+        row_lengths: number of rows of every length from 0 on; None where rows have no padding.
     """
 
     name: str
     rows: int
     sha256: str
+    row_lengths: tuple[int, ...] | None = None
 
 
 class Split(_Frozen):
@@ -176,6 +181,22 @@ class Manifest(_Frozen):
     def ids(self) -> int:
         """The number of ids that rows may hold: the vocabulary, and the mask and BOS of images behind it."""
         return max(self.vocabulary, 1 + (self.special.bos or 0))
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows may hold padding behind their tokens."""
+        return self.special.pad is not None
+
+    def row_lengths(self, split: str) -> tuple[int, ...] | None:
+        """Return the number of rows of every length from 0 on; None where rows have no padding.
+
+        Args:
+            split: name of the split.
+        """
+        if not self.padded:
+            return None
+        counts = (file.row_lengths or () for file in self.split(split).files)
+        return tuple(map(sum, zip_longest(*counts, fillvalue=0)))
 
     def split(self, name: str) -> Split:
         """Return a split.

@@ -75,11 +75,11 @@ class AR(CachedDenoiser):
         rows, length = batch.shape
         ids = self._ids(batch.tokens.to(batch.device, non_blocking=True))[:, :-1]  # [B, P + L - 1]
         vectors = self.class_vectors(batch.condition, rows)
-        x = self.run_rows(self.blocks, ids, vectors)
+        extents = batch.extents
+        x = self.run_rows(self.blocks, ids, vectors, extents)
         index = batch.target_index.to(batch.device, non_blocking=True)
         row = index // length
-        x = x[row * ids.shape[1] + index % length + self.registers]
-        return self.final(x, Condition(vectors, row))
+        return self.final(x[self.row_starts(row, extents) + index % length], Condition(vectors, row))
 
     def logits(
         self,

@@ -30,6 +30,8 @@ class Batch:
         order: [B, L] distinct ranks by which the tokens of every row are revealed, which a causal encoder reads them
             in; None: ascending positions.
         distill_targets: a teacher's predictions, to be learned in place of the tokens.
+        lengths: [B] tokens of every row, the others being padding, which no token reads and nothing is computed
+            for; None: rows have no padding.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -40,6 +42,7 @@ class Batch:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     order: Int[Tensor, "B L"] | None = None
     distill_targets: DistillTargets | None = None
+    lengths: Int[Tensor, "B"] | None = None
 
     @classmethod
     def of_arrays(
@@ -51,6 +54,7 @@ class Batch:
         *,
         labels: Int[np.ndarray, "B"] | None = None,
         order: Int[np.ndarray, "B L"] | None = None,
+        lengths: Int[np.ndarray, "B"] | None = None,
         device: torch.device,
     ) -> "Batch":
         """Make a batch of NumPy arrays.
@@ -62,20 +66,33 @@ class Batch:
             weights: loss weight of every position.
             labels: class labels, or None.
             order: ranks of revelation, or None.
+            lengths: tokens of every row, or None.
             device: where the model computes.
 
         Returns:
             The batch, on the host.
         """
         tensor = torch.from_numpy
-        condition, ranks = (None if x is None else tensor(x) for x in (labels, order))
-        weights = weights.astype(np.float32)
-        return cls(tensor(tokens), tensor(groups), tensor(targets), tensor(weights), condition, device, ranks)
+        fields = (tensor(x) for x in (tokens, groups, targets, weights.astype(np.float32)))
+        condition, ranks, extents = (None if x is None else tensor(x) for x in (labels, order, lengths))
+        return cls(*fields, condition, device, ranks, lengths=extents)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(B, L)."""
         return self.tokens.shape[0], self.tokens.shape[1]
+
+    @property
+    def extents(self) -> list[int] | None:
+        """`lengths` as host integers."""
+        return None if self.lengths is None else self.lengths.tolist()
+
+    @property
+    def padding(self) -> Bool[Tensor, "B L"]:
+        """Which positions hold no token."""
+        if self.lengths is None:
+            return torch.zeros_like(self.groups)
+        return torch.arange(self.shape[1]) >= self.lengths[:, None]
 
     @cached_property
     def target_index(self) -> Int[Tensor, "Q"]:

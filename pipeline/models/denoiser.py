@@ -33,6 +33,7 @@ class State:
         condition: [B] class labels, or None.
         memory: what the model keeps from one prediction to the next, if anything.
         refresh_every: predictions from one full encoding to the next.
+        extents: tokens that every row will have, the rest being padding; None: L.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -41,6 +42,7 @@ class State:
     condition: Labels = None
     memory: Any = None
     refresh_every: int = 1
+    extents: list[int] | None = None
 
     def active(self, lengths: Sequence[int]) -> tuple["State", list[int]]:
         """Select the rows that a prediction is needed of.
@@ -57,6 +59,7 @@ class State:
         condition = None if self.condition is None else self.condition[rows]
         known = [self.lengths[row] for row in rows]
         state = State(self.tokens[rows], self.positions[rows], known, condition=condition)
+        state.extents = None if self.extents is None else [self.extents[row] for row in rows]
         return state, [lengths[row] for row in rows]
 
     def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
@@ -227,22 +230,49 @@ class Denoiser(nn.Module, ABC):
         return x
 
     def run_rows(
-        self, blocks: Iterable[nn.Module], ids: Int[Tensor, "B W"], vectors: ClassVectors
-    ) -> Float[Tensor, "B_times_W H"]:
-        """Run whole rows through self-attention blocks, each row as one segment.
+        self,
+        blocks: Iterable[nn.Module],
+        ids: Int[Tensor, "B W"],
+        vectors: ClassVectors,
+        extents: Sequence[int] | None = None,
+    ) -> Float[Tensor, "T H"]:
+        """Run rows through self-attention blocks, each row as one segment.
 
         Args:
             blocks: `SelfBlock`s.
-            ids: rows of the embedding, registers first.
+            ids: rows of the embedding, registers first, then tokens and padding.
             vectors: class vector of every row.
+            extents: tokens of every row, without registers and padding; None: rows have no padding.
 
         Returns:
-            [B * W, H] outputs of the last block.
+            [T, H] outputs of the last block, packed row after row; see `row_starts`.
         """
         rows, width = ids.shape
-        segments = Segments([width] * rows, ids.device)
-        layout = self.layout(segments, torch.arange(width, device=ids.device).repeat(rows))
-        return self.run_blocks(blocks, ids.flatten(), layout, Condition(vectors, segments.ids))
+        if extents is None:
+            segments, tokens = Segments([width] * rows, ids.device), ids.flatten()
+            positions = torch.arange(width, device=ids.device).repeat(rows)
+        else:
+            widths = [self.registers + extent for extent in extents]
+            segments, (tokens,) = Segments(widths, ids.device), packed(widths, ids)
+            positions = segments.offsets
+        return self.run_blocks(blocks, tokens, self.layout(segments, positions), Condition(vectors, segments.ids))
+
+    def row_starts(
+        self, rows: Int[Tensor, "Q"], extents: Sequence[int] | None = None
+    ) -> Int[Tensor, "Q"]:
+        """Find where the tokens of rows begin, behind their registers, in what `run_rows` returns for rows of L.
+
+        Args:
+            rows: indices of rows.
+            extents: as for `run_rows`.
+
+        Returns:
+            [Q] indices of the rows' first tokens.
+        """
+        if extents is None:
+            return rows * (self.registers + self.length) + self.registers
+        widths = [self.registers + extent for extent in extents[:-1]]
+        return torch.tensor([self.registers, *widths]).cumsum(0).to(rows.device, non_blocking=True)[rows]
 
     def empty_caches(self, layers: int, rows: int, slots: int) -> list[Cache]:
         """Allocate caches of keys and values.
@@ -366,7 +396,12 @@ class Denoiser(nn.Module, ABC):
         """
 
     def open(
-        self, batch: int, condition: Labels = None, refresh_every: int = 1, capacity: int | None = None
+        self,
+        batch: int,
+        condition: Labels = None,
+        refresh_every: int = 1,
+        capacity: int | None = None,
+        extents: list[int] | None = None,
     ) -> State:
         """Begin to sample or score rows.
 
@@ -376,6 +411,7 @@ class Denoiser(nn.Module, ABC):
             refresh_every: encode all known tokens at every so many predictions, and between them only the new
                 ones, which read the stored keys and values of the old (1: exact).
             capacity: known tokens that a row has room for; None: L.
+            extents: tokens that every row will have, the rest being padding; None: L.
 
         Returns:
             A state of rows without known tokens.
@@ -393,7 +429,9 @@ class Denoiser(nn.Module, ABC):
         device = self.head.weight.device
         room = self.length if capacity is None else capacity
         tokens, positions = torch.zeros(2, batch, room, dtype=torch.int64, device=device)
-        return State(tokens, positions, [0] * batch, condition=condition, refresh_every=refresh_every)
+        return State(
+            tokens, positions, [0] * batch, condition, refresh_every=refresh_every, extents=extents
+        )
 
     def extend(
         self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]

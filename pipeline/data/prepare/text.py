@@ -2,16 +2,16 @@
 
 1. Ray Data tokenises the units of the source, each into one intermediate file.
 2. The tokens of all units, one after the other, form one stream, in which every document is followed by EOT. Ray
-   tasks cut the stream into rows and write the shards.
+   tasks cut the stream into rows, or make a row of every document (`data.wrap: sentence`), and write the shards.
 
 What the shards hold depends on the input and the config alone.
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from operator import methodcaller
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from pipeline.data.prepare import workflow
 from pipeline.data.prepare.source_files import Problem, leave_out, reached
 from pipeline.data.prepare.text_sources import Piece, TextSource, read
 from pipeline.data.shards import Rows, token_dtype
-from pipeline.data.tokenizers import load_tokenizer
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import DataError
 
 FORMAT = 1  # raise it when the same config and input would give other shards
@@ -81,7 +81,8 @@ def build(data: TextDataConfig, source: TextSource, path: str, work: str) -> Man
     step = methodcaller("map", tokenise)  # of a dataset
     units = workflow.run_units(source.units, TextUnit, step, work=work, verb="tokenised", amounts="tokens")
     plans = plan_splits(units, data, work)
-    splits = workflow.write_shards(plans, row_maker(data, work), path, work=work, unit="tokens")
+    unit = "documents" if data.wrap == "sentence" else "tokens"
+    splits = workflow.write_shards(plans, row_maker(units, data, work), path, work=work, unit=unit)
     return describe(data, source, units, splits=splits)
 
 
@@ -100,7 +101,7 @@ def describe(
     return Manifest(
         length=data.length,
         vocabulary=tokenizer.vocab_size,
-        special=SpecialIds(eot=tokenizer.eot, bos=tokenizer.eot if data.wrap == "bos_eos" else None),
+        special=special_ids(data, tokenizer),
         wrap=data.wrap,
         tokenizer=TokenizerInfo(name=tokenizer.name, hash=tokenizer.hash),
         source=source.info,
@@ -112,6 +113,21 @@ def describe(
         tokens=sum(unit.tokens for unit in units),
         skipped=workflow.skipped(units),
     )
+
+
+def special_ids(data: TextDataConfig, tokenizer: Tokenizer) -> SpecialIds:
+    """Return the ids with a meaning of their own in rows; the end of text stands for those that a tokenizer lacks.
+
+    Args:
+        data: the data section of the config.
+        tokenizer: that makes the ids.
+    """
+    eot, bos, pad = tokenizer.eot, tokenizer.bos, tokenizer.pad
+    if data.wrap == "none":
+        return SpecialIds(eot=eot, bos=None)
+    if data.wrap == "bos_eos":
+        return SpecialIds(eot=eot, bos=eot)
+    return SpecialIds(eot=eot, bos=eot if bos is None else bos, pad=eot if pad is None else pad)
 
 
 def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work: str) -> TextUnit:
@@ -174,6 +190,9 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
     documents = sum(unit.documents for unit in units)
     workflow.check_held_out(data, "documents", documents)
     counts = (documents - data.validation_documents, data.validation_documents)
+    if data.wrap == "sentence":
+        pieces = np.array([(unit.index, 0, unit.documents) for unit in units], np.int64)
+        return workflow.plan_splits(pieces, counts[0], counts, data.shard_rows, row=1, tokens=data.length)
     border = _border(units, counts[0], data, work=work)
     payload = _payload(data)
     pieces = np.array([(unit.index, 0, unit.tokens) for unit in units], np.int64)
@@ -187,17 +206,22 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
     return plans
 
 
-def row_maker(data: TextDataConfig, work: str) -> Callable[[workflow.Shard], Rows]:
+def row_maker(
+    units: Sequence[TextUnit], data: TextDataConfig, work: str
+) -> Callable[[workflow.Shard], Rows]:
     """Return the function that makes the rows of a shard; it needs no tokenizer.
 
     Args:
+        units: records of all units.
         data: the data section of the config.
         work: folder of the intermediate files.
     """
     tokenizer = cached_tokenizer(data.tokenizer)
-    wrap_id = tokenizer.eot if data.wrap == "bos_eos" else None
-    dtype = token_dtype(tokenizer.vocab_size)
-    return partial(_rows, work=work, payload=_payload(data), wrap_id=wrap_id, dtype=dtype)
+    special, dtype = special_ids(data, tokenizer), token_dtype(tokenizer.vocab_size)
+    if data.wrap == "sentence":
+        tokens = {unit.index: unit.tokens for unit in units}
+        return partial(_padded_rows, work=work, length=data.length, special=special, tokens=tokens, dtype=dtype)
+    return partial(_rows, work=work, payload=_payload(data), wrap_id=special.bos, dtype=dtype)
 
 
 def _rows(shard: workflow.Shard, work: str, payload: int, wrap_id: int | None, dtype: np.dtype) -> Rows:
@@ -210,7 +234,41 @@ def _rows(shard: workflow.Shard, work: str, payload: int, wrap_id: int | None, d
     rows = np.concatenate(parts).reshape(-1, payload)
     if wrap_id is not None:
         rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=wrap_id)
-    return rows, None
+    return Rows(rows)
+
+
+def _padded_rows(
+    shard: workflow.Shard,
+    work: str,
+    length: int,
+    special: SpecialIds,
+    tokens: Mapping[int, int],
+    dtype: np.dtype,
+) -> Rows:
+    """Make a row of every document of a shard: BOS, its first tokens, EOT, padding."""
+    texts = []
+    for unit, start, stop in shard.pieces.tolist():
+        with storage.open_read(workflow.unit_path(work, unit, "bin")) as file:
+            ends = [0, *_read_ends(file, tokens[unit], dtype, documents=(start, stop))][-1 - (stop - start) :]
+            file.seek(ends[0] * dtype.itemsize)
+            ids = np.frombuffer(file.read((ends[-1] - ends[0]) * dtype.itemsize), dtype)
+        cuts = zip(ends, ends[1:], strict=False)
+        texts += [ids[begin - ends[0] : min(end - 1, begin + length - 2) - ends[0]] for begin, end in cuts]
+    lengths = np.array([len(text) for text in texts]) + 2
+    rows = np.full((len(texts), length), special.pad, dtype)
+    rows[:, 0] = special.bos
+    for row, text in zip(rows, texts, strict=True):
+        row[1 : 1 + len(text)], row[1 + len(text)] = text, special.eot
+    return Rows(rows, lengths=lengths)
+
+
+def _read_ends(
+    file: IO[bytes], tokens: int, dtype: np.dtype, documents: tuple[int, int]
+) -> list[int]:
+    """Read where the documents `start - 1` (if there is one) to `stop - 1` of a unit end, in tokens."""
+    start, stop = max(documents[0] - 1, 0), documents[1]
+    file.seek(tokens * dtype.itemsize + start * 8)
+    return np.frombuffer(file.read((stop - start) * 8), "<i8").tolist()
 
 
 def _payload(data: TextDataConfig) -> int:
@@ -227,5 +285,4 @@ def _border(units: Sequence[TextUnit], document: int, data: TextDataConfig, work
         return start
     dtype = token_dtype(cached_tokenizer(data.tokenizer).vocab_size)
     with storage.open_read(workflow.unit_path(work, index, "bin")) as file:
-        file.seek(units[index].tokens * dtype.itemsize + (before - 1) * 8)
-        return start + int(np.frombuffer(file.read(8), "<i8")[0])
+        return start + _read_ends(file, units[index].tokens, dtype, documents=(before, before))[0]
