@@ -36,6 +36,8 @@ class Tokenizer(ABC):
         name: for people; what determines the ids is `hash`.
         vocab_size: V; ids are 0..V-1, `eot` among them.
         eot: id of the end-of-text token, which `encode` never returns.
+        bos: id of the token that begins a text; None where the tokenizer has none of its own.
+        pad: id of the token that fills rows up; None where the tokenizer has none.
         hash: SHA-256 over everything that determines the ids.
     """
 
@@ -43,6 +45,8 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eot: int
+    bos: int | None = None
+    pad: int | None = None
     hash: str
 
     @abstractmethod
