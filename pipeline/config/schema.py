@@ -113,6 +113,8 @@ class SamplingConfig(Section):
         top_k: Number of likeliest tokens that are kept; null keeps all.
         top_p: Probability mass of the likeliest tokens that are kept; null keeps all.
         labels: Classes to draw, used in turn; null draws all classes in turn.
+        length: Tokens of every row, for models that were trained on padded rows (`data.wrap: sentence`); null draws
+            the lengths of training rows.
         guidance: Weight w of guidance at the last step: (1 + w) log p(x|c) - w log p(x).
         refresh_every: Steps between two full encodings of the known tokens (bidirectional PGM); 1 is exact.
         precision: Precision of the blocks; `bf16` enables flash attention on GPUs. Draws are float64 in both.
@@ -132,6 +134,7 @@ class SamplingConfig(Section):
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     labels: tuple[NonNegativeInt, ...] | None = None
+    length: Annotated[int, Field(ge=3)] | None = None
     guidance: Setting = 0.0
     refresh_every: PositiveInt = 1
     precision: Precision = "fp32"
@@ -408,6 +411,8 @@ class RunConfig(Section):
     def _distillation(self) -> Iterator[str]:
         if self.distill is None:
             return
+        if self.data.kind == "text" and self.data.wrap == "sentence":
+            yield "data.wrap: 'sentence' in a distillation, whose rows have no padding; expected none or bos_eos"
         rounds, steps, warmup = self.distill.rounds, self.train.steps, self.optim.warmup_steps
         first = self.distill.teacher_steps
         if steps % rounds:

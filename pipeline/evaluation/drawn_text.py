@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Integer
 
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import Samples
 from pipeline.metrics.external_lm import Scored, load_scorer_tokenizer, score_texts
-from pipeline.metrics.ngram import Rows, bigram_model
+from pipeline.metrics.ngram import bigram_model
 from pipeline.metrics.text import has_mauve, text_measures
 from pipeline.reports.measures import Group, Measure
 from pipeline.reports.page import Block, Columns, excerpt
 from pipeline.run import Run
+from pipeline.sampling.row_ends import cut_rows, texts_of
 from pipeline.training.finish import NGRAM_ROWS
 from pipeline.training.validation import validation_rows
 
@@ -51,6 +53,7 @@ class TextEvaluator:
         )
         held_out, train = corpus.reader("validation"), corpus.reader("train")
         count = min(config.sampling.num_samples, settings.rows)
+        self._ids = model.facts.eot, model.facts.pad
         rows = held_out.rows(validation_rows(len(held_out), count))
         self.texts, self.notes = self._decode(rows), {}
         if self._scorer is not None:
@@ -59,21 +62,22 @@ class TextEvaluator:
         (self._scored,) = self._score([rows])
         last = min(len(train), NGRAM_ROWS)
         blocks = (train.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
-        self._bigram = bigram_model(blocks, corpus.manifest.vocabulary)
-        self.real = text_measures(rows, self._bos, self._bigram, self._scored, self._scorer)
+        cut = (cut_rows(block, *self._ids) for block in blocks)
+        self._bigram = bigram_model(cut, corpus.manifest.vocabulary)
+        self.real = self._measures(rows, self._scored)
 
-    def measure(self, groups: Sequence[Rows]) -> list[list[Measure]]:
+    def measure(self, groups: Sequence[Integer[np.ndarray, "n L"]]) -> list[list[Measure]]:
         """Compute the metrics of groups of rows.
 
         Args:
             groups: rows of token ids.
         """
         return [
-            text_measures(rows, self._bos, self._bigram, scored, self._scorer, self._scored)
+            self._measures(rows, scored, self._scored)
             for rows, scored in zip(groups, self._score(groups), strict=True)
         ]
 
-    def excerpt(self, rows: Rows) -> str:
+    def excerpt(self, rows: Integer[np.ndarray, "n L"]) -> str:
         """Return the beginnings of the first rows as text.
 
         Args:
@@ -96,10 +100,17 @@ class TextEvaluator:
         texts = [("samples", excerpt(samples.texts)), ("held-out text", excerpt(self.texts))]
         return [Group("samples", "Samples", how, measures), real], [Columns(texts)]
 
-    def _decode(self, rows: Rows) -> list[str]:
-        return [self._tokenizer.decode(row) for row in rows.tolist()]
+    def _measures(
+        self, rows: Integer[np.ndarray, "n L"], scored: Scored | None, real: Scored | None = None
+    ) -> list[Measure]:
+        """Compute the metrics of rows, without their padding."""
+        cut = cut_rows(rows, *self._ids)
+        return text_measures(cut, self._bos, self._bigram, scored, self._scorer, real)
 
-    def _score(self, groups: Sequence[Rows]) -> Sequence[Scored | None]:
+    def _decode(self, rows: Integer[np.ndarray, "n L"]) -> list[str]:
+        return texts_of(rows, *self._ids, self._tokenizer.decode)
+
+    def _score(self, groups: Sequence[Integer[np.ndarray, "n L"]]) -> Sequence[Scored | None]:
         """Score groups of rows with one start of the scorer; None without a scorer."""
         if self._scorer is None:
             return [None] * len(groups)

@@ -24,7 +24,8 @@ from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.reports.pictures import sample_grid
 from pipeline.runtime.actors import Resources, in_order, own_device, started
-from pipeline.sampling.sampler import SamplingRequest, sample
+from pipeline.sampling.row_ends import RowEnds, sample_rows, texts_of
+from pipeline.sampling.sampler import SamplingRequest
 
 GRID = "samples.png"
 GRID_IMAGES = 80  # images of the overview, at most
@@ -65,7 +66,7 @@ class Samples:
 def draw_rows(
     model: Denoiser,
     settings: SamplingConfig,
-    bos: int | None,
+    facts: model_folder.DataFacts,
     batch: tuple[int, int],
     revealed_at: Int[torch.Tensor, "n L"] | None = None,
 ) -> Int[torch.Tensor, "n L"]:
@@ -74,19 +75,19 @@ def draw_rows(
     Args:
         model: in eval mode.
         settings: how to draw.
-        bos: id of the token at position 0, if rows begin with one.
+        facts: how rows of the model begin and end.
         batch: index of the first row, and the number of rows. A row depends on its index, not on the batch.
         revealed_at: receives the step at which every position was drawn.
 
     Returns:
-        Rows of ids, BOS included.
+        Rows of ids, BOS and padding included.
     """
     (first, count), condition = batch, None
     if model.classes is not None:
         condition = torch.tensor(labels_of(settings, model.classes.num_embeddings - 1, first, count))
-    request, indices = SamplingRequest.of(settings, bos), range(first, first + count)
+    request, indices = SamplingRequest.of(settings, facts.bos), range(first, first + count)
     request = replace(request, num_samples=count, condition=condition, indices=indices)
-    return sample(model, request, revealed_at=revealed_at)
+    return sample_rows(model, request, RowEnds.of(facts), settings.length, revealed_at=revealed_at)
 
 
 class Sampler:
@@ -100,7 +101,7 @@ class Sampler:
     def __init__(self, threads: int, capacity: int = 1):
         torch.set_num_threads(threads)
         self._capacity = capacity
-        self._models: dict[tuple[str, Precision], tuple[Denoiser, int | None]] = {}
+        self._models: dict[tuple[str, Precision], tuple[Denoiser, model_folder.DataFacts]] = {}
         self._tokenizers: dict[str, vq.ImageTokenizer] = {}
 
     def load(self, folder: str, precision: Precision) -> None:
@@ -115,7 +116,7 @@ class Sampler:
             if len(self._models) == self._capacity:
                 del self._models[next(iter(self._models))]
             model, _, facts = model_folder.read(storage.fetch(folder))
-            self._models[folder, precision] = model.to(own_device(), DTYPES[precision]), facts.bos
+            self._models[folder, precision] = model.to(own_device(), DTYPES[precision]), facts
 
     def draw(self, folder: str, settings: SamplingConfig, first: int, count: int) -> DrawnBatch:
         """Draw rows `first` to `first + count - 1` from a model; loading it is not part of the time.
@@ -127,9 +128,9 @@ class Sampler:
             count: number of rows.
         """
         self.load(folder, settings.precision)
-        model, bos = self._models[folder, settings.precision]
+        model, facts = self._models[folder, settings.precision]
         began = time.perf_counter()
-        tokens = draw_rows(model, settings, bos, (first, count)).cpu().numpy()
+        tokens = draw_rows(model, settings, facts, (first, count)).cpu().numpy()
         return DrawnBatch(tokens, time.perf_counter() - began)
 
     def decode(self, folder: str, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"]:
@@ -181,7 +182,8 @@ def generate(model: str, settings: SamplingConfig, resources: Resources, into: s
         into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`.
     """
     local, parts = storage.fetch(model), batches_of(settings)
-    classes, tokenizer = model_folder.read_config(local)[0].classes, saved_tokenizer(local)
+    (config, facts), tokenizer = model_folder.read_config(local), saved_tokenizer(local)
+    classes = config.classes
     with started(Sampler, (resources.cpus,), resources, len(parts)) as samplers:
         list(in_order(samplers, "load", [(model, settings.precision)] * len(samplers)))
         progress = Progress("sampled", "batches", len(parts), "tokens")
@@ -193,7 +195,9 @@ def generate(model: str, settings: SamplingConfig, resources: Resources, into: s
         images = in_order(samplers, "decode", [(model, rows) for rows in drawn])
         tokens = np.concatenate(drawn)
         labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
-        texts = [tokenizer.decode(row) for row in tokens.tolist()] if isinstance(tokenizer, Tokenizer) else []
+        texts = []
+        if isinstance(tokenizer, Tokenizer):
+            texts = texts_of(tokens, facts.eot, facts.pad, tokenizer.decode)
         with storage.scratch() as folder:
             np.save(folder / "tokens.npy", tokens)
             columns = {"index": range(len(tokens)), "label": labels, "text": texts}
@@ -226,6 +230,7 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
         "guidance": settings.guidance or None,
         "refresh_every": settings.refresh_every if settings.refresh_every > 1 else None,
         "labels": settings.labels,
+        "length": settings.length,
     }
     how: dict[str, object] = {"samples": count, "order": settings.order, "steps": settings.steps}
     how |= {"temperature": settings.temperature}

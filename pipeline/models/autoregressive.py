@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from pipeline.config.model import ARConfig
 from pipeline.errors import CapabilityError
 from pipeline.models.attention import CacheAppend, FixedAppend, Segments
-from pipeline.models.batch import Batch, Labels
+from pipeline.models.batch import Batch, Labels, NewTokens, State
 from pipeline.models.blocks import SelfBlock, Stored
-from pipeline.models.denoiser import CachedDenoiser, NewTokens, State
+from pipeline.models.denoiser import CachedDenoiser
 from pipeline.models.layers import ClassVectors, Condition
 
 
@@ -67,7 +67,8 @@ class AR(CachedDenoiser):
         Raises:
             CapabilityError: a known token after a hidden one, as in the estimators of masked models.
         """
-        if (batch.groups[:, :-1] & ~batch.groups[:, 1:]).any() or (batch.targets & ~batch.groups).any():
+        hidden = batch.groups | batch.padding
+        if (hidden[:, :-1] & ~hidden[:, 1:]).any() or (batch.targets & ~batch.groups).any():
             raise CapabilityError(
                 "AR predicts a token from all before it, so hidden tokens must be the last of their row; "
                 "expected the exact likelihood (or next-token training), not a masked estimate"
@@ -79,7 +80,7 @@ class AR(CachedDenoiser):
         x = self.run_rows(self.blocks, ids, vectors, extents)
         index = batch.target_index.to(batch.device, non_blocking=True)
         row = index // length
-        return self.final(x[self.row_starts(row, extents) + index % length], Condition(vectors, row))
+        return self.final(x[self.row_starts(row, length, extents) + index % length], Condition(vectors, row))
 
     def logits(
         self,

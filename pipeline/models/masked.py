@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from pipeline.config.model import MDLMConfig
 from pipeline.models.attention import Segments
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, State
 from pipeline.models.blocks import SelfBlock
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import ClassVectors, Condition
 
 
@@ -63,7 +63,9 @@ class MDLM(Denoiser):
         x = self._trunk(canvas.to(batch.device, non_blocking=True), vectors, extents)
         index = index.to(batch.device, non_blocking=True)
         rows = index // length
-        return self.final(x[self.row_starts(rows, extents) + index % length], Condition(vectors, rows))
+        return self.final(
+            x[self.row_starts(rows, length, extents) + index % length], Condition(vectors, rows)
+        )
 
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
@@ -85,7 +87,9 @@ class MDLM(Denoiser):
         canvas[Segments(state.lengths, tokens.device).ids, known] = tokens
         x = self._trunk(canvas, vectors, state.extents)
         rows = Segments(lengths, positions.device).ids
-        return self.final(x[self.row_starts(rows, state.extents) + positions], Condition(vectors, rows))
+        return self.final(
+            x[self.row_starts(rows, self.length, state.extents) + positions], Condition(vectors, rows)
+        )
 
     def _trunk(
         self, canvas: Int[Tensor, "B L"], vectors: ClassVectors, extents: Sequence[int] | None

@@ -40,12 +40,16 @@ class DataFacts:
         length: L, BOS included.
         bos: id of BOS, or None.
         eot: id of the end of a text, or None.
+        pad: id behind the tokens of a row, or None where rows have no padding.
+        row_lengths: number of training rows of every length from 0 on, or None where rows have no padding.
     """
 
     vocab_size: int
     length: int
     bos: int | None
     eot: int | None
+    pad: int | None = None
+    row_lengths: tuple[int, ...] | None = None
 
 
 class _Facts(Section):
@@ -55,6 +59,8 @@ class _Facts(Section):
     length: Annotated[int, Field(ge=2)]
     bos: NonNegativeInt | None = None
     eot: NonNegativeInt | None = None
+    pad: NonNegativeInt | None = None
+    row_lengths: tuple[NonNegativeInt, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ def write(
     metadata = {"format": "pt"}  # which libraries of the hub ask for
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, metadata)
     storage.follow_umask(folder / WEIGHTS)
-    section, data = model.model_dump(mode="json"), asdict(facts)
+    section = model.model_dump(mode="json")
+    data = {key: value for key, value in asdict(facts).items() if value is not None}
     known = {key: dict(value) for key, value in asdict(background).items() if value}
     tree = {"model": section, "data": data} | known
     (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

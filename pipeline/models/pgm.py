@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pipeline.config.model import PGMConfig
 from pipeline.models.attention import CacheAppend, EqualSegments, Filled, FixedAppend, Segments
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, NewTokens, State, packed
 from pipeline.models.blocks import CrossBlock, EncoderReader, GroupSwap, Layout, Rotary, SelfBlock, Stored
-from pipeline.models.denoiser import CachedDenoiser, NewTokens, State, packed
+from pipeline.models.denoiser import CachedDenoiser
 from pipeline.models.layers import ClassVectors, Condition, FoldedNorm, rotary, rotate
 
 

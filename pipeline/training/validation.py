@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from pipeline import storage
 from pipeline.config.schema import SamplingConfig
+from pipeline.data.manifest import data_facts
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.metrics import likelihood
@@ -18,6 +19,7 @@ from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
 from pipeline.reports.pictures import sample_grid, unmasking_order
 from pipeline.run import Run
 from pipeline.runtime.session import Session
+from pipeline.sampling.row_ends import texts_of
 from pipeline.tracking import Tracker
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
@@ -80,19 +82,23 @@ def validate(
     labels = reader.labels(rows) if config.model.classes is not None else None
     masking = likelihood.Masking.of(config, engine.model, bos is not None)
     share = (session.rank, session.workers)
-    batches = likelihood.masked_batches(masking, reader.rows(rows), labels, share, session.device)
+    lengths = reader.lengths(rows)
+    batches = likelihood.masked_batches(
+        masking, reader.rows(rows), labels, lengths=lengths, share=share, device=session.device
+    )
     with engine.weights(ema.slices) as model:
         sums = likelihood.row_sums(model, batches, len(rows)).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
         tokens, classes, revealed = draw(run, model)
-    bound = likelihood.summarise(sums.cpu(), masking)
+    bound = likelihood.summarise(sums.cpu(), masking, lengths)
     if session.rank == 0:
         log.info("step %d: validation %s", step, bound)
     texts: tuple[str, ...] = ()
     if config.data.kind == "text":
         tokenizer = load_tokenizer(config.data.tokenizer)
-        texts = tuple(tokenizer.decode(row) for row in tokens.tolist())
+        special = run.manifest.special
+        texts = tuple(texts_of(tokens.numpy(), special.eot, special.pad, tokenizer.decode))
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
     elif tracker:
@@ -136,5 +142,5 @@ def draw(
     else:
         settings = SamplingConfig(num_samples=TEXTS, steps=min(64, settings.steps), seed=settings.seed)
     revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
-    tokens = draw_rows(model, settings, bos, (0, settings.num_samples), revealed)
+    tokens = draw_rows(model, settings, data_facts(manifest), (0, settings.num_samples), revealed)
     return tokens.cpu(), None if config.model.classes is None else labels, revealed

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pipeline.config.model import MDLMConfig, PGMConfig, TrunkConfig
 from pipeline.errors import ConfigError
 from pipeline.models import build
-from pipeline.models.batch import Batch
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.batch import Batch, State
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import Head
 from pipeline.sampling import orders
 from pipeline.sampling.logits import Drawn, Filters, draw_tokens

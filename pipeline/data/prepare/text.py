@@ -10,6 +10,7 @@ What the shards hold depends on the input and the config alone.
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from operator import methodcaller
 from typing import IO, Any
 
@@ -22,7 +23,7 @@ from pipeline.data.prepare import workflow
 from pipeline.data.prepare.source_files import Problem, leave_out, reached
 from pipeline.data.prepare.text_sources import Piece, TextSource, read
 from pipeline.data.shards import Rows, token_dtype
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import DataError
 
 FORMAT = 1  # raise it when the same config and input would give other shards
@@ -83,6 +84,10 @@ def build(data: TextDataConfig, source: TextSource, path: str, work: str) -> Man
     plans = plan_splits(units, data, work)
     unit = "documents" if data.wrap == "sentence" else "tokens"
     splits = workflow.write_shards(plans, row_maker(units, data, work), path, work=work, unit=unit)
+    if data.wrap == "sentence":
+        for name, split in splits.items():
+            tokens = sum(length * rows for length, rows in enumerate(split.row_lengths))
+            splits[name] = split.model_copy(update={"tokens": tokens})
     return describe(data, source, units, splits=splits)
 
 
@@ -101,7 +106,7 @@ def describe(
     return Manifest(
         length=data.length,
         vocabulary=tokenizer.vocab_size,
-        special=special_ids(data, tokenizer),
+        special=SpecialIds.of_text(data, tokenizer),
         wrap=data.wrap,
         tokenizer=TokenizerInfo(name=tokenizer.name, hash=tokenizer.hash),
         source=source.info,
@@ -113,21 +118,6 @@ def describe(
         tokens=sum(unit.tokens for unit in units),
         skipped=workflow.skipped(units),
     )
-
-
-def special_ids(data: TextDataConfig, tokenizer: Tokenizer) -> SpecialIds:
-    """Return the ids with a meaning of their own in rows; the end of text stands for those that a tokenizer lacks.
-
-    Args:
-        data: the data section of the config.
-        tokenizer: that makes the ids.
-    """
-    eot, bos, pad = tokenizer.eot, tokenizer.bos, tokenizer.pad
-    if data.wrap == "none":
-        return SpecialIds(eot=eot, bos=None)
-    if data.wrap == "bos_eos":
-        return SpecialIds(eot=eot, bos=eot)
-    return SpecialIds(eot=eot, bos=eot if bos is None else bos, pad=eot if pad is None else pad)
 
 
 def tokenise_unit(unit: tuple[int, Sequence[Piece]], data: TextDataConfig, work: str) -> TextUnit:
@@ -206,9 +196,7 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
     return plans
 
 
-def row_maker(
-    units: Sequence[TextUnit], data: TextDataConfig, work: str
-) -> Callable[[workflow.Shard], Rows]:
+def row_maker(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> Callable[[workflow.Shard], Rows]:
     """Return the function that makes the rows of a shard; it needs no tokenizer.
 
     Args:
@@ -217,10 +205,12 @@ def row_maker(
         work: folder of the intermediate files.
     """
     tokenizer = cached_tokenizer(data.tokenizer)
-    special, dtype = special_ids(data, tokenizer), token_dtype(tokenizer.vocab_size)
+    special, dtype = SpecialIds.of_text(data, tokenizer), token_dtype(tokenizer.vocab_size)
     if data.wrap == "sentence":
         tokens = {unit.index: unit.tokens for unit in units}
-        return partial(_padded_rows, work=work, length=data.length, special=special, tokens=tokens, dtype=dtype)
+        return partial(
+            _padded_rows, work=work, length=data.length, special=special, tokens=tokens, dtype=dtype
+        )
     return partial(_rows, work=work, payload=_payload(data), wrap_id=special.bos, dtype=dtype)
 
 
@@ -252,7 +242,7 @@ def _padded_rows(
             ends = [0, *_read_ends(file, tokens[unit], dtype, documents=(start, stop))][-1 - (stop - start) :]
             file.seek(ends[0] * dtype.itemsize)
             ids = np.frombuffer(file.read((ends[-1] - ends[0]) * dtype.itemsize), dtype)
-        cuts = zip(ends, ends[1:], strict=False)
+        cuts = pairwise(ends)
         texts += [ids[begin - ends[0] : min(end - 1, begin + length - 2) - ends[0]] for begin, end in cuts]
     lengths = np.array([len(text) for text in texts]) + 2
     rows = np.full((len(texts), length), special.pad, dtype)
@@ -262,9 +252,7 @@ def _padded_rows(
     return Rows(rows, lengths=lengths)
 
 
-def _read_ends(
-    file: IO[bytes], tokens: int, dtype: np.dtype, documents: tuple[int, int]
-) -> list[int]:
+def _read_ends(file: IO[bytes], tokens: int, dtype: np.dtype, documents: tuple[int, int]) -> list[int]:
     """Read where the documents `start - 1` (if there is one) to `stop - 1` of a unit end, in tokens."""
     start, stop = max(documents[0] - 1, 0), documents[1]
     file.seek(tokens * dtype.itemsize + start * 8)
