@@ -10,7 +10,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from pipeline import arguments
-from pipeline.errors import CapabilityError
+from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.model_folder import DataFacts
 from pipeline.sampling.sampler import Progress, SamplingRequest, sample
@@ -82,28 +82,39 @@ def sample_rows(
         return rows.masked_fill(ended.roll(1, 1) & (places.to(rows.device) > start), ends.pad)
     count = request.num_samples
     indices = range(count) if request.indices is None else request.indices
-    if length is None:
-        extents = _draw_lengths(ends.lengths, request.seed, indices)
-    else:
-        extents = np.full(count, arguments.integer("length", length, start + 2, model.length))
     tokens, given = request.known or (
         torch.zeros(count, model.length, dtype=torch.int64),
         torch.zeros(count, model.length, dtype=torch.bool),
     )
-    last = torch.from_numpy(extents)[:, None] - 1
     tokens, given = tokens.cpu(), given.cpu()
-    arguments.check_below("known: position", given.nonzero()[:, 1], int(last.min()) + 1)
+    least = np.maximum((given * (places + 1)).amax(1).numpy(), start) + 1  # given tokens, and the end of text
+    if length is None:
+        extents = _draw_lengths(ends.lengths, least, request.seed, indices)
+    else:
+        low = int(least.max())
+        extents = np.full(count, arguments.integer("length", length, min(low, model.length), model.length))
+    last = torch.from_numpy(extents)[:, None] - 1
     tokens, given = torch.where(places == last, ends.eot, tokens), given | (places == last)
     request = replace(request, known=(tokens, given), extents=extents.tolist())
     rows = sample(model, request, progress, revealed_at)
     return rows.masked_fill((places > last).to(rows.device), ends.pad)
 
 
-def _draw_lengths(histogram: Sequence[int], seed: int, indices: Sequence[int]) -> Int[np.ndarray, "B"]:
-    """Draw the length of every sample from those of the training rows, as a function of (seed, index)."""
-    shares = np.cumsum(histogram) / sum(histogram)
-    uniforms = [np.random.default_rng([seed, index, 2]).random() for index in indices]
-    return np.searchsorted(shares, uniforms, side="right")
+def _draw_lengths(
+    histogram: Sequence[int], least: Int[np.ndarray, "B"], seed: int, indices: Sequence[int]
+) -> Int[np.ndarray, "B"]:
+    """Draw the length of every sample from the training rows that are long enough; by (seed, index) alone."""
+    counts, lengths = np.array(histogram), []
+    for index, low in zip(indices, least.tolist(), strict=True):
+        shares = np.where(np.arange(len(counts)) < low, 0, counts).cumsum()
+        if not shares[-1]:
+            raise ConfigError(
+                f"known: {low - 1} tokens up to the last given one, but no training row has more than "
+                f"{int(counts.nonzero()[0].max())} with its end of text; expected fewer, or a length"
+            )
+        uniform = np.random.default_rng([seed, index, 2]).random()
+        lengths.append(int(np.searchsorted(shares / shares[-1], uniform, side="right")))
+    return np.array(lengths)
 
 
 def row_lengths(rows: Integer[np.ndarray, "n L"], eot: int) -> Int[np.ndarray, "n"]:

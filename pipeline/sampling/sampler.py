@@ -148,7 +148,9 @@ class _Rows:
             extents = [*request.extents]
             unknown &= torch.arange(model.length) < torch.tensor(extents)[:, None]
             extents *= 2 if request.guidance else 1
-        most, length = int(unknown.sum(1).max()), model.length - (request.bos is not None)
+        length = model.length - (request.bos is not None)
+        # A short row among longer ones reveals nothing in the last steps, so any row may have fewer tokens.
+        most = int(unknown.sum(1).max()) if extents is None else length
         orders.check(self.order, request.steps, most, length)
         indices = range(rows) if request.indices is None else request.indices
         assert len(indices) == rows, (len(indices), rows)

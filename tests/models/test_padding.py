@@ -1,6 +1,7 @@
 """Rows with padding: everything is as if each row had been computed alone, cut to its tokens."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from pipeline.config.model import ARConfig, MDLMConfig, ModelConfig, PGMConfig
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws, draw, draw_order
+from pipeline.errors import CapabilityError, ConfigError
 from pipeline.metrics.likelihood import Masking, masked_batches, row_sums, summarise
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.row_ends import RowEnds, cut_rows, sample_rows
-from pipeline.sampling.sampler import SamplingRequest, sample
+from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample
 from tests.support.small_models import CAUSAL, MDLM, PGM, randomised
 
 V, L, BOS, EOT, PAD = 11, 12, 8, 9, 10
@@ -212,12 +214,31 @@ def test_lengths_are_those_of_the_training_rows_and_do_not_depend_on_the_batch()
     request = SamplingRequest(200, 1, seed=4, bos=BOS)
     rows = sample_rows(model, request, ends)
     lengths = (rows != PAD).sum(1)
-    counts = torch.bincount(lengths, minlength=8)[[3, 5, 7]]
-    assert counts.sum() == 200 or (rows[:, 1:6] == PAD).any()  # the model may draw PAD itself
-    last = [[*row].index(EOT, 1) if EOT in row[1:] else L for row in rows.tolist()]
-    assert len(last) == 200
+    # The model may draw the end of text or padding itself, so the real length is where the given end stands.
+    shares = [
+        float((rows[:, n - 1] == EOT)[(rows[:, n:] == PAD).all(1)].float().sum()) / 200 for n in (3, 5, 7)
+    ]
+    assert shares == pytest.approx([0.3, 0.5, 0.2], abs=0.1)
+    assert set(lengths.tolist()) <= set(range(2, 8))
     part = SamplingRequest(20, 1, seed=4, bos=BOS, indices=range(100, 120))
     assert torch.equal(sample_rows(model, part, ends), rows[100:120])
+
+
+def test_a_given_token_is_inside_its_row() -> None:
+    """Lengths are those of the training rows that have room for what is given."""
+    ends, model = RowEnds(EOT, PAD, (0, 0, 0, 30, 0, 50, 0, 1)), model_of(PGM)
+    request = SamplingRequest(40, 1, bos=BOS, known=ragged_known([{4: 1}] * 20 + [{}] * 20, L))
+    rows = sample_rows(model, request, ends)
+    assert (rows[:20, 4] == 1).all()
+    assert (rows[:20, 6] == EOT).all()
+    assert (rows[20:, 6] == EOT).sum() < 10
+    for length, message in ((5, "length: 5; expected an integer from 6 to 12"), (13, "from 6 to 12")):
+        with pytest.raises(ConfigError, match=message):
+            sample_rows(model, request, ends, length=length)
+    with pytest.raises(ConfigError, match="no training row has more than 7"):
+        sample_rows(model, replace(request, known=ragged_known([{8: 1}] * 40, L)), ends)
+    with pytest.raises(CapabilityError, match="rows without padding"):
+        sample_rows(model, request, None, length=5)
 
 
 def test_an_autoregressive_model_ends_its_rows_itself() -> None:
