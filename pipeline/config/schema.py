@@ -73,7 +73,7 @@ class TrainConfig(Section):
         init_from: Weights to start from: a model folder, `models:/NAME@ALIAS`, a checkpoint or released weights.
         on_nonfinite: After a loss or gradient that is not finite: return to the last checkpoint and skip the rows, or
             stop.
-        ema: Decay of the exponential moving average of the weights.
+        ema: Decay of the exponential moving average of the weights; 0 keeps the weights themselves.
         log_every: Updates between two log lines.
         validate_every: Updates between two validations.
         checkpoint_every: Updates between two checkpoints.
@@ -107,7 +107,7 @@ class SamplingConfig(Section):
         steps: Number of sampling steps.
         order: Which positions a step reveals.
         schedule: How many tokens a step reveals; null is the order's own schedule.
-        gumbel: Scale of the Gumbel noise of order `confidence` at the first step.
+        gumbel: Scale of the Gumbel noise of order `confidence` at the first step; it falls linearly to 0.
         gamma: Bound of order `entropy` on the joint error of a step, in nats.
         temperature: Temperature of the token distributions.
         top_k: Number of likeliest tokens that are kept; null keeps all.
@@ -126,7 +126,7 @@ class SamplingConfig(Section):
     steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] = 128
     order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
     schedule: Literal["linear", "arccos"] | None = None
-    gumbel: Setting = 1.0
+    gumbel: Setting = 5.0
     gamma: Setting = 0.1
     temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE, le=LARGEST_SETTING)] = 1.0
     top_k: PositiveInt | None = None
