@@ -155,6 +155,8 @@ class EvaluationConfig(Section):
         features: Feature net for FID and Inception Score (images): `inception`, `efficientnet`, `classifier` (fitted
             on the data itself) or `package.module:factory`; null chooses by the size of the images.
         weights: File of Inception's weights; null downloads them.
+        reference: An .npz file that samples are compared with (images): `mu` and `sigma` of the features, images as
+            `arr_0`, or all three; null takes the training images.
     """
 
     estimator: Literal["count", "mdlm"] = "count"
@@ -167,6 +169,7 @@ class EvaluationConfig(Section):
     scorer: str | None = None
     features: str | None = None
     weights: str | None = None
+    reference: str | None = None
 
     @model_validator(mode="after")
     def _check_weights(self) -> "EvaluationConfig":
@@ -383,6 +386,8 @@ class RunConfig(Section):
             yield "diffusion.schedule: arccos gives no bound for text; expected loglinear"
         if self.evaluation.features is not None:
             yield f"evaluation.features: {self.evaluation.features!r} looks at images; expected null"
+        if self.evaluation.reference is not None:
+            yield f"evaluation.reference: {self.evaluation.reference!r} is one of images; expected null"
 
     def _images(self) -> Iterator[str]:
         expected = getattr(self.data, "classes", None)

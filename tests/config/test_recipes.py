@@ -9,7 +9,12 @@ from pipeline.config.load import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-ADAM = {"optim.betas": (0.9, 0.999), "optim.clip": 1.0, "optim.schedule": "constant", "train.precision": "bf16"}
+ADAM = {
+    "optim.betas": (0.9, 0.999),
+    "optim.clip": 1.0,
+    "optim.schedule": "constant",
+    "train.precision": "bf16",
+}
 TEXT = ADAM | {
     "data.tokenizer": "gpt2",
     "data.length": 1024,
@@ -79,7 +84,10 @@ def masked(blocks: int, complementary: bool = False) -> dict[str, object]:
         ("text/mdlm", TEXT | masked(12) | {"model.hidden": 768, "model.heads": 12}),
         ("text/complementary_mdlm", TEXT | masked(12, complementary=True)),
         ("text/ar", TEXT | {"model.kind": "ar", "model.blocks": 12, "model.hidden": 768}),
-        ("image/pgm_12_12", IMAGES | pgm(12, 12, 1024, 16) | {"model.registers": 2, "sampling.guidance": 3.0}),
+        (
+            "image/pgm_12_12",
+            IMAGES | pgm(12, 12, 1024, 16) | {"model.registers": 2, "sampling.guidance": 3.0},
+        ),
         ("image/pgm_14_10", IMAGES | pgm(14, 10, 1024, 16) | {"model.registers": 2}),
         ("image/maskgit", IMAGES | masked(24) | {"model.registers": 1, "sampling.guidance": 1.0}),
         ("distill/pgm_8_8", SDTT | {"distill.teacher": "models:/owt-pgm-8-8@teacher"}),

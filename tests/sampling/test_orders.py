@@ -229,7 +229,7 @@ def test_gumbel_noise_has_scale_5_at_the_first_step_and_none_at_the_last(monkeyp
     assert SamplingConfig().gumbel == Order().gumbel
     sample(build(CONFIGS[0], 5, 16), SamplingRequest(2, 5, seed=0, order="confidence"))
     assert [scale for scale, _ in seen] == pytest.approx([5, 3.75, 2.5, 1.25, 0])
-    assert all(((0 < share) & (share <= 1)).all() for _, share in seen)
+    assert all(((share > 0) & (share <= 1)).all() for _, share in seen)
 
 
 @pytest.mark.parametrize(
