@@ -133,7 +133,7 @@ def _sampling(config: RunConfig, model: ModelConfig) -> list[SamplingConfig]:
         fixed = {"steps": config.data.predicted, "order": "left_to_right"}
     if model.kind != "pgm" or model.encoder == "causal":
         fixed |= {"refresh_every": 1}
-    found = {}
+    found: dict[str, SamplingConfig] = {}
     for values in product(*grid.values(), sorted(set(config.evaluation.steps))):
         settings = config.sampling.model_copy(update=dict(zip([*grid, "steps"], values, strict=True)) | fixed)
         # What a setting has no effect on is sampled once, such as other orders than confidence with any noise.

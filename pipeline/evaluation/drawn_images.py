@@ -156,7 +156,7 @@ class ImageEvaluator:
             against = f"{self._reference.statistics.count:,} training images"
         else:
             file.check_fits(net, data.size)
-            self._reference, against = self._published(file, corpus), f"the statistics of {file.name}"
+            self._reference, against = self._published(file, corpus), file.name
         self._method = f"{net.name}, against {against}"
 
     def _training_images(self, source: SourceImages, corpus: Corpus) -> Reference:
@@ -275,7 +275,7 @@ class ImageEvaluator:
         if (real := self._reference.features) is not None:
             own = np.concatenate([part.features for part in outputs])
             ((precision, recall),) = in_order(actors, "coverage", [(own,)])
-            method = f"{self._net.name}, k = {precision_recall.NEIGHBOUR}, against {len(real):,} images"
+            method = f"{self._net.name}, k = {precision_recall.NEIGHBOUR}, against {len(real):,} real images"
             measures.append(Measure("precision", "precision", precision, by=method))
             measures.append(Measure("recall", "recall", recall, by=method))
         return measures

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics.image_features import FeatureNet, Outputs
-from pipeline.metrics.images import Gaussian, summarise
+from pipeline.metrics.images import Gaussian, gaussian
 from pipeline.metrics.precision_recall import LEAST_IMAGES
 
 log = logging.getLogger(__name__)
@@ -63,15 +63,15 @@ def reference(
     chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_FEATURES)).astype(np.int64))
     kept: list[np.ndarray] = []
 
-    def watched() -> Iterator[Outputs]:
+    def watched() -> Iterator[Float[np.ndarray, "n D"]]:
         first = 0
         for part in outputs():
             last = first + len(part.features)
             kept.append(part.features[chosen[(first <= chosen) & (chosen < last)] - first])
             first = last
-            yield part
+            yield part.features
 
-    statistics, _ = summarise(watched())
+    statistics = gaussian(watched())
     if statistics.count != count:
         raise DataError(f"reference statistics: {statistics.count} images of {data}; expected {count}")
     features = np.concatenate(kept)

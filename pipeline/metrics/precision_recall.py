@@ -48,7 +48,7 @@ def manifold(features: Float[np.ndarray, "n D"], device: str | torch.device = "c
             f"{len(features)} images; expected at least {LEAST_IMAGES}, since precision and recall look at the "
             f"nearest {NEIGHBOUR} neighbours"
         )
-    own = torch.from_numpy(features).to(device, torch.float64)
+    own = torch.tensor(features, dtype=torch.float64, device=device)
     # The nearest of all is the feature itself.
     radii = [block.kthvalue(NEIGHBOUR + 1, dim=1).values for block in _squared_distances(own, own)]
     return Manifold(own, torch.cat(radii))

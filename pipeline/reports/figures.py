@@ -144,8 +144,8 @@ def heat_map(cells: Mapping[str, Mapping[int, float]], metric: str, x_label: str
     image = axes.imshow(values, "viridis", aspect="auto", norm="log" if positive else "linear")
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            dark = image.norm(value) < 0.6
-            color = "white" if dark else INK
+            red, green, blue, _ = image.to_rgba(value)
+            color = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else INK
             axes.text(column, row, f"{value:.4g}", ha="center", va="center", fontsize=8.5, color=color)
     axes.set_yticks(range(len(cells)), list(cells))
     axes.set_xticks(range(len(columns)), [str(column) for column in columns])
