@@ -71,9 +71,9 @@ class Point:
     def chosen(self) -> dict[str, str]:
         """Return the varied settings as texts."""
         values = {key: getattr(self.settings, key) for key in self.varied}
-        return {
-            key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in values.items()
-        }
+        # MLflow's keys have no "+", which stands in 1e+06.
+        texts = {key: f"{v:g}" if isinstance(v, float) else str(v) for key, v in values.items()}
+        return {key: text.replace("+", "") for key, text in texts.items()}
 
     @property
     def speed(self) -> float:
