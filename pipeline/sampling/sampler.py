@@ -247,7 +247,8 @@ class _Rows:
                 )
                 # Confidence keeps to the schedule; entropy may be ahead of it, but must end with it.
                 least = [max(0, n - int(c[step + 1 :].sum())) for n, c in zip(remaining, counts, strict=True)]
-                keep = orders.choose(self.order, unknown, canvas, gumbel, counts=least, progress=step / steps)
+                progress = self._progress(step)
+                keep = orders.choose(self.order, unknown, canvas, gumbel, counts=least, progress=progress)
                 kept = keep.sum(1).tolist()
                 self.tokens[keep] = canvas.tokens[keep]
                 self.revealed_at[keep] = step + 1
@@ -258,8 +259,12 @@ class _Rows:
 
     def _weight(self, step: int) -> float:
         """Weight of guidance at a step."""
-        steps = self._request.steps
-        return (step / (steps - 1) if steps > 1 else 1.0) * self._request.guidance
+        return self._progress(step) * self._request.guidance
+
+    def _progress(self, step: int) -> float:
+        """0 at the first step, 1 at the last, and 1 at an only one."""
+        last = self._request.steps - 1
+        return step / last if last else 1.0
 
     def _extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
         """Give the model packed tokens, `lengths[b]` of them in row b."""
