@@ -250,7 +250,13 @@ def data_facts(manifest: Manifest) -> DataFacts:
     special = manifest.special
     lengths = manifest.split("train").row_lengths if manifest.padded else None
     return DataFacts(
-        manifest.vocabulary, manifest.length, special.bos, special.eot, pad=special.pad, row_lengths=lengths
+        manifest.vocabulary,
+        manifest.length,
+        special.bos,
+        special.eot,
+        pad=special.pad,
+        row_lengths=lengths,
+        class_names=manifest.class_names,
     )
 
 

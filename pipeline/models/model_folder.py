@@ -27,8 +27,7 @@ from pipeline.config.section import NonNegativeInt, Section
 from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
-
-WEIGHTS, CONFIG, HUB_CONFIG = "model.safetensors", "config.yaml", "config.json"
+from pipeline.storage.hub import CONFIG, HUB_CONFIG, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class DataFacts:
         eot: id of the end of a text, or None.
         pad: id behind the tokens of a row, or None where rows have no padding.
         row_lengths: number of training rows of every length from 0 on, or None where rows have no padding.
+        class_names: by label, where the data names its classes.
     """
 
     vocab_size: int
@@ -50,6 +50,7 @@ class DataFacts:
     eot: int | None
     pad: int | None = None
     row_lengths: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class _Facts(Section):
@@ -61,6 +62,7 @@ class _Facts(Section):
     eot: NonNegativeInt | None = None
     pad: NonNegativeInt | None = None
     row_lengths: tuple[NonNegativeInt, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pipeline.data.manifest import data_facts
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.metrics import likelihood
+from pipeline.metrics.class_names import class_ids
 from pipeline.metrics.draw import draw_rows
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
@@ -133,7 +134,8 @@ def draw(
     settings, bos = config.sampling, manifest.special.bos
     labels = None
     if config.data.kind == "image":
-        shown = list(settings.labels or range(config.model.classes or 1))[:CLASSES_SHOWN]
+        chosen = class_ids(settings.labels or range(config.model.classes or 1), manifest.class_names)
+        shown = chosen[:CLASSES_SHOWN]
         labels = [label for label in shown for _ in range(PICTURES_A_CLASS)]
         settings = settings.model_copy(update={"labels": tuple(labels), "num_samples": len(labels)})
     elif model.left_to_right:

@@ -10,11 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.api import export_model, load_model
+from pipeline.api import load_model
 from pipeline.config.data import TextDataConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.export import export_model
 from pipeline.models import model_folder
 from tests.support.in_process import run_job
 from tests.support.small_models import MDLM, PGM, random_rows, randomised
