@@ -164,7 +164,7 @@ def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
             publish_shard(shard.name, str(into), work, make=partial(make, shard)) for shard in shards
         )
         splits[name] = split.model_copy(update={"files": files})
-    return describe(data, source, units, splits=splits)
+    return describe(data, source, units, splits, cached_tokenizer(data.tokenizer))
 
 
 def _tiktoken_alone(ranks: dict[bytes, int], texts: Sequence[str]) -> Callable[[Path], object]:

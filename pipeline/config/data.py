@@ -8,7 +8,6 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 from pipeline.config.location import Location
 from pipeline.config.section import Section
 
-
 HELD_OUT = 100_000  # documents, where the config says nothing
 _LEAST_BPE = 257  # every byte, and the end of text
 
@@ -95,7 +94,9 @@ class TextDataConfig(DataConfig):
         if not self.tokenizer.startswith("bpe:"):
             return self
         if not re.fullmatch(r"bpe:[0-9]{1,7}", self.tokenizer) or (self.fitted or 0) < _LEAST_BPE:
-            raise ValueError(f"tokenizer {self.tokenizer!r}; expected bpe:N with an N of at least {_LEAST_BPE}")
+            raise ValueError(
+                f"tokenizer {self.tokenizer!r}; expected bpe:N with an N of at least {_LEAST_BPE}"
+            )
         if self.validation_documents == "all":
             raise ValueError(
                 f"tokenizer {self.tokenizer!r} is trained on training documents, and validation_documents 'all' "

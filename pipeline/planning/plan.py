@@ -43,6 +43,9 @@ def data_facts(config: RunConfig) -> DataFacts | None:
     """
     data = config.data
     if data.kind == "text":
+        if data.fitted is not None:
+            eot = data.fitted - 1
+            return DataFacts(data.fitted, data.length, eot if data.wrap == "bos_eos" else None, eot)
         tokenizer = load_tokenizer(data.tokenizer)
         bos = tokenizer.eot if data.wrap == "bos_eos" else None
         return DataFacts(tokenizer.vocab_size, data.length, bos, tokenizer.eot)

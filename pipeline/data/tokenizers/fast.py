@@ -78,7 +78,9 @@ class FastTokenizer(Tokenizer):
         for role, i in self._special.items():
             if i is not None and (ids == i).any():  # of word-level vocabularies, which have no smaller pieces
                 token = self._tokenizer.id_to_token(i)
-                raise DataError(f"the text has the word {token!r}, which tokenizer {self.name!r} uses as {role}")
+                raise DataError(
+                    f"the text has the word {token!r}, which tokenizer {self.name!r} uses as {role}"
+                )
         return ids
 
     def decode(self, ids: Iterable[int] | Integer[np.ndarray, "n"]) -> str:
@@ -110,7 +112,7 @@ def read_fast(name: str, files: Mapping[str, bytes]) -> FastTokenizer:
 
     Args:
         name: for people and messages.
-        files: contents by name: `tokenizer.json`, or else `vocab.txt` (WordPiece), and side files where there are any.
+        files: contents by name: `tokenizer.json`, or else `vocab.txt` (WordPiece), and side files if there are any.
 
     Raises:
         ConfigError: it has no end of text, or there is no file of a tokenizer.
@@ -118,7 +120,9 @@ def read_fast(name: str, files: Mapping[str, bytes]) -> FastTokenizer:
     """
     if not files.keys() & {TOKENIZER_FILE, VOCABULARY_FILE}:
         what = f"has neither {TOKENIZER_FILE} nor {VOCABULARY_FILE}"
-        raise ConfigError(f"data.tokenizer: {name!r} {what}; expected a tokenizer of the Hugging Face library")
+        raise ConfigError(
+            f"data.tokenizer: {name!r} {what}; expected a tokenizer of the Hugging Face library"
+        )
     side: dict[str, Any] = {}
     for file in SIDE_FILES:
         if file in files:
@@ -130,9 +134,7 @@ def read_fast(name: str, files: Mapping[str, bytes]) -> FastTokenizer:
             words = files[VOCABULARY_FILE].decode("utf-8").splitlines()
             lowercase = bool(side.get("do_lower_case", True))
             pieces = {word: i for i, word in enumerate(words)}
-            definition = json.loads(
-                tokenizers.BertWordPieceTokenizer(pieces, lowercase=lowercase).to_str()
-            )
+            definition = json.loads(tokenizers.BertWordPieceTokenizer(pieces, lowercase=lowercase).to_str())
         library = tokenizers.Tokenizer.from_str(json.dumps(definition))
         return FastTokenizer(name, definition, _special(name, library, side))
     except (ConfigError, DataError):
@@ -155,8 +157,8 @@ def train_bpe(size: int, texts: Iterable[str]) -> FastTokenizer:
         DataError: the texts have too few pairs for so many ids.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size - 1,
         min_frequency=_MIN_FREQUENCY,
@@ -216,7 +218,9 @@ def _json(name: str, file: str, content: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"data.tokenizer: {file} of {name!r} is damaged: {kind_and_line(error)}") from None
     if not isinstance(tree, dict):
-        raise DataError(f"data.tokenizer: {file} of {name!r} holds a {type(tree).__name__}; expected an object")
+        raise DataError(
+            f"data.tokenizer: {file} of {name!r} holds a {type(tree).__name__}; expected an object"
+        )
     return tree
 
 

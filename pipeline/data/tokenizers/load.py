@@ -32,7 +32,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
     Args:
         spec: "bytes", "text8", an encoding of tiktoken such as "gpt2", "hf:OWNER/NAME" of the Hugging Face hub, the
-            path or URL of a `.tiktoken` rank file or a `tokenizer.json`, or a folder that `save` wrote or that holds a
+            path or URL of a `.tiktoken` rank file or a `tokenizer.json`, or a folder that `save` wrote or that has a
             `tokenizer.json` or a `vocab.txt`.
 
     Raises:
@@ -45,8 +45,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return load_encoding(spec)
     if spec.startswith("bpe:"):
         raise ConfigError(
-            f"data.tokenizer: {spec!r} is trained on the training documents of a data set; name the folder of a model, "
-            "or the folder `tokenizer` of prepared data, to use the result elsewhere"
+            f"data.tokenizer: {spec!r} is trained on the training documents of a data set; to use one elsewhere, "
+            "name the folder of a model, or the folder `tokenizer` in that of the data"
         )
     if spec.startswith("hf:"):
         folder = storage.resolve(spec.removeprefix("hf:"))
@@ -99,7 +99,9 @@ def _load_saved(spec: str, info: dict[str, Any]) -> Tokenizer:
     except (ConfigError, DataError):
         raise
     except Exception as error:  # of the library, or a field that is missing
-        raise DataError(f"{path}: damaged, or {TOKENIZER_FILE} beside it is: {kind_and_line(error)}") from None
+        raise DataError(
+            f"{path}: damaged, or {TOKENIZER_FILE} beside it is: {kind_and_line(error)}"
+        ) from None
     if tokenizer.hash != expected:
         raise DataError(
             f"{path}: hash {expected!r} is not that of the tokenizer; expected {tokenizer.hash!r}"
