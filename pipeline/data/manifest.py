@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import zip_longest
@@ -17,6 +18,7 @@ from pipeline.errors import ConfigError, DataError, did_you_mean
 from pipeline.models.model_folder import DataFacts
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"  # folder beside the shards
 
 
 class _Frozen(BaseModel):
@@ -105,12 +107,14 @@ class Split(_Frozen):
         tokens: number of tokens; of text with the EOT of every document, of images with the BOS of every row, of
             padded rows with both and without the padding.
         tokens_dropped: how many of the tokens of text are left out, since they do not fill a last row.
+        bytes: UTF-8 bytes of the documents; None for images, and for data of earlier versions.
     """
 
     files: tuple[ShardFile, ...]
     documents: int
     tokens: int
     tokens_dropped: int
+    bytes: int | None = None
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
@@ -143,7 +147,7 @@ class Manifest(_Frozen):
         source: what was read.
         content: by key of the config, every setting that determined what the shards hold.
         content_key: SHA-256 of `content`.
-        splits: "train" and "validation".
+        splits: "train" and "validation"; "validation" alone in data for evaluation only.
         documents: number of documents with any text, or of images.
         documents_empty: number of documents without text, which are left out.
         tokens: number of tokens of all splits.
@@ -223,6 +227,22 @@ class Manifest(_Frozen):
             known = ", ".join(self.splits)
             raise DataError(f"no split {name!r} in the data; known: {known}{did_you_mean(name, self.splits)}")
         return self.splits[name]
+
+    def bits_per_byte(self, nats: float) -> float | None:
+        """Convert the likelihood of validation rows into a unit that does not depend on the tokenizer.
+
+        Args:
+            nats: per predicted token.
+
+        Returns:
+            Bits per UTF-8 byte of the documents; None where the number of bytes is not known.
+        """
+        split = self.split("validation")
+        if not split.bytes:
+            return None
+        # The end-of-text token at the end of a wrapped row is predicted, and stands for no text.
+        added = (self.length - 1) / (self.length - 2) if self.wrap == "bos_eos" else 1.0
+        return nats * added * split.tokens / split.bytes / math.log(2)
 
     def rows(self, split: str) -> int:
         """Return the number of rows of a split.
@@ -335,9 +355,11 @@ def differences(pairs: Mapping[str, tuple[object, object]], reader: str) -> list
 
 def _text_pairs(manifest: Manifest, data: TextDataConfig) -> dict[str, tuple[object, object]]:
     """Return what the data has and what the config expects, by key."""
+    pairs: dict[str, tuple[object, object]] = {"data.wrap": (manifest.wrap, data.wrap)}
+    if data.fitted is not None:  # on the data itself
+        return {**pairs, "data.tokenizer": (manifest.content.get("tokenizer"), data.tokenizer)}
     has, expected = manifest.tokenizer, load_tokenizer(data.tokenizer)
-    pairs: dict[str, tuple[object, object]] = {
-        "data.wrap": (manifest.wrap, data.wrap),
+    pairs |= {
         "data.tokenizer (vocabulary)": (manifest.vocabulary, expected.vocab_size),
         "data.tokenizer (end of text)": (manifest.special.eot, expected.eot),
     }

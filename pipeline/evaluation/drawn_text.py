@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import Samples
 from pipeline.metrics.external_lm import Scored, load_scorer_tokenizer, score_texts
-from pipeline.metrics.ngram import bigram_model
+from pipeline.metrics.ngram import Perplexity, bigram_model
 from pipeline.metrics.text import has_mauve, text_measures
 from pipeline.reports.measures import Group, Measure
 from pipeline.reports.page import Block, Columns, excerpt
@@ -48,10 +48,8 @@ class TextEvaluator:
         assert config.data.kind == "text"
         settings, self._resources = config.evaluation, run.resources
         self._scorer, self._batch, self._bos = settings.scorer, settings.batch, model.facts.bos is not None
-        self._tokenizer = (
-            tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(config.data.tokenizer)
-        )
-        held_out, train = corpus.reader("validation"), corpus.reader("train")
+        self._tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else run.text_tokenizer()
+        held_out = corpus.reader("validation")
         count = min(config.sampling.num_samples, settings.rows)
         self._ids = model.facts.eot, model.facts.pad
         rows = held_out.rows(validation_rows(len(held_out), count))
@@ -60,10 +58,7 @@ class TextEvaluator:
             load_scorer_tokenizer(self._scorer).check_context(self.texts)
             self.notes = {} if has_mauve() else {"MAUVE": "left out, since mauve-text is not installed"}
         (self._scored,) = self._score([rows])
-        last = min(len(train), NGRAM_ROWS)
-        blocks = (train.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
-        cut = (cut_rows(block, *self._ids) for block in blocks)
-        self._bigram = bigram_model(cut, corpus.manifest.vocabulary)
+        self._bigram = _bigrams(corpus) if "train" in corpus.manifest.splits else None
         self.real = self._measures(rows, self._scored)
 
     def measure(self, groups: Sequence[Integer[np.ndarray, "n L"]]) -> list[list[Measure]]:
@@ -115,3 +110,13 @@ class TextEvaluator:
         if self._scorer is None:
             return [None] * len(groups)
         return score_texts(self._scorer, [*map(self._decode, groups)], self._batch, self._resources)
+
+
+def _bigrams(corpus: Corpus) -> Perplexity:
+    """Fit bigrams on the training rows."""
+    train = corpus.reader("train")
+    last = min(len(train), NGRAM_ROWS)
+    blocks = (train.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
+    special = corpus.manifest.special
+    cut = (cut_rows(block, special.eot, special.pad) for block in blocks)
+    return bigram_model(cut, corpus.manifest.vocabulary)

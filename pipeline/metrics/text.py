@@ -53,7 +53,7 @@ def distinct(rows: Rows, n: int) -> float:
 def text_measures(
     rows: Rows,
     bos: bool,
-    bigram: Perplexity,
+    bigram: Perplexity | None,
     scored: Scored | None,
     scorer: str | None,
     real: Scored | None = None,
@@ -63,7 +63,7 @@ def text_measures(
     Args:
         rows: token ids.
         bos: whether every row begins with a given token.
-        bigram: perplexity under the bigrams of the training rows, from `ngram.bigram_model`.
+        bigram: perplexity under the bigrams of the training rows, from `ngram.bigram_model`; None: there are none.
         scored: the rows' scores under `scorer`, if there is one.
         scorer: name of the language model that scored them.
         real: scores of real text, with which generated rows are compared (MAUVE, where it is installed).
@@ -78,9 +78,9 @@ def text_measures(
         for n in (1, 2, 3)
         if any(len(row) >= n for row in generated)
     ]
-    measures.append(
-        Measure("bigram_perplexity", "bigram perplexity", bigram([rows]), by="bigrams of the training rows")
-    )
+    if bigram is not None:
+        by = "bigrams of the training rows"
+        measures.append(Measure("bigram_perplexity", "bigram perplexity", bigram([rows]), by=by))
     if scored is None:
         return measures
     method = f"{scorer}, float32, {scored.tokens:,} of its tokens"

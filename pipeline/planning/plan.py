@@ -44,6 +44,9 @@ def data_facts(config: RunConfig) -> DataFacts | None:
     """
     data = config.data
     if data.kind == "text":
+        if data.fitted is not None:
+            eot = data.fitted - 1
+            return DataFacts(data.fitted, data.length, eot if data.wrap == "bos_eos" else None, eot)
         tokenizer = load_tokenizer(data.tokenizer)
         special = SpecialIds.of_text(data, tokenizer)
         return DataFacts(tokenizer.vocab_size, data.length, special.bos, special.eot, pad=special.pad)

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from pipeline import storage, tracking
 from pipeline.data.prepare import markov
 from pipeline.data.shards import ShardReader
-from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics import ngram, step_quality
 from pipeline.models import model_folder
@@ -42,6 +41,7 @@ class RunResult:
         value: of the metric at the last validation.
         references: perplexities of reference models on the same rows, by name.
         samples: texts drawn at the last validation.
+        bits_per_byte: of text, what `value` is in bits per UTF-8 byte; None where the bytes are not known.
         pictures: PNG file with samples of an image model.
         tracking_uri: of the MLflow store.
         quality: of a distillation, a Markdown table of sample quality by model and number of steps.
@@ -57,6 +57,7 @@ class RunResult:
     pictures: str | None
     tracking_uri: str
     quality: str | None = None
+    bits_per_byte: float | None = None
 
 
 def finish(run: Run) -> RunResult:
@@ -80,7 +81,7 @@ def finish(run: Run) -> RunResult:
     checkpoint.prune(folder, config.train.keep)
     state = checkpoint.read_state(last)
     text = config.data.kind == "text"
-    tokenizer = load_tokenizer(config.data.tokenizer) if text else image_tokenizer(run)
+    tokenizer = run.text_tokenizer() if text else image_tokenizer(run)
     checkpoint.consolidate(last, run, tokenizer)
     references = _references(run) if text else {}
     grid = None if text else _grid(run)
@@ -106,6 +107,7 @@ def finish(run: Run) -> RunResult:
         pictures=None if text else storage.join(folder, GRID),
         tracking_uri=run.tracking_uri,
         quality=step_quality.table(quality) if quality else None,
+        bits_per_byte=run.manifest.bits_per_byte(math.log(value)) if text else None,
     )
 
 

@@ -9,9 +9,8 @@ from jaxtyping import Int
 
 from pipeline import storage
 from pipeline.config.schema import SamplingConfig
-from pipeline.data.manifest import data_facts
+from pipeline.data.manifest import TOKENIZER, data_facts
 from pipeline.data.shards import ShardReader
-from pipeline.data.tokenizers import load_tokenizer
 from pipeline.metrics import likelihood
 from pipeline.metrics.class_names import class_ids
 from pipeline.metrics.draw import draw_rows
@@ -43,7 +42,7 @@ def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | N
     """
     data = run.config.data
     assert data.kind == "image"
-    folder = storage.join(run.data_path, "tokenizer")
+    folder = storage.join(run.data_path, TOKENIZER)
     return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
 
 
@@ -94,11 +93,13 @@ def validate(
         tokens, classes, revealed = draw(run, model)
     bound = likelihood.summarise(sums.cpu(), masking, lengths)
     if session.rank == 0:
-        log.info("step %d: validation %s", step, bound)
+        bits = run.manifest.bits_per_byte(bound.nats)
+        log.info(
+            "step %d: validation %s%s", step, bound, "" if bits is None else f", {bits:.3f} bits per byte"
+        )
     texts: tuple[str, ...] = ()
     if config.data.kind == "text":
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        special = run.manifest.special
+        tokenizer, special = run.text_tokenizer(), run.manifest.special
         texts = tuple(texts_of(tokens.numpy(), special.eot, special.pad, tokenizer.decode))
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
@@ -111,7 +112,8 @@ def validate(
     metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
     if tracker:
-        tracker.log_metrics({f"validation/{metric}": value, "validation/nats": bound.nats}, step)
+        values = {metric: value, "nats": bound.nats} | ({} if bits is None else {"bits_per_byte": bits})
+        tracker.log_metrics({f"validation/{name}": number for name, number in values.items()}, step)
     return value, texts
 
 
