@@ -3,7 +3,8 @@
 1. The tokenizer is loaded, or trained on training documents, and kept beside the shards.
 2. Ray Data tokenises the units of the source, each into one intermediate file.
 3. The tokens of all units, one after the other, form one stream, in which every document is followed by EOT unless
-   `data.end_of_text` is false. Ray tasks cut the stream into rows, or make a row of every document (`data.wrap: sentence`), and write the shards.
+   `data.end_of_text` is false. Ray tasks cut the stream into rows, or make a row of every document (`data.wrap:
+   sentence`), and write the shards.
 
 What the shards hold depends on the input and the config alone.
 """
