@@ -3,10 +3,11 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from pipeline.config.location import Location
 from pipeline.config.section import Section
+from pipeline.errors import did_you_mean
 
 HELD_OUT = 100_000  # documents, where the config says nothing
 _LEAST_BPE = 257  # every byte, and the end of text
@@ -72,6 +73,14 @@ class TextDataConfig(DataConfig):
     end_of_text: bool = True
     validation_documents: PositiveInt | Literal["all"] | None = None
     validation_split: str | None = None
+
+    @field_validator("validation_documents", mode="before")
+    @classmethod
+    def _check_validation_documents(cls, value: Any) -> Any:
+        if value in (None, "all") or (isinstance(value, int) and value > 0):
+            return value
+        near = did_you_mean(value, ["all"])
+        raise ValueError(f"{value!r}; expected a number of at least 1, or all{near}")
 
     @model_validator(mode="after")
     def _check_length(self) -> "TextDataConfig":

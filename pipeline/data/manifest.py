@@ -324,9 +324,15 @@ def check_fits(manifest: Manifest, config: RunConfig) -> None:
         config: of the run.
 
     Raises:
-        DataError: names every field that differs, with the value of the data and that of the config.
+        DataError: names every field that differs, with the value of the data and that of the config; or the data
+            has no training rows.
     """
     data = config.data
+    if "train" not in manifest.splits:
+        raise DataError(
+            "data.validation_documents: the data holds every document out, for evaluation only; "
+            "expected data with a number of documents, or a data.validation_split"
+        )
     pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
     lines = differences({"data.length": (manifest.length, data.length), **pairs}, "config")
     rows, batch = manifest.rows("train"), config.train.batch

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from jaxtyping import Integer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipeline import storage
 from pipeline.data.tokenizers.interface import END_OF_TEXT, Tokenizer
@@ -39,7 +39,7 @@ class FastTokenizer(Tokenizer):
 
     Args:
         name: for people.
-        definition: the content of its `tokenizer.json`.
+        definition: the content of its `tokenizer.json`, in which all tokens with a role are special.
         special: ids by role: `eot`, `bos` and `pad`, of which the last two may be None.
 
     Raises:
@@ -55,15 +55,8 @@ class FastTokenizer(Tokenizer):
         self.eot, self.bos, self.pad = self._special["eot"], self._special["bos"], self._special["pad"]
         self._definition = {**definition, "truncation": None, "padding": None}
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._definition))
-        tokens = {i: text for text, i in self._tokenizer.get_vocab(with_added_tokens=True).items()}
-        self.vocab_size = max(tokens) + 1
-        # The library takes the text of a special token for the token, unless it is told so.
-        self._definition["added_tokens"] = _made_special(
-            definition.get("added_tokens") or [],
-            {i: tokens[i] for i in self._special.values() if i is not None},
-        )
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._definition))
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = True  # as plain text
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         determines = {key: value for key, value in self._definition.items() if key not in _NOT_IDS}
         canonical = json.dumps([_canonical(determines), self._special], sort_keys=True)
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
@@ -134,9 +127,10 @@ def read_fast(name: str, files: Mapping[str, bytes]) -> FastTokenizer:
             words = files[VOCABULARY_FILE].decode("utf-8").splitlines()
             lowercase = bool(side.get("do_lower_case", True))
             pieces = {word: i for i, word in enumerate(words)}
-            definition = json.loads(tokenizers.BertWordPieceTokenizer(pieces, lowercase=lowercase).to_str())
+            definition = json.loads(_word_piece(pieces, lowercase).to_str())
         library = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        return FastTokenizer(name, definition, _special(name, library, side))
+        special = _special(name, library, side)
+        return FastTokenizer(name, _with_special(definition, library, special), special)
     except (ConfigError, DataError):
         raise
     except Exception as error:  # the library has errors of its own, of no common class
@@ -194,13 +188,31 @@ def _special(name: str, library: tokenizers.Tokenizer, side: Mapping[str, Any]) 
     return {role: None if role != "eot" and i == found["eot"] else i for role, i in found.items()}
 
 
-def _made_special(added: Iterable[Mapping[str, Any]], special: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return the added tokens, of which those with a role are special, and those that were not added are added."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    tokens = {token["id"]: dict(token) for token in added}
-    for i, text in special.items():
-        tokens[i] = tokens.get(i, {"id": i, "content": text, **plain}) | {"special": True}
-    return [tokens[i] for i in sorted(tokens)]
+def _with_special(
+    definition: Mapping[str, Any], library: tokenizers.Tokenizer, special: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """Return a definition in which the tokens with a role are added tokens, and special."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = {token["id"]: dict(token) for token in definition.get("added_tokens") or []}
+    for i in special.values():
+        if i is not None:
+            tokens[i] = {
+                "id": i,
+                "content": library.id_to_token(i),
+                **plain,
+                **tokens.get(i, {}),
+                "special": True,
+            }
+    return {**definition, "added_tokens": [tokens[i] for i in sorted(tokens)]}
+
+
+def _word_piece(pieces: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
+    """Make the tokenizer of BERT that belongs to a vocabulary."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
 
 
 def _canonical(definition: dict[str, Any]) -> dict[str, Any]:

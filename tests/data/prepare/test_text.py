@@ -18,6 +18,7 @@ import yaml
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest, SpecialIds
+from pipeline.data.prepare import text_sources
 from pipeline.data.prepare.text import tokenise_unit
 from pipeline.data.prepare.text_sources import open_source, read
 from pipeline.data.shards import ShardReader
@@ -37,6 +38,7 @@ from tests.support.data_helpers import (
     write_sentences,
 )
 from tests.support.in_process import run_job
+from tests.support.messy_text import messy_lines, prepare_here
 
 
 def make_tree(storage: Path, **data: object) -> dict[str, object]:
@@ -146,6 +148,20 @@ def test_every_kind_of_source_gives_the_same_shards(ray_cluster: None, tmp_path:
         seen.append(shard_bytes(data_path(config)))
     assert seen[0] == seen[1] == seen[2]
     assert len(seen[0]) > 2
+
+
+def test_trained_tokenizer_and_ids_are_the_same_for_two_workers(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(messy_lines(600)))
+    monkeypatch.setattr(text_sources, "UNIT_BYTES", 10_000)
+    config = make_config(tmp_path, source=str(tmp_path / "a.jsonl"), tokenizer="bpe:300", shard_rows=50)
+    manifest = prepare(config)
+    monkeypatch.undo()
+    assert prepare_here(config.data, tmp_path / "here") == manifest  # type: ignore[arg-type]
+    assert shard_bytes(str(tmp_path / "here")) == shard_bytes(data_path(config))
+    saved = [load_tokenizer(f"{folder}/tokenizer") for folder in (tmp_path / "here", data_path(config))]
+    assert {tokenizer.hash for tokenizer in saved} == {manifest.tokenizer.hash}
 
 
 def corpus(folder: Path) -> None:
