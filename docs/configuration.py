@@ -16,7 +16,7 @@ PARTS = {
     "Keys of a sweep": SweepConfig,
     "Keys of a benchmark": BenchmarkConfig,
     "Keys of jobs.convert for released files": ImportConfig,
-    "Keys of jobs.convert for what it writes": ExportConfig,
+    "Keys of jobs.convert for the model card": ExportConfig,
 }
 
 

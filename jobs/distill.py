@@ -3,7 +3,7 @@
     python -m jobs.pretrain configs/text/quickstart.yaml
     python -m jobs.distill configs/distill/quickstart.yaml
 
-`distill.teacher` names the teacher: a model folder, models:/NAME@ALIAS, or a file of released weights. The same
+`distill.teacher` names the teacher: a model folder, released weights, models:/NAME@ALIAS or hf:OWNER/NAME/FILE. The same
 command continues an interrupted run.
 """
 

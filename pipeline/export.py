@@ -52,8 +52,8 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
     figures = {**model.background.figures, **settings.figures}
     size = sum(value.numel() for value in model.denoiser.state_dict().values())
     origin = origin if origin.startswith(HUB) else Path(source).name
-    title = settings.push or Path(destination).name
-    text = card(title, model.config, model.facts, size, figures, settings.license, origin)
+    about = (model.config, model.facts, size, figures, settings.license, origin)
+    text = card(Path(destination).name, *about, settings.push)
     with storage.publishing_folder(destination) as folder:
         # The paths of the files and logs of a run are not published.
         run = {k: v for k, v in model.background.run.items() if k not in ("cluster", "tracking")}

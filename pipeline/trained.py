@@ -34,6 +34,7 @@ class TrainedModel:
         facts: what the model knows about its data.
         tokenizer: converts rows to text or images; None where there is none.
         background: where the model comes from.
+        without_tokenizer: the weights name a tokenizer that this machine does not have.
     """
 
     denoiser: Denoiser
@@ -41,6 +42,7 @@ class TrainedModel:
     facts: DataFacts
     tokenizer: Tokenizer | ImageTokenizer | None
     background: Background
+    without_tokenizer: bool = False
 
     def write(self, folder: Path, background: Background) -> None:
         """Write a model folder with the tokenizer's files.
@@ -122,7 +124,8 @@ def read(local: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         denoiser, config, facts = conversion.load(local, overrides)
         chosen = any(word.startswith("tokenizer=") for word in overrides)
         tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
-        return TrainedModel(denoiser, config.model, facts, tokenizer, Background())
+        missing = config.tokenizer is not None and tokenizer is None
+        return TrainedModel(denoiser, config.model, facts, tokenizer, Background(), missing)
     if overrides:
         raise ConfigError(
             f"override {overrides[0]!r}: {local}: overrides apply only to released weight files; the config.yaml "
@@ -157,7 +160,7 @@ def placed(name: str, uri: str, root: str, key: str) -> str:
     target = storage.join(root, f"{local.stem}-{digest}")
     if not storage.folder_complete(target):
         model = read(local)
-        if local.is_file() and model.tokenizer is None:
+        if model.without_tokenizer:
             target = f"{target}-ids"  # a later job may find the tokenizer
         with storage.publishing_folder(target) as folder:
             model.write(folder, model.background)

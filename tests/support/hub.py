@@ -109,9 +109,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     self._json({"error": "Invalid credentials"}, 401)
             elif path == "/api/repos/create":
                 self._create(json.loads(body))
+            elif path == "/api/validate-yaml":
+                self._json({"errors": [], "warnings": []})
             elif path.startswith("/api/models/"):
                 owner, name, *rest = path.removeprefix("/api/models/").split("/")
                 self._api(f"{owner}/{name}", rest, body, signed_in)
+            elif path.startswith("/api/"):
+                self._refuse("NotFound")
             else:
                 owner, name, _, revision, *inner = path.lstrip("/").split("/")
                 self._resolve(f"{owner}/{name}", revision, "/".join(inner), signed_in)

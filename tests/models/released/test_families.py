@@ -152,7 +152,7 @@ def test_what_an_ar_file_lacks_is_named(tmp_path: Path, lost: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["backbone.", "backbone.backbone."])
 def test_students_of_sdtt(tmp_path: Path, prefix: str) -> None:
-    """model.safetensors and config.json as jdeschena/sdtt uploads them; those of the hub's MDLM have two prefixes."""
+    """Files as jdeschena/sdtt uploads them; names of students of the hub's MDLM have two prefixes."""
     with safe_open(DATA / "mdlm.safetensors", "pt") as file:
         recorded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     weights = {
