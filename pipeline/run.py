@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from pipeline import storage, tracking, trained
 from pipeline.config.schema import DistillConfig, RunConfig
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import TOKENIZER, Manifest
 from pipeline.data.prepare import prepare
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import model_folder
 from pipeline.runtime.actors import Resources
@@ -112,6 +113,11 @@ class Run:
             DataError: the data cannot be prepared, or its folder holds other data.
         """
         return self.replace(given_manifest=prepare.ensure(self.config.data, self.data_path))
+
+    def text_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer of the run's text, which lies beside its shards."""
+        folder = storage.join(self.data_path, TOKENIZER)  # earlier versions kept none there
+        return load_tokenizer(folder if storage.folder_complete(folder) else self.config.data.tokenizer)
 
     def find_model(self, key: str, name: str, kinds: str = trained.KINDS) -> tuple[Path, str]:
         """Find the model that a key of the config names, see `trained.find`.

@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, field_validator, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
 from pipeline.config.location import Location, ModelName
 from pipeline.config.model import ModelConfig, PGMConfig
 from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section, Seed
+from pipeline.errors import did_you_mean
 
 Precision = Literal["fp32", "bf16"]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$", max_length=128)]
@@ -74,7 +75,7 @@ class TrainConfig(Section):
             `hf:OWNER/NAME/FILE`.
         on_nonfinite: After a loss or gradient that is not finite: return to the last checkpoint and skip the rows, or
             stop.
-        ema: Decay of the exponential moving average of the weights.
+        ema: Decay of the exponential moving average of the weights; 0 keeps the weights themselves.
         log_every: Updates between two log lines.
         validate_every: Updates between two validations.
         checkpoint_every: Updates between two checkpoints.
@@ -108,12 +109,14 @@ class SamplingConfig(Section):
         steps: Number of sampling steps.
         order: Which positions a step reveals.
         schedule: How many tokens a step reveals; null is the order's own schedule.
-        gumbel: Scale of the Gumbel noise of order `confidence` at the first step.
+        gumbel: Scale of the Gumbel noise of order `confidence` at the first step; it falls linearly to 0.
         gamma: Bound of order `entropy` on the joint error of a step, in nats.
         temperature: Temperature of the token distributions.
         top_k: Number of likeliest tokens that are kept; null keeps all.
         top_p: Probability mass of the likeliest tokens that are kept; null keeps all.
         labels: Classes to draw, by number or by the name that the data gives them, in turn; null draws all in turn.
+        length: Tokens of every row, for models that were trained on padded rows (`data.wrap: sentence`); null draws
+            the lengths of training rows.
         prompt: Beginning of every sample of text (`jobs.sample`).
         infill: File of text with blanks to fill in, such as [[12]] for 12 tokens (`jobs.sample`).
         inpaint: Image of which a part is drawn again (`jobs.sample`).
@@ -131,12 +134,13 @@ class SamplingConfig(Section):
     steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] = 128
     order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
     schedule: Literal["linear", "arccos"] | None = None
-    gumbel: Setting = 1.0
+    gumbel: Setting = 5.0
     gamma: Setting = 0.1
     temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE, le=LARGEST_SETTING)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     labels: tuple[NonNegativeInt | str, ...] | None = None
+    length: Annotated[int, Field(ge=3)] | None = None
     prompt: str | None = None
     infill: str | None = None
     inpaint: str | None = None
@@ -147,6 +151,13 @@ class SamplingConfig(Section):
     compile: bool = False
     batch: PositiveInt = 16
     seed: Seed = 0
+
+
+# Keys of `sampling` that a comparison can vary, beside the steps.
+GRID_KEYS = (
+    *("order", "schedule", "gumbel", "gamma", "temperature"),
+    *("top_k", "top_p", "guidance", "refresh_every"),
+)
 
 
 class EvaluationConfig(Section):
@@ -160,10 +171,14 @@ class EvaluationConfig(Section):
         data: Folders of other prepared data to evaluate on, beside the run's own.
         models: Models to compare, by a name each, as `sampling.model` names them; empty evaluates the run's model.
         steps: Numbers of sampling steps at which models are compared.
+        grid: Other keys of `sampling` with the values to compare, such as `{guidance: [0, 1, 2]}`; models are sampled
+            with every combination of them, at every number of steps.
         scorer: Language model for generative perplexity (text): hub name, folder or .gguf; null: bigrams alone.
         features: Feature net for FID and Inception Score (images): `inception`, `efficientnet`, `classifier` (fitted
             on the data itself) or `package.module:factory`; null chooses by the size of the images.
         weights: File of Inception's weights; null downloads them.
+        reference: An .npz file that samples are compared with (images): `mu` and `sigma` of the features, images as
+            `arr_0`, or all three; null takes the training images.
     """
 
     estimator: Literal["count", "mdlm"] = "count"
@@ -173,9 +188,32 @@ class EvaluationConfig(Section):
     data: tuple[str, ...] = ()
     models: dict[Label, ModelName] = Field(default_factory=dict)
     steps: tuple[PositiveInt, ...] = (8, 16, 32, 64)
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     scorer: str | None = None
     features: str | None = None
     weights: str | None = None
+    reference: str | None = None
+
+    @field_validator("grid")
+    @classmethod
+    def _check_grid(cls, grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        """Check every value as `sampling` would, and give it the form that it has there."""
+        for key, values in grid.items():
+            if key not in GRID_KEYS:
+                near = "; expected evaluation.steps" if key == "steps" else did_you_mean(key, GRID_KEYS)
+                raise ValueError(f"{key!r} is not one of {', '.join(GRID_KEYS)}{near}")
+            if not values:
+                raise ValueError(f"{key}: []; expected at least one value")
+        try:
+            return {
+                key: tuple(
+                    dict.fromkeys(getattr(SamplingConfig.model_validate({key: v}), key) for v in values)
+                )
+                for key, values in grid.items()
+            }
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise ValueError(f"{problem['loc'][0]}: {problem['input']!r}: {problem['msg'].lower()}") from None
 
     @model_validator(mode="after")
     def _check_weights(self) -> "EvaluationConfig":
@@ -376,6 +414,8 @@ class RunConfig(Section):
         row = f"for {predicted} predicted tokens a row; expected"
         if self.evaluation.models and (too_many or not steps):
             yield f"evaluation.steps: {too_many or '[]'} {row} numbers of at most {predicted}"
+        if self.evaluation.grid and not self.evaluation.models:
+            yield "evaluation.grid: without evaluation.models, which it is for; expected at least one model"
         if sampling.steps > most and self.model.kind != "ar":
             yield f"sampling.steps: {sampling.steps} steps {row} at most {predicted}"
         refreshes = self.model.kind == "pgm" and self.model.encoder == "bidirectional"
@@ -407,6 +447,8 @@ class RunConfig(Section):
             yield "diffusion.schedule: arccos gives no bound for text; expected loglinear"
         if self.evaluation.features is not None:
             yield f"evaluation.features: {self.evaluation.features!r} looks at images; expected null"
+        if self.evaluation.reference is not None:
+            yield f"evaluation.reference: {self.evaluation.reference!r} is one of images; expected null"
 
     def _images(self) -> Iterator[str]:
         expected = getattr(self.data, "classes", None)
@@ -433,6 +475,8 @@ class RunConfig(Section):
     def _distillation(self) -> Iterator[str]:
         if self.distill is None:
             return
+        if self.data.kind == "text" and self.data.wrap == "sentence":
+            yield "data.wrap: 'sentence' in a distillation, whose rows have no padding; expected none or bos_eos"
         rounds, steps, warmup = self.distill.rounds, self.train.steps, self.optim.warmup_steps
         first = self.distill.teacher_steps
         if steps % rounds:

@@ -26,7 +26,8 @@ from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.reports.pictures import sample_grid
 from pipeline.runtime.actors import Resources, in_order, own_device, started
-from pipeline.sampling.sampler import SamplingRequest, known_tokens, sample
+from pipeline.sampling.row_ends import RowEnds, sample_rows, texts_of
+from pipeline.sampling.sampler import SamplingRequest, known_tokens
 
 GRID = "samples.png"
 GRID_IMAGES = 80  # images of the overview, at most
@@ -67,7 +68,7 @@ class Samples:
 def draw_rows(
     model: Denoiser,
     settings: SamplingConfig,
-    bos: int | None,
+    facts: model_folder.DataFacts,
     batch: tuple[int, int],
     revealed_at: Int[torch.Tensor, "n L"] | None = None,
     known: dict[int, int] | None = None,
@@ -77,21 +78,21 @@ def draw_rows(
     Args:
         model: in eval mode.
         settings: how to draw.
-        bos: id of the token at position 0, if rows begin with one.
+        facts: how rows of the model begin and end.
         batch: index of the first row, and the number of rows. A row depends on its index, not on the batch.
         revealed_at: receives the step at which every position was drawn.
         known: given tokens of every row by position; None: none.
 
     Returns:
-        Rows of ids, BOS included.
+        Rows of ids, BOS and padding included.
     """
     (first, count), condition = batch, None
     if model.classes is not None:
         condition = torch.tensor(labels_of(settings, model.classes.num_embeddings - 1, first, count))
-    request, indices = SamplingRequest.of(settings, bos), range(first, first + count)
+    request, indices = SamplingRequest.of(settings, facts.bos), range(first, first + count)
     tokens = known_tokens(known, count, model.length)
     request = replace(request, num_samples=count, condition=condition, indices=indices, known=tokens)
-    return sample(model, request, revealed_at=revealed_at)
+    return sample_rows(model, request, RowEnds.of(facts), settings.length, revealed_at=revealed_at)
 
 
 class Sampler:
@@ -143,7 +144,7 @@ class Sampler:
         model, facts = self._models[folder, settings.precision]
         settings = with_class_ids(settings, facts.class_names)
         began = time.perf_counter()
-        tokens = draw_rows(model, settings, facts.bos, (first, count), known=known).cpu().numpy()
+        tokens = draw_rows(model, settings, facts, (first, count), known=known).cpu().numpy()
         return DrawnBatch(tokens, time.perf_counter() - began)
 
     def decode(self, folder: str, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"]:
@@ -213,12 +214,9 @@ def generate(
         images = in_order(samplers, "decode", [(model, rows) for rows in drawn])
         tokens = np.concatenate(drawn)
         labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
-        end = None if given is None else given.end
-        texts = (
-            [tokenizer.decode(row[:end]) for row in tokens.tolist()]
-            if isinstance(tokenizer, Tokenizer)
-            else []
-        )
+        end, texts = None if given is None else given.end, []
+        if isinstance(tokenizer, Tokenizer):
+            texts = texts_of(tokens[:, :end], facts.eot, facts.pad, tokenizer.decode)
         with storage.scratch() as folder:
             np.save(folder / "tokens.npy", tokens)
             columns = {"index": range(len(tokens)), "label": labels, "text": texts}
@@ -256,6 +254,7 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
         "guidance": settings.guidance or None,
         "refresh_every": settings.refresh_every if settings.refresh_every > 1 else None,
         "labels": settings.labels,
+        "length": settings.length,
     }
     how: dict[str, object] = {"samples": count, "order": settings.order, "steps": settings.steps}
     how |= {"temperature": settings.temperature}

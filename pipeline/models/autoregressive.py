@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from pipeline.config.model import ARConfig
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models.attention import CacheAppend, FixedAppend, Segments
-from pipeline.models.batch import Batch, Labels
+from pipeline.models.batch import Batch, Labels, NewTokens, State
 from pipeline.models.blocks import SelfBlock, Stored
-from pipeline.models.denoiser import CachedDenoiser, NewTokens, State
+from pipeline.models.denoiser import CachedDenoiser
 from pipeline.models.layers import ClassVectors, Condition
 
 
@@ -75,7 +75,8 @@ class AR(CachedDenoiser):
         Raises:
             CapabilityError: a known token after a hidden one, as in the estimators of masked models.
         """
-        if (batch.groups[:, :-1] & ~batch.groups[:, 1:]).any() or (batch.targets & ~batch.groups).any():
+        hidden = batch.groups | batch.padding
+        if (hidden[:, :-1] & ~hidden[:, 1:]).any() or (batch.targets & ~batch.groups).any():
             raise CapabilityError(
                 "AR predicts a token from all before it, so hidden tokens must be the last of their row; "
                 "expected the exact likelihood (or next-token training), not a masked estimate"
@@ -83,11 +84,16 @@ class AR(CachedDenoiser):
         rows, length = batch.shape
         ids = self._ids(batch.tokens.to(batch.device, non_blocking=True))[:, :-1]  # [B, P + L - 1]
         vectors = self.class_vectors(batch.condition, rows)
-        x = self.run_rows(self.blocks, ids, vectors)
+        shift = (
+            self.prefix - 1 - self.registers
+        )  # -1 without a start vector: a row then has a slot less than tokens
+        extents = batch.extents and [extent + shift for extent in batch.extents]
+        x = self.run_rows(self.blocks, ids, vectors, extents)
         index = batch.target_index.to(batch.device, non_blocking=True)
         row = index // length
-        x = x[row * ids.shape[1] + index % length + self.prefix - 1]
-        return self.final(x, Condition(vectors, row))
+        return self.final(
+            x[self.row_starts(row, length + shift, extents) + index % length + shift], Condition(vectors, row)
+        )
 
     def logits(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -175,7 +176,7 @@ class Distillation(Task):
         assert self._round is not None
         return {"round": self._round + 1, "teacher": teacher_folder(self._run.folder, self._round)}
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, micros: Sequence[MicroBatch]) -> None:
         """Make the random draws of a step; at the first step of a round, load its teacher.
 
         Args:
@@ -184,7 +185,7 @@ class Distillation(Task):
         Raises:
             CheckpointError: the teacher of the round is missing.
         """
-        super().start(step)
+        super().start(step, micros)
         done, inside = divmod(step, self._every)
         if done != self._round:
             self._begin(done, at_its_start=inside == 0)

@@ -87,6 +87,12 @@ def _claimed(run: Run, wait: bool = False) -> AbstractContextManager[None]:
 def _train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None]) -> RunResult:
     """Train in a folder that this process owns."""
     refuse(run.config.sampling, "training")
+    data = run.config.data
+    if data.kind == "text" and data.held_out == "all":
+        raise ConfigError(
+            "data.validation_documents: 'all' holds every document out, for evaluation only; "
+            "expected a number of documents to train on the others"
+        )
     resume.precheck(run)
     with joined_cluster(run.config.cluster), stoppable(run.folder) as stop:
         uri = run.tracking_uri
