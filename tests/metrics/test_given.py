@@ -40,7 +40,7 @@ def text_folder(folder: Path, kind: str, bos: int | None = None) -> Path:
 def image_folder(folder: Path) -> Path:
     """12 codes on 4 x 4 grids behind a BOS (code 0), three named classes."""
     tensors = randomised(IMAGES, 12, GRID**2 + 1).state_dict()
-    facts = model_folder.DataFacts(12, GRID**2 + 1, 0, None, NAMES)
+    facts = model_folder.DataFacts(12, GRID**2 + 1, 0, None, class_names=NAMES)
     model_folder.write(folder, IMAGES, facts, tensors, model_folder.Background())
     PatchVQ(PATCHES).save(folder)
     return folder
