@@ -59,7 +59,7 @@ def test_released_weights_become_a_folder(tmp_path: Path) -> None:
     assert all(torch.equal(released[name], exported[name]) for name in released)
     assert load_model(out).bos == 3
     tree = yaml.safe_load((out / "config.yaml").read_text())
-    assert tree["data"] == {"vocab_size": 32, "length": 16, "bos": 3, "eot": None}
+    assert tree["data"] == {"vocab_size": 32, "length": 16, "bos": 3}
     assert tree["figures"] == {"validation_perplexity": 22.61}
     assert "run" not in tree
     hub = json.loads((out / "config.json").read_text())
