@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from pipeline import storage, tracking, trained
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import ModelConfig
-from pipeline.config.schema import RunConfig, SamplingConfig
+from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.drawn_text import TextEvaluator

@@ -1,10 +1,10 @@
 """A model that is evaluated: opening and checking it, and its likelihood."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline import storage
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import ARConfig, ModelConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import ConfigError
@@ -72,6 +72,10 @@ def open_model(run: Run, name: str) -> EvaluatedModel:
     local = storage.fetch(folder)
     denoiser, section, facts = model_folder.read(local)
     check_sampling(run.config, section)
+    if config.evaluation.score_bos and isinstance(section, ARConfig) and section.start == "bos":
+        raise ConfigError(
+            "evaluation.score_bos: true for an autoregressive model that reads BOS first; expected false"
+        )
     masking = Masking.of(config, denoiser, facts.bos is not None)
     parameters = sum(value.numel() for value in denoiser.parameters())
     step = int(model_folder.read_background(local).figures.get("step", 0))
@@ -117,3 +121,14 @@ def likelihood_groups(
     titles = ["Validation", *(f"Zero-shot on {corpus.manifest.source.name}" for corpus in corpora[1:])]
     pairs = [*zip(corpora, titles, strict=True)]
     return [[likelihood_group(*pair, next(results)) for pair in pairs] for _ in models]
+
+
+def both_estimators(model: EvaluatedModel) -> list[Masking]:
+    """List the maskings that measure a model of text by every estimator that it has.
+
+    Args:
+        model: of text.
+    """
+    if model.masking.estimator == "exact":
+        return [model.masking]
+    return [replace(model.masking, estimator="count"), replace(model.masking, estimator="mdlm")]
