@@ -110,6 +110,9 @@ class EvaluationConfig(Section):
         score_bos: Counts the first token of rows that begin with BOS among those to predict, as the authors do.
         data: Folders of other prepared data to evaluate on, beside the run's own.
         zero_shot: Texts by name, which `jobs.evaluate` prepares and measures the likelihood of, and nothing else.
+        tasks: Tasks of lm-evaluation-harness that `jobs.evaluate` answers, with nothing else (extra `harness`).
+        tasks_path: Folder of further task files, as lm-eval's `--include_path`.
+        task_limit: Largest number of questions of a task; null: all.
         models: Models to compare, by a name each, as `sampling.model` names them; empty evaluates the run's model.
         steps: Numbers of sampling steps at which models are compared.
         grid: Other keys of `sampling` with the values to compare, such as `{guidance: [0, 1, 2]}`; models are sampled
@@ -129,6 +132,9 @@ class EvaluationConfig(Section):
     score_bos: bool = False
     data: tuple[str, ...] = ()
     zero_shot: dict[Label, ZeroShotSet] = Field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    tasks_path: str | None = None
+    task_limit: PositiveInt | None = None
     models: dict[Label, ModelName] = Field(default_factory=dict)
     steps: tuple[PositiveInt, ...] = (8, 16, 32, 64)
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
