@@ -284,7 +284,7 @@ class RunConfig(Section):
         most = math.inf if sampling.order == "binomial" else predicted
         too_many = [count for count in steps if count > most]
         row = f"for {predicted} predicted tokens a row; expected"
-        if self.evaluation.models and (too_many or not steps):
+        if self.evaluation.models and not self.evaluation.tasks and (too_many or not steps):
             yield f"evaluation.steps: {too_many or '[]'} {row} numbers of at most {predicted}"
         if self.evaluation.grid and not self.evaluation.models:
             yield "evaluation.grid: without evaluation.models, which it is for; expected at least one model"
