@@ -24,6 +24,8 @@ def report(result: RunResult) -> None:
         result: of the run.
     """
     print(f"\nvalidation {result.metric:<11} {two_decimals(result.value):>8}")
+    if result.bits_per_byte is not None:
+        print(f"{'bits per byte':<22} {result.bits_per_byte:8.3f}")
     for name, value in result.references.items():
         print(
             f"{name + ' perplexity':<22} {value:8.2f}   model / {name} = {two_decimals(result.value / value)}"

@@ -23,7 +23,7 @@ from pipeline.data.prepare.text import cached_tokenizer, describe, plan_splits, 
 from pipeline.data.prepare.text_sources import TextSource, open_source, read
 from pipeline.data.reading_order import ReadingOrder, batches
 from pipeline.data.shards import ShardReader, publish_shard
-from pipeline.data.tokenizers import PATTERN, RANK_FILE, ByteTokenizer, Tokenizer
+from pipeline.data.tokenizers import PATTERN, RANK_FILE, BPETokenizer
 
 PIPELINE, TIKTOKEN, DATASETS = "tokenise + pack + write", "tiktoken alone", "datasets.map"
 
@@ -75,8 +75,8 @@ def measure_preparation(settings: PreparationConfig, config: BenchmarkConfig) ->
         source, known = open_source(data), cached_tokenizer(settings.tokenizer)
         texts = [str(text) for unit in source.units for piece in unit for text in read(piece, data)]
         forms: dict[str, Callable[[Path], object]] = {PIPELINE: lambda into: _prepare(data, source, into)}
-        note = f"{known.name} has no ranks, so there is nothing to compare with"
-        if not isinstance(known, ByteTokenizer):
+        note = f"{known.name} has no ranks on GPT-2's words, so there is nothing to compare with"
+        if isinstance(known, BPETokenizer) and known.pattern == PATTERN:
             note, ranks = "", _ranks(known)
             forms |= {TIKTOKEN: _tiktoken_alone(ranks, texts), DATASETS: _datasets_map(ranks, texts)}
         seconds: dict[str, list[float]] = {form: [] for form in forms}
@@ -158,13 +158,13 @@ def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
     """Prepare all units and shards one after the other in this process."""
     work = str(into / "work")
     units = [tokenise_unit(unit, data, work) for unit in enumerate(source.units)]
-    make, splits = row_maker(data, work), {}
+    make, splits = row_maker(units, data, work), {}
     for name, (split, shards) in plan_splits(units, data, work).items():
         files = tuple(
             publish_shard(shard.name, str(into), work, make=partial(make, shard)) for shard in shards
         )
         splits[name] = split.model_copy(update={"files": files})
-    return describe(data, source, units, splits=splits)
+    return describe(data, source, units, splits, cached_tokenizer(data.tokenizer))
 
 
 def _tiktoken_alone(ranks: dict[bytes, int], texts: Sequence[str]) -> Callable[[Path], object]:
@@ -189,7 +189,7 @@ def _datasets_map(ranks: dict[bytes, int], texts: Sequence[str]) -> Callable[[Pa
     return lambda _: data.map(encode, batched=True, remove_columns=["text"], load_from_cache_file=False)
 
 
-def _ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
+def _ranks(tokenizer: BPETokenizer) -> dict[bytes, int]:
     """Read the ranks of all tokens."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))

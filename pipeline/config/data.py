@@ -1,11 +1,16 @@
 """The data section of a config: text or images."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from pipeline.config.location import Location
 from pipeline.config.section import Section
+from pipeline.errors import did_you_mean
+
+HELD_OUT = 100_000  # documents, where the config says nothing
+_LEAST_BPE = 257  # every byte, and the end of text
 
 
 class DataConfig(Section):
@@ -33,6 +38,9 @@ class DataConfig(Section):
     shuffle_window: PositiveInt = 4096
 
 
+TextFilter = Literal["ptb", "wikitext", "lm1b", "lambada", "ag_news", "arxiv", "pubmed", "text8"]
+
+
 class TextDataConfig(DataConfig):
     """Which text is read, and how it is tokenised.
 
@@ -41,30 +49,91 @@ class TextDataConfig(DataConfig):
         source: `pydoc` (embedded), `markov` (embedded, of known entropy), `hf:OWNER/NAME`, or a file, folder or glob
             of .txt, .jsonl (also .gz, .zst) or .parquet.
         text_field: Column of .jsonl, .parquet and Hugging Face data that holds the document.
-        tokenizer: `bytes`, `gpt2`, or the path of a .tiktoken rank file.
+        text_filter: What every document goes through before it is tokenised, such as the detokeniser of a corpus;
+            null leaves documents as they are.
+        tokenizer: `bytes`, `text8`, an encoding of tiktoken such as `gpt2`, `bpe:N` (byte-level BPE of N entries,
+            trained on the training documents), `hf:OWNER/NAME`, a tokenizer.json or .tiktoken file, or a folder.
         length: Tokens of a row, L.
-        wrap: `bos_eos` makes a row of EOT, L - 2 tokens and EOT; `none` packs L tokens.
-        validation_documents: Number of documents at the end of the source that are held out for validation.
+        wrap: `bos_eos` makes a row of EOT, L - 2 tokens and EOT; `none` packs L tokens; `sentence` makes a row of
+            every document: BOS, at most L - 2 tokens, EOT, and padding up to L.
+        end_of_text: Puts an end of text behind every document of a packed stream.
+        validation_documents: Number of documents at the end of the source that are held out for validation; `all`
+            prepares data for evaluation only; null holds out 100,000, or `validation_split` where that is set.
+        validation_split: Split that is held out, while `split` is trained on; of files, those with the name of the
+            split in theirs.
     """
 
     kind: Literal["text"] = "text"
     source: Location = "pydoc"
     text_field: str = "text"
+    text_filter: TextFilter | None = None
     tokenizer: str = "bytes"
     length: Annotated[int, Field(ge=2)] = 1024
-    wrap: Literal["none", "bos_eos"] = "none"
-    validation_documents: PositiveInt = 100_000
+    wrap: Literal["none", "bos_eos", "sentence"] = "none"
+    end_of_text: bool = True
+    validation_documents: PositiveInt | Literal["all"] | None = None
+    validation_split: str | None = None
+
+    @field_validator("validation_documents", mode="before")
+    @classmethod
+    def _check_validation_documents(cls, value: Any) -> Any:
+        if value in (None, "all") or (isinstance(value, int) and value > 0):
+            return value
+        near = did_you_mean(value, ["all"])
+        raise ValueError(f"{value!r}; expected a number of at least 1, or all{near}")
 
     @model_validator(mode="after")
     def _check_length(self) -> "TextDataConfig":
-        if self.wrap == "bos_eos" and self.length < 3:
+        if self.wrap != "none" and self.length < 3:
             raise ValueError(f"length {self.length} leaves no token between BOS and EOS; expected at least 3")
+        if self.wrap == "sentence" and not self.end_of_text:
+            raise ValueError("end_of_text False with wrap 'sentence', whose rows end with it; expected true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> "TextDataConfig":
+        if self.validation_split is None:
+            return self
+        if self.validation_documents is not None:
+            raise ValueError(
+                f"validation_split {self.validation_split!r} and validation_documents {self.validation_documents!r} "
+                "both say what is held out; expected one of them"
+            )
+        if self.validation_split == self.split:
+            raise ValueError(f"validation_split {self.split!r} is split as well; expected another split")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tokenizer(self) -> "TextDataConfig":
+        if not self.tokenizer.startswith("bpe:"):
+            return self
+        if not re.fullmatch(r"bpe:[0-9]{1,7}", self.tokenizer) or (self.fitted or 0) < _LEAST_BPE:
+            raise ValueError(
+                f"tokenizer {self.tokenizer!r}; expected bpe:N with an N of at least {_LEAST_BPE}"
+            )
+        if self.validation_documents == "all":
+            raise ValueError(
+                f"tokenizer {self.tokenizer!r} is trained on training documents, and validation_documents 'all' "
+                "leaves none; expected the folder of a model, which holds its tokenizer"
+            )
         return self
 
     @property
+    def fitted(self) -> int | None:
+        """N of a tokenizer bpe:N, which is trained on the data; None for others."""
+        return int(self.tokenizer.removeprefix("bpe:")) if self.tokenizer.startswith("bpe:") else None
+
+    @property
+    def held_out(self) -> int | Literal["all"] | None:
+        """Number of documents at the end that are held out; None where `validation_split` names them."""
+        if self.validation_split is not None:
+            return None
+        return HELD_OUT if self.validation_documents is None else self.validation_documents
+
+    @property
     def predicted(self) -> int:
-        """L', the number of tokens of a row that are predicted."""
-        return self.length - (self.wrap == "bos_eos")
+        """L', the largest number of tokens of a row that are predicted."""
+        return self.length - (self.wrap != "none")
 
 
 class ImageDataConfig(DataConfig):

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig, TextDataConfig
 from pipeline.config.schema import RunConfig
-from pipeline.data.tokenizers import load_tokenizer
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import ConfigError, DataError, did_you_mean
+from pipeline.models.model_folder import DataFacts
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"  # folder beside the shards
 
 
 class _Frozen(BaseModel):
@@ -29,10 +33,27 @@ class SpecialIds(_Frozen):
     Attributes:
         eot: end of text; None for images.
         bos: the id at the start of every row; None where rows have none.
+        pad: the id behind the tokens of a row; None where rows have no padding.
     """
 
     eot: int | None
     bos: int | None
+    pad: int | None = None
+
+    @classmethod
+    def of_text(cls, data: TextDataConfig, tokenizer: Tokenizer) -> Self:
+        """Return the ids in rows of text; the end of text stands for those that a tokenizer lacks.
+
+        Args:
+            data: the data section of the config.
+            tokenizer: that makes the ids.
+        """
+        eot, bos, pad = tokenizer.eot, tokenizer.bos, tokenizer.pad
+        if data.wrap == "none":
+            return cls(eot=eot, bos=None)
+        if data.wrap == "bos_eos":
+            return cls(eot=eot, bos=eot)
+        return cls(eot=eot, bos=eot if bos is None else bos, pad=eot if pad is None else pad)
 
 
 class TokenizerInfo(_Frozen):
@@ -68,11 +89,13 @@ class ShardFile(_Frozen):
         name: in the folder of the shards.
         rows: number of rows.
         sha256: of the file's bytes.
+        row_lengths: number of rows of every length from 0 on; None where rows have no padding.
     """
 
     name: str
     rows: int
     sha256: str
+    row_lengths: tuple[int, ...] | None = None
 
 
 class Split(_Frozen):
@@ -81,14 +104,23 @@ class Split(_Frozen):
     Attributes:
         files: the shards in order.
         documents: number of documents with any text, or of images.
-        tokens: number of tokens; of text with the EOT of every document, of images with the BOS of every row.
+        tokens: number of tokens; of text with the EOT of every document, of images with the BOS of every row, of
+            padded rows with both and without the padding.
         tokens_dropped: how many of the tokens of text are left out, since they do not fill a last row.
+        bytes: UTF-8 bytes of the documents; None for images, and for data of earlier versions.
     """
 
     files: tuple[ShardFile, ...]
     documents: int
     tokens: int
     tokens_dropped: int
+    bytes: int | None = None
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Number of rows of every length from 0 on; empty where rows have no padding."""
+        counts = (file.row_lengths or () for file in self.files)
+        return tuple(map(sum, zip_longest(*counts, fillvalue=0)))
 
 
 class Skipped(_Frozen):
@@ -115,7 +147,7 @@ class Manifest(_Frozen):
         source: what was read.
         content: by key of the config, every setting that determined what the shards hold.
         content_key: SHA-256 of `content`.
-        splits: "train" and "validation".
+        splits: "train" and "validation"; "validation" alone in data for evaluation only.
         documents: number of documents with any text, or of images.
         documents_empty: number of documents without text, which are left out.
         tokens: number of tokens of all splits.
@@ -177,6 +209,11 @@ class Manifest(_Frozen):
         """The number of ids that rows may hold: the vocabulary, and the mask and BOS of images behind it."""
         return max(self.vocabulary, 1 + (self.special.bos or 0))
 
+    @property
+    def padded(self) -> bool:
+        """Whether rows may hold padding behind their tokens."""
+        return self.special.pad is not None
+
     def split(self, name: str) -> Split:
         """Return a split.
 
@@ -190,6 +227,22 @@ class Manifest(_Frozen):
             known = ", ".join(self.splits)
             raise DataError(f"no split {name!r} in the data; known: {known}{did_you_mean(name, self.splits)}")
         return self.splits[name]
+
+    def bits_per_byte(self, nats: float) -> float | None:
+        """Convert the likelihood of validation rows into a unit that does not depend on the tokenizer.
+
+        Args:
+            nats: per predicted token.
+
+        Returns:
+            Bits per UTF-8 byte of the documents; None where the number of bytes is not known.
+        """
+        split = self.split("validation")
+        if not split.bytes:
+            return None
+        # The end-of-text token at the end of a wrapped row is predicted, and stands for no text.
+        added = (self.length - 1) / (self.length - 2) if self.wrap == "bos_eos" else 1.0
+        return nats * added * split.tokens / split.bytes / math.log(2)
 
     def rows(self, split: str) -> int:
         """Return the number of rows of a split.
@@ -206,6 +259,25 @@ class Manifest(_Frozen):
             split: name of the split.
         """
         return [file.rows for file in self.split(split).files]
+
+
+def data_facts(manifest: Manifest) -> DataFacts:
+    """Return what a model must know about its data.
+
+    Args:
+        manifest: of the data.
+    """
+    special = manifest.special
+    lengths = manifest.split("train").row_lengths if manifest.padded else None
+    return DataFacts(
+        manifest.vocabulary,
+        manifest.length,
+        special.bos,
+        special.eot,
+        pad=special.pad,
+        row_lengths=lengths,
+        class_names=manifest.class_names,
+    )
 
 
 def hash_content(content: dict[str, Any]) -> str:
@@ -252,9 +324,15 @@ def check_fits(manifest: Manifest, config: RunConfig) -> None:
         config: of the run.
 
     Raises:
-        DataError: names every field that differs, with the value of the data and that of the config.
+        DataError: names every field that differs, with the value of the data and that of the config; or the data
+            has no training rows.
     """
     data = config.data
+    if "train" not in manifest.splits:
+        raise DataError(
+            "data.validation_documents: the data holds every document out, for evaluation only; "
+            "expected data with a number of documents, or a data.validation_split"
+        )
     pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
     lines = differences({"data.length": (manifest.length, data.length), **pairs}, "config")
     rows, batch = manifest.rows("train"), config.train.batch
@@ -283,9 +361,11 @@ def differences(pairs: Mapping[str, tuple[object, object]], reader: str) -> list
 
 def _text_pairs(manifest: Manifest, data: TextDataConfig) -> dict[str, tuple[object, object]]:
     """Return what the data has and what the config expects, by key."""
+    pairs: dict[str, tuple[object, object]] = {"data.wrap": (manifest.wrap, data.wrap)}
+    if data.fitted is not None:  # on the data itself
+        return {**pairs, "data.tokenizer": (manifest.content.get("tokenizer"), data.tokenizer)}
     has, expected = manifest.tokenizer, load_tokenizer(data.tokenizer)
-    pairs: dict[str, tuple[object, object]] = {
-        "data.wrap": (manifest.wrap, data.wrap),
+    pairs |= {
         "data.tokenizer (vocabulary)": (manifest.vocabulary, expected.vocab_size),
         "data.tokenizer (end of text)": (manifest.special.eot, expected.eot),
     }

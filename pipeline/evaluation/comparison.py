@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from pipeline import storage, tracking
+from pipeline import storage, tracking, trained
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import RunConfig, SamplingConfig
-from pipeline.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluate import Evaluator, evaluator_of, mlflow_run
@@ -16,6 +16,7 @@ from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, 
 from pipeline.logs import shown
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import describe
+from pipeline.metrics.given import refuse
 from pipeline.models import model_folder
 from pipeline.reports import figures
 from pipeline.reports.measures import Group
@@ -61,6 +62,7 @@ def compare(config: RunConfig) -> Comparison:
     """
     run = Run.of(config)
     config, folder = run.config, storage.join(run.folder, "comparison")
+    refuse(config.sampling, "a comparison")
     models = [_open(run, name, spec) for name, spec in config.evaluation.models.items()]
     claim = claims.held(folder, "cluster.storage", f"the comparison {config.name!r}", "made")
     with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
@@ -116,11 +118,7 @@ def _open(run: Run, name: str, spec: str) -> EvaluatedModel:
             check_sampling(run.configured(sampling=sampling).config, section)
         return open_model(run.configured(sampling=own[0]), name)
     except (CheckpointError, ConfigError) as error:
-        near = ""
-        if isinstance(error, CheckpointError) and not spec.startswith("models:/"):
-            parent, _, last = storage.resolve(spec).rstrip("/").removesuffix("/model").rpartition("/")
-            near = did_you_mean(last, storage.listing(parent))
-        raise type(error)(f"evaluation.models.{name}: {error}{near}") from None
+        raise type(error)(f"evaluation.models.{name}: {error}") from None
 
 
 def _sampling(config: RunConfig, model: ModelConfig) -> list[SamplingConfig]:
@@ -167,9 +165,11 @@ def _curve(run: Run, model: EvaluatedModel, metric: str) -> convergence.Curve:
 
 def _mlflow_run_of(run: Run, spec: str) -> tuple[str, str] | None:
     """Find MLflow store and id of the run that a model comes from."""
-    if spec.startswith("models:/"):
+    if spec.startswith(trained.REGISTERED):
         run_id = tracking.find_version(run.tracking_uri, spec).run_id
         return (run.tracking_uri, run_id) if run_id else None
+    if not trained.is_path(spec):
+        return None
     recorded = tracking.recorded_run(storage.resolve(spec).rstrip("/").rpartition("/")[0])
     if recorded is None:
         return None

@@ -27,7 +27,7 @@ def setting_sections(config: RunConfig, manifest: Manifest) -> list[Section]:
         "row length": f"{manifest.length:,}",
         "documents": f"{manifest.documents:,}",
         "tokens": f"{manifest.tokens:,}",
-        "training rows": f"{manifest.rows('train'):,}",
+        "training rows": f"{manifest.rows('train'):,}" if "train" in manifest.splits else "none",
         "validation rows": f"{manifest.rows('validation'):,}",
         "content": manifest.content_key[:12],
     }

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from pipeline import storage, tracking
 from pipeline.data.prepare import markov
 from pipeline.data.shards import ShardReader
-from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics import ngram, step_quality
 from pipeline.models import model_folder
 from pipeline.reports.figures import loss_curve, png, quality_against_steps
 from pipeline.reports.pictures import sample_grid
 from pipeline.run import Run
+from pipeline.sampling.row_ends import cut_rows
 from pipeline.training import checkpoint
 from pipeline.training.distillation import sampling_steps, teacher_folder
 from pipeline.training.validation import draw, image_tokenizer, validation_rows
@@ -41,6 +41,7 @@ class RunResult:
         value: of the metric at the last validation.
         references: perplexities of reference models on the same rows, by name.
         samples: texts drawn at the last validation.
+        bits_per_byte: of text, what `value` is in bits per UTF-8 byte; None where the bytes are not known.
         pictures: PNG file with samples of an image model.
         tracking_uri: of the MLflow store.
         quality: of a distillation, a Markdown table of sample quality by model and number of steps.
@@ -56,6 +57,7 @@ class RunResult:
     pictures: str | None
     tracking_uri: str
     quality: str | None = None
+    bits_per_byte: float | None = None
 
 
 def finish(run: Run) -> RunResult:
@@ -79,7 +81,7 @@ def finish(run: Run) -> RunResult:
     checkpoint.prune(folder, config.train.keep)
     state = checkpoint.read_state(last)
     text = config.data.kind == "text"
-    tokenizer = load_tokenizer(config.data.tokenizer) if text else image_tokenizer(run)
+    tokenizer = run.text_tokenizer() if text else image_tokenizer(run)
     checkpoint.consolidate(last, run, tokenizer)
     references = _references(run) if text else {}
     grid = None if text else _grid(run)
@@ -105,6 +107,7 @@ def finish(run: Run) -> RunResult:
         pictures=None if text else storage.join(folder, GRID),
         tracking_uri=run.tracking_uri,
         quality=step_quality.table(quality) if quality else None,
+        bits_per_byte=run.manifest.bits_per_byte(math.log(value)) if text else None,
     )
 
 
@@ -189,8 +192,9 @@ def _references(run: Run) -> dict[str, float]:
     """Compute perplexities of n-gram models, fitted on the training rows, on the same validation rows."""
     config, manifest = run.config, run.manifest
     train, validation = (ShardReader(run.data_path, manifest, split) for split in ("train", "validation"))
-    seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))
-    held_out = validation.rows(validation_rows(len(validation), config.evaluation.rows))
+    ids = manifest.special.eot, manifest.special.pad
+    seen = cut_rows(train.rows(np.arange(min(len(train), NGRAM_ROWS))), *ids)
+    held_out = cut_rows(validation.rows(validation_rows(len(validation), config.evaluation.rows)), *ids)
     references = {
         "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
         "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),

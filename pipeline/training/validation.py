@@ -9,15 +9,17 @@ from jaxtyping import Int
 
 from pipeline import storage
 from pipeline.config.schema import SamplingConfig
+from pipeline.data.manifest import TOKENIZER, data_facts
 from pipeline.data.shards import ShardReader
-from pipeline.data.tokenizers import load_tokenizer
 from pipeline.metrics import likelihood
+from pipeline.metrics.class_names import class_ids
 from pipeline.metrics.draw import draw_rows
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
 from pipeline.reports.pictures import sample_grid, unmasking_order
 from pipeline.run import Run
 from pipeline.runtime.session import Session
+from pipeline.sampling.row_ends import texts_of
 from pipeline.tracking import Tracker
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
@@ -40,7 +42,7 @@ def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | N
     """
     data = run.config.data
     assert data.kind == "image"
-    folder = storage.join(run.data_path, "tokenizer")
+    folder = storage.join(run.data_path, TOKENIZER)
     return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
 
 
@@ -80,19 +82,25 @@ def validate(
     labels = reader.labels(rows) if config.model.classes is not None else None
     masking = likelihood.Masking.of(config, engine.model, bos is not None)
     share = (session.rank, session.workers)
-    batches = likelihood.masked_batches(masking, reader.rows(rows), labels, share, session.device)
+    lengths = reader.lengths(rows)
+    batches = likelihood.masked_batches(
+        masking, reader.rows(rows), labels, lengths=lengths, share=share, device=session.device
+    )
     with engine.weights(ema.slices) as model:
         sums = likelihood.row_sums(model, batches, len(rows)).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
         tokens, classes, revealed = draw(run, model)
-    bound = likelihood.summarise(sums.cpu(), masking)
+    bound = likelihood.summarise(sums.cpu(), masking, lengths)
     if session.rank == 0:
-        log.info("step %d: validation %s", step, bound)
+        bits = run.manifest.bits_per_byte(bound.nats)
+        log.info(
+            "step %d: validation %s%s", step, bound, "" if bits is None else f", {bits:.3f} bits per byte"
+        )
     texts: tuple[str, ...] = ()
     if config.data.kind == "text":
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        texts = tuple(tokenizer.decode(row) for row in tokens.tolist())
+        tokenizer, special = run.text_tokenizer(), run.manifest.special
+        texts = tuple(texts_of(tokens.numpy(), special.eot, special.pad, tokenizer.decode))
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
     elif tracker:
@@ -104,7 +112,8 @@ def validate(
     metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
     if tracker:
-        tracker.log_metrics({f"validation/{metric}": value, "validation/nats": bound.nats}, step)
+        values = {metric: value, "nats": bound.nats} | ({} if bits is None else {"bits_per_byte": bits})
+        tracker.log_metrics({f"validation/{name}": number for name, number in values.items()}, step)
     return value, texts
 
 
@@ -127,7 +136,8 @@ def draw(
     settings, bos = config.sampling, manifest.special.bos
     labels = None
     if config.data.kind == "image":
-        shown = list(settings.labels or range(config.model.classes or 1))[:CLASSES_SHOWN]
+        chosen = class_ids(settings.labels or range(config.model.classes or 1), manifest.class_names)
+        shown = chosen[:CLASSES_SHOWN]
         labels = [label for label in shown for _ in range(PICTURES_A_CLASS)]
         settings = settings.model_copy(update={"labels": tuple(labels), "num_samples": len(labels)})
     elif model.left_to_right:
@@ -136,5 +146,5 @@ def draw(
     else:
         settings = SamplingConfig(num_samples=TEXTS, steps=min(64, settings.steps), seed=settings.seed)
     revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
-    tokens = draw_rows(model, settings, bos, (0, settings.num_samples), revealed)
+    tokens = draw_rows(model, settings, data_facts(manifest), (0, settings.num_samples), revealed)
     return tokens.cpu(), None if config.model.classes is None else labels, revealed

@@ -1,12 +1,15 @@
 """Tokenizers: ids and back, identity by hash, folders that decode offline."""
 
 import base64
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.data.tokenizers import PATTERN, load_tokenizer
+from pipeline.data.tokenizers import PATTERN, BPETokenizer, load_tokenizer
+from pipeline.data.tokenizers.ranks import read_ranks
 from pipeline.errors import ConfigError, DataError
 from tests.support.data_helpers import MERGES, write_ranks
 
@@ -25,6 +28,68 @@ def test_bytes() -> None:
     assert [i.tolist() for i in ids] == [list(t.encode()) for t in TEXTS]
     assert [tokenizer.decode(i) for i in ids] == TEXTS
     assert tokenizer.decode([72, 256, 105, 0xFF]) == "H<|endoftext|>i�"
+
+
+def test_text8() -> None:
+    tokenizer = load_tokenizer("text8")
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.bos, tokenizer.pad) == (28, 27, None, None)
+    assert tokenizer.encode(" az ").tolist() == [0, 1, 26, 0]
+    assert tokenizer.decode([20, 8, 5, 0, 5, 14, 4, 27]) == "the end<|endoftext|>"
+    for text, where in (("the End", "'E' at 4"), ("zwölf", "'ö' at 2"), ("a\n", r"'\\n' at 1")):
+        with pytest.raises(
+            DataError, match=f"character {where}; expected a to z and spaces.*text_filter: text8"
+        ):
+            tokenizer.encode(text)
+
+
+def test_own_words_and_special_ids_of_an_encoding(ranks: str, tmp_path: Path) -> None:
+    """As cl100k_base and p50k_base have them: other words, an end of text behind or among the ranks."""
+    found = read_ranks(ranks)
+    words, before = r"\p{L}+|[^\p{L}]", {token: i + (i >= 100) for token, i in found.items()}
+    tokenizers = [
+        BPETokenizer("a", found),
+        BPETokenizer("a", found, words),
+        BPETokenizer("a", found, words, eot=265, vocab_size=270),
+        BPETokenizer("a", before, words, eot=100),
+    ]
+    assert len({tokenizer.hash for tokenizer in tokenizers}) == 4
+    assert [(t.eot, t.vocab_size) for t in tokenizers] == [(262, 263), (262, 263), (265, 270), (100, 263)]
+    assert [t.encode(" the").tolist() for t in tokenizers] == [
+        [258],
+        [32, 116, 257],
+        [32, 116, 257],
+        [32, 117, 258],
+    ]
+    for number, tokenizer in enumerate(tokenizers):
+        tokenizer.save(tmp_path / str(number))
+        again = load_tokenizer(str(tmp_path / str(number)))
+        assert (again.hash, again.eot, again.vocab_size) == (
+            tokenizer.hash,
+            tokenizer.eot,
+            tokenizer.vocab_size,
+        )
+        assert [again.decode(i) for i in again.encode_batch(TEXTS)] == TEXTS
+        assert all(again.decode([i]) for i in range(again.vocab_size))
+
+
+def test_folder_of_an_earlier_version(ranks: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ranks)
+    tokenizer.save(tmp_path / "old")
+    info = json.loads((tmp_path / "old" / "tokenizer_info.json").read_text())
+    del info["pattern"], info["eot"]
+    (tmp_path / "old" / "tokenizer_info.json").write_text(json.dumps(info))
+    assert load_tokenizer(str(tmp_path / "old")).hash == tokenizer.hash
+
+
+def test_encoding_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where nothing answers
+    with pytest.raises(ConfigError) as refused:
+        load_tokenizer("cl100k_base")
+    says = str(refused.value)
+    assert "'cl100k_base' could not be downloaded" in says
+    address = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
+    assert f"download {address} as {hashlib.sha1(address.encode()).hexdigest()}" in says
 
 
 def test_ranks(ranks: str) -> None:

@@ -173,7 +173,7 @@ def test_what_is_refused_before_anything_is_drawn(
     weights.write_bytes(weights.read_bytes()[:-8])
     for wanted, kind, says in [
         (changed(sampling={"model": str(tmp_path / "cut")}), CheckpointError, "model.safetensors is damaged"),
-        (changed(sampling={"model": str(tmp_path / "none")}), CheckpointError, "no such model folder"),
+        (changed(sampling={"model": str(tmp_path / "none")}), CheckpointError, "no such folder or file"),
         (
             changed(sampling={"model": str(tmp_path / "other")}),
             DataError,

@@ -12,8 +12,8 @@ from pipeline.config.model import MDLMConfig, PGMConfig, TrunkConfig
 from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
 from pipeline.models import build
-from pipeline.models.batch import Batch
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.batch import Batch, State
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import Head
 from pipeline.sampling import orders
 from pipeline.sampling.logits import Drawn, Filters, draw_tokens

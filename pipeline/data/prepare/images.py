@@ -27,7 +27,14 @@ from PIL import Image, ImageOps
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
-from pipeline.data.manifest import Manifest, SpecialIds, TokenizerInfo, hash_content, tokenizer_key
+from pipeline.data.manifest import (
+    TOKENIZER,
+    Manifest,
+    SpecialIds,
+    TokenizerInfo,
+    hash_content,
+    tokenizer_key,
+)
 from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_sources import ImageSource, Listing, Ref, list_images, read_images
 from pipeline.data.prepare.source_files import Problem, leave_out, reached
@@ -40,7 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same config and input would give other shards
-TOKENIZER = "tokenizer"  # folder beside the shards
 _UNIT = 256  # images of a unit, rounded up to whole calls of the tokenizer
 _FIT_SEED = 0
 _REDUCING_GAP = 3.0  # pixels are first averaged to this times the final size, which is faster
@@ -123,7 +129,7 @@ def build(data: ImageDataConfig, source: ImageSource, path: str, work: str) -> M
     units = workflow.run_units(inputs, ImageUnit, encode, work=work, verb="encoded", amounts="images")
     make = partial(_rows, work=work, bos=bos)
     splits = workflow.write_shards(plan_splits(units, data), make, path, work=work, unit="rows")
-    _save(tokenizer, storage.join(path, TOKENIZER))
+    workflow.save_tokenizer(tokenizer, storage.join(path, TOKENIZER))
     settings = content(data)
     return Manifest(
         length=data.length,
@@ -324,7 +330,7 @@ def _rows(shard: workflow.Shard, work: str, bos: int) -> Rows:
             codes.append(file["codes"][start:stop])
             labels.append(file["labels"][start:stop])
     tokens = np.pad(np.concatenate(codes), ((0, 0), (1, 0)), constant_values=bos)
-    return tokens.astype(token_dtype(bos + 1)), np.concatenate(labels)
+    return Rows(tokens.astype(token_dtype(bos + 1)), np.concatenate(labels))
 
 
 def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
@@ -334,7 +340,7 @@ def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
         listing = list_images(source, data)
     for problem in listing.problems:
         log.warning("skipped %s", leave_out(problem, data))
-    workflow.check_held_out(data, "images", len(listing.refs))
+    workflow.check_held_out(data, "images", len(listing.refs), data.validation_images)
     return listing
 
 
@@ -342,7 +348,8 @@ def _tokenizer(data: ImageDataConfig, refs: Sequence[Ref], work: str) -> "ImageT
     """Load or fit the tokenizer, and leave it in `work` for the encoders."""
     folder = storage.join(work, TOKENIZER)
     if not storage.folder_complete(folder):
-        _save(_fit(data, refs) if data.tokenizer == "patch" else _load(data, data.tokenizer), folder)
+        fitted = _fit(data, refs) if data.tokenizer == "patch" else _load(data, data.tokenizer)
+        workflow.save_tokenizer(fitted, folder)
     return _load(data, folder)
 
 
@@ -362,13 +369,6 @@ def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
     log.info("fitting %d codes on up to %d images", data.codes, data.fit_images)
     images, _ = read_spread(train, data, data.fit_images)
     return fit_patches(images, data.codes, data.factor, seed=_FIT_SEED)
-
-
-def _save(tokenizer: "ImageTokenizer", folder: str) -> None:
-    """Write the tokenizer to a folder, whole or not at all."""
-    with storage.scratch() as scratch:
-        tokenizer.save(local := scratch / TOKENIZER)
-        storage.publish_folder(local, folder)
 
 
 def _encode_units(units: ray.data.Dataset, data: ImageDataConfig, images: int, work: str) -> ray.data.Dataset:

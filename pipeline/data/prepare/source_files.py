@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,13 @@ HUB = "hf:"
 _WILDCARD = re.compile(r"[*?\[]")
 # Folders of macOS in archives, and of file systems, which only their owner may read.
 _OF_SYSTEMS = {"__MACOSX", "lost+found", "System Volume Information"}
+
+# Words that mean the same split in the names of files.
+_SPLIT_WORDS = (
+    {"train", "training"},
+    {"validation", "valid", "val", "dev"},
+    {"test", "testing", "eval", "evaluation"},
+)
 
 Found = dict[str, tuple[int, str]]  # by path: size, and what changes with the content
 
@@ -344,6 +351,41 @@ def find(source: str, suffixes: tuple[str, ...], *embedded: str) -> list[SourceF
         first = next(file.path for file in files if not is_a(file.path, suffixes))
         log.info("%s: %d files of other kinds are ignored, such as %r", source, others, first)
     return readable
+
+
+def by_split(files: Sequence[SourceFile], *splits: str) -> dict[str, list[SourceFile]]:
+    """Divide files by the splits that their names, or those of their folders, have as a word of their own.
+
+    The rule is that of the `datasets` library: `train-00000.parquet`, `data/test.jsonl` and `Dev/a.txt` say their
+    split, and a word counts like its usual other forms. Files of other splits are left alone.
+
+    Args:
+        files: of a source.
+        splits: names of the splits.
+
+    Returns:
+        The files of every split, in order.
+
+    Raises:
+        DataError: a split has no file, or a file belongs to two splits.
+    """
+    words = {file: set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
+    found: dict[str, list[SourceFile]] = {}
+    for split in splits:
+        forms = next((forms for forms in _SPLIT_WORDS if split.lower() in forms), {split.lower()})
+        found[split] = [file for file in files if words[file] & forms]
+        if not found[split]:
+            names = ", ".join(file.name for file in files[:6])
+            near = did_you_mean(split, sorted(set().union(*words.values())))
+            raise DataError(
+                f"data.source: no file with the split {split!r} in its name among {len(files)}, such as {names}; "
+                f"expected one such as {split}-00000.parquet{near}"
+            )
+    if both := [file for file in files if sum(file in part for part in found.values()) > 1]:
+        raise DataError(f"data.source: {both[0].path!r} has more than one of the splits {splits} in its name")
+    if others := len(files) - sum(map(len, found.values())):
+        log.info("%d files of other splits than %s are ignored", others, ", ".join(splits))
+    return found
 
 
 def hub_folder(data: AnyDataConfig) -> str | None:

@@ -45,12 +45,14 @@ class Piece:
         path: file or URL, the name of an embedded source, or "hf:NAME".
         start: first byte of a .jsonl file, first row group of Parquet, or number of a shard of a dataset.
         stop: end of the bytes or row groups (-1: the end of the file), or number of all shards of the dataset.
+        split: to which it belongs, `data.split` or `data.validation_split`.
         version: changes when the content does.
     """
 
     path: str
     start: int = 0
     stop: int = -1
+    split: str = ""
     version: str = ""
 
 
@@ -79,21 +81,30 @@ def open_source(data: TextDataConfig) -> TextSource:
         data: the data section of the config.
 
     Raises:
-        DataError: nothing is there, or nothing of a kind that can be read.
+        DataError: nothing is there, or nothing of a kind that can be read, or there is no such split.
     """
     if data.source in EMBEDDED:
+        if data.validation_split is not None:
+            raise DataError(
+                f"data.validation_split: {data.source!r} has no splits; expected data.validation_documents"
+            )
         return TextSource(((Piece(data.source),),), source_files.describe(data, EMBEDDED[data.source]()))
     if data.source.startswith(HUB):
         return _open_hub(data)
     files = source_files.find(data.source, SUFFIXES, *EMBEDDED)
+    by_split = {data.split: files}
+    if data.validation_split is not None:
+        by_split = source_files.by_split(files, data.split, data.validation_split)
+        files = [file for part in by_split.values() for file in part]
     units: list[list[Piece]] = []
-    room = 0
-    for piece, weight in itertools.chain.from_iterable(map(_split, files)):
-        if not units or weight > room or len(units[-1]) == UNIT_FILES:
-            units.append([])
-            room = UNIT_BYTES
-        units[-1].append(piece)
-        room -= weight
+    for split, part in by_split.items():
+        room = -1  # so that a unit belongs to one split, even behind an empty file
+        for piece, weight in itertools.chain.from_iterable(map(_split, part)):
+            if weight > room or len(units[-1]) == UNIT_FILES:
+                units.append([])
+                room = UNIT_BYTES
+            units[-1].append(replace(piece, split=split))
+            room -= weight
     info = source_files.describe(data, source_files.names_and_sizes(files))
     return TextSource(tuple(map(tuple, units)), info)
 
@@ -119,18 +130,18 @@ def read(piece: Piece, data: TextDataConfig, convert: Callable[[str], T] = str) 
             try:
                 item: T | Problem = convert(load())
             except Exception as error:  # decoders and tokenizers have errors of their own
-                item = Problem(_place(piece, number, data), _why(error))
+                item = Problem(_place(piece, number), _why(error))
             yield item
     except Exception as error:
         yield Problem(piece.path, f"cannot be read to the end: {fault_of_data(error)}")
 
 
-def _place(piece: Piece, number: int, data: TextDataConfig) -> str:
+def _place(piece: Piece, number: int) -> str:
     """Return where a document is."""
     if number == WHOLE:
         return piece.path
     if piece.path.startswith(HUB):
-        return f"{piece.path} {data.split} shard {piece.start} of {piece.stop}, row {number}"
+        return f"{piece.path} {piece.split} shard {piece.start} of {piece.stop}, row {number}"
     if is_a(piece.path, (".parquet",)):
         return f"{piece.path} row {number}"
     return f"{piece.path} line {_lines_before(piece) + number}"
@@ -269,25 +280,27 @@ def _open_hub(data: TextDataConfig) -> TextSource:
     files = source_files.list_files(folder, folder) if folder else []
     parts = source_files.names_and_sizes(files) if folder else [str(revision)]
     version = source_files.digest(file.version for file in files) if folder else str(revision)
-    try:
-        shards = _load_hub(data, revision).num_shards
-    except Exception as error:  # errors of several libraries; their message names splits and subsets
-        raise DataError(f"data.source: {data.source!r} cannot be opened: {first_line(error)}") from error
-    units = tuple((Piece(data.source, shard, shards, version),) for shard in range(shards))
-    return TextSource(units, source_files.describe(data, parts, revision))
+    units: list[tuple[Piece, ...]] = []
+    for split in filter(None, (data.split, data.validation_split)):
+        try:
+            shards = _load_hub(data, split, revision).num_shards
+        except Exception as error:  # errors of several libraries; their message names splits and subsets
+            raise DataError(f"data.source: {data.source!r} cannot be opened: {first_line(error)}") from error
+        units += [(Piece(data.source, shard, shards, split, version),) for shard in range(shards)]
+    return TextSource(tuple(units), source_files.describe(data, parts, revision))
 
 
-def _load_hub(data: TextDataConfig, revision: str | None) -> Any:
+def _load_hub(data: TextDataConfig, split: str, revision: str | None) -> Any:
     """Open a dataset of the hub without reading it; a local copy has no revision."""
     from datasets import load_dataset  # slow to import, and other sources do without
 
     folder = source_files.hub_folder(data)
     path, revision = (folder, None) if folder else (data.source.removeprefix(HUB), revision)
-    return load_dataset(path, data.subset, split=data.split, revision=revision, streaming=True)
+    return load_dataset(path, data.subset, split=split, revision=revision, streaming=True)
 
 
 def _read_hub(piece: Piece, data: TextDataConfig) -> Numbered:
     """Yield the rows of a shard of a dataset as documents."""
-    rows = _load_hub(data, piece.version).shard(num_shards=piece.stop, index=piece.start)
+    rows = _load_hub(data, piece.split, piece.version).shard(num_shards=piece.stop, index=piece.start)
     for number, row in enumerate(rows):
         yield number, partial(_text, row, data.text_field)

@@ -10,7 +10,7 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import ray
@@ -22,8 +22,12 @@ from pipeline import storage
 from pipeline.config.data import AnyDataConfig
 from pipeline.data.manifest import ShardFile, Skipped, Split
 from pipeline.data.shards import Rows, publish_shard
+from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import DataError, PipelineError
 from pipeline.logs import Progress
+
+if TYPE_CHECKING:
+    from pipeline.models.vq import ImageTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -165,23 +169,35 @@ def run_units(
     return units
 
 
-def check_held_out(data: AnyDataConfig, items: str, total: int) -> None:
+def save_tokenizer(tokenizer: "Tokenizer | ImageTokenizer", folder: str) -> None:
+    """Write a tokenizer to a folder, whole or not at all.
+
+    Args:
+        tokenizer: of text or of images.
+        folder: path or URL.
+    """
+    with storage.scratch() as scratch:
+        tokenizer.save(local := scratch / "tokenizer")
+        storage.publish_folder(local, folder)
+
+
+def check_held_out(data: AnyDataConfig, items: str, total: int, held_out: int) -> None:
     """Refuse a source that is empty, or of which nothing would be left to train on.
 
     Args:
         data: the data section of the config.
         items: "documents" or "images".
         total: number of items of the source.
+        held_out: how many of them are held out.
 
     Raises:
         DataError: there are not more items than are held out.
     """
     if not total:
         raise DataError(f"data.source: {data.source!r} is empty: it has no {items} that can be used")
-    key = f"validation_{items}"
-    if (held_out := getattr(data, key)) >= total:
+    if held_out >= total:
         what = f"{held_out} of {total} {items} would leave none to train on; expected less than {total}"
-        raise DataError(f"data.{key}: {what}")
+        raise DataError(f"data.validation_{items}: {what}")
 
 
 def skipped(units: Sequence[Unit], *others: str) -> Skipped:
