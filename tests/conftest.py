@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 install_import_hook(["pipeline.models", "pipeline.diffusion", "pipeline.sampling"], "beartype.beartype")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run a whole suite in two processes, each of which takes whole files; named files run in one (see `-n`)."""
+    option = config.option
+    worker = hasattr(config, "workerinput")
+    if worker or option.file_or_dir or option.usepdb or option.markexpr == "alone":
+        return
+    if option.numprocesses is None:
+        option.numprocesses, option.dist = 2, "loadfile"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests multiply tiny matrices, where a second thread only waits for the first."""
