@@ -289,7 +289,10 @@ def test_a_file_that_cannot_be_written(ray_cluster: None, tmp_path: Path) -> Non
     unit.with_suffix(".bin").rmdir()
     (out / "train-00000.parquet").rmdir()
     prepare(config)
-    assert sorted(p.name for p in out.iterdir() if p.suffix != ".parquet") == ["manifest.json"]
+    assert sorted(p.name for p in out.iterdir() if p.suffix != ".parquet") == [
+        "manifest.json",
+        "tokenizer",
+    ]
 
 
 def test_names_follow_contents(tmp_path: Path) -> None:
