@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.reference import keys, sections, summary
-from pipeline.config.schema import CardConfig, ImportConfig, RunConfig
+from pipeline.config.schema import ExportConfig, ImportConfig, RunConfig
 from pipeline.config.section import Section
 from pipeline.config.sweep import SweepConfig
 
@@ -16,7 +16,7 @@ PARTS = {
     "Keys of a sweep": SweepConfig,
     "Keys of a benchmark": BenchmarkConfig,
     "Keys of jobs.convert for released files": ImportConfig,
-    "Keys of jobs.convert for the model card": CardConfig,
+    "Keys of jobs.convert for the model card": ExportConfig,
 }
 
 

@@ -3,8 +3,8 @@
     python -m jobs.pretrain configs/text/quickstart.yaml
     python -m jobs.distill configs/distill/quickstart.yaml
 
-`distill.teacher` names the teacher: a model folder, models:/NAME@ALIAS, or a file of released weights. The same
-command continues an interrupted run.
+`distill.teacher` names the teacher: a model folder, released weights, models:/NAME@ALIAS or hf:OWNER/NAME/FILE. The
+same command continues an interrupted run.
 """
 
 from jobs.cli import main

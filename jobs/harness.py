@@ -4,7 +4,7 @@ The command line is lm-eval's own, with `--model pgm`:
 
     python -m jobs.harness --model pgm --model_args path=runs/quickstart/model --tasks hellaswag
 
-Keys of --model_args: path (a model folder, models:/NAME@ALIAS or a released file, of any kind: pgm, mdlm, ar), draws
+Keys of --model_args: path (a name as for load_model, of a model of any kind: pgm, mdlm, ar), draws
 (maskings of a continuation, 32), steps (of generation, 64), rows (of a forward pass, 64) and seed (0). A --batch_size
 above lm-eval's default of 1 replaces rows.
 """

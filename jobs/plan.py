@@ -5,7 +5,7 @@ import os
 import ray
 import torch
 
-from pipeline import storage
+from pipeline import storage, trained
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import MANIFEST, Manifest, check_fits
@@ -47,7 +47,7 @@ def teacher_model(teacher: str) -> ModelConfig:
     Raises:
         ConfigError: the teacher is not an existing model folder.
     """
-    if teacher.startswith("models:/") or not storage.exists(storage.join(teacher, "model.safetensors")):
+    if not trained.is_path(teacher) or not storage.exists(storage.join(teacher, "model.safetensors")):
         raise ConfigError(
             f"distill.teacher: {teacher!r} is not a model folder, and a plan downloads no models; "
             "expected an existing model folder, or a model section in the config"

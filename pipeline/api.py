@@ -1,33 +1,26 @@
 """The Python interface: `load_model`, and the model object with its logits, predictions and samples."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from pipeline import arguments, storage, tracking
-from pipeline.config.load import parse_section
-from pipeline.config.model import ModelConfig
-from pipeline.config.schema import CardConfig, ImportConfig, Precision, RunConfig
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
-from pipeline.errors import CapabilityError, CheckpointError, ConfigError, did_you_mean
+from pipeline import arguments, tracking, trained
+from pipeline.config.schema import Precision, RunConfig
+from pipeline.data.tokenizers import Tokenizer
+from pipeline.errors import CapabilityError, ConfigError, did_you_mean
+from pipeline.metrics.class_names import class_ids
 from pipeline.metrics.continuations import Continuation, score_continuations
-from pipeline.models import model_folder
+from pipeline.metrics.given import filled, painted, prompted, read_file
 from pipeline.models.denoiser import DTYPES, Denoiser
-from pipeline.models.model_card import card
-from pipeline.models.model_folder import Background, DataFacts
-from pipeline.models.released import conversion
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import Known, Progress, SamplingRequest, known_tokens, sample, sample_long
-
-log = logging.getLogger(__name__)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -48,6 +41,9 @@ class SamplingOptions(TypedDict, total=False):
     compile: bool
 
 
+Labels = Int[Tensor, "B"] | Sequence[int | str] | None
+
+
 class Model:
     """A trained model with its tokenizer.
 
@@ -55,13 +51,18 @@ class Model:
         denoiser: the network, which is put into eval mode.
         bos: id that stands known at position 0 of every row, or None.
         tokenizer: converts rows to text or images; None for data without one.
+        class_names: by label; None: the classes have no names.
     """
 
     def __init__(
-        self, denoiser: Denoiser, bos: int | None = None, tokenizer: Tokenizer | ImageTokenizer | None = None
+        self,
+        denoiser: Denoiser,
+        bos: int | None = None,
+        tokenizer: Tokenizer | ImageTokenizer | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         self.denoiser = denoiser.eval()
-        self.bos, self.tokenizer = bos, tokenizer
+        self.bos, self.tokenizer, self.class_names = bos, tokenizer, class_names
         self._order = "left_to_right" if denoiser.left_to_right else "uniform"
 
     @property
@@ -126,7 +127,9 @@ class Model:
             ranks = torch.arange(tokens.shape[1]).expand(tokens.shape)
             if not torch.equal(order.sort(-1).values, ranks):
                 raise ConfigError(f"order: expected the ranks 0 to {tokens.shape[1] - 1} once in every row")
-        return self.denoiser.logits(tokens.to(self.device), groups.to(self.device), _labels(condition), order)
+        return self.denoiser.logits(
+            tokens.to(self.device), groups.to(self.device), self._labels(condition), order
+        )
 
     @torch.inference_mode()
     def predict(
@@ -159,7 +162,7 @@ class Model:
                 not read; or a length beyond the padded width.
             CapabilityError: labels or positions that the model cannot use.
         """
-        length, condition = self.denoiser.length, _labels(condition)
+        length, condition = self.denoiser.length, self._labels(condition)
         queries = arguments.integers("queries", queries, "B", "Q").cpu()
         known = arguments.integers("known", known, len(queries), "K").cpu()
         positions = arguments.integers("positions", positions, *known.shape).cpu()
@@ -186,7 +189,7 @@ class Model:
         steps: int | None = None,
         order: str | Order | None = None,
         seed: int = 0,
-        condition: Int[Tensor, "B"] | None = None,
+        condition: Labels = None,
         progress: Progress | None = None,
         known: Known | None = None,
         **options: Unpack[SamplingOptions],
@@ -200,7 +203,7 @@ class Model:
             order: a name, or an `Order` with its settings; None: "uniform", or "left_to_right" for an
                 autoregressive model.
             seed: sample i depends on (seed, i) only.
-            condition: class labels, [num_samples]; None: without class.
+            condition: class labels, [num_samples], which a list may give by name; None: without class.
             progress: called with (steps done, steps) after every step.
             known: given tokens: `{position: token}` for all samples, a list of one for each, or (tokens, mask), both
                 [num_samples, L]. They are kept, and everything else is drawn around them.
@@ -227,7 +230,7 @@ class Model:
             seed,
             order=self._order if order is None else order,
             bos=self.bos,
-            condition=_labels(condition),
+            condition=self._labels(condition),
             known=tokens,
             **options,
         )
@@ -264,33 +267,79 @@ class Model:
                 outside its bounds.
             CapabilityError: the model is not one of text.
         """
-        tokenizer = self._text_tokenizer
-        window, start = self.denoiser.length, int(self.bos is not None)
-        ids = tokenizer.encode_batch([arguments.text("prompt", prompt)])[0]
-        room = window - start - 1
-        if len(ids) > room:
-            raise ConfigError(f"prompt: {len(ids)} tokens; expected at most {room} for rows of {window}")
-        length = (
-            window if length is None else arguments.integer("length", length, start + len(ids) + 1, 10**9)
-        )
+        tokenizer, window = self._text_tokenizer, self.denoiser.length
+        given = prompted(prompt, tokenizer, window, self.bos)
+        least = window - given.unknown + 1
+        length = window if length is None else arguments.integer("length", length, least, 10**9)
         stride = window // 2 if stride is None else arguments.integer("stride", stride, 1)
         if steps is None:
             steps = window if self.denoiser.left_to_right else 64
         arguments.integer("num_samples", num_samples, 1)
-        known = {start + i: int(token) for i, token in enumerate(ids)}
         request = SamplingRequest(
             num_samples,
-            min(arguments.integer("steps", steps, 1), window - start - len(ids)),
+            min(arguments.integer("steps", steps, 1), given.unknown),
             seed,
             order=self._order if order is None else order,
             bos=self.bos,
-            known=known_tokens(known, num_samples, window),
+            known=known_tokens(given.known, num_samples, window),
             filters=filters,
         )
         rows = sample_long(
             self.denoiser, request, length=max(window, length), stride=stride, stop=tokenizer.eot
         )
         return self.decode(rows[:, :length])
+
+    def infill(self, template: str, num_samples: int = 1, **options: Any) -> list[str]:
+        """Fill in the blanks of a text.
+
+        Args:
+            template: text with blanks; `[[12]]` is a blank of 12 tokens.
+            num_samples: number of texts.
+            **options: further arguments of `sample`.
+
+        Returns:
+            The texts, without what the model draws behind the template.
+
+        Raises:
+            ConfigError: no blank, or a text longer than a row.
+            CapabilityError: the model is not one of text, or is autoregressive and text follows a blank.
+        """
+        ar = self.denoiser.left_to_right
+        given = filled(template, self._text_tokenizer, self.denoiser.length, self.bos, ar)
+        return self.decode(self.sample(num_samples, known=given.known, **options)[:, : given.end])
+
+    def inpaint(
+        self,
+        image: str | Path | UInt8[np.ndarray, "h w 3"],
+        mask: str | Path | Bool[np.ndarray, "h w"],
+        num_samples: int = 1,
+        **options: Any,
+    ) -> UInt8[np.ndarray, "B S S 3"]:
+        """Draw a part of an image again.
+
+        The image is cropped and resized to the model's square. Tokens whose squares have a masked pixel are drawn;
+        the others are kept, and decoded with them.
+
+        Args:
+            image: a file, or RGB pixels.
+            mask: a file of the image's size that is white where the image is drawn again, or booleans.
+            num_samples: number of images.
+            **options: further arguments of `sample`, such as `condition`.
+
+        Returns:
+            [B, S, S, 3] RGB images.
+
+        Raises:
+            CapabilityError: the model is not one of images, or is autoregressive.
+            ConfigError: sizes that differ, or a mask without white.
+            DataError: a file is missing, or no image.
+        """
+        if not isinstance(self.tokenizer, ImageTokenizer) or self.denoiser.left_to_right:
+            raise CapabilityError("inpaint: expected a pgm or mdlm of images, with its tokenizer")
+        content = image if isinstance(image, np.ndarray) else read_file("image", str(image))
+        hidden = mask if isinstance(mask, np.ndarray) else read_file("mask", str(mask))
+        given = painted(content, hidden, self.tokenizer, self.denoiser.length, self.bos)
+        return self.images(self.sample(num_samples, known=given.known, **options))
 
     def score(self, pairs: Sequence[tuple[str, str]], draws: int = 32, seed: int = 0) -> list[Continuation]:
         """Bound -log p(continuation | prompt) of texts in nats; exact for an autoregressive model.
@@ -355,6 +404,12 @@ class Model:
         codes = arguments.integers("tokens", tokens, "B", "L")[:, int(self.bos is not None) :]
         return self.tokenizer.decode(codes.cpu().numpy())
 
+    def _labels(self, condition: Labels) -> Int[Tensor, "B"] | None:
+        """Class labels as a tensor; a list may name them."""
+        if isinstance(condition, list | tuple) and any(isinstance(label, str) for label in condition):
+            condition = class_ids(condition, self.class_names, "condition")
+        return None if condition is None else arguments.integers("condition", condition, "B")
+
     @property
     def _text_tokenizer(self) -> Tokenizer:
         """The tokenizer, which must be one of text."""
@@ -371,14 +426,16 @@ def load_model(
     overrides: Sequence[str] = (),
     precision: Precision = "fp32",
 ) -> Model:
-    """Load a model folder, a file of released weights, or a registered model.
+    """Load a model folder, a file of released weights, a registered model, or a model of the Hugging Face hub.
 
-    Registered models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) are looked up in MLFLOW_TRACKING_URI, else in
-    the tracking store of runs with default settings. Files (.ckpt, .pth, .pt, .bin, .safetensors) are those of the
-    authors' repositories; their averaged (EMA) weights are used, and no code in them is run.
+    `hf:OWNER/NAME/PATH` and `hf:OWNER/NAME@REVISION/PATH` are a file or folder of a repository, which is downloaded
+    into the cache of huggingface_hub; without PATH the repository is the folder. Registered models
+    (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) are looked up in MLFLOW_TRACKING_URI, else in the tracking store of
+    runs with default settings. Files (.ckpt, .pth, .pt, .bin, .safetensors) are those of the authors' repositories;
+    their averaged (EMA) weights are used, and no code in them is run.
 
     Args:
-        path: folder, file or registered model.
+        path: path or name of the model.
         device: where the model computes.
         overrides: for files, `key=value` settings that replace what the file implies: model.*, length, bos, eot,
             tokenizer.
@@ -397,94 +454,9 @@ def load_model(
     arguments.instance("path", path, str, Path)
     arguments.instance("overrides", overrides, list, tuple)
     place = arguments.device(device)
-    model = _open(str(path), overrides)[0]
+    local, _ = trained.find(str(path), tracking.tracking_uri(RunConfig(name="any")))
+    opened = trained.read(local, overrides)
+    facts = opened.facts
+    model = Model(opened.denoiser, facts.bos, opened.tokenizer, facts.class_names)
     model.denoiser.to(place, DTYPES[precision])
     return model
-
-
-def _labels(condition: Tensor | Sequence[int] | None) -> Int[Tensor, "B"] | None:
-    """Class labels as a tensor."""
-    return None if condition is None else arguments.integers("condition", condition, "B")
-
-
-def export_model(source: str | Path, destination: str, words: Sequence[str] = ()) -> None:
-    """Write a model folder with configs, tokenizer and a card, ready for the Hugging Face hub.
-
-    Args:
-        source: a path as for `load_model`.
-        destination: folder or URL, written as a whole or not at all; replaces an earlier model there.
-        words: `license=NAME` and `figures.NAME=VALUE` for the card, and the overrides of `load_model`.
-
-    Raises:
-        ConfigError: a wrong word, or a destination that holds something other than a model.
-        CheckpointError: as `load_model`.
-        CapabilityError: as `load_model`.
-    """
-    arguments.instance("words", words, list, tuple)
-    names = storage.listing(destination)
-    if names and not {model_folder.WEIGHTS, model_folder.CONFIG} <= set(names):
-        raise ConfigError(
-            f"destination {destination!r} holds {', '.join(names[:5])}; expected a new folder or a model's"
-        )
-    keys = {word: word.partition("=")[0].partition(".")[0] for word in words}
-    known = [*CardConfig.model_fields, *ImportConfig.model_fields]
-    for word, key in keys.items():
-        if key not in known:
-            raise ConfigError(f"{word!r}: no such key{did_you_mean(key, known)}; known: {', '.join(known)}")
-    for_card = [word for word in words if keys[word] in CardConfig.model_fields]
-    settings = parse_section(CardConfig, {}, "export", for_card)
-    overrides = [word for word in words if word not in for_card]
-    model, config, facts, background = _open(str(source), overrides)
-    figures, tensors = {**background.figures, **settings.figures}, model.denoiser.state_dict()
-    size, origin = sum(value.numel() for value in tensors.values()), Path(source).name
-    text = card(Path(destination).name, config, facts, size, figures, settings.license, origin)
-    with storage.publishing_folder(destination) as local:
-        # The paths of the files and logs of a run are not published.
-        run = {k: v for k, v in background.run.items() if k not in ("cluster", "tracking")}
-        model_folder.write(local, config, facts, tensors, Background(figures, run))
-        (local / "README.md").write_text(text, encoding="utf-8")
-        if model.tokenizer is not None:
-            model.tokenizer.save(local)
-
-
-def _open(path: str, overrides: Sequence[str]) -> tuple[Model, ModelConfig, DataFacts, Background]:
-    """Read a model of any kind, and everything that an export passes on."""
-    if path.startswith("models:/"):
-        local = tracking.download_model(tracking.tracking_uri(RunConfig(name="any")), path)
-    elif not storage.exists(path):
-        raise CheckpointError(f"model {path!r}: no such folder or file")
-    else:
-        local = storage.fetch(path)
-    if local.name == model_folder.WEIGHTS and (local.parent / model_folder.CONFIG).is_file():
-        local = local.parent  # the weights file of a model folder
-    if local.is_file():
-        denoiser, config, facts = conversion.load(local, overrides)
-        chosen = any(word.startswith("tokenizer=") for word in overrides)
-        tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
-        return Model(denoiser, facts.bos, tokenizer), config.model, facts, Background()
-    if overrides:
-        raise ConfigError(
-            f"override {overrides[0]!r}: {path}: overrides apply only to released weight files; the config.yaml "
-            "of a model folder fixes the architecture"
-        )
-    denoiser, model, facts = model_folder.read(local)
-    background = model_folder.read_background(local)
-    return Model(denoiser, facts.bos, saved_tokenizer(local)), model, facts, background
-
-
-def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | None:
-    """The tokenizer of released weights; one that the user did not choose may be missing on this machine."""
-    if name is None:
-        return None
-    try:
-        tokenizer = load_tokenizer(name)
-    except ConfigError as error:
-        if chosen:
-            raise
-        log.warning("loading the model without a tokenizer, because %s", error)
-        return None
-    if tokenizer.vocab_size != vocabulary:
-        raise ConfigError(
-            f"tokenizer: {name!r} has {tokenizer.vocab_size} ids; expected the model's {vocabulary}"
-        )
-    return tokenizer

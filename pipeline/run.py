@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline import storage, tracking
+from pipeline import storage, tracking, trained
 from pipeline.config.schema import DistillConfig, RunConfig
 from pipeline.data.manifest import TOKENIZER, Manifest
 from pipeline.data.prepare import prepare
@@ -48,7 +48,7 @@ class Run:
         data = config.data.model_copy(update={"path": config.data.path and storage.resolve(config.data.path)})
         cluster = config.cluster.model_copy(update={"storage": storage.resolve(config.cluster.storage)})
         distill = config.distill
-        if distill is not None and not distill.teacher.startswith("models:/"):
+        if distill is not None and trained.is_path(distill.teacher):
             distill = distill.model_copy(update={"teacher": storage.resolve(distill.teacher)})
         return cls(config.model_copy(update={"data": data, "cluster": cluster, "distill": distill}))
 
@@ -119,45 +119,43 @@ class Run:
         folder = storage.join(self.data_path, TOKENIZER)  # earlier versions kept none there
         return load_tokenizer(folder if storage.folder_complete(folder) else self.config.data.tokenizer)
 
-    def fetch_model(self, key: str, reference: str, expected: str) -> Path:
-        """Find the model that a key of the config names, and copy it to this machine unless it lies here.
+    def find_model(self, key: str, name: str, kinds: str = trained.KINDS) -> tuple[Path, str]:
+        """Find the model that a key of the config names, see `trained.find`.
 
         Args:
             key: of the config, for the message.
-            reference: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder or file by path or URL.
-            expected: kinds of folders and files that can be named, for the message.
-
-        Returns:
-            The local folder or file.
+            name: of the model.
+            kinds: of folders and files that can be named, for the message.
 
         Raises:
             CheckpointError: there is no such model.
         """
-        if reference.startswith("models:/"):
-            return tracking.download_model(self.tracking_uri, reference)
-        if not storage.exists(reference):
-            raise CheckpointError(
-                f"{key}: {reference!r}: no such folder or file; expected {expected} or models:/NAME@ALIAS"
-            )
-        return storage.fetch(reference)
+        return trained.find(name, self.tracking_uri, key, kinds)
 
     def sampled_model(self) -> str:
         """Find the model to sample: `sampling.model`, or the run's own.
 
         Returns:
-            Absolute folder of the model.
+            Model folder that all nodes can read. Released weights and models of the hub are placed in
+            `cluster.storage`/imported first.
 
         Raises:
             CheckpointError: there is no such model, or it is damaged.
         """
-        model = self.config.sampling.model or self.model_folder
-        if model.startswith("models:/"):
-            model = str(tracking.download_model(self.tracking_uri, model))
-        if not storage.folder_complete(model):
-            raise CheckpointError(f"{model}: no such model folder; `python -m jobs.pretrain CONFIG` makes it")
+        name = self.config.sampling.model
+        if name is None:
+            model = self.model_folder
+            if not storage.folder_complete(model):
+                how = "`python -m jobs.pretrain CONFIG` makes it"
+                raise CheckpointError(
+                    f"{model}: no such model folder; {how}, or sampling.model names another"
+                )
+        else:
+            root = storage.join(storage.resolve(self.config.cluster.storage), "imported")
+            model = trained.placed(name, self.tracking_uri, root, "sampling.model")
         if storage.is_local(model):  # a remote one is read by the workers, which copy it
-            model_folder.read_config(Path(storage.resolve(model)))
-        return storage.resolve(model)
+            model_folder.read_config(Path(model))
+        return model
 
     def tracker(self, folder: str | None = None, system_metrics: bool = False) -> tracking.Tracker:
         """Open a tracker of the run's MLflow run.

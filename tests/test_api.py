@@ -220,7 +220,7 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
         (
             "tokenizer_info.json",
             '{"kind": "byte", "name": "bytes", "hash": ""}',
-            "kind 'byte'; expected bytes or bpe; did you mean 'bytes'?",
+            "kind 'byte'; expected bytes or text8 or bpe or fast; did you mean 'bytes'?",
         ),
         ("tokenizer_info.json", '{"kind": "bytes", "name": "bytes", "hash": "5"}', "hash '5' is not that of"),
     ],

@@ -23,12 +23,14 @@ ORDER = [
     "data",
 ]
 ORDER += [
+    "trained",
     "run",
     "reports",
     "metrics",
     "planning",
     "training",
     "api",
+    "export",
     "evaluation",
     "sweeps",
     "benchmarks",

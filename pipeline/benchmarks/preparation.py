@@ -158,7 +158,7 @@ def _prepare(data: TextDataConfig, source: TextSource, into: Path) -> Manifest:
     """Prepare all units and shards one after the other in this process."""
     work = str(into / "work")
     units = [tokenise_unit(unit, data, work) for unit in enumerate(source.units)]
-    make, splits = row_maker(data, work), {}
+    make, splits = row_maker(units, data, work), {}
     for name, (split, shards) in plan_splits(units, data, work).items():
         files = tuple(
             publish_shard(shard.name, str(into), work, make=partial(make, shard)) for shard in shards

@@ -54,7 +54,9 @@ class TextDataConfig(DataConfig):
         tokenizer: `bytes`, `text8`, an encoding of tiktoken such as `gpt2`, `bpe:N` (byte-level BPE of N entries,
             trained on the training documents), `hf:OWNER/NAME`, a tokenizer.json or .tiktoken file, or a folder.
         length: Tokens of a row, L.
-        wrap: `bos_eos` makes a row of EOT, L - 2 tokens and EOT; `none` packs L tokens.
+        wrap: `bos_eos` makes a row of EOT, L - 2 tokens and EOT; `none` packs L tokens; `sentence` makes a row of
+            every document: BOS, at most L - 2 tokens, EOT, and padding up to L.
+        end_of_text: Puts an end of text behind every document of a packed stream.
         validation_documents: Number of documents at the end of the source that are held out for validation; `all`
             prepares data for evaluation only; null holds out 100,000, or `validation_split` where that is set.
         validation_split: Split that is held out, while `split` is trained on; of files, those with the name of the
@@ -67,7 +69,8 @@ class TextDataConfig(DataConfig):
     text_filter: TextFilter | None = None
     tokenizer: str = "bytes"
     length: Annotated[int, Field(ge=2)] = 1024
-    wrap: Literal["none", "bos_eos"] = "none"
+    wrap: Literal["none", "bos_eos", "sentence"] = "none"
+    end_of_text: bool = True
     validation_documents: PositiveInt | Literal["all"] | None = None
     validation_split: str | None = None
 
@@ -81,8 +84,10 @@ class TextDataConfig(DataConfig):
 
     @model_validator(mode="after")
     def _check_length(self) -> "TextDataConfig":
-        if self.wrap == "bos_eos" and self.length < 3:
+        if self.wrap != "none" and self.length < 3:
             raise ValueError(f"length {self.length} leaves no token between BOS and EOS; expected at least 3")
+        if self.wrap == "sentence" and not self.end_of_text:
+            raise ValueError("end_of_text False with wrap 'sentence', whose rows end with it; expected true")
         return self
 
     @model_validator(mode="after")
@@ -127,8 +132,8 @@ class TextDataConfig(DataConfig):
 
     @property
     def predicted(self) -> int:
-        """L', the number of tokens of a row that are predicted."""
-        return self.length - (self.wrap == "bos_eos")
+        """L', the largest number of tokens of a row that are predicted."""
+        return self.length - (self.wrap != "none")
 
 
 class ImageDataConfig(DataConfig):

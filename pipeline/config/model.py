@@ -110,10 +110,13 @@ class ARConfig(TrunkConfig):
     Attributes:
         kind: Selects the autoregressive model.
         blocks: Number of blocks.
+        start: What the first token is predicted from: a `learned` vector in front of every row, or the `bos` that
+            rows begin with (`data.wrap: bos_eos`), as in the authors' models.
     """
 
     kind: Literal["ar"]
     blocks: PositiveInt = 12
+    start: Literal["learned", "bos"] = "learned"
 
     @property
     def fixed_steps(self) -> bool:

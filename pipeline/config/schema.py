@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, field_validator, model_validator
 
 from pipeline.config.data import AnyDataConfig, TextDataConfig
-from pipeline.config.location import Location
+from pipeline.config.location import Location, ModelName
 from pipeline.config.model import ModelConfig, PGMConfig
 from pipeline.config.section import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Rate, Section, Seed
+from pipeline.errors import did_you_mean
 
 Precision = Literal["fp32", "bf16"]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$", max_length=128)]
@@ -70,10 +71,11 @@ class TrainConfig(Section):
         offload_optimizer: Keeps the optimiser's state in host memory (stages 1 to 3).
         activation_checkpointing: Recomputes every block in the backward pass to save memory.
         class_drop: Share of rows that a model with classes sees without their class, for guidance.
-        init_from: Weights to start from: a model folder, `models:/NAME@ALIAS`, a checkpoint or released weights.
+        init_from: Weights to start from: a model folder, a checkpoint, released weights, `models:/NAME@ALIAS` or
+            `hf:OWNER/NAME/FILE`.
         on_nonfinite: After a loss or gradient that is not finite: return to the last checkpoint and skip the rows, or
             stop.
-        ema: Decay of the exponential moving average of the weights.
+        ema: Decay of the exponential moving average of the weights; 0 keeps the weights themselves.
         log_every: Updates between two log lines.
         validate_every: Updates between two validations.
         checkpoint_every: Updates between two checkpoints.
@@ -89,7 +91,7 @@ class TrainConfig(Section):
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
     class_drop: Rate = 0.1
-    init_from: str | None = None
+    init_from: ModelName | None = None
     on_nonfinite: Literal["skip", "stop"] = "skip"
     ema: Rate = 0.9999
     log_every: PositiveInt = 50
@@ -102,17 +104,23 @@ class SamplingConfig(Section):
     """Sampling by `jobs.sample` and at the end of training.
 
     Attributes:
-        model: Model folder or `models:/NAME@ALIAS`; null is the run's own model.
+        model: Model folder, released weights, `models:/NAME@ALIAS` or `hf:OWNER/NAME/FILE`; null is the run's model.
         num_samples: Number of samples.
         steps: Number of sampling steps.
         order: Which positions a step reveals.
         schedule: How many tokens a step reveals; null is the order's own schedule.
-        gumbel: Scale of the Gumbel noise of order `confidence` at the first step.
+        gumbel: Scale of the Gumbel noise of order `confidence` at the first step; it falls linearly to 0.
         gamma: Bound of order `entropy` on the joint error of a step, in nats.
         temperature: Temperature of the token distributions.
         top_k: Number of likeliest tokens that are kept; null keeps all.
         top_p: Probability mass of the likeliest tokens that are kept; null keeps all.
-        labels: Classes to draw, used in turn; null draws all classes in turn.
+        labels: Classes to draw, by number or by the name that the data gives them, in turn; null draws all in turn.
+        length: Tokens of every row, for models that were trained on padded rows (`data.wrap: sentence`); null draws
+            the lengths of training rows.
+        prompt: Beginning of every sample of text (`jobs.sample`).
+        infill: File of text with blanks to fill in, such as [[12]] for 12 tokens (`jobs.sample`).
+        inpaint: Image of which a part is drawn again (`jobs.sample`).
+        mask: Image of the size of `inpaint`; what is white in it is drawn again.
         guidance: Weight w of guidance at the last step: (1 + w) log p(x|c) - w log p(x).
         refresh_every: Steps between two full encodings of the known tokens (bidirectional PGM); 1 is exact.
         precision: Precision of the blocks; `bf16` enables flash attention on GPUs. Draws are float64 in both.
@@ -121,23 +129,35 @@ class SamplingConfig(Section):
         seed: Seed of the samples.
     """
 
-    model: str | None = None
+    model: ModelName | None = None
     num_samples: PositiveInt = 16
     steps: Annotated[int, Field(gt=0, le=MOST_STEPS)] = 128
     order: Literal["uniform", "binomial", "confidence", "entropy", "halton", "left_to_right"] = "uniform"
     schedule: Literal["linear", "arccos"] | None = None
-    gumbel: Setting = 1.0
+    gumbel: Setting = 5.0
     gamma: Setting = 0.1
     temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE, le=LARGEST_SETTING)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    labels: tuple[NonNegativeInt, ...] | None = None
+    labels: tuple[NonNegativeInt | str, ...] | None = None
+    length: Annotated[int, Field(ge=3)] | None = None
+    prompt: str | None = None
+    infill: str | None = None
+    inpaint: str | None = None
+    mask: str | None = None
     guidance: Setting = 0.0
     refresh_every: PositiveInt = 1
     precision: Precision = "fp32"
     compile: bool = False
     batch: PositiveInt = 16
     seed: Seed = 0
+
+
+# Keys of `sampling` that a comparison can vary, beside the steps.
+GRID_KEYS = (
+    *("order", "schedule", "gumbel", "gamma", "temperature"),
+    *("top_k", "top_p", "guidance", "refresh_every"),
+)
 
 
 class EvaluationConfig(Section):
@@ -149,12 +169,16 @@ class EvaluationConfig(Section):
         rows: Largest number of validation rows that are used.
         batch: Rows of one forward pass.
         data: Folders of other prepared data to evaluate on, beside the run's own.
-        models: Models to compare, as name: model folder or `models:/NAME@ALIAS`; empty evaluates the run's model.
+        models: Models to compare, by a name each, as `sampling.model` names them; empty evaluates the run's model.
         steps: Numbers of sampling steps at which models are compared.
+        grid: Other keys of `sampling` with the values to compare, such as `{guidance: [0, 1, 2]}`; models are sampled
+            with every combination of them, at every number of steps.
         scorer: Language model for generative perplexity (text): hub name, folder or .gguf; null: bigrams alone.
         features: Feature net for FID and Inception Score (images): `inception`, `efficientnet`, `classifier` (fitted
             on the data itself) or `package.module:factory`; null chooses by the size of the images.
         weights: File of Inception's weights; null downloads them.
+        reference: An .npz file that samples are compared with (images): `mu` and `sigma` of the features, images as
+            `arr_0`, or all three; null takes the training images.
     """
 
     estimator: Literal["count", "mdlm"] = "count"
@@ -162,11 +186,34 @@ class EvaluationConfig(Section):
     rows: PositiveInt = 1024
     batch: PositiveInt = 32
     data: tuple[str, ...] = ()
-    models: dict[Label, str] = Field(default_factory=dict)
+    models: dict[Label, ModelName] = Field(default_factory=dict)
     steps: tuple[PositiveInt, ...] = (8, 16, 32, 64)
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     scorer: str | None = None
     features: str | None = None
     weights: str | None = None
+    reference: str | None = None
+
+    @field_validator("grid")
+    @classmethod
+    def _check_grid(cls, grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        """Check every value as `sampling` would, and give it the form that it has there."""
+        for key, values in grid.items():
+            if key not in GRID_KEYS:
+                near = "; expected evaluation.steps" if key == "steps" else did_you_mean(key, GRID_KEYS)
+                raise ValueError(f"{key!r} is not one of {', '.join(GRID_KEYS)}{near}")
+            if not values:
+                raise ValueError(f"{key}: []; expected at least one value")
+        try:
+            return {
+                key: tuple(
+                    dict.fromkeys(getattr(SamplingConfig.model_validate({key: v}), key) for v in values)
+                )
+                for key, values in grid.items()
+            }
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise ValueError(f"{problem['loc'][0]}: {problem['input']!r}: {problem['msg'].lower()}") from None
 
     @model_validator(mode="after")
     def _check_weights(self) -> "EvaluationConfig":
@@ -256,7 +303,7 @@ class DistillConfig(Section):
     """Self-Distillation Through Time (SDTT); `train.steps` are divided among the rounds.
 
     Attributes:
-        teacher: Model folder, `models:/NAME@ALIAS`, or a file of released weights.
+        teacher: Model folder, released weights, `models:/NAME@ALIAS` or `hf:OWNER/NAME/FILE`.
         rounds: Number of rounds; each halves the sampling steps that are needed.
         teacher_steps: Sampling steps of the teacher in the first round, 1 / dt; the teacher takes two steps of dt.
         form: `compatible` distils one group; `complementary` distils both in one pass (PGM).
@@ -265,7 +312,7 @@ class DistillConfig(Section):
         optimizer: Whether the optimiser keeps its state between rounds; a reset one warms up again.
     """
 
-    teacher: str
+    teacher: ModelName
     rounds: PositiveInt = 5
     teacher_steps: Annotated[int, Field(ge=2)] = 1024
     form: Literal["compatible", "complementary"] = "compatible"
@@ -292,16 +339,20 @@ class ImportConfig(Section):
     tokenizer: str | None = None
 
 
-class CardConfig(Section):
-    """What the card of an exported model says beside what the model itself knows.
+class ExportConfig(Section):
+    """What the card of an exported model says beside what the model itself knows, and where the model goes.
 
     Attributes:
         license: License as the hub spells it, for example apache-2.0; `other` leaves a line to fill in.
         figures: Measured figures by name.
+        push: Repository of the Hugging Face hub that the folder is uploaded to, OWNER/NAME; null uploads nothing.
+        private: Whether a new repository is private.
     """
 
     license: str = "other"
     figures: dict[str, float | str] = Field(default_factory=dict)
+    push: str | None = None
+    private: bool = True
 
 
 class RunConfig(Section):
@@ -353,11 +404,18 @@ class RunConfig(Section):
 
     def _sampling(self) -> Iterator[str]:
         sampling, steps, predicted = self.sampling, self.evaluation.steps, self.data.predicted
+        given = [key for key in ("prompt", "infill", "inpaint") if getattr(sampling, key) is not None]
+        if len(given) > 1:
+            yield f"sampling.{given[0]}: together with sampling.{given[1]}; expected one of them"
+        if (sampling.mask is None) != (sampling.inpaint is None):
+            yield "sampling.mask: expected together with sampling.inpaint, the image that it is a mask of"
         most = math.inf if sampling.order == "binomial" else predicted
         too_many = [count for count in steps if count > most]
         row = f"for {predicted} predicted tokens a row; expected"
         if self.evaluation.models and (too_many or not steps):
             yield f"evaluation.steps: {too_many or '[]'} {row} numbers of at most {predicted}"
+        if self.evaluation.grid and not self.evaluation.models:
+            yield "evaluation.grid: without evaluation.models, which it is for; expected at least one model"
         if sampling.steps > most and self.model.kind != "ar":
             yield f"sampling.steps: {sampling.steps} steps {row} at most {predicted}"
         refreshes = self.model.kind == "pgm" and self.model.encoder == "bidirectional"
@@ -377,12 +435,20 @@ class RunConfig(Section):
                 yield f"sampling.steps: {sampling.steps} steps {ar} {predicted}"
 
     def _text(self) -> Iterator[str]:
+        if (
+            self.model.kind == "ar"
+            and self.model.start == "bos"
+            and getattr(self.data, "wrap", "none") == "none"
+        ):
+            yield "model.start: 'bos' for rows without BOS; expected learned, or data.wrap bos_eos"
         if self.model.classes is not None:
             yield f"model.classes: {self.model.classes}, but data.kind text has no labels; expected null"
         if self.diffusion.schedule == "arccos":
             yield "diffusion.schedule: arccos gives no bound for text; expected loglinear"
         if self.evaluation.features is not None:
             yield f"evaluation.features: {self.evaluation.features!r} looks at images; expected null"
+        if self.evaluation.reference is not None:
+            yield f"evaluation.reference: {self.evaluation.reference!r} is one of images; expected null"
 
     def _images(self) -> Iterator[str]:
         expected = getattr(self.data, "classes", None)
@@ -402,12 +468,15 @@ class RunConfig(Section):
         if known and classes is None and (sampling.guidance or sampling.labels):
             key = "guidance" if sampling.guidance else "labels"
             yield f"sampling.{key}: needs a model with classes; expected model.classes, or no sampling.{key}"
-        if classes is not None and sampling.labels and max(sampling.labels) >= classes:
-            yield f"sampling.labels: {max(sampling.labels)}; expected 0 to {classes - 1}"
+        largest = max((label for label in sampling.labels or () if isinstance(label, int)), default=0)
+        if classes is not None and largest >= classes:
+            yield f"sampling.labels: {largest}; expected 0 to {classes - 1}"
 
     def _distillation(self) -> Iterator[str]:
         if self.distill is None:
             return
+        if self.data.kind == "text" and self.data.wrap == "sentence":
+            yield "data.wrap: 'sentence' in a distillation, whose rows have no padding; expected none or bos_eos"
         rounds, steps, warmup = self.distill.rounds, self.train.steps, self.optim.warmup_steps
         first = self.distill.teacher_steps
         if steps % rounds:

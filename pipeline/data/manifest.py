@@ -5,15 +5,17 @@ import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig, TextDataConfig
 from pipeline.config.schema import RunConfig
-from pipeline.data.tokenizers import load_tokenizer
+from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import ConfigError, DataError, did_you_mean
+from pipeline.models.model_folder import DataFacts
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"  # folder beside the shards
@@ -31,10 +33,27 @@ class SpecialIds(_Frozen):
     Attributes:
         eot: end of text; None for images.
         bos: the id at the start of every row; None where rows have none.
+        pad: the id behind the tokens of a row; None where rows have no padding.
     """
 
     eot: int | None
     bos: int | None
+    pad: int | None = None
+
+    @classmethod
+    def of_text(cls, data: TextDataConfig, tokenizer: Tokenizer) -> Self:
+        """Return the ids in rows of text; the end of text stands for those that a tokenizer lacks.
+
+        Args:
+            data: the data section of the config.
+            tokenizer: that makes the ids.
+        """
+        eot, bos, pad = tokenizer.eot, tokenizer.bos, tokenizer.pad
+        if data.wrap == "none":
+            return cls(eot=eot, bos=None)
+        if data.wrap == "bos_eos":
+            return cls(eot=eot, bos=eot)
+        return cls(eot=eot, bos=eot if bos is None else bos, pad=eot if pad is None else pad)
 
 
 class TokenizerInfo(_Frozen):
@@ -70,11 +89,13 @@ class ShardFile(_Frozen):
         name: in the folder of the shards.
         rows: number of rows.
         sha256: of the file's bytes.
+        row_lengths: number of rows of every length from 0 on; None where rows have no padding.
     """
 
     name: str
     rows: int
     sha256: str
+    row_lengths: tuple[int, ...] | None = None
 
 
 class Split(_Frozen):
@@ -83,7 +104,8 @@ class Split(_Frozen):
     Attributes:
         files: the shards in order.
         documents: number of documents with any text, or of images.
-        tokens: number of tokens; of text with the EOT of every document, of images with the BOS of every row.
+        tokens: number of tokens; of text with the EOT of every document, of images with the BOS of every row, of
+            padded rows with both and without the padding.
         tokens_dropped: how many of the tokens of text are left out, since they do not fill a last row.
         bytes: UTF-8 bytes of the documents; None for images, and for data of earlier versions.
     """
@@ -93,6 +115,12 @@ class Split(_Frozen):
     tokens: int
     tokens_dropped: int
     bytes: int | None = None
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Number of rows of every length from 0 on; empty where rows have no padding."""
+        counts = (file.row_lengths or () for file in self.files)
+        return tuple(map(sum, zip_longest(*counts, fillvalue=0)))
 
 
 class Skipped(_Frozen):
@@ -181,6 +209,11 @@ class Manifest(_Frozen):
         """The number of ids that rows may hold: the vocabulary, and the mask and BOS of images behind it."""
         return max(self.vocabulary, 1 + (self.special.bos or 0))
 
+    @property
+    def padded(self) -> bool:
+        """Whether rows may hold padding behind their tokens."""
+        return self.special.pad is not None
+
     def split(self, name: str) -> Split:
         """Return a split.
 
@@ -226,6 +259,25 @@ class Manifest(_Frozen):
             split: name of the split.
         """
         return [file.rows for file in self.split(split).files]
+
+
+def data_facts(manifest: Manifest) -> DataFacts:
+    """Return what a model must know about its data.
+
+    Args:
+        manifest: of the data.
+    """
+    special = manifest.special
+    lengths = manifest.split("train").row_lengths if manifest.padded else None
+    return DataFacts(
+        manifest.vocabulary,
+        manifest.length,
+        special.bos,
+        special.eot,
+        pad=special.pad,
+        row_lengths=lengths,
+        class_names=manifest.class_names,
+    )
 
 
 def hash_content(content: dict[str, Any]) -> str:

@@ -132,11 +132,13 @@ class MicroBatch:
         tokens: the rows; missing ones repeat a row that exists.
         index: place of each row in the global batch; -1 for missing ones, whose weight must be 0.
         labels: classes of the rows, where they have one.
+        lengths: tokens of the rows, the others being padding; None where rows have no padding.
     """
 
     tokens: Int64[np.ndarray, "m L"]
     index: Int64[np.ndarray, "m"]
     labels: Int64[np.ndarray, "m"] | None = None
+    lengths: Int64[np.ndarray, "m"] | None = None
 
 
 def batches(
@@ -165,10 +167,9 @@ def batches(
 
     def load(step: int) -> list[MicroBatch]:
         rows = order.rows_of_step(step)[np.where(served, slots, slots[0])]  # a worker has at least one stream
-        tokens, labels = reader.rows(rows).astype(np.int64), reader.labels(rows)
-        labelled = [None] * parts if labels is None else np.split(labels, parts)
-        split = zip(np.split(tokens, parts), np.split(slots, parts), labelled, strict=True)
-        return [MicroBatch(*part) for part in split]
+        fields = [reader.rows(rows).astype(np.int64), slots, reader.labels(rows), reader.lengths(rows)]
+        split = ([None] * parts if field is None else np.split(field, parts) for field in fields)
+        return [MicroBatch(*part) for part in zip(*split, strict=True)]
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         ahead = pool.submit(load, start_step)

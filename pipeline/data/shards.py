@@ -4,6 +4,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,19 @@ from pipeline import storage
 from pipeline.data.manifest import Manifest, ShardFile
 from pipeline.errors import DataError
 
-Rows = tuple[np.ndarray, np.ndarray | None]  # tokens [n, L], and labels [n] or None
+
+class Rows(NamedTuple):
+    """Rows of a shard.
+
+    Attributes:
+        tokens: the rows.
+        labels: their classes; None: rows have none.
+        lengths: tokens of every row, the others being padding; None: rows have no padding.
+    """
+
+    tokens: UInt[np.ndarray, "n L"]
+    labels: Integer[np.ndarray, "n"] | None = None
+    lengths: Integer[np.ndarray, "n"] | None = None
 
 
 def token_dtype(ids: int) -> np.dtype:
@@ -26,20 +39,21 @@ def token_dtype(ids: int) -> np.dtype:
     return np.min_scalar_type(ids - 1).newbyteorder("<")
 
 
-def encode_shard(
-    tokens: UInt[np.ndarray, "n L"], labels: Integer[np.ndarray, "n"] | None = None
-) -> tuple[bytes, str]:
-    """Encode rows as a Parquet file, whose bytes depend on tokens and labels alone.
+def encode_shard(rows: Rows) -> tuple[bytes, str]:
+    """Encode rows as a Parquet file, whose bytes depend on the rows alone.
 
     Args:
-        tokens: the rows.
-        labels: their classes; None: rows have none.
+        rows: with their labels and lengths, where they have any.
 
     Returns:
         The bytes and their SHA-256.
     """
-    column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), tokens.shape[1])
-    columns = {"tokens": column} | ({} if labels is None else {"label": pa.array(labels.astype("<i4"))})
+    tokens, labels, lengths = rows
+    columns = {"tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), tokens.shape[1])}
+    # No row has given tokens yet; the column is there so that data with some needs no other format.
+    given = None if lengths is None else np.zeros_like(lengths)
+    counts = {"label": labels, "given": given, "length": lengths}
+    columns |= {name: pa.array(values.astype("<i4")) for name, values in counts.items() if values is not None}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd", use_dictionary=False)
     data = sink.getvalue().to_pybytes()
@@ -63,10 +77,11 @@ def publish_shard(name: str, path: str, work: str, make: Callable[[], Rows]) -> 
         file = ShardFile.model_validate_json(storage.read_bytes(record))
         if storage.sha256(target) == file.sha256:
             return file
-    tokens, labels = make()
-    data, digest = encode_shard(tokens, labels)
+    rows = make()
+    data, digest = encode_shard(rows)
     storage.publish_bytes(target, data)
-    file = ShardFile(name=name, rows=len(tokens), sha256=digest)
+    histogram = None if rows.lengths is None else tuple(np.bincount(rows.lengths).tolist())
+    file = ShardFile(name=name, rows=len(rows.tokens), sha256=digest, row_lengths=histogram)
     storage.publish_text(record, file.model_dump_json())
     return file
 
@@ -84,7 +99,7 @@ class ShardReader:
     def __init__(self, path: str, manifest: Manifest, split: str, cache_bytes: int = 1 << 30) -> None:
         self._path = path
         self.length = manifest.length
-        self._labelled = manifest.classes is not None
+        self._labelled, self._padded = manifest.classes is not None, manifest.padded
         self._dtype = token_dtype(manifest.ids)
         self._files = manifest.split(split).files
         self._starts = np.cumsum([0, *(file.rows for file in self._files)])
@@ -125,6 +140,21 @@ class ShardReader:
             IndexError: as `rows`.
         """
         return self._gather("label", indices, np.empty(len(indices), np.int64)) if self._labelled else None
+
+    def lengths(self, indices: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n"] | None:
+        """Read the number of tokens of rows, in any order.
+
+        Args:
+            indices: of the rows in the split.
+
+        Returns:
+            The numbers in the order of the indices; None where rows have no padding.
+
+        Raises:
+            DataError: as `rows`.
+            IndexError: as `rows`.
+        """
+        return self._gather("length", indices, np.empty(len(indices), np.int64)) if self._padded else None
 
     def _gather(self, name: str, indices: Integer[np.ndarray, "n"], out: np.ndarray) -> np.ndarray:
         """Fill `out` with the values of rows in a column."""

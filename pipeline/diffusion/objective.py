@@ -44,11 +44,12 @@ class Objective:
         other = complement(t, config.eps, config.complement_time)
         return np.where(groups, weight(t)[:, None], weight(other)[:, None])
 
-    def normaliser(self, groups: Bool[np.ndarray, "B L"]) -> int:
+    def normaliser(self, groups: Bool[np.ndarray, "B L"], predicted: int | None = None) -> int:
         """Compute the number that the weighted cross-entropies of a global batch are divided by.
 
         Args:
             groups: of the global batch.
+            predicted: tokens that can be predicted in the rows of the global batch, without padding; None: B L'.
 
         Returns:
             For text and autoregressive models the number of target positions B L', doubled if the model learns from
@@ -58,7 +59,7 @@ class Objective:
             docs/method.md section 2, "Normaliser".
         """
         rows, length = groups.shape
-        positions = rows * (length - self.bos)
+        positions = rows * (length - self.bos) if predicted is None else predicted
         if self.config.schedule == "loglinear" or self.left_to_right:
             return positions * (2 if self.both_groups else 1)
         return positions if self.both_groups else max(1, int(groups.sum()))
@@ -72,6 +73,7 @@ class Objective:
         divisor: int,
         labels: Int[np.ndarray, "B"] | None = None,
         order: Int[np.ndarray, "B L"] | None = None,
+        lengths: Int[np.ndarray, "B"] | None = None,
         device: torch.device,
     ) -> Batch:
         """Build a micro-batch whose row losses, summed over the global batch, are the objective.
@@ -83,6 +85,7 @@ class Objective:
             divisor: `normaliser` of the global batch.
             labels: class labels, or None.
             order: ranks of revelation, for models with a causal encoder.
+            lengths: tokens of every row, the rest being padding; None: rows have no padding.
             device: where the model computes.
 
         Returns:
@@ -92,8 +95,13 @@ class Objective:
             arXiv 2505.18883, equation 8 with its cases as in the text (docs/method.md section 2).
         """
         groups = np.ones_like(draws.groups) if self.left_to_right else draws.groups.copy()
-        groups[:, : self.bos] = False
-        targets = np.ones_like(groups) if self.both_groups else groups.copy()
-        targets[:, : self.bos] = False
+        places = np.arange(groups.shape[1])
+        predicted = places >= self.bos
+        if lengths is not None:
+            predicted = predicted & (places < lengths[:, None])
+        groups &= predicted
+        targets = np.broadcast_to(predicted, groups.shape).copy() if self.both_groups else groups.copy()
         weights = self.weights(draws) * targets * present[:, None] / divisor
-        return Batch.of_arrays(tokens, groups, targets, weights, labels=labels, order=order, device=device)
+        return Batch.of_arrays(
+            tokens, groups, targets, weights, labels=labels, order=order, lengths=lengths, device=device
+        )

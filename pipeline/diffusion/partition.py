@@ -141,7 +141,11 @@ def draw_dropped(seed: int, step: int, batch: int, rate: float) -> Bool[np.ndarr
 
 
 def draw_subset(
-    rng: np.random.Generator, counts: Int[np.ndarray, "B"], length: int, bos: bool
+    rng: np.random.Generator,
+    counts: Int[np.ndarray, "B"],
+    length: int,
+    bos: bool,
+    extents: Int[np.ndarray, "B"] | None = None,
 ) -> Bool[np.ndarray, "B L"]:
     """Draw a uniform random subset of positions in every row.
 
@@ -150,10 +154,13 @@ def draw_subset(
         counts: number of positions in every row's subset.
         length: L.
         bos: position 0 holds BOS, which is in no subset.
+        extents: tokens of every row, the others being padding, which is in no subset; None: L.
 
     Returns:
         [B, L], True = in the subset.
     """
     noise = rng.random((len(counts), length))
     noise[:, :bos] = np.inf
+    if extents is not None:
+        noise[np.arange(length) >= extents[:, None]] = np.inf
     return noise.argsort(axis=1).argsort(axis=1) < counts[:, None]

@@ -3,22 +3,24 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
-from pipeline import storage, tracking
+from pipeline import storage, tracking, trained
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import RunConfig, SamplingConfig
-from pipeline.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluate import Evaluator, evaluator_of, mlflow_run
-from pipeline.evaluation.evaluated_model import EvaluatedModel, likelihood_groups, open_model
+from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, likelihood_groups, open_model
 from pipeline.logs import shown
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import describe
+from pipeline.metrics.given import refuse
 from pipeline.models import model_folder
 from pipeline.reports import figures
 from pipeline.reports.measures import Group
-from pipeline.reports.page import Columns, Page, Section, Table, Text, excerpt, picture
+from pipeline.reports.page import Block, Columns, Page, Section, Table, Text, excerpt, picture
 from pipeline.reports.sections import metrics_section, paper_section, setting_sections
 from pipeline.reports.tables import table_of
 from pipeline.run import Run
@@ -34,7 +36,7 @@ class Comparison:
 
     Attributes:
         likelihoods: a group per model.
-        points: quality and speed of every model at every number of steps.
+        points: quality and speed of every model with every setting of the sampler.
         curves: convergence of the models whose runs are known.
         metric: of the curves, perplexity or loss.
         folder: of the report's files.
@@ -60,6 +62,7 @@ def compare(config: RunConfig) -> Comparison:
     """
     run = Run.of(config)
     config, folder = run.config, storage.join(run.folder, "comparison")
+    refuse(config.sampling, "a comparison")
     models = [_open(run, name, spec) for name, spec in config.evaluation.models.items()]
     claim = claims.held(folder, "cluster.storage", f"the comparison {config.name!r}", "made")
     with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
@@ -78,7 +81,10 @@ def compare(config: RunConfig) -> Comparison:
         settings = [(model, one) for model in models for one in _sampling(config, model.config)]
         drawn = frontier.draw_all(settings, config.data.predicted, run.resources)
         measures = evaluator.measure([point.tokens for point in drawn])
-        points = [replace(point, measures=own) for point, own in zip(drawn, measures, strict=True)]
+        varied = tuple(config.evaluation.grid)
+        points = [
+            replace(point, measures=own, varied=varied) for point, own in zip(drawn, measures, strict=True)
+        ]
         metric, uri = config.validation_metric, run.tracking_uri
         curves = _curves(run, models, f"validation/{metric}")
         result = Comparison(likelihoods, points, curves, metric, folder, uri)
@@ -90,7 +96,7 @@ def compare(config: RunConfig) -> Comparison:
         files = [*_page(run, models, result, evaluator).publish(folder), *tables]
         with run.tracker(folder) as tracker:
             for point in points:
-                key = f"frontier/{point.model}/"
+                key = "/".join(["frontier", point.model, *point.variant, ""])
                 values = {key + measure.key: measure.value for measure in point.measures}
                 tracker.log_metrics(values | {f"{key}tokens_per_second": point.speed}, point.steps)
             for group in likelihoods:
@@ -107,27 +113,30 @@ def _open(run: Run, name: str, spec: str) -> EvaluatedModel:
     try:
         folder = run.configured(sampling=sampling).sampled_model()
         section, _ = model_folder.read_config(storage.fetch(folder))
-        sampling = _sampling(run.config, section)[-1].model_copy(update={"model": folder})
-        return open_model(run.configured(sampling=sampling), name)
+        own = [one.model_copy(update={"model": folder}) for one in _sampling(run.config, section)]
+        for sampling in own[1:]:
+            check_sampling(run.configured(sampling=sampling).config, section)
+        return open_model(run.configured(sampling=own[0]), name)
     except (CheckpointError, ConfigError) as error:
-        near = ""
-        if isinstance(error, CheckpointError) and not spec.startswith("models:/"):
-            parent, _, last = storage.resolve(spec).rstrip("/").removesuffix("/model").rpartition("/")
-            near = did_you_mean(last, storage.listing(parent))
-        raise type(error)(f"evaluation.models.{name}: {error}{near}") from None
+        raise type(error)(f"evaluation.models.{name}: {error}") from None
 
 
 def _sampling(config: RunConfig, model: ModelConfig) -> list[SamplingConfig]:
-    """List how a model is sampled, by steps; an autoregressive one draws one token per step.
+    """List how a model is sampled, by the grid and by steps; an autoregressive one draws one token per step.
 
-    Models without encoder outputs to refresh are exact, whatever `sampling.refresh_every`.
+    Models without encoder outputs to refresh are exact, whatever `refresh_every`.
     """
-    changes: list[dict[str, object]] = [{"steps": steps} for steps in sorted(set(config.evaluation.steps))]
+    grid, fixed = config.evaluation.grid, dict[str, object]()
     if model.kind == "ar":
-        changes = [{"steps": config.data.predicted, "order": "left_to_right"}]
+        fixed = {"steps": config.data.predicted, "order": "left_to_right"}
     if model.kind != "pgm" or model.encoder == "causal":
-        changes = [{**change, "refresh_every": 1} for change in changes]
-    return [config.sampling.model_copy(update=change) for change in changes]
+        fixed |= {"refresh_every": 1}
+    found: dict[str, SamplingConfig] = {}
+    for values in product(*grid.values(), sorted(set(config.evaluation.steps))):
+        settings = config.sampling.model_copy(update=dict(zip([*grid, "steps"], values, strict=True)) | fixed)
+        # What a setting has no effect on is sampled once, such as other orders than confidence with any noise.
+        found.setdefault(str(describe(settings, 0)), settings)
+    return list(found.values())
 
 
 def _curves(run: Run, models: Sequence[EvaluatedModel], metric: str) -> list[convergence.Curve]:
@@ -156,9 +165,11 @@ def _curve(run: Run, model: EvaluatedModel, metric: str) -> convergence.Curve:
 
 def _mlflow_run_of(run: Run, spec: str) -> tuple[str, str] | None:
     """Find MLflow store and id of the run that a model comes from."""
-    if spec.startswith("models:/"):
+    if spec.startswith(trained.REGISTERED):
         run_id = tracking.find_version(run.tracking_uri, spec).run_id
         return (run.tracking_uri, run_id) if run_id else None
+    if not trained.is_path(spec):
+        return None
     recorded = tracking.recorded_run(storage.resolve(spec).rstrip("/").rpartition("/")[0])
     if recorded is None:
         return None
@@ -197,8 +208,8 @@ def _page(run: Run, models: Sequence[EvaluatedModel], result: Comparison, evalua
         sections.append(Section("Convergence", [Text(note), picture("convergence", figure, caption), table]))
     if isinstance(evaluator, TextEvaluator):
         texts = [("held-out text", excerpt(evaluator.texts))]
-        for point in {point.model: point for point in result.points}.values():  # with most steps
-            texts.append((f"{point.model}, {point.steps} steps", evaluator.excerpt(point.tokens)))
+        for point in {point.line: point for point in result.points}.values():  # with most steps
+            texts.append((f"{point.line}, {point.steps} steps", evaluator.excerpt(point.tokens)))
         sections.append(Section("Samples", [Columns(texts)]))
     sections.append(paper_section({model.name: model.config for model in models}, run.manifest))
     return Page(f"Comparison {config.name}", [*sections, *setting_sections(config, run.manifest)])
@@ -214,12 +225,13 @@ def _frontier_section(points: Sequence[frontier.Point], evaluator: Evaluator) ->
     lines: dict[str, list[tuple[int, float, list[float]]]] = {}
     for point in points:
         values = [point.value(measure.key) for measure in measures]
-        lines.setdefault(point.model, []).append((point.steps, point.speed, values))
+        lines.setdefault(point.line, []).append((point.steps, point.speed, values))
     real = {measure.key: measure.value for measure in evaluator.real}
     references = [real[measure.key] for measure in measures] if real else []
     settings = points[0].settings
     how = describe(settings, settings.num_samples) | evaluator.notes
-    listed = ", ".join(f"{key} {value}" for key, value in how.items() if key not in ("order", "steps"))
+    left_out = ("order", "steps", *points[0].varied)
+    listed = ", ".join(f"{key} {value}" for key, value in how.items() if key not in left_out)
     note = (
         f"Settings of every model: {listed}, batch {settings.batch}. tokens/s is the median over {frontier.TIMED} "
         "batches, which one warm process drew in turn; the range is from the slowest to the fastest. "
@@ -227,5 +239,11 @@ def _frontier_section(points: Sequence[frontier.Point], evaluator: Evaluator) ->
     )
     figure = figures.frontier(lines, [measure.name for measure in measures], references)
     caption = "Quality of samples against sampling speed; numbers are sampling steps"
-    table = Table(frontier.table(points))
-    return Section("Frontier", [Text(note), picture("frontier", figure, caption), table])
+    blocks: list[Block] = [Text(note), picture("frontier", figure, caption)]
+    if points[0].varied:
+        cells: dict[str, dict[int, float]] = {}
+        for point in points:
+            cells.setdefault(point.line, {})[point.steps] = point.value(quality.key)
+        heat = figures.heat_map(cells, quality.name, "sampling steps")
+        blocks.append(picture("grid", heat, f"{quality.name} by settings and sampling steps"))
+    return Section("Frontier", [*blocks, Table(frontier.table(points))])

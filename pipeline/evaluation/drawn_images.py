@@ -4,13 +4,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int, UInt8
 from scipy.stats import binomtest
 
 from pipeline import storage
@@ -18,12 +18,13 @@ from pipeline.config.data import ImageDataConfig
 from pipeline.data.prepare.image_sources import Ref
 from pipeline.data.prepare.images import TOKENIZER, read_pixels
 from pipeline.errors import ConfigError
-from pipeline.evaluation.source_images import UNIT, dataset_of, load_net, source_images
+from pipeline.evaluation.source_images import UNIT, SourceImages, dataset_of, load_net, source_images
 from pipeline.logs import Progress
-from pipeline.metrics import images
+from pipeline.metrics import images, precision_recall
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import GRID, GRID_IMAGES, Samples
 from pipeline.metrics.image_features import FeatureNet, Outputs, accuracy
+from pipeline.metrics.image_reference import Reference, ReferenceFile, reference
 from pipeline.models.vq import load_image_tokenizer
 from pipeline.reports.measures import Group, Measure
 from pipeline.reports.page import Block, Picture, picture
@@ -59,13 +60,42 @@ class ImageMeasurer:
         tokenizer: folder of the image tokenizer.
         data: how images are read.
         threads: CPU threads.
+        real: features that precision and recall compare with, where they are measured.
     """
 
-    def __init__(self, net: FeatureNet, tokenizer: str, data: ImageDataConfig, threads: int):
+    def __init__(
+        self,
+        net: FeatureNet,
+        tokenizer: str,
+        data: ImageDataConfig,
+        threads: int,
+        real: Float[np.ndarray, "n D"] | None = None,
+    ):
         torch.set_num_threads(threads)
-        device = own_device()
-        self._net, self._data = net.to(device), data
-        self._tokenizer = load_image_tokenizer(tokenizer, data.factor, data.encode_batch, device)
+        self._device = own_device()
+        self._net, self._data, self._real = net.to(self._device), data, real
+        self._tokenizer = load_image_tokenizer(tokenizer, data.factor, data.encode_batch, self._device)
+
+    @cached_property
+    def _manifold(self) -> precision_recall.Manifold:
+        assert self._real is not None
+        return precision_recall.manifold(self._real, self._device)
+
+    def coverage(self, features: Float[np.ndarray, "n D"]) -> tuple[float, float]:
+        """Compute precision and recall of generated images.
+
+        Args:
+            features: of the images.
+        """
+        return precision_recall.precision_recall(features, self._manifold)
+
+    def given(self, images: UInt8[np.ndarray, "n S S 3"]) -> Outputs:
+        """Compute the net's outputs for images.
+
+        Args:
+            images: at least one.
+        """
+        return self._net(images)
 
     def drawn(self, codes: Int[np.ndarray, "n T"]) -> Outputs:
         """Decode codes and compute the net's outputs.
@@ -90,9 +120,9 @@ class ImageMeasurer:
 
 
 class ImageEvaluator:
-    """Evaluates sampled images and compares them with training images.
+    """Evaluates sampled images and compares them with training images, or with a published reference.
 
-    The statistics of the training images are computed when the evaluator is made, or read where they were kept.
+    The features of the training images are computed when the evaluator is made, or read where they were kept.
 
     Args:
         run: of the evaluation.
@@ -103,49 +133,74 @@ class ImageEvaluator:
         notes: remarks on the metrics for the report.
 
     Raises:
-        ConfigError: there is no such feature net, or a single sample is to be drawn.
-        DataError: the source of the images is missing or has changed.
+        ConfigError: there is no such feature net or reference, or there are too few samples or held-out images.
+        DataError: the source of the images is missing or has changed, or the reference does not fit.
     """
 
     def __init__(self, run: Run, corpus: Corpus):
         config = run.config
         data, settings = config.data, config.evaluation
         assert data.kind == "image"
-        if config.sampling.num_samples < 2:
-            raise ConfigError("sampling.num_samples: 1; expected at least 2, since a covariance needs them")
         source = source_images(data, corpus.manifest)
+        chosen = validation_rows(len(source.validation), settings.rows)
+        _check_counts(config.sampling.num_samples, len(chosen))
+        file = None if settings.reference is None else ReferenceFile(settings.reference, data.size)
         net = load_net(settings.features, settings.weights, data, source.train, settings.batch)
-        count = corpus.manifest.split("train").documents
+        self.real: list[Measure] = []
+        self.notes: dict[str, str] = {}
+        self._net, self._data = net, data
+        self._held_out = [source.validation[i] for i in chosen]
+        self._tokenizer, self._resources = storage.join(corpus.path, TOKENIZER), run.resources
+        if file is None:
+            self._reference = self._training_images(source, corpus)
+            against = f"{self._reference.statistics.count:,} training images"
+        else:
+            file.check_fits(net, data.size)
+            self._reference, against = self._published(file, corpus), file.name
+        self._method = f"{net.name}, against {against}"
+
+    def _training_images(self, source: SourceImages, corpus: Corpus) -> Reference:
+        """Compute the reference of all training images."""
+        net, count = self._net, corpus.manifest.split("train").documents
 
         def outputs() -> Iterator[Outputs]:
             log.info("computing features of %d training images; they are kept for later evaluations", count)
             progress = Progress("computed features of", "batches", -(-count // net.batch), "images")
-            for part in images.dataset_outputs(dataset_of(source.train, data), net, run.resources):
+            for part in images.dataset_outputs(dataset_of(source.train, self._data), net, self._resources):
                 yield part
                 progress.add(len(part.features))
 
-        self.real: list[Measure] = []
-        self.notes: dict[str, str] = {}
-        self._net, self._data = net, data
-        self._reference = images.reference_statistics(outputs, net.name, source.key, count, corpus.path)
-        self._method = f"{net.name}, against {count:,} training images"
-        chosen = validation_rows(len(source.validation), settings.rows)
-        self._held_out = [source.validation[i] for i in chosen]
-        self._tokenizer, self._resources = storage.join(corpus.path, TOKENIZER), run.resources
+        return reference(outputs, net.name, source.key, count, corpus.path)
+
+    def _published(self, file: ReferenceFile, corpus: Corpus) -> Reference:
+        """Take the reference of a file, with the features of its images where it has some."""
+        if not file.count:
+            assert file.statistics is not None
+            self.notes["precision and recall"] = f"left out, since {file.name} has no images"
+            return Reference(file.statistics, None)
+
+        def outputs() -> Iterator[Outputs]:
+            log.info("computing features of the %d images of %s", file.count, file.name)
+            with self._actors(-(-file.count // UNIT)) as actors:
+                for block in file.images(UNIT * len(actors)):
+                    yield from in_order(actors, "given", _tasks(block))
+
+        found = reference(outputs, self._net.name, file.key, file.count, corpus.path)
+        return found if file.statistics is None else Reference(file.statistics, found.features)
 
     def measure(self, groups: Sequence[Int[np.ndarray, "n L"]]) -> list[list[Measure]]:
-        """Compute the FID of groups of rows.
+        """Compute FID, Inception Score, precision and recall of groups of rows.
 
         Args:
             groups: rows of codes, BOS included.
 
         Raises:
-            DataError: a group has fewer than two rows.
+            DataError: a group has too few rows.
         """
-        tasks = [task for rows in groups for task in _tasks(rows[:, 1:])]
-        with self._actors(len(tasks)) as actors:
-            outputs = in_order(actors, "drawn", tasks)
-            return [[self._fid(images.summarise(islice(outputs, len(_tasks(rows))))[0])] for rows in groups]
+        with self._actors(max(len(_tasks(rows)) for rows in groups), self._reference.features) as actors:
+            return [
+                self._measures(actors, [*in_order(actors, "drawn", _tasks(rows[:, 1:]))]) for rows in groups
+            ]
 
     def report(self, samples: Samples, how: dict[str, Any]) -> tuple[list[Group], list[Block]]:
         """Compute the metrics of samples, of held-out images and of their reconstructions.
@@ -158,28 +213,30 @@ class ImageEvaluator:
             Metrics of the three, and overviews of samples and held-out images.
 
         Raises:
-            DataError: there are fewer than two samples or held-out images.
+            DataError: too few of the held-out images can be read.
         """
         drawn_tasks, real_tasks = _tasks(samples.tokens[:, 1:]), _tasks(self._held_out)
-        with self._actors(len(drawn_tasks) + len(real_tasks)) as actors:
+        with self._actors(len(drawn_tasks) + len(real_tasks), self._reference.features) as actors:
             drawn: list[Outputs] = list(in_order(actors, "drawn", drawn_tasks))
             real = [part for part in in_order(actors, "held_out", real_tasks) if part is not None]
-        classes = np.concatenate([np.empty(0, np.int64), *(part.labels for part in real)])
-        intended = None if samples.labels is None else np.array(samples.labels)
+            classes = np.concatenate([np.empty(0, np.int64), *(part.labels for part in real)])
+            intended = None if samples.labels is None else np.array(samples.labels)
+            of_samples = self._measures(actors, drawn, intended, "intended")
+            of_rebuilt = self._measures(actors, [part.rebuilt for part in real], classes, "true")
+            of_held_out = self._measures(actors, [part.real for part in real], classes, "true")
         lost = images.reconstruction(part.difference for part in real)
         of_real = {"images": lost.images, "split": "validation"}
         of_tokenizer = {**of_real, "tokenizer": "/".join(self._tokenizer.rsplit("/", 2)[1:])}
         rebuilt = [
             Measure("mse", "mean squared error", lost.mse, by="pixel values 0 to 255"),
             Measure("psnr", "PSNR, dB", lost.psnr),
-            *self._measures([part.rebuilt for part in real], classes, "true"),
+            *of_rebuilt,
         ]
-        held_out = self._measures([part.real for part in real], classes, "true")
         title = "Reconstructions, which bound the quality of any model of these codes"
         groups = [
-            Group("samples", "Samples", how, self._measures(drawn, intended, "intended")),
+            Group("samples", "Samples", how, of_samples),
             Group("tokenizer", title, of_tokenizer, rebuilt),
-            Group("real", "Held-out images", of_real, held_out),
+            Group("real", "Held-out images", of_real, of_held_out),
         ]
         overview = storage.read_bytes(storage.join(samples.folder, GRID))
         pixels = read_pixels(self._held_out[:GRID_IMAGES], self._data)
@@ -187,19 +244,25 @@ class ImageEvaluator:
         pictures = [Picture("samples", overview, "Samples"), picture("held_out", grid, "Held-out images")]
         return groups, [*pictures]
 
-    def _actors(self, tasks: int) -> AbstractContextManager[list[Any]]:
+    def _actors(
+        self, tasks: int, real: Float[np.ndarray, "n D"] | None = None
+    ) -> AbstractContextManager[list[Any]]:
         arguments = (ray.put(self._net), self._tokenizer, self._data, self._resources.cpus)
-        return started(ImageMeasurer, arguments, self._resources, tasks)
-
-    def _fid(self, statistics: images.Gaussian) -> Measure:
-        return Measure("fid", "FID", images.frechet_distance(statistics, self._reference), by=self._method)
+        return started(
+            ImageMeasurer, (*arguments, None if real is None else ray.put(real)), self._resources, tasks
+        )
 
     def _measures(
-        self, outputs: list[Outputs], labels: Int[np.ndarray, "n"] | None, whose: str
+        self,
+        actors: list[Any],
+        outputs: list[Outputs],
+        labels: Int[np.ndarray, "n"] | None = None,
+        whose: str = "",
     ) -> list[Measure]:
-        """Compute FID, Inception Score and, under a classifier of the data's own classes, accuracy."""
+        """Compute all metrics of images; with labels, and a classifier of the data's own classes, accuracy too."""
         statistics, probabilities = images.summarise(outputs)
-        measures = [self._fid(statistics)]
+        distance = images.frechet_distance(statistics, self._reference.statistics)
+        measures = [Measure("fid", "FID", distance, by=self._method)]
         if probabilities is not None:
             score, spread = images.inception_score(probabilities)
             method = f"{self._net.name}, standard deviation of its parts {spread:.2f}"
@@ -209,7 +272,25 @@ class ImageEvaluator:
                 test = binomtest(round(share * len(labels)), len(labels))
                 low, high = test.proportion_ci(method="wilson")
                 measures.append(Measure("accuracy", name, share, (low, high), by=self._net.name))
+        if (real := self._reference.features) is not None:
+            own = np.concatenate([part.features for part in outputs])
+            ((precision, recall),) = in_order(actors, "coverage", [(own,)])
+            method = f"{self._net.name}, k = {precision_recall.NEIGHBOUR}, against {len(real):,} real images"
+            measures.append(Measure("precision", "precision", precision, by=method))
+            measures.append(Measure("recall", "recall", recall, by=method))
         return measures
+
+
+def _check_counts(samples: int, held_out: int) -> None:
+    """Refuse numbers of images of which not all metrics can be computed."""
+    least = precision_recall.LEAST_IMAGES
+    expected = (
+        f"expected at least {least}, since precision and recall look at the nearest {least - 1} neighbours"
+    )
+    if samples < least:
+        raise ConfigError(f"sampling.num_samples: {samples}; {expected}")
+    if held_out < least:
+        raise ConfigError(f"evaluation.rows: {held_out} held-out images; {expected}")
 
 
 def _tasks(items: Any) -> list[tuple[Any]]:

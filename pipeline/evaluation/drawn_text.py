@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Integer
 
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import Samples
 from pipeline.metrics.external_lm import Scored, load_scorer_tokenizer, score_texts
-from pipeline.metrics.ngram import Perplexity, Rows, bigram_model
+from pipeline.metrics.ngram import Perplexity, bigram_model
 from pipeline.metrics.text import has_mauve, text_measures
 from pipeline.reports.measures import Group, Measure
 from pipeline.reports.page import Block, Columns, excerpt
 from pipeline.run import Run
+from pipeline.sampling.row_ends import cut_rows, texts_of
 from pipeline.training.finish import NGRAM_ROWS
 from pipeline.training.validation import validation_rows
 
@@ -49,6 +51,7 @@ class TextEvaluator:
         self._tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else run.text_tokenizer()
         held_out = corpus.reader("validation")
         count = min(config.sampling.num_samples, settings.rows)
+        self._ids = model.facts.eot, model.facts.pad
         rows = held_out.rows(validation_rows(len(held_out), count))
         self.texts, self.notes = self._decode(rows), {}
         if self._scorer is not None:
@@ -56,20 +59,20 @@ class TextEvaluator:
             self.notes = {} if has_mauve() else {"MAUVE": "left out, since mauve-text is not installed"}
         (self._scored,) = self._score([rows])
         self._bigram = _bigrams(corpus) if "train" in corpus.manifest.splits else None
-        self.real = text_measures(rows, self._bos, self._bigram, self._scored, self._scorer)
+        self.real = self._measures(rows, self._scored)
 
-    def measure(self, groups: Sequence[Rows]) -> list[list[Measure]]:
+    def measure(self, groups: Sequence[Integer[np.ndarray, "n L"]]) -> list[list[Measure]]:
         """Compute the metrics of groups of rows.
 
         Args:
             groups: rows of token ids.
         """
         return [
-            text_measures(rows, self._bos, self._bigram, scored, self._scorer, self._scored)
+            self._measures(rows, scored, self._scored)
             for rows, scored in zip(groups, self._score(groups), strict=True)
         ]
 
-    def excerpt(self, rows: Rows) -> str:
+    def excerpt(self, rows: Integer[np.ndarray, "n L"]) -> str:
         """Return the beginnings of the first rows as text.
 
         Args:
@@ -92,10 +95,17 @@ class TextEvaluator:
         texts = [("samples", excerpt(samples.texts)), ("held-out text", excerpt(self.texts))]
         return [Group("samples", "Samples", how, measures), real], [Columns(texts)]
 
-    def _decode(self, rows: Rows) -> list[str]:
-        return [self._tokenizer.decode(row) for row in rows.tolist()]
+    def _measures(
+        self, rows: Integer[np.ndarray, "n L"], scored: Scored | None, real: Scored | None = None
+    ) -> list[Measure]:
+        """Compute the metrics of rows, without their padding."""
+        cut = cut_rows(rows, *self._ids)
+        return text_measures(cut, self._bos, self._bigram, scored, self._scorer, real)
 
-    def _score(self, groups: Sequence[Rows]) -> Sequence[Scored | None]:
+    def _decode(self, rows: Integer[np.ndarray, "n L"]) -> list[str]:
+        return texts_of(rows, *self._ids, self._tokenizer.decode)
+
+    def _score(self, groups: Sequence[Integer[np.ndarray, "n L"]]) -> Sequence[Scored | None]:
         """Score groups of rows with one start of the scorer; None without a scorer."""
         if self._scorer is None:
             return [None] * len(groups)
@@ -107,4 +117,6 @@ def _bigrams(corpus: Corpus) -> Perplexity:
     train = corpus.reader("train")
     last = min(len(train), NGRAM_ROWS)
     blocks = (train.rows(np.arange(i, min(i + _BLOCK, last))) for i in range(0, last, _BLOCK))
-    return bigram_model(blocks, corpus.manifest.vocabulary)
+    special = corpus.manifest.special
+    cut = (cut_rows(block, special.eot, special.pad) for block in blocks)
+    return bigram_model(cut, corpus.manifest.vocabulary)

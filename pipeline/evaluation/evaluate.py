@@ -12,6 +12,7 @@ from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluated_model import EvaluatedModel, likelihood_groups, open_model
 from pipeline.metrics.corpora import Corpus, open_corpora
 from pipeline.metrics.draw import Samples, describe, generate
+from pipeline.metrics.given import refuse
 from pipeline.reports.figures import loss_curve
 from pipeline.reports.measures import Measure, Report
 from pipeline.reports.page import Page, Section, Text, picture
@@ -53,6 +54,7 @@ def evaluate(config: RunConfig) -> Evaluation:
     """
     run = Run.of(config)
     config, folder = run.config, storage.join(run.folder, "evaluation")
+    refuse(config.sampling, "an evaluation")
     model = open_model(run, config.name)
     others = open_corpora(config.evaluation.data)
     claim = claims.held(folder, "cluster.storage", f"run {config.name!r}", "evaluated")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.config.model import ModelConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
@@ -70,14 +71,27 @@ def open_model(run: Run, name: str) -> EvaluatedModel:
     config, folder = run.config, run.sampled_model()
     local = storage.fetch(folder)
     denoiser, section, facts = model_folder.read(local)
-    sampling = config.sampling.model_copy(update={"model": None})
-    if problems := config.model_copy(update={"model": section, "sampling": sampling}).conflicts():
-        spec = config.sampling.model or folder
-        raise ConfigError(f"with the model {spec}:\n" + "\n".join(f"  {line}" for line in problems))
+    check_sampling(run.config, section)
     masking = Masking.of(config, denoiser, facts.bos is not None)
     parameters = sum(value.numel() for value in denoiser.parameters())
     step = int(model_folder.read_background(local).figures.get("step", 0))
     return EvaluatedModel(name, folder, section, facts, parameters, step, masking)
+
+
+def check_sampling(config: RunConfig, model: ModelConfig) -> None:
+    """Refuse a config with which a model cannot be sampled.
+
+    Args:
+        config: of the evaluation; `sampling.model` names the model.
+        model: section of the model.
+
+    Raises:
+        ConfigError: names all problems.
+    """
+    sampling = config.sampling.model_copy(update={"model": None})
+    if problems := config.model_copy(update={"model": model, "sampling": sampling}).conflicts():
+        spec = config.sampling.model or f"of the run {config.name}"
+        raise ConfigError(f"with the model {spec}:\n" + "\n".join(f"  {line}" for line in problems))
 
 
 def likelihood_groups(

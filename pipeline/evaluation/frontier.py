@@ -6,7 +6,7 @@ other load on the machine affects all of them alike.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -27,7 +27,7 @@ TIMED = 5  # times that every point's batch is drawn to measure its speed, after
 
 @dataclass(frozen=True)
 class Point:
-    """Speed and quality of one model at one number of steps.
+    """Speed and quality of one model with one setting of the sampler.
 
     Attributes:
         evaluated: the model.
@@ -35,6 +35,7 @@ class Point:
         tokens: the samples.
         rates: tokens/s of every timed batch.
         measures: of the samples.
+        varied: keys of the settings that differ between points, beside the steps.
     """
 
     evaluated: EvaluatedModel
@@ -42,6 +43,7 @@ class Point:
     tokens: Int[np.ndarray, "n L"]
     rates: Sequence[float]
     measures: Sequence[Measure] = ()
+    varied: Sequence[str] = ()
 
     @property
     def model(self) -> str:
@@ -52,6 +54,26 @@ class Point:
     def steps(self) -> int:
         """Return the number of steps."""
         return self.settings.steps
+
+    @property
+    def variant(self) -> list[str]:
+        """List the varied settings that have an effect, as `key value`."""
+        order = self.settings.order
+        idle = {"gumbel": order != "confidence", "gamma": order != "entropy"}
+        return [f"{key} {value}" for key, value in self.chosen.items() if not idle.get(key)]
+
+    @property
+    def line(self) -> str:
+        """Name the model with its varied settings, which all numbers of steps have in common."""
+        return ", ".join([self.model, *self.variant])
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Return the varied settings as texts."""
+        values = {key: getattr(self.settings, key) for key in self.varied}
+        # MLflow's keys have no "+", which stands in 1e+06.
+        texts = {key: f"{v:g}" if isinstance(v, float) else str(v) for key, v in values.items()}
+        return {key: text.replace("+", "") for key, text in texts.items()}
 
     @property
     def speed(self) -> float:
@@ -90,7 +112,8 @@ def draw_all(
         tasks = [(model.folder, settings, *batch) for batch in turns for model, settings in points]
         progress = Progress(verb, "batches", len(tasks), "rows")
         for index, batch in enumerate(in_order(actors, "draw", tasks)):
-            drawn[index % len(points)].append(batch)
+            # A grid of 50,000 images a point is held in memory.
+            drawn[index % len(points)].append(replace(batch, tokens=batch.tokens.astype(np.int32)))
             progress.add(len(batch.tokens))
 
     num_models = len({model.folder for model, _ in points})
@@ -116,6 +139,7 @@ def table(points: Sequence[Point]) -> pd.DataFrame:
             "model": point.model,
             "parameters": f"{point.evaluated.parameters:,}",
             "order": point.settings.order,
+            **point.chosen,
             "steps": str(point.steps),
             "tokens/s (median)": tables.short(point.speed),
             "range": f"{tables.short(min(point.rates))} to {tables.short(max(point.rates))}",
@@ -137,6 +161,7 @@ def to_csv(points: Sequence[Point]) -> str:
             "kind": point.evaluated.config.kind,
             "parameters": point.evaluated.parameters,
             "order": point.settings.order,
+            **{key: getattr(point.settings, key) for key in point.varied},
             "steps": point.steps,
             "tokens_per_second": point.speed,
             "slowest": min(point.rates),

@@ -20,11 +20,14 @@ from pipeline import storage
 from pipeline.config.schema import Precision, SamplingConfig
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
 from pipeline.logs import Progress
+from pipeline.metrics.class_names import with_class_ids
+from pipeline.metrics.given import Given
 from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.reports.pictures import sample_grid
 from pipeline.runtime.actors import Resources, in_order, own_device, started
-from pipeline.sampling.sampler import SamplingRequest, sample
+from pipeline.sampling.row_ends import RowEnds, sample_rows, texts_of
+from pipeline.sampling.sampler import SamplingRequest, known_tokens
 
 GRID = "samples.png"
 GRID_IMAGES = 80  # images of the overview, at most
@@ -65,28 +68,31 @@ class Samples:
 def draw_rows(
     model: Denoiser,
     settings: SamplingConfig,
-    bos: int | None,
+    facts: model_folder.DataFacts,
     batch: tuple[int, int],
     revealed_at: Int[torch.Tensor, "n L"] | None = None,
+    known: dict[int, int] | None = None,
 ) -> Int[torch.Tensor, "n L"]:
     """Draw a batch of rows in this process.
 
     Args:
         model: in eval mode.
         settings: how to draw.
-        bos: id of the token at position 0, if rows begin with one.
+        facts: how rows of the model begin and end.
         batch: index of the first row, and the number of rows. A row depends on its index, not on the batch.
         revealed_at: receives the step at which every position was drawn.
+        known: given tokens of every row by position; None: none.
 
     Returns:
-        Rows of ids, BOS included.
+        Rows of ids, BOS and padding included.
     """
     (first, count), condition = batch, None
     if model.classes is not None:
         condition = torch.tensor(labels_of(settings, model.classes.num_embeddings - 1, first, count))
-    request, indices = SamplingRequest.of(settings, bos), range(first, first + count)
-    request = replace(request, num_samples=count, condition=condition, indices=indices)
-    return sample(model, request, revealed_at=revealed_at)
+    request, indices = SamplingRequest.of(settings, facts.bos), range(first, first + count)
+    tokens = known_tokens(known, count, model.length)
+    request = replace(request, num_samples=count, condition=condition, indices=indices, known=tokens)
+    return sample_rows(model, request, RowEnds.of(facts), settings.length, revealed_at=revealed_at)
 
 
 class Sampler:
@@ -100,7 +106,7 @@ class Sampler:
     def __init__(self, threads: int, capacity: int = 1):
         torch.set_num_threads(threads)
         self._capacity = capacity
-        self._models: dict[tuple[str, Precision], tuple[Denoiser, int | None]] = {}
+        self._models: dict[tuple[str, Precision], tuple[Denoiser, model_folder.DataFacts]] = {}
         self._tokenizers: dict[str, vq.ImageTokenizer] = {}
 
     def load(self, folder: str, precision: Precision) -> None:
@@ -115,9 +121,16 @@ class Sampler:
             if len(self._models) == self._capacity:
                 del self._models[next(iter(self._models))]
             model, _, facts = model_folder.read(storage.fetch(folder))
-            self._models[folder, precision] = model.to(own_device(), DTYPES[precision]), facts.bos
+            self._models[folder, precision] = model.to(own_device(), DTYPES[precision]), facts
 
-    def draw(self, folder: str, settings: SamplingConfig, first: int, count: int) -> DrawnBatch:
+    def draw(
+        self,
+        folder: str,
+        settings: SamplingConfig,
+        first: int,
+        count: int,
+        known: dict[int, int] | None = None,
+    ) -> DrawnBatch:
         """Draw rows `first` to `first + count - 1` from a model; loading it is not part of the time.
 
         Args:
@@ -125,11 +138,13 @@ class Sampler:
             settings: how to draw.
             first: index of the first row.
             count: number of rows.
+            known: given tokens of every row by position; None: none.
         """
         self.load(folder, settings.precision)
-        model, bos = self._models[folder, settings.precision]
+        model, facts = self._models[folder, settings.precision]
+        settings = with_class_ids(settings, facts.class_names)
         began = time.perf_counter()
-        tokens = draw_rows(model, settings, bos, (first, count)).cpu().numpy()
+        tokens = draw_rows(model, settings, facts, (first, count), known=known).cpu().numpy()
         return DrawnBatch(tokens, time.perf_counter() - began)
 
     def decode(self, folder: str, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"]:
@@ -162,16 +177,18 @@ def labels_of(settings: SamplingConfig, classes: int, first: int, count: int) ->
     """List the classes of rows `first` to `first + count - 1`: those of the settings, or all, in turn.
 
     Args:
-        settings: of the sampling.
+        settings: of the sampling, with classes as numbers.
         classes: number of classes of the model.
         first: index of the first row.
         count: number of rows.
     """
     labels = settings.labels or range(classes)
-    return [labels[(first + i) % len(labels)] for i in range(count)]
+    return [int(labels[(first + i) % len(labels)]) for i in range(count)]
 
 
-def generate(model: str, settings: SamplingConfig, resources: Resources, into: str) -> Samples:
+def generate(
+    model: str, settings: SamplingConfig, resources: Resources, into: str, given: Given | None = None
+) -> Samples:
     """Draw `settings.num_samples` rows and write them as tokens and, where there is a tokenizer, text or images.
 
     Args:
@@ -179,33 +196,44 @@ def generate(model: str, settings: SamplingConfig, resources: Resources, into: s
         settings: how to draw.
         resources: of the actors, which draw batches at the same time.
         into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`.
+        given: what the samples are drawn around; None: nothing.
     """
     local, parts = storage.fetch(model), batches_of(settings)
-    classes, tokenizer = model_folder.read_config(local)[0].classes, saved_tokenizer(local)
+    config, facts = model_folder.read_config(local)
+    classes, tokenizer = config.classes, saved_tokenizer(local)
+    settings = with_class_ids(settings, facts.class_names)
+    known = None if given is None else given.known
     with started(Sampler, (resources.cpus,), resources, len(parts)) as samplers:
         list(in_order(samplers, "load", [(model, settings.precision)] * len(samplers)))
         progress = Progress("sampled", "batches", len(parts), "tokens")
         began, drawn = time.perf_counter(), []
-        for batch in in_order(samplers, "draw", [(model, settings, *part) for part in parts]):
+        for batch in in_order(samplers, "draw", [(model, settings, *part, known) for part in parts]):
             drawn.append(batch.tokens)
             progress.add(batch.tokens.size)
         seconds = time.perf_counter() - began
         images = in_order(samplers, "decode", [(model, rows) for rows in drawn])
         tokens = np.concatenate(drawn)
         labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
-        texts = [tokenizer.decode(row) for row in tokens.tolist()] if isinstance(tokenizer, Tokenizer) else []
+        end, texts = None if given is None else given.end, []
+        if isinstance(tokenizer, Tokenizer):
+            texts = texts_of(tokens[:, :end], facts.eot, facts.pad, tokenizer.decode)
         with storage.scratch() as folder:
             np.save(folder / "tokens.npy", tokens)
             columns = {"index": range(len(tokens)), "label": labels, "text": texts}
+            if given is not None and given.text:
+                columns["given"] = [given.text] * len(tokens)
             columns = {name: values for name, values in columns.items() if values}
             rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
             if texts:
-                blocks = [f"--- sample {i}\n{text}\n" for i, text in enumerate(texts)]
+                blocks = [f"--- given\n{given.text}\n"] if given is not None else []
+                blocks += [f"--- sample {i}\n{text}\n" for i, text in enumerate(texts)]
                 (folder / "samples.txt").write_text("\n".join(blocks), encoding="utf-8")
             elif tokenizer is not None:
                 _write_images(images, labels, folder)
+            if given is not None and given.picture is not None:
+                Image.fromarray(given.picture).save(folder / "given.png")
             storage.publish_folder(folder, into)
     return Samples(into, tokens, labels, texts, seconds)
 
@@ -226,6 +254,7 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
         "guidance": settings.guidance or None,
         "refresh_every": settings.refresh_every if settings.refresh_every > 1 else None,
         "labels": settings.labels,
+        "length": settings.length,
     }
     how: dict[str, object] = {"samples": count, "order": settings.order, "steps": settings.steps}
     how |= {"temperature": settings.temperature}

@@ -1,27 +1,20 @@
 """Metrics of images: FID, Inception Score, and the loss of an image tokenizer."""
 
-import hashlib
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import ray.data
-import safetensors.numpy
 import torch
 from jaxtyping import Float, Float64, UInt8
-from safetensors import SafetensorError
 from scipy.special import rel_entr
 
-from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.metrics.image_features import FeatureNet, Outputs
 from pipeline.runtime.actors import Resources, own_device
-
-log = logging.getLogger(__name__)
 
 Images = UInt8[np.ndarray, "n S S 3"]
 
@@ -177,35 +170,6 @@ def summarise(outputs: Iterable[Outputs]) -> tuple[Gaussian, Float[np.ndarray, "
     return statistics, np.concatenate(known) if known else None
 
 
-def reference_statistics(
-    outputs: Callable[[], Iterable[Outputs]], net: str, data: str, count: int, cache: str
-) -> Gaussian:
-    """Compute the statistics of real images, or read them where they were kept.
-
-    Args:
-        outputs: gives the net's outputs for exactly `count` images; called only where nothing is kept yet.
-        net: name of the feature net.
-        data: a key of the images, such as the hash of a manifest.
-        count: number of images.
-        cache: folder, or URL of one, that keeps statistics.
-
-    Raises:
-        DataError: the number of images differs, or the kept file is damaged.
-    """
-    key = hashlib.sha256(f"{data}\n{net}\n{count}".encode()).hexdigest()
-    path = storage.join(cache, f"features-{key[:32]}.safetensors")
-    if storage.exists(path):
-        return _read(path, count)
-    storage.check_writable(cache, "data.path")
-    statistics, _ = summarise(outputs())
-    if statistics.count != count:
-        raise DataError(f"reference statistics: {statistics.count} images of {data}; expected {count}")
-    tensors = {"mean": statistics.mean, "covariance": statistics.covariance, "count": np.array([count])}
-    storage.publish_bytes(path, safetensors.numpy.save(tensors))
-    log.info("wrote the statistics of %d reference images under %s to %s", count, net, path)
-    return statistics
-
-
 def dataset_outputs(images: ray.data.Dataset, net: FeatureNet, resources: Resources) -> Iterator[Outputs]:
     """Compute a net's outputs for a dataset's images on a pool of Ray actors.
 
@@ -268,21 +232,6 @@ class _FeatureActor:
         out = self._net(rows["image"])
         classes = {} if out.probabilities is None else {"probabilities": out.probabilities}
         return {"features": out.features, **classes}
-
-
-def _read(path: str, count: int) -> Gaussian:
-    """Read kept statistics and check them."""
-    try:
-        tensors = safetensors.numpy.load(storage.read_bytes(path))
-        kept = Gaussian(int(tensors["count"][0]), tensors["mean"], tensors["covariance"])
-    except (SafetensorError, KeyError) as error:
-        raise DataError(f"{path}: damaged statistics of features ({error}); remove it") from None
-    if kept.count != count or kept.covariance.shape != (len(kept.mean),) * 2:
-        raise DataError(
-            f"{path}: {kept.count} images, mean {list(kept.mean.shape)}, covariance {list(kept.covariance.shape)}; "
-            f"expected {count} images and fitting widths; remove it"
-        )
-    return kept
 
 
 def _check_widths(known: int, new: int) -> None:

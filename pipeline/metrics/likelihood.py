@@ -125,6 +125,7 @@ def masked_batches(
     masking: Masking,
     tokens: Int[np.ndarray, "R L"],
     labels: Int[np.ndarray, "R"] | None = None,
+    lengths: Int[np.ndarray, "R"] | None = None,
     share: tuple[int, int] = (0, 1),
     device: torch.device = CPU,
 ) -> Batches:
@@ -138,6 +139,7 @@ def masked_batches(
         masking: how rows are hidden.
         tokens: the rows.
         labels: the rows' classes, for models that are conditioned on them.
+        lengths: tokens of every row, the others being padding; None: rows have no padding.
         share: index of the worker and the number of workers.
         device: where the batches are put.
 
@@ -146,18 +148,20 @@ def masked_batches(
     """
     count, length = tokens.shape
     (index, workers), batch, bos = share, masking.batch, masking.bos
-    predicted, num_pairs = length - bos, count * masking.draws
+    num_pairs = count * masking.draws
     levels = stratified(num_pairs, np.random.default_rng([masking.seed, masking.draws]))
     for first in range(index * batch, -(-num_pairs // (batch * workers)) * batch * workers, batch * workers):
         pairs = np.arange(first, first + batch)
         real = pairs < num_pairs
         pairs = np.where(real, pairs, 0)
         rows = pairs // masking.draws
+        extents = np.full(batch, length) if lengths is None else lengths[rows]
+        predicted = (extents - bos)[:, None]
         rng = np.random.default_rng([masking.seed, masking.draws, first])
-        weights: np.ndarray | float = 1 / predicted
+        weights: np.ndarray = 1 / predicted
         if masking.estimator == "count":
-            n = 1 + np.floor(levels[pairs] * predicted).astype(np.int64)
-            groups, weights = draw_subset(rng, n, length, bos), 1 / n[:, None]
+            n = 1 + np.floor(levels[pairs] * predicted[:, 0]).astype(np.int64)
+            groups, weights = draw_subset(rng, n, length, bos, extents), 1 / n[:, None]
         elif masking.estimator == "exact":
             groups = np.ones((batch, length), bool)
         else:
@@ -166,10 +170,20 @@ def masked_batches(
             t = masking.eps + (1 - masking.eps) * levels[pairs]
             weights = (np.pi / 2 if schedule == "arccos" else weight(t)[:, None]) / predicted
         groups[:, :bos] = False
+        groups &= np.arange(length) < extents[:, None]
         order = draw_order([masking.seed, masking.draws, 0, 1], pairs, length, bos)
         ids, weighted = tokens[rows].astype(np.int64), weights * groups * real[:, None]
         classes = None if labels is None else labels[rows]
-        part = Batch.of_arrays(ids, groups, groups, weighted, labels=classes, order=order, device=device)
+        part = Batch.of_arrays(
+            ids,
+            groups,
+            groups,
+            weighted,
+            labels=classes,
+            order=order,
+            lengths=None if lengths is None else extents,
+            device=device,
+        )
         yield np.where(real, rows, -1), part
 
 
@@ -209,13 +223,25 @@ def estimator_for(
     return ("arccos" if schedule == "arccos" else estimator), draws
 
 
-def summarise(sums: Float[torch.Tensor, "R"], masking: Masking) -> Likelihood:
+def summarise(
+    sums: Float[torch.Tensor, "R"], masking: Masking, lengths: Int[np.ndarray, "R"] | None = None
+) -> Likelihood:
     """Average the row sums of all workers; the standard error is over rows, each averaged over its draws.
+
+    Rows with padding weigh as many tokens as they have, so that the result is nats per token of all rows together;
+    its standard error is then that of a ratio (delta method).
 
     Args:
         sums: of the estimates of every row over its draws.
         masking: that they were measured with.
+        lengths: tokens of every row, the others being padding; None: rows have no padding.
     """
     per_row, rows = sums / masking.draws, len(sums)
-    stderr = float(per_row.std(unbiased=True)) / math.sqrt(rows) if rows > 1 else math.inf
-    return Likelihood(float(per_row.mean()), stderr, masking.estimator, masking.draws, rows, masking.seed)
+    weights = torch.ones_like(sums)
+    if lengths is not None:
+        weights = torch.from_numpy(lengths - masking.bos).double()
+        weights = weights / weights.mean()
+    nats = float((weights * per_row).mean())
+    spread = weights * (per_row - nats)
+    stderr = float(spread.std(unbiased=True)) / math.sqrt(rows) if rows > 1 else math.inf
+    return Likelihood(nats, stderr, masking.estimator, masking.draws, rows, masking.seed)

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import numpy as np
 from jaxtyping import Float
+from numpy.lib.stride_tricks import sliding_window_view
 
 from pipeline.errors import DataError
 from pipeline.metrics.external_lm import Scored
@@ -43,11 +44,10 @@ def distinct(rows: Rows, n: int) -> float:
     Source: Li et al. 2016, arXiv 1510.03055.
     """
     _check(rows)
-    vocabulary, width = int(rows.max()) + 1, rows.shape[1] - n + 1
-    codes = np.zeros((len(rows), width), np.int64)  # V^3 fits for V below two million
-    for shift in range(n):
-        codes = codes * vocabulary + rows[:, shift : shift + width]
-    return len(np.unique(codes)) / codes.size
+    vocabulary = 1 + max(int(row.max()) for row in rows)
+    powers = vocabulary ** np.arange(n)  # V^3 fits for V below two million
+    codes = np.concatenate([sliding_window_view(row, n) @ powers for row in rows if len(row) >= n])
+    return len(np.unique(codes)) / len(codes)
 
 
 def text_measures(
@@ -71,12 +71,12 @@ def text_measures(
     Raises:
         DataError: there are no rows.
     """
-    generated = rows[:, int(bos) :]
+    generated = [row[int(bos) :] for row in rows]
     measures = [Measure("entropy", "unigram entropy, nats", unigram_entropy(generated), by="mean over rows")]
     measures += [
         Measure(f"distinct_{n}", f"distinct {n}-grams", distinct(generated, n), by=f"of all {n}-grams")
         for n in (1, 2, 3)
-        if generated.shape[1] >= n
+        if any(len(row) >= n for row in generated)
     ]
     if bigram is not None:
         by = "bigrams of the training rows"

@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.config.model import ARConfig
-from pipeline.errors import CapabilityError
+from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models.attention import CacheAppend, FixedAppend, Segments
-from pipeline.models.batch import Batch, Labels
+from pipeline.models.batch import Batch, Labels, NewTokens, State
 from pipeline.models.blocks import SelfBlock, Stored
-from pipeline.models.denoiser import CachedDenoiser, NewTokens, State
+from pipeline.models.denoiser import CachedDenoiser
 from pipeline.models.layers import ClassVectors, Condition
 
 
@@ -35,14 +35,18 @@ class AR(CachedDenoiser):
     """Every token is predicted from all before it; the first from a learned start vector.
 
     A row is read as registers, start, tokens: the slot before position i predicts position i. So every token has a
-    prediction, with or without BOS, and the likelihood of a row is exact. Sampling computes one slot for each
-    token, since keys and values of the others are kept.
+    prediction, with or without BOS, and the likelihood of a row is exact. With `start: bos` there is no start vector,
+    and BOS, which is always known, has no prediction. Sampling computes one slot for each token, since keys and
+    values of the others are kept.
 
     Args:
         config: sizes, classes and registers.
         vocab_size: V.
         length: L.
         bos: the data's BOS, or None.
+
+    Raises:
+        ConfigError: `start: bos` without BOS.
 
     Source:
         docs/method.md section 3.
@@ -51,8 +55,12 @@ class AR(CachedDenoiser):
     left_to_right = True
 
     def __init__(self, config: ARConfig, vocab_size: int, length: int, bos: int | None = None):
-        self.start = max(vocab_size, 0 if bos is None else bos + 1)  # id of the start vector
-        super().__init__(config, vocab_size, length, ids=self.start + 1)
+        if config.start == "bos" and bos is None:
+            raise ConfigError("model.start: 'bos' for rows without BOS; expected 'learned', or data with one")
+        end = max(vocab_size, 0 if bos is None else bos + 1)
+        starts = [end] if config.start == "learned" else []  # id of the start vector
+        super().__init__(config, vocab_size, length, ids=end + len(starts))
+        self.starts, self.prefix = starts, self.registers + len(starts)
         self.blocks = nn.ModuleList(SelfBlock(config, causal=True) for _ in range(config.blocks))
 
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:
@@ -67,7 +75,8 @@ class AR(CachedDenoiser):
         Raises:
             CapabilityError: a known token after a hidden one, as in the estimators of masked models.
         """
-        if (batch.groups[:, :-1] & ~batch.groups[:, 1:]).any() or (batch.targets & ~batch.groups).any():
+        hidden = batch.groups | batch.padding
+        if (hidden[:, :-1] & ~hidden[:, 1:]).any() or (batch.targets & ~batch.groups).any():
             raise CapabilityError(
                 "AR predicts a token from all before it, so hidden tokens must be the last of their row; "
                 "expected the exact likelihood (or next-token training), not a masked estimate"
@@ -75,11 +84,16 @@ class AR(CachedDenoiser):
         rows, length = batch.shape
         ids = self._ids(batch.tokens.to(batch.device, non_blocking=True))[:, :-1]  # [B, P + L - 1]
         vectors = self.class_vectors(batch.condition, rows)
-        x = self.run_rows(self.blocks, ids, vectors)
+        shift = (
+            self.prefix - 1 - self.registers
+        )  # -1 without a start vector: a row then has a slot less than tokens
+        extents = batch.extents and [extent + shift for extent in batch.extents]
+        x = self.run_rows(self.blocks, ids, vectors, extents)
         index = batch.target_index.to(batch.device, non_blocking=True)
         row = index // length
-        x = x[row * ids.shape[1] + index % length + self.registers]
-        return self.final(x, Condition(vectors, row))
+        return self.final(
+            x[self.row_starts(row, length + shift, extents) + index % length + shift], Condition(vectors, row)
+        )
 
     def logits(
         self,
@@ -150,6 +164,10 @@ class AR(CachedDenoiser):
                     f"positions {places.tolist()[:8]} of row {row}: AR predicts left to right; with {following} "
                     f"known tokens, expected position {following} alone (order left_to_right, one token a step)"
                 )
+            if len(places) and not following and not self.starts:
+                raise CapabilityError(
+                    f"position 0 of row {row}: it holds BOS; expected BOS among the known tokens"
+                )
         vectors = self.class_vectors(state.condition, len(state.lengths))
         self._encode_new(state, vectors, lengths)
         active = Segments(lengths, positions.device).ids
@@ -195,20 +213,20 @@ class AR(CachedDenoiser):
         return self.final(x, condition)
 
     def _ids(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B P_plus_L"]:
-        """Registers, start and tokens: the content of the slots."""
-        prefix = torch.cat([self.register_ids(tokens.device), tokens.new_tensor([self.start])])
+        """Registers, start if there is one, and tokens: the content of the slots."""
+        prefix = torch.cat([self.register_ids(tokens.device), tokens.new_tensor(self.starts)])
         return torch.cat([prefix.expand(len(tokens), -1), tokens], 1)
 
     def _encode_new(self, state: State, vectors: ClassVectors, lengths: Sequence[int]) -> None:
         """Compute the slots that are not in the caches yet, of rows that a prediction is needed of."""
         if state.memory is None:
             rows, capacity = state.tokens.shape
-            stored = self.store([*self.blocks], rows, self.registers + 1 + capacity)
+            stored = self.store([*self.blocks], rows, self.prefix + capacity)
             newest = self.head.weight.new_zeros(rows, self.embedding.embedding_dim)
             state.memory = PrefixCache(stored, [0] * rows, newest)
         memory: PrefixCache = state.memory
         new = [
-            self.registers + 1 + known - done if count else 0
+            self.prefix + known - done if count else 0
             for known, done, count in zip(state.lengths, memory.done, lengths, strict=True)
         ]
         if not any(new):

@@ -1,13 +1,16 @@
-"""A batch of rows for training and for likelihoods: tokens, groups, targets and weights."""
+"""What models are given: a batch of rows for training and likelihoods, or the state of rows that are being drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from pipeline.models.attention import CacheAppend
 from pipeline.models.distill_loss import DistillTargets
 
 Labels = Int[Tensor, "B"] | None  # class labels of a batch's rows
@@ -30,6 +33,8 @@ class Batch:
         order: [B, L] distinct ranks by which the tokens of every row are revealed, which a causal encoder reads them
             in; None: ascending positions.
         distill_targets: a teacher's predictions, to be learned in place of the tokens.
+        lengths: [B] tokens of every row, the others being padding, which no token reads and nothing is computed
+            for; None: rows have no padding.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -40,6 +45,7 @@ class Batch:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     order: Int[Tensor, "B L"] | None = None
     distill_targets: DistillTargets | None = None
+    lengths: Int[Tensor, "B"] | None = None
 
     @classmethod
     def of_arrays(
@@ -51,6 +57,7 @@ class Batch:
         *,
         labels: Int[np.ndarray, "B"] | None = None,
         order: Int[np.ndarray, "B L"] | None = None,
+        lengths: Int[np.ndarray, "B"] | None = None,
         device: torch.device,
     ) -> "Batch":
         """Make a batch of NumPy arrays.
@@ -62,20 +69,41 @@ class Batch:
             weights: loss weight of every position.
             labels: class labels, or None.
             order: ranks of revelation, or None.
+            lengths: tokens of every row, or None.
             device: where the model computes.
 
         Returns:
             The batch, on the host.
         """
         tensor = torch.from_numpy
-        condition, ranks = (None if x is None else tensor(x) for x in (labels, order))
-        weights = weights.astype(np.float32)
-        return cls(tensor(tokens), tensor(groups), tensor(targets), tensor(weights), condition, device, ranks)
+        condition, ranks, extents = (None if x is None else tensor(x) for x in (labels, order, lengths))
+        return cls(
+            tensor(tokens),
+            tensor(groups),
+            tensor(targets),
+            tensor(weights.astype(np.float32)),
+            condition,
+            device,
+            ranks,
+            lengths=extents,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """(B, L)."""
         return self.tokens.shape[0], self.tokens.shape[1]
+
+    @property
+    def extents(self) -> list[int] | None:
+        """`lengths` as host integers."""
+        return None if self.lengths is None else self.lengths.tolist()
+
+    @property
+    def padding(self) -> Bool[Tensor, "B L"]:
+        """Which positions hold no token."""
+        if self.lengths is None:
+            return torch.zeros_like(self.groups)
+        return torch.arange(self.shape[1]) >= self.lengths[:, None]
 
     @cached_property
     def target_index(self) -> Int[Tensor, "Q"]:
@@ -109,3 +137,83 @@ class Batch:
         weighted = values.double() * self.gather(self.weights, self.target_index)
         rows = (self.target_index // self.shape[1]).to(self.device, non_blocking=True)
         return weighted.new_zeros(self.shape[0]).index_add(0, rows, weighted).float()
+
+
+@dataclass
+class State:
+    """What a model knows of the rows that are being sampled or scored.
+
+    Attributes:
+        tokens: [B, L] known tokens of every row, in the order in which they were added.
+        positions: [B, L] their positions.
+        lengths: number of known tokens of every row, host integers.
+        condition: [B] class labels, or None.
+        memory: what the model keeps from one prediction to the next, if anything.
+        refresh_every: predictions from one full encoding to the next.
+        extents: tokens that every row will have, the rest being padding; None: L.
+    """
+
+    tokens: Int[Tensor, "B L"]
+    positions: Int[Tensor, "B L"]
+    lengths: list[int]
+    condition: Labels = None
+    memory: Any = None
+    refresh_every: int = 1
+    extents: list[int] | None = None
+
+    def active(self, lengths: Sequence[int]) -> tuple["State", list[int]]:
+        """Select the rows that a prediction is needed of.
+
+        Args:
+            lengths: number of positions to predict in every row.
+
+        Returns:
+            A state of the rows with at least one position, without their memory, and their `lengths`.
+        """
+        rows = [row for row, count in enumerate(lengths) if count]
+        if len(rows) == len(lengths):
+            return self, list(lengths)
+        condition = None if self.condition is None else self.condition[rows]
+        known = [self.lengths[row] for row in rows]
+        state = State(self.tokens[rows], self.positions[rows], known, condition=condition)
+        state.extents = None if self.extents is None else [self.extents[row] for row in rows]
+        return state, [lengths[row] for row in rows]
+
+    def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
+        """Collect the known tokens.
+
+        Returns:
+            Their ids and their positions, packed row after row.
+        """
+        tokens, positions = packed(self.lengths, self.tokens, self.positions)
+        return tokens, positions
+
+
+class NewTokens(NamedTuple):
+    """Tokens to add to what a model keeps, as many in every row; some may stand for no token.
+
+    Attributes:
+        ids: of the tokens.
+        positions: of the tokens.
+        slots: of the tokens in the caches; -1 for those that stand for no token.
+        filled: slots of every row that are filled afterwards.
+    """
+
+    ids: Int[Tensor, "B new"]
+    positions: Int[Tensor, "B new"]
+    slots: Int[Tensor, "B new"]
+    filled: Int[Tensor, "B"]
+
+
+def packed(lengths: Sequence[int], *fields: Shaped[Tensor, "B _ ..."]) -> list[Shaped[Tensor, "T ..."]]:
+    """Select the first entries of every row.
+
+    Args:
+        lengths: number of entries in every row.
+        *fields: tensors with the same rows.
+
+    Returns:
+        The first `lengths[b]` entries of row b of every field, packed row after row.
+    """
+    append = CacheAppend([0] * len(lengths), lengths, fields[0].shape[1], fields[0].device)
+    return [append.take(values) for values in fields]

@@ -2,101 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pipeline.config.model import TrunkConfig
 from pipeline.config.schema import Precision
 from pipeline.errors import CapabilityError
 from pipeline.models.attention import Cache, CacheAppend, Segments
-from pipeline.models.batch import Batch, Labels
+from pipeline.models.batch import Batch, Labels, NewTokens, State, packed
 from pipeline.models.blocks import Block, Layout, Stored
 from pipeline.models.layers import ClassVectors, Condition, FinalNorm, Head, rotary
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass
-class State:
-    """What a model knows of the rows that are being sampled or scored.
-
-    Attributes:
-        tokens: [B, L] known tokens of every row, in the order in which they were added.
-        positions: [B, L] their positions.
-        lengths: number of known tokens of every row, host integers.
-        condition: [B] class labels, or None.
-        memory: what the model keeps from one prediction to the next, if anything.
-        refresh_every: predictions from one full encoding to the next.
-    """
-
-    tokens: Int[Tensor, "B L"]
-    positions: Int[Tensor, "B L"]
-    lengths: list[int]
-    condition: Labels = None
-    memory: Any = None
-    refresh_every: int = 1
-
-    def active(self, lengths: Sequence[int]) -> tuple["State", list[int]]:
-        """Select the rows that a prediction is needed of.
-
-        Args:
-            lengths: number of positions to predict in every row.
-
-        Returns:
-            A state of the rows with at least one position, without their memory, and their `lengths`.
-        """
-        rows = [row for row, count in enumerate(lengths) if count]
-        if len(rows) == len(lengths):
-            return self, list(lengths)
-        condition = None if self.condition is None else self.condition[rows]
-        known = [self.lengths[row] for row in rows]
-        state = State(self.tokens[rows], self.positions[rows], known, condition=condition)
-        return state, [lengths[row] for row in rows]
-
-    def known(self) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"]]:
-        """Collect the known tokens.
-
-        Returns:
-            Their ids and their positions, packed row after row.
-        """
-        tokens, positions = packed(self.lengths, self.tokens, self.positions)
-        return tokens, positions
-
-
-class NewTokens(NamedTuple):
-    """Tokens to add to what a model keeps, as many in every row; some may stand for no token.
-
-    Attributes:
-        ids: of the tokens.
-        positions: of the tokens.
-        slots: of the tokens in the caches; -1 for those that stand for no token.
-        filled: slots of every row that are filled afterwards.
-    """
-
-    ids: Int[Tensor, "B new"]
-    positions: Int[Tensor, "B new"]
-    slots: Int[Tensor, "B new"]
-    filled: Int[Tensor, "B"]
-
-
-def packed(lengths: Sequence[int], *fields: Shaped[Tensor, "B _ ..."]) -> list[Shaped[Tensor, "T ..."]]:
-    """Select the first entries of every row.
-
-    Args:
-        lengths: number of entries in every row.
-        *fields: tensors with the same rows.
-
-    Returns:
-        The first `lengths[b]` entries of row b of every field, packed row after row.
-    """
-    append = CacheAppend([0] * len(lengths), lengths, fields[0].shape[1], fields[0].device)
-    return [append.take(values) for values in fields]
 
 
 class Denoiser(nn.Module, ABC):
@@ -227,22 +149,52 @@ class Denoiser(nn.Module, ABC):
         return x
 
     def run_rows(
-        self, blocks: Iterable[nn.Module], ids: Int[Tensor, "B W"], vectors: ClassVectors
-    ) -> Float[Tensor, "B_times_W H"]:
-        """Run whole rows through self-attention blocks, each row as one segment.
+        self,
+        blocks: Iterable[nn.Module],
+        ids: Int[Tensor, "B W"],
+        vectors: ClassVectors,
+        extents: Sequence[int] | None = None,
+    ) -> Float[Tensor, "T H"]:
+        """Run rows through self-attention blocks, each row as one segment.
 
         Args:
             blocks: `SelfBlock`s.
-            ids: rows of the embedding, registers first.
+            ids: rows of the embedding, registers first, then tokens and padding.
             vectors: class vector of every row.
+            extents: tokens of every row, without registers and padding; None: rows have no padding.
 
         Returns:
-            [B * W, H] outputs of the last block.
+            [T, H] outputs of the last block, packed row after row; see `row_starts`.
         """
         rows, width = ids.shape
-        segments = Segments([width] * rows, ids.device)
-        layout = self.layout(segments, torch.arange(width, device=ids.device).repeat(rows))
-        return self.run_blocks(blocks, ids.flatten(), layout, Condition(vectors, segments.ids))
+        if extents is None:
+            segments, tokens = Segments([width] * rows, ids.device), ids.flatten()
+            positions = torch.arange(width, device=ids.device).repeat(rows)
+        else:
+            widths = [self.registers + extent for extent in extents]
+            segments, (tokens,) = Segments(widths, ids.device), packed(widths, ids)
+            positions = segments.offsets
+        return self.run_blocks(
+            blocks, tokens, self.layout(segments, positions), Condition(vectors, segments.ids)
+        )
+
+    def row_starts(
+        self, rows: Int[Tensor, "Q"], length: int, extents: Sequence[int] | None = None
+    ) -> Int[Tensor, "Q"]:
+        """Find where the tokens of rows begin, behind their registers, in what `run_rows` returns.
+
+        Args:
+            rows: indices of rows.
+            length: tokens of every row, if there is no padding.
+            extents: as for `run_rows`.
+
+        Returns:
+            [Q] indices of the rows' first tokens.
+        """
+        if extents is None:
+            return rows * (self.registers + length) + self.registers
+        widths = [self.registers + extent for extent in extents[:-1]]
+        return torch.tensor([self.registers, *widths]).cumsum(0).to(rows.device, non_blocking=True)[rows]
 
     def empty_caches(self, layers: int, rows: int, slots: int) -> list[Cache]:
         """Allocate caches of keys and values.
@@ -366,7 +318,12 @@ class Denoiser(nn.Module, ABC):
         """
 
     def open(
-        self, batch: int, condition: Labels = None, refresh_every: int = 1, capacity: int | None = None
+        self,
+        batch: int,
+        condition: Labels = None,
+        refresh_every: int = 1,
+        capacity: int | None = None,
+        extents: list[int] | None = None,
     ) -> State:
         """Begin to sample or score rows.
 
@@ -376,6 +333,7 @@ class Denoiser(nn.Module, ABC):
             refresh_every: encode all known tokens at every so many predictions, and between them only the new
                 ones, which read the stored keys and values of the old (1: exact).
             capacity: known tokens that a row has room for; None: L.
+            extents: tokens that every row will have, the rest being padding; None: L.
 
         Returns:
             A state of rows without known tokens.
@@ -393,7 +351,7 @@ class Denoiser(nn.Module, ABC):
         device = self.head.weight.device
         room = self.length if capacity is None else capacity
         tokens, positions = torch.zeros(2, batch, room, dtype=torch.int64, device=device)
-        return State(tokens, positions, [0] * batch, condition=condition, refresh_every=refresh_every)
+        return State(tokens, positions, [0] * batch, condition, refresh_every=refresh_every, extents=extents)
 
     def extend(
         self, state: State, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]

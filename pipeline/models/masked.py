@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from pipeline.config.model import MDLMConfig
 from pipeline.models.attention import Segments
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, State
 from pipeline.models.blocks import SelfBlock
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import ClassVectors, Condition
 
 
@@ -51,16 +51,21 @@ class MDLM(Denoiser):
             [Q, H], in the order of `batch.target_index`.
         """
         canvas, labels = torch.where(batch.groups, self.mask, batch.tokens), batch.condition
-        index = batch.target_index
+        extents = batch.extents
+        index, length = batch.target_index, batch.shape[1]
         in_group_0 = ~batch.groups.flatten()[index]
         if in_group_0.any():
             canvas = torch.cat([canvas, torch.where(batch.groups, batch.tokens, self.mask)])
             labels = None if labels is None else torch.cat([labels, labels])
+            extents = extents and extents * 2
             index = index + in_group_0 * batch.tokens.numel()
         vectors = self.class_vectors(labels, len(canvas))
-        x = self._trunk(canvas.to(batch.device, non_blocking=True), vectors)
+        x = self._trunk(canvas.to(batch.device, non_blocking=True), vectors, extents)
         index = index.to(batch.device, non_blocking=True)
-        return self.final(x[index], Condition(vectors, index // batch.shape[1]))
+        rows = index // length
+        return self.final(
+            x[self.row_starts(rows, length, extents) + index % length], Condition(vectors, rows)
+        )
 
     def hidden(
         self, state: State, positions: Int[Tensor, "Q"], lengths: Sequence[int]
@@ -80,12 +85,15 @@ class MDLM(Denoiser):
         tokens, known = state.known()
         canvas = torch.full((len(lengths), self.length), self.mask, device=tokens.device)
         canvas[Segments(state.lengths, tokens.device).ids, known] = tokens
-        x = self._trunk(canvas, vectors)
+        x = self._trunk(canvas, vectors, state.extents)
         rows = Segments(lengths, positions.device).ids
-        return self.final(x[rows * self.length + positions], Condition(vectors, rows))
+        return self.final(
+            x[self.row_starts(rows, self.length, state.extents) + positions], Condition(vectors, rows)
+        )
 
-    def _trunk(self, canvas: Int[Tensor, "B L"], vectors: ClassVectors) -> Float[Tensor, "B_times_L H"]:
-        """Vectors of all tokens, without the registers, before the final norm."""
+    def _trunk(
+        self, canvas: Int[Tensor, "B L"], vectors: ClassVectors, extents: Sequence[int] | None
+    ) -> Float[Tensor, "T H"]:
+        """Vectors of registers and tokens, before the final norm; see `Denoiser.run_rows`."""
         ids = torch.cat([self.register_ids(canvas.device).expand(len(canvas), -1), canvas], 1)  # [B, R + L]
-        x = self.run_rows(self.blocks, ids, vectors)
-        return x.unflatten(0, ids.shape)[:, self.registers :].flatten(0, 1)
+        return self.run_rows(self.blocks, ids, vectors, extents)

@@ -28,6 +28,7 @@ def card(
     figures: Mapping[str, Any],
     license_name: str,
     origin: str,
+    repository: str | None = None,
 ) -> str:
     """Return a model card in Markdown, with the header that the Hugging Face hub reads.
 
@@ -39,7 +40,16 @@ def card(
         figures: what was measured, by name.
         license_name: as the hub spells it; "other" leaves a line to fill in.
         origin: what the weights were made from, for people.
+        repository: of the hub, OWNER/NAME, that the folder is uploaded to; None: the card says how to upload it.
     """
+    name, upload = repository or name, ""
+    if repository is None:
+        upload = f"""
+## Upload
+
+    hf auth login
+    hf upload OWNER/{name} . --repo-type model    # in this folder
+"""
     tags = ["partition-generative-model", "discrete-diffusion", model.kind]
     header = {"license": license_name, "library_name": "partition-pipeline", "tags": tags}
     section = model.model_dump(mode="json")
@@ -64,17 +74,12 @@ A {KINDS.get(model.kind, model.kind)}. Made from {origin}.
 ```python
 from pipeline import load_model
 
-model = load_model("{name}")  # this folder
+model = load_model("{f"hf:{repository}" if repository else name}"){"" if repository else "  # this folder"}
 model.sample(num_samples=4, steps={min(64, facts.length - 1)}, seed=0)
 ```
 
 Logits cover ids 0..{facts.vocab_size - 1}. The loader reads `config.yaml`; `config.json` says the same to the hub.
-
-## Upload
-
-    hf auth login
-    hf upload OWNER/{name} . --repo-type model    # in this folder
-
+{upload}
 ## Licence
 
 {NO_LICENSE if license_name == LICENSE else f"{license_name}."}

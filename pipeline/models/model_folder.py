@@ -27,8 +27,7 @@ from pipeline.config.section import NonNegativeInt, Section
 from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
-
-WEIGHTS, CONFIG, HUB_CONFIG = "model.safetensors", "config.yaml", "config.json"
+from pipeline.storage.hub import CONFIG, HUB_CONFIG, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,18 @@ class DataFacts:
         length: L, BOS included.
         bos: id of BOS, or None.
         eot: id of the end of a text, or None.
+        pad: id behind the tokens of a row, or None where rows have no padding.
+        row_lengths: number of training rows of every length from 0 on, or None where rows have no padding.
+        class_names: by label, where the data names its classes.
     """
 
     vocab_size: int
     length: int
     bos: int | None
     eot: int | None
+    pad: int | None = None
+    row_lengths: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class _Facts(Section):
@@ -55,6 +60,9 @@ class _Facts(Section):
     length: Annotated[int, Field(ge=2)]
     bos: NonNegativeInt | None = None
     eot: NonNegativeInt | None = None
+    pad: NonNegativeInt | None = None
+    row_lengths: tuple[NonNegativeInt, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ def write(
     metadata = {"format": "pt"}  # which libraries of the hub ask for
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, metadata)
     storage.follow_umask(folder / WEIGHTS)
-    section, data = model.model_dump(mode="json"), asdict(facts)
+    section = model.model_dump(mode="json")
+    data = {key: value for key, value in asdict(facts).items() if value is not None}
     known = {key: dict(value) for key, value in asdict(background).items() if value}
     tree = {"model": section, "data": data} | known
     (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pipeline.config.model import PGMConfig
 from pipeline.models.attention import CacheAppend, EqualSegments, Filled, FixedAppend, Segments
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, NewTokens, State, packed
 from pipeline.models.blocks import CrossBlock, EncoderReader, GroupSwap, Layout, Rotary, SelfBlock, Stored
-from pipeline.models.denoiser import CachedDenoiser, NewTokens, State, packed
+from pipeline.models.denoiser import CachedDenoiser
 from pipeline.models.layers import ClassVectors, Condition, FoldedNorm, rotary, rotate
 
 
@@ -247,7 +247,9 @@ class PGM(CachedDenoiser):
         in_group_1 = torch.arange(self.registers) < self.registers // 2
         groups = torch.cat([in_group_1.expand(rows, -1), batch.groups], 1).long()  # [B, R + L]
         ids = torch.cat([self.register_ids(cpu).expand(rows, -1), batch.tokens], 1)
-        width, ones, targets = groups.shape[1], groups.sum(1), batch.targets.sum(1)
+        if batch.lengths is not None:
+            groups[:, self.registers :][batch.padding] = 2  # the last of every row, in no segment
+        width, targets = groups.shape[1], batch.targets.sum(1)
         ones_targets = (batch.targets & batch.groups).sum(1)
         # Keys of row b: group 0, group 1. Queries: group 1, group 0. Query segment i reads key segment i.
         sort_key = groups
@@ -256,14 +258,15 @@ class PGM(CachedDenoiser):
             first = torch.full((rows, self.registers), -1)
             sort_key = groups * (batch.order.amax() + 2) + torch.cat([first, batch.order], 1)
         key_index = sort_key.argsort(dim=1, stable=True) + torch.arange(rows)[:, None] * width
-        key_lengths = torch.stack([width - ones, ones], 1)
+        key_lengths = torch.stack([(groups == 0).sum(1), (groups == 1).sum(1)], 1)
         query_lengths = torch.stack([ones_targets, targets - ones_targets], 1)
         sides = 2 if query_lengths[:, 1].any() else 1  # if all targets are in group 1, it need not be encoded
         key_lengths, query_lengths = key_lengths[:, :sides], query_lengths[:, :sides]
         key_index = key_index[torch.arange(width) < key_lengths.sum(1, keepdim=True)]
         per_row = int(targets[:1].sum())
         window = per_row if sides == 2 and per_row and bool((targets == per_row).all()) else None
-        keys = Segments(key_lengths.flatten().tolist(), batch.device, window=width if sides == 2 else None)
+        whole = sides == 2 and batch.lengths is None  # the keys of a row fill a window
+        keys = Segments(key_lengths.flatten().tolist(), batch.device, window=width if whole else None)
         queries = Segments(query_lengths.flatten().tolist(), batch.device, window=window)
         tokens = batch.gather(ids, key_index)
         key_index = key_index.to(batch.device, non_blocking=True)

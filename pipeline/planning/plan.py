@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, SpecialIds
+from pipeline.data.manifest import data_facts as manifest_facts
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.diffusion import partition
 from pipeline.errors import ConfigError
@@ -47,8 +48,8 @@ def data_facts(config: RunConfig) -> DataFacts | None:
             eot = data.fitted - 1
             return DataFacts(data.fitted, data.length, eot if data.wrap == "bos_eos" else None, eot)
         tokenizer = load_tokenizer(data.tokenizer)
-        bos = tokenizer.eot if data.wrap == "bos_eos" else None
-        return DataFacts(tokenizer.vocab_size, data.length, bos, tokenizer.eot)
+        special = SpecialIds.of_text(data, tokenizer)
+        return DataFacts(tokenizer.vocab_size, data.length, special.bos, special.eot, pad=special.pad)
     if data.tokenizer == "patch":
         return DataFacts(data.codes, data.length, data.codes + 1, None)
     return None
@@ -156,7 +157,7 @@ def report(
     facts, epochs = data_facts(config), "unknown until the data is prepared"
     train, workers = config.train, config.cluster.most
     if manifest is not None:
-        facts = DataFacts(manifest.vocabulary, manifest.length, manifest.special.bos, manifest.special.eot)
+        facts = manifest_facts(manifest)
         rows = manifest.rows("train")
         epochs = f"{train.steps * train.batch / rows:,.2f} of {rows:,} training rows"
     if facts is None:

@@ -127,6 +127,32 @@ def frontier(
     return figure
 
 
+def heat_map(cells: Mapping[str, Mapping[int, float]], metric: str, x_label: str) -> Figure:
+    """Draw a metric as a table of colours: a row per name, a column per number; dark is small.
+
+    Args:
+        cells: values by row and column; a row may lack columns.
+        metric: name of the metric.
+        x_label: what the columns are.
+    """
+    columns = sorted({column for row in cells.values() for column in row})
+    values = np.array([[row.get(column, np.nan) for column in columns] for row in cells.values()])
+    size = (3.5 + 0.9 * len(columns), 1.2 + 0.32 * len(cells))
+    figure, (axes,) = panels((metric, "", x_label), size=size)
+    known = values[np.isfinite(values)]
+    positive = known.size > 0 and known.min() > 0 and known.max() > 4 * known.min()
+    image = axes.imshow(values, "viridis", aspect="auto", norm="log" if positive else "linear")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.to_rgba(value)
+            color = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else INK
+            axes.text(column, row, f"{value:.4g}", ha="center", va="center", fontsize=8.5, color=color)
+    axes.set_yticks(range(len(cells)), list(cells))
+    axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+    axes.grid(False)
+    return figure
+
+
 def convergence(curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], metric: str) -> Figure:
     """Draw validation against tokens read, and against seconds of training.
 

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from pipeline.errors import CapabilityError
-from pipeline.models.denoiser import CachedDenoiser, Denoiser, NewTokens, State
+from pipeline.models.batch import NewTokens, State
+from pipeline.models.denoiser import CachedDenoiser, Denoiser
 from pipeline.models.layers import ClassVectors
 from pipeline.sampling.logits import Filters, Guidance, draw_tokens
 from pipeline.sampling.orders import PLANNED, Order

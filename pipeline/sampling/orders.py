@@ -31,7 +31,7 @@ class Order:
             unknown tokens and keep the most likely. "entropy": predict all and keep as many as are nearly
             independent. "left_to_right": ascending positions, the only order of an autoregressive model.
         schedule: how many positions each step reveals; None: arccos for confidence and halton, linear otherwise.
-        gumbel: scale of the Gumbel noise on log-confidences at the first step, falling linearly to 0.
+        gumbel: scale of the Gumbel noise on log-probabilities at the first step, falling linearly to 0 at the last.
         gamma: bound, in nats, on the error of taking an entropy step's tokens as independent.
 
     Raises:
@@ -40,7 +40,7 @@ class Order:
 
     name: str = "uniform"
     schedule: Schedule | None = None
-    gumbel: float = 1.0
+    gumbel: float = 5.0
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ def choose(
         drawn: tokens, log-probabilities and entropies at every position, [B, L] each.
         gumbel: standard Gumbel noise.
         counts: number of positions to keep in every row ("confidence"), or at least ("entropy").
-        progress: share of the steps that are done.
+        progress: 0 at the first step, 1 at the last.
 
     Returns:
         [B, L], True = kept.

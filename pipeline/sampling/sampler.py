@@ -44,6 +44,7 @@ class SamplingRequest:
         indices: the index i of every sample in a longer list; None: 0 to num_samples - 1.
         compile: on CUDA, compile steps of fixed shape and run them as CUDA graphs; elsewhere nothing changes. For
             AR and for causal PGM without pooled swaps, in planned orders.
+        extents: tokens of every row; what lies behind them is padding, which is never drawn or read; None: L.
     """
 
     num_samples: int
@@ -58,6 +59,7 @@ class SamplingRequest:
     refresh_every: int = 1
     indices: Sequence[int] | None = None
     compile: bool = False
+    extents: Sequence[int] | None = None
 
     @classmethod
     def of(cls, settings: SamplingConfig, bos: int | None) -> "SamplingRequest":
@@ -141,7 +143,14 @@ class _Rows:
             tokens, given = torch.where(known[1], known[0], 0), known[1].clone()
         if request.bos is not None:
             tokens[:, 0], given[:, 0] = request.bos, True
-        most, length = int((~given).sum(1).max()), model.length - (request.bos is not None)
+        unknown, extents = ~given, None
+        if request.extents is not None:
+            extents = [*request.extents]
+            unknown &= torch.arange(model.length) < torch.tensor(extents)[:, None]
+            extents *= 2 if request.guidance else 1
+        length = model.length - (request.bos is not None)
+        # A short row among longer ones reveals nothing in the last steps, so any row may have fewer tokens.
+        most = int(unknown.sum(1).max()) if extents is None else length
         orders.check(self.order, request.steps, most, length)
         indices = range(rows) if request.indices is None else request.indices
         assert len(indices) == rows, (len(indices), rows)
@@ -158,8 +167,8 @@ class _Rows:
             fixed.check(model, self.order)
         self.fixed = request.compile and device.type in fixed.DEVICES and model.foldable
         capacity = fixed.room(model.length) if self.fixed else None
-        self._state = model.open(self._copies * rows, condition, request.refresh_every, capacity)
-        self._unknown, self.tokens = ~given, tokens.to(device)
+        self._state = model.open(self._copies * rows, condition, request.refresh_every, capacity, extents)
+        self._unknown, self.tokens = unknown, tokens.to(device)
         self.revealed_at = torch.zeros_like(tokens)
         if given.any():
             order = None
@@ -238,7 +247,8 @@ class _Rows:
                 )
                 # Confidence keeps to the schedule; entropy may be ahead of it, but must end with it.
                 least = [max(0, n - int(c[step + 1 :].sum())) for n, c in zip(remaining, counts, strict=True)]
-                keep = orders.choose(self.order, unknown, canvas, gumbel, counts=least, progress=step / steps)
+                progress = self._progress(step)
+                keep = orders.choose(self.order, unknown, canvas, gumbel, counts=least, progress=progress)
                 kept = keep.sum(1).tolist()
                 self.tokens[keep] = canvas.tokens[keep]
                 self.revealed_at[keep] = step + 1
@@ -249,8 +259,12 @@ class _Rows:
 
     def _weight(self, step: int) -> float:
         """Weight of guidance at a step."""
-        steps = self._request.steps
-        return (step / (steps - 1) if steps > 1 else 1.0) * self._request.guidance
+        return self._progress(step) * self._request.guidance
+
+    def _progress(self, step: int) -> float:
+        """0 at the first step, 1 at the last, and 1 at an only one."""
+        last = self._request.steps - 1
+        return step / last if last else 1.0
 
     def _extend(self, tokens: Int[Tensor, "T"], positions: Int[Tensor, "T"], lengths: Sequence[int]) -> None:
         """Give the model packed tokens, `lengths[b]` of them in row b."""

@@ -30,6 +30,7 @@ _NETWORK = {
     "gcsfs",
     "httpcore",
     "httpx",
+    "httpx2",
     "huggingface_hub",
     "requests",
     "urllib3",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -11,11 +12,10 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline import storage, tracking
+from pipeline import storage, trained
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import DiffusionConfig, DistillConfig
 from pipeline.data.reading_order import MicroBatch
-from pipeline.data.tokenizers import saved_tokenizer
 from pipeline.diffusion import partition
 from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
@@ -24,7 +24,6 @@ from pipeline.models import model_folder
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.distill_loss import DistillTargets
-from pipeline.models.released import conversion
 from pipeline.run import Run
 from pipeline.runtime.session import Session
 from pipeline.sampling.rollout import roll_out
@@ -177,7 +176,7 @@ class Distillation(Task):
         assert self._round is not None
         return {"round": self._round + 1, "teacher": teacher_folder(self._run.folder, self._round)}
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, micros: Sequence[MicroBatch]) -> None:
         """Make the random draws of a step; at the first step of a round, load its teacher.
 
         Args:
@@ -186,7 +185,7 @@ class Distillation(Task):
         Raises:
             CheckpointError: the teacher of the round is missing.
         """
-        super().start(step)
+        super().start(step, micros)
         done, inside = divmod(step, self._every)
         if done != self._round:
             self._begin(done, at_its_start=inside == 0)
@@ -282,23 +281,15 @@ def with_teacher(run: Run) -> Run:
 
 def _place(run: Run, where: str) -> ModelConfig:
     """Copy the teacher that the config names into the run's folder; return its model section."""
-    name, tokenizer = run.distill.teacher, None
-    if name.startswith("models:/"):
-        version = tracking.find_version(run.tracking_uri, name)
-        name = f"models:/{version.name}/{version.version}"
-    local = run.fetch_model("distill.teacher", name, "a model folder, a file of released weights")
-    if local.is_dir():
-        denoiser, model, facts = model_folder.read(local)
-        tokenizer = saved_tokenizer(local)
-    else:
-        denoiser, released, facts = conversion.load(local)
-        model = released.model
-    _check_model(run, model)
+    local, name = run.find_model("distill.teacher", run.distill.teacher)
+    teacher = trained.read(local)
+    _check_model(run, teacher.config)
     with storage.publishing_folder(where) as copy:
-        model_folder.write(copy, model, facts, denoiser.state_dict(), model_folder.Background())
-        origin_facts = {"teacher": name, "tokenizer": tokenizer and tokenizer.hash}
+        tensors = teacher.denoiser.state_dict()
+        model_folder.write(copy, teacher.config, teacher.facts, tensors, model_folder.Background())
+        origin_facts = {"teacher": name, "tokenizer": teacher.tokenizer and teacher.tokenizer.hash}
         (copy / ORIGIN).write_text(json.dumps(origin_facts) + "\n", encoding="utf-8")
-    return model
+    return teacher.config
 
 
 def _check_model(run: Run, model: ModelConfig) -> None:

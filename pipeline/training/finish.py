@@ -18,6 +18,7 @@ from pipeline.models import model_folder
 from pipeline.reports.figures import loss_curve, png, quality_against_steps
 from pipeline.reports.pictures import sample_grid
 from pipeline.run import Run
+from pipeline.sampling.row_ends import cut_rows
 from pipeline.training import checkpoint
 from pipeline.training.distillation import sampling_steps, teacher_folder
 from pipeline.training.validation import draw, image_tokenizer, validation_rows
@@ -192,8 +193,9 @@ def _references(run: Run) -> dict[str, float]:
     """Compute perplexities of n-gram models, fitted on the training rows, on the same validation rows."""
     config, manifest = run.config, run.manifest
     train, validation = (ShardReader(run.data_path, manifest, split) for split in ("train", "validation"))
-    seen = train.rows(np.arange(min(len(train), NGRAM_ROWS)))
-    held_out = validation.rows(validation_rows(len(validation), config.evaluation.rows))
+    ids = manifest.special.eot, manifest.special.pad
+    seen = cut_rows(train.rows(np.arange(min(len(train), NGRAM_ROWS))), *ids)
+    held_out = cut_rows(validation.rows(validation_rows(len(validation), config.evaluation.rows)), *ids)
     references = {
         "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
         "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),

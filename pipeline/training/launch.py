@@ -1,5 +1,6 @@
 """Pretraining, distillation and sampling from a config to their results."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -9,6 +10,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import check_fits
 from pipeline.errors import ConfigError, StoppedError
 from pipeline.metrics import draw
+from pipeline.metrics.class_names import with_class_ids
+from pipeline.metrics.given import given_by, refuse
+from pipeline.models import model_folder
 from pipeline.run import Run
 from pipeline.runtime import claims
 from pipeline.runtime.ray_cluster import available_resources, check_visible, joined_cluster, stoppable
@@ -82,6 +86,7 @@ def _claimed(run: Run, wait: bool = False) -> AbstractContextManager[None]:
 
 def _train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None]) -> RunResult:
     """Train in a folder that this process owns."""
+    refuse(run.config.sampling, "training")
     data = run.config.data
     if data.kind == "text" and data.held_out == "all":
         raise ConfigError(
@@ -120,13 +125,23 @@ def sample(config: RunConfig) -> draw.Samples:
 
     Raises:
         CheckpointError: there is no such model.
+        ConfigError, DataError, CapabilityError: what is given does not fit the model, before the model is loaded.
     """
     run, settings = Run.of(config), config.sampling
     model = run.sampled_model()
+    local = storage.fetch(model)
+    with_class_ids(settings, model_folder.read_config(local)[1].class_names)
+    given = given_by(settings, local)
     name = f"{settings.order}-{settings.steps}-steps-seed-{settings.seed}"
+    if given is not None:  # samples around nothing, and around something else, have folders of their own
+        what = "prompt" if settings.prompt else "infill" if settings.infill else "inpaint"
+        digest = hashlib.sha256(repr((given.text, sorted(given.known.items()))).encode()).hexdigest()[:8]
+        name = f"{name}-{what}-{digest}"
+        # One token a step is the most, and what an autoregressive model takes.
+        settings = settings.model_copy(update={"steps": min(settings.steps, given.unknown)})
     into = storage.join(run.folder, "samples", name)
     with joined_cluster(config.cluster):
-        return draw.generate(model, settings, available_resources(config.cluster), into)
+        return draw.generate(model, settings, available_resources(config.cluster), into, given)
 
 
 def _open_mlflow_run(run: Run, tags: dict[str, str]) -> str:

@@ -144,7 +144,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             waited += time.perf_counter() - began
 
             # Gradients of the global batch.
-            task.start(step)
+            task.start(step, micros)
             places = np.concatenate([micro.index for micro in micros])
             part_losses = []
             for part, micro in enumerate(micros):

@@ -1,10 +1,12 @@
 """The task of a training run: from rows of data to batches with targets and weights."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Int
 
 from pipeline.data.reading_order import MicroBatch
@@ -32,11 +34,12 @@ class Task(ABC):
         """Return facts about the task for the checkpoint's state, as JSON values by name."""
         return {}
 
-    def start(self, step: int) -> None:
-        """Make the random draws of a step for the whole global batch.
+    def start(self, step: int, micros: Sequence[MicroBatch]) -> None:  # noqa: ARG002
+        """Make the random draws of a step for the whole global batch; all ranks call it together.
 
         Args:
             step: counted from 0.
+            micros: rows of this worker.
         """
         train = self._config.train
         self._step = step
@@ -85,14 +88,22 @@ class Pretraining(Task):
         self._causal = model.causal
         self._objective = Objective(run.config.diffusion, self._bos, model.both_groups, model.left_to_right)
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, micros: Sequence[MicroBatch]) -> None:
         """Draw times, groups and dropped classes of a step; see `Task.start`."""
-        super().start(step)
+        super().start(step, micros)
         config = self._config
         self._draws = partition.draw(
             config.diffusion, seed=config.seed, step=step, shape=self._shape, bos=self._bos
         )
-        self._divisor = self._objective.normaliser(self._draws.groups)
+        predicted = self._predicted(micros) if self._run.manifest.padded else None
+        self._divisor = self._objective.normaliser(self._draws.groups, predicted)
+
+    def _predicted(self, micros: Sequence[MicroBatch]) -> int:
+        """Count the tokens of the global batch that can be predicted, which are in the rows of all workers."""
+        own = [micro.lengths[micro.index >= 0] - self._bos for micro in micros if micro.lengths is not None]
+        total = torch.tensor(int(np.concatenate(own).sum()), device=self._device)
+        dist.all_reduce(total)
+        return max(1, int(total))
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started; see `Task.batch`."""
@@ -105,5 +116,6 @@ class Pretraining(Task):
             divisor=self._divisor,
             labels=labels,
             order=self._order(micro.index) if self._causal else None,
+            lengths=micro.lengths,
             device=self._device,
         )

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import storage, tracking
+from pipeline import storage, tracking, trained
 from pipeline.config.load import flatten
+from pipeline.config.location import HUB
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.models import model_folder
@@ -123,7 +124,11 @@ def precheck(run: Run) -> None:
     """
     tracking.recorded_run(run.folder)
     read_skipped(run.folder)
-    _usable_state(run, checkpoint.newest(run.folder))
+    newest = checkpoint.newest(run.folder)
+    _usable_state(run, newest)
+    source = run.config.train.init_from
+    if newest is None and source is not None and source.startswith(HUB):
+        run.find_model("train.init_from", source)  # into the cache, or an error before any worker starts
 
 
 def _usable_state(run: Run, path: str | None) -> TrainState | None:
@@ -241,7 +246,7 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
     if source is None:
         return None
     origin = f"train.init_from: {source!r}"
-    local = run.fetch_model("train.init_from", source, "a model folder, a checkpoint, a released file")
+    local, _ = run.find_model("train.init_from", source, f"{trained.KINDS}, a checkpoint")
     if (local / TAG).is_dir():
         if flaws := checkpoint.problems(str(local)):
             raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))

@@ -9,15 +9,17 @@ from jaxtyping import Int
 
 from pipeline import storage
 from pipeline.config.schema import SamplingConfig
-from pipeline.data.manifest import TOKENIZER
+from pipeline.data.manifest import TOKENIZER, data_facts
 from pipeline.data.shards import ShardReader
 from pipeline.metrics import likelihood
+from pipeline.metrics.class_names import class_ids
 from pipeline.metrics.draw import draw_rows
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
 from pipeline.reports.pictures import sample_grid, unmasking_order
 from pipeline.run import Run
 from pipeline.runtime.session import Session
+from pipeline.sampling.row_ends import texts_of
 from pipeline.tracking import Tracker
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
@@ -80,13 +82,16 @@ def validate(
     labels = reader.labels(rows) if config.model.classes is not None else None
     masking = likelihood.Masking.of(config, engine.model, bos is not None)
     share = (session.rank, session.workers)
-    batches = likelihood.masked_batches(masking, reader.rows(rows), labels, share, session.device)
+    lengths = reader.lengths(rows)
+    batches = likelihood.masked_batches(
+        masking, reader.rows(rows), labels, lengths=lengths, share=share, device=session.device
+    )
     with engine.weights(ema.slices) as model:
         sums = likelihood.row_sums(model, batches, len(rows)).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
         tokens, classes, revealed = draw(run, model)
-    bound = likelihood.summarise(sums.cpu(), masking)
+    bound = likelihood.summarise(sums.cpu(), masking, lengths)
     metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
     bits = run.manifest.bits_per_byte(bound.nats) if metric == "perplexity" else None
@@ -95,8 +100,8 @@ def validate(
         log.info("step %d: validation %s%s", step, bound, in_bits)
     texts: tuple[str, ...] = ()
     if config.data.kind == "text":
-        tokenizer = run.text_tokenizer()
-        texts = tuple(tokenizer.decode(row) for row in tokens.tolist())
+        tokenizer, special = run.text_tokenizer(), run.manifest.special
+        texts = tuple(texts_of(tokens.numpy(), special.eot, special.pad, tokenizer.decode))
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
     elif tracker:
@@ -130,7 +135,8 @@ def draw(
     settings, bos = config.sampling, manifest.special.bos
     labels = None
     if config.data.kind == "image":
-        shown = list(settings.labels or range(config.model.classes or 1))[:CLASSES_SHOWN]
+        chosen = class_ids(settings.labels or range(config.model.classes or 1), manifest.class_names)
+        shown = chosen[:CLASSES_SHOWN]
         labels = [label for label in shown for _ in range(PICTURES_A_CLASS)]
         settings = settings.model_copy(update={"labels": tuple(labels), "num_samples": len(labels)})
     elif model.left_to_right:
@@ -139,5 +145,5 @@ def draw(
     else:
         settings = SamplingConfig(num_samples=TEXTS, steps=min(64, settings.steps), seed=settings.seed)
     revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
-    tokens = draw_rows(model, settings, bos, (0, settings.num_samples), revealed)
+    tokens = draw_rows(model, settings, data_facts(manifest), (0, settings.num_samples), revealed)
     return tokens.cpu(), None if config.model.classes is None else labels, revealed

@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.config.load import dump, flatten, load, parse
 from pipeline.config.model import MDLMConfig, PGMConfig
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import GRID_KEYS, RunConfig
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -74,6 +74,39 @@ class TestMistakes:
             ({"sampling": {"top_k": True}}, "sampling.top_k: 'true': input should be a valid integer"),
             ({"sampling": {"top_p": True}}, "sampling.top_p: 'true': input should be a valid number"),
             ({"evaluation": {"steps": [8, True]}}, "evaluation.steps.1: 'true': input should be a valid"),
+            (
+                {"evaluation": {"grid": {"guidnce": [1]}}},
+                "evaluation.grid: 'guidnce' is not one of order, schedule",
+            ),
+            (
+                {"evaluation": {"grid": {"guidnce": [1]}}},
+                f"evaluation.grid: 'guidnce' is not one of {', '.join(GRID_KEYS)}; did you mean 'guidance'?",
+            ),
+            (
+                {"evaluation": {"grid": {"steps": [1]}}},
+                f"evaluation.grid: 'steps' is not one of {', '.join(GRID_KEYS)}; expected evaluation.steps",
+            ),
+            (
+                {"evaluation": {"grid": {"guidance": []}}},
+                "evaluation.grid: guidance: []; expected at least one",
+            ),
+            (
+                {"evaluation": {"grid": {"guidance": [1, -1]}}},
+                "evaluation.grid: guidance: -1: input should be",
+            ),
+            (
+                {"evaluation": {"grid": {"order": ["haltn"]}}},
+                "evaluation.grid: order: 'haltn': input should be",
+            ),
+            (
+                {"evaluation": {"grid": {"guidance": 1}}},
+                "evaluation.grid.guidance: 1: input should be a valid",
+            ),
+            ({"evaluation": {"grid": {"guidance": [1]}}}, "evaluation.grid: without evaluation.models"),
+            (
+                {"evaluation": {"reference": "a.npz"}},
+                "evaluation.reference: 'a.npz' is one of images; expected",
+            ),
             ({"sampling": {"labels": []}}, "sampling.labels: []; expected at least one class, or null"),
             ({"sampling": {"seed": -1}}, "sampling.seed: -1: input should be greater than or equal to 0"),
             ({"sampling": {"seed": 2**64}}, "sampling.seed: 18446744073709551616: input should be less than"),

@@ -9,12 +9,12 @@ from jobs.cli import key_list
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import sections_in
 from pipeline.config.reference import descriptions, keys, sections
-from pipeline.config.schema import CardConfig, ImportConfig, RunConfig
+from pipeline.config.schema import ExportConfig, ImportConfig, RunConfig
 from pipeline.config.section import Section
 from pipeline.config.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = [RunConfig, SweepConfig, BenchmarkConfig, ImportConfig, CardConfig]
+CONFIGS = [RunConfig, SweepConfig, BenchmarkConfig, ImportConfig, ExportConfig]
 SECTIONS = {section for config in CONFIGS for section in sections(config).values()}
 
 

@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import MANIFEST, Manifest, check_fits
-from pipeline.data.shards import ShardReader, encode_shard, token_dtype
+from pipeline.data.shards import Rows, ShardReader, encode_shard, token_dtype
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.errors import ConfigError, DataError
 from tests.support.data_helpers import SIZES, L, make_shards, write_ranks
@@ -91,8 +91,8 @@ def test_remote_shards(tmp_path: Path) -> None:
 
 def test_equal_tokens_equal_bytes() -> None:
     tokens = np.random.default_rng(0).integers(0, 257, (100, 64)).astype("<u2")
-    assert encode_shard(tokens) == encode_shard(tokens.copy())
-    assert encode_shard(tokens)[1] != encode_shard(tokens[::-1].copy())[1]
+    assert encode_shard(Rows(tokens)) == encode_shard(Rows(tokens.copy()))
+    assert encode_shard(Rows(tokens))[1] != encode_shard(Rows(tokens[::-1].copy()))[1]
 
 
 def test_missing_and_truncated_shards(tmp_path: Path) -> None:

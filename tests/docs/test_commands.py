@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import load, parse_section, read_tree
-from pipeline.config.schema import CardConfig, ImportConfig
+from pipeline.config.schema import ExportConfig, ImportConfig
 from pipeline.config.sweep import load_sweep
 from pipeline.planning.gpus import select_gpus
 
@@ -77,9 +77,9 @@ def check_job(job: str, words: list[str]) -> None:
         return
     if job == "convert":
         keys = {word: word.partition("=")[0].partition(".")[0] for word in words[2:]}
-        assert set(keys.values()) <= {*CardConfig.model_fields, *ImportConfig.model_fields}
+        assert set(keys.values()) <= {*ExportConfig.model_fields, *ImportConfig.model_fields}
         parse_section(
-            CardConfig, {}, "card", [word for word in keys if keys[word] in CardConfig.model_fields]
+            ExportConfig, {}, "card", [word for word in keys if keys[word] in ExportConfig.model_fields]
         )
         return
     path, overrides = ROOT / words[0], words[1:]

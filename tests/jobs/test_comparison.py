@@ -128,7 +128,12 @@ def test_models_that_are_refused_by_name(config: RunConfig, tmp_path: Path, ray_
     place = str(tmp_path / "short")
     cases: list[tuple[str, str, type[Exception], str]] = [
         ("odd", place, DataError, r"evaluation\.models\.odd: .*\n  length: the data has 16, the model 8"),
-        ("odd", str(tmp_path / "shrt"), CheckpointError, r"models\.odd: .*no such model folder.*'short'"),
+        (
+            "odd",
+            str(tmp_path / "shrt"),
+            CheckpointError,
+            r"models\.odd: .*no such folder or file; did you mean 'short'",
+        ),
         ("odd", "models:/causl@teacher", CheckpointError, r"models\.odd: .*did you mean 'causal'"),
         ("odd", str(tmp_path / "step_00000004"), CheckpointError, r"models\.odd: .*no model\.safetensors"),
     ]

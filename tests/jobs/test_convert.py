@@ -1,6 +1,8 @@
 """jobs.convert: weights of any kind into a folder that loads bit-equal and can go to the hub."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.api import export_model, load_model
+from pipeline.api import load_model
 from pipeline.config.data import TextDataConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.export import export_model
 from pipeline.models import model_folder
+from tests.support.hub import TOKEN, files_of, running_hub, use
 from tests.support.in_process import run_job
 from tests.support.small_models import MDLM, PGM, random_rows, randomised
 
@@ -122,12 +126,17 @@ def test_what_is_not_a_model_is_not_replaced(trained: Path, tmp_path: Path) -> N
     assert "| a | 2 |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_wrong_words_and_damaged_folders(trained: Path, tmp_path: Path) -> None:
+def test_wrong_words_and_damaged_folders(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path / "home")
     out = str(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"length=8.*overrides apply only to released weight files"):
         export_model(trained, out, ["length=8"])
     with pytest.raises(ConfigError, match="'licence=mit': no such key; did you mean 'license'"):
         export_model(RELEASED, out, ["licence=mit"])
+    with pytest.raises(ConfigError, match="push: 'lab/pgm' needs a token"):
+        export_model("/not/looked/for", out, ["push=lab/pgm"])
     with pytest.raises(ConfigError, match="'bytes' has 257 ids; expected the model's 32"):
         export_model(RELEASED, out, ["tokenizer=bytes"])
     (trained / "model.safetensors").write_bytes(b"damaged")
@@ -143,16 +152,27 @@ def test_wrong_words_and_damaged_folders(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.convert", str(RELEASED), str(tmp_path / "out"), "license=mit"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"hf upload OWNER/NAME {tmp_path / 'out'}" in done.stdout
+    """From a name of the hub, and up to a repository of it."""
+    with running_hub() as hub:
+        hub.add("jdeschena/pgm", {"owt/pgm.safetensors": RELEASED.read_bytes()})
+        environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+        words = ["hf:jdeschena/pgm/owt/pgm.safetensors", str(tmp_path / "out"), "license=mit", "push=lab/pgm"]
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.convert", *words],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"uploaded   {hub.address}/lab/pgm" in done.stdout
+        assert hub.repositories["lab/pgm"].branches["main"] == files_of(tmp_path / "out")
+        assert hub.repositories["lab/pgm"].private
     same(RELEASED, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"# lab/pgm\n\n.*Made from hf:jdeschena/pgm@[0-9a-f]{40}/owt/pgm\.safetensors\.", card)
+    assert 'load_model("hf:lab/pgm")' in card
     usage = run_job("convert", str(RELEASED))
     assert (usage.code, "SOURCE FOLDER [key=value ...]" in usage.stdout) == (2, True)
     wrong = run_job("convert", str(tmp_path / "none.ckpt"), str(tmp_path / "out"))

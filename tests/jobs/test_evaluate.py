@@ -173,13 +173,15 @@ def test_what_is_refused_before_anything_is_drawn(
     weights.write_bytes(weights.read_bytes()[:-8])
     for wanted, kind, says in [
         (changed(sampling={"model": str(tmp_path / "cut")}), CheckpointError, "model.safetensors is damaged"),
-        (changed(sampling={"model": str(tmp_path / "none")}), CheckpointError, "no such model folder"),
+        (changed(sampling={"model": str(tmp_path / "none")}), CheckpointError, "no such folder or file"),
         (
             changed(sampling={"model": str(tmp_path / "other")}),
             DataError,
             "tokenizer \\(hash\\): the data has",
         ),
-        (changed(sampling={"num_samples": 1}), ConfigError, "sampling.num_samples: 1; expected at least 2"),
+        (changed(sampling={"num_samples": 3}), ConfigError, "sampling.num_samples: 3; expected at least 4"),
+        (changed(evaluation={"rows": 3}), ConfigError, "evaluation.rows: 3 held-out images; expected"),
+        (changed(evaluation={"reference": "none.npz"}), ConfigError, "reference: 'none.npz' does not exist"),
         (changed(evaluation={"data": (str(tmp_path),)}), DataError, "no manifest.json"),
         (changed(evaluation={"features": "inceptoin"}), ConfigError, "did you mean 'inception'"),
     ]:

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
+from pipeline.metrics import image_reference
 from pipeline.metrics.image_features import (
     Classifier,
     FeatureNet,
@@ -24,6 +25,7 @@ from pipeline.metrics.image_features import (
     fit_classifier,
     load_features,
 )
+from pipeline.metrics.image_reference import ReferenceFile, reference
 from pipeline.metrics.images import (
     Gaussian,
     dataset_outputs,
@@ -32,7 +34,6 @@ from pipeline.metrics.images import (
     gaussian,
     inception_score,
     reconstruction,
-    reference_statistics,
     summarise,
 )
 from pipeline.models.vq import PatchVQ, fit_patches
@@ -219,24 +220,112 @@ def test_reference_statistics_are_computed_once(tmp_path: Path) -> None:
         yield from (net(PIXELS[i : i + 50]) for i in range(0, 200, 50))
 
     cache = str(tmp_path / "kept")
-    first = reference_statistics(outputs, net.name, "digits", 200, cache)
-    again = reference_statistics(outputs, net.name, "digits", 200, cache)
+    first = reference(outputs, net.name, "digits", 200, cache)
+    again = reference(outputs, net.name, "digits", 200, cache)
     assert len(calls) == 1
-    assert again.count == first.count == 200
-    assert np.array_equal(first.mean, again.mean)
-    assert np.array_equal(first.covariance, again.covariance)
-    assert np.allclose(first.mean, net(PIXELS[:200]).features.mean(0))
+    assert again.statistics.count == first.statistics.count == 200
+    assert np.array_equal(first.statistics.mean, again.statistics.mean)
+    assert np.array_equal(first.statistics.covariance, again.statistics.covariance)
+    features = net(PIXELS[:200]).features
+    assert np.allclose(first.statistics.mean, features.mean(0))
+    assert np.array_equal(first.features, features)
+    assert np.array_equal(again.features, features)
     # Another net, other data or another count is another file.
-    reference_statistics(outputs, "other", "digits", 200, cache)
-    reference_statistics(outputs, net.name, "letters", 200, cache)
+    reference(outputs, "other", "digits", 200, cache)
+    reference(outputs, net.name, "letters", 200, cache)
     assert len(calls) == 3
     with pytest.raises(DataError, match="200 images of digits; expected 300"):
-        reference_statistics(outputs, net.name, "digits", 300, cache)
+        reference(outputs, net.name, "digits", 300, cache)
     assert len(list((tmp_path / "kept").iterdir())) == 3
     for file in (tmp_path / "kept").iterdir():
         file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(DataError, match=r"damaged statistics of features .* remove it"):
-        reference_statistics(outputs, net.name, "digits", 200, cache)
+        reference(outputs, net.name, "digits", 200, cache)
+
+
+def test_features_are_kept_of_images_that_are_evenly_spread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_reference, "MOST_FEATURES", 5)
+    features = np.arange(101, dtype=np.float32)[:, None]
+    parts = [Outputs(part, None) for part in np.split(features, [1, 30, 30, 99])]
+    found = reference(lambda: parts, "net", "data", 101, str(tmp_path))
+    assert found.features is not None
+    assert found.features[:, 0].tolist() == [0, 25, 50, 75, 100]
+    assert found.statistics.mean == pytest.approx(50)
+
+
+def published(folder: Path, **arrays: object) -> str:
+    np.savez(folder / "reference.npz", **arrays)
+    return str(folder / "reference.npz")
+
+
+def test_published_references(tmp_path: Path) -> None:
+    """Layouts of guided-diffusion and of pytorch-fid, and images alone; images are read in blocks."""
+    net = FeatureNet("averages", Averages(), 64)
+    own = summarise([net(PIXELS[:50])])[0]
+    statistics = {"mu": own.mean, "sigma": own.covariance.astype(np.float32), "mu_s": own.mean}
+    for arrays in (statistics | {"arr_0": PIXELS[:50]}, statistics, {"arr_0": PIXELS[:50]}):
+        file = ReferenceFile(published(tmp_path, **arrays), 8)
+        file.check_fits(net, 8)
+        assert file.name == "reference.npz"
+        if "mu" in arrays:
+            assert file.statistics is not None
+            assert frechet_distance(file.statistics, own) == pytest.approx(0, abs=1e-2)
+        else:
+            assert file.statistics is None
+        if "arr_0" in arrays:
+            blocks = list(file.images(20))
+            assert list(map(len, blocks)) == [20, 20, 10]
+            assert np.array_equal(np.concatenate(blocks), PIXELS[:50])
+        else:
+            assert file.count == 0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"mu": np.zeros(4)}, "has mu; expected mu and sigma, or images as arr_0"),
+        ({"images": np.zeros(4)}, "has images; expected mu and sigma, or images as arr_0"),
+        (
+            {"mu": np.zeros(4), "sigma": np.eye(3)},
+            r"mu float64 \[4\], sigma float64 \[3, 3\]; expected \[D\]",
+        ),
+        ({"mu": np.zeros(4, int), "sigma": np.eye(4)}, "mu int64 .*expected floating-point numbers"),
+        ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "not finite"),
+        ({"mu": np.zeros(4), "sigma": np.tri(4)}, "sigma that is not symmetric"),
+        (
+            {"mu": np.array([None]), "sigma": np.eye(4)},
+            "cannot be read as .npz: Object arrays cannot be loaded",
+        ),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "statistics of 3 features, and .*'averages' gives 4"),
+        ({"arr_0": PIXELS[:9].astype(float)}, r"float64 \[9, 8, 8, 3\] as arr_0; expected at least 4 images"),
+        (
+            {"arr_0": PIXELS[:9, :4]},
+            r"uint8 \[9, 4, 8, 3\] as arr_0; expected .* data.size 8, uint8 \[n, 8, 8, 3\]",
+        ),
+        ({"arr_0": PIXELS[:3]}, "expected at least 4 images"),
+        ({"arr_0": np.asfortranarray(PIXELS[:9])}, "Fortran"),
+    ],
+)
+def test_unfit_references(arrays: dict[str, np.ndarray], says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"^evaluation\.reference: '.*reference.npz' .*{says}"):
+        ReferenceFile(published(tmp_path, **arrays), 8).check_fits(FeatureNet("averages", Averages(), 8), 8)
+
+
+def test_damaged_references(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.reference: .* does not exist; expected an .npz file"):
+        ReferenceFile(str(tmp_path / "none.npz"), 8)
+    path = Path(published(tmp_path, arr_0=PIXELS[:50], mu=np.zeros(4), sigma=np.eye(4)))
+    whole = path.read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(4))
+    for content in (b"", b"text", whole[:-100], (tmp_path / "array.npy").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"is no \.npz file; expected mu and sigma"):
+            ReferenceFile(str(path), 8)
+    path.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
+    with pytest.raises(DataError, match=r"cannot be read as \.npz: Bad CRC"):
+        list(ReferenceFile(str(path), 8).images(20))
 
 
 def test_ray_data_gives_what_one_process_gives(ray_cluster: None, digits_net: FeatureNet) -> None:

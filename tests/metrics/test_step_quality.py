@@ -13,6 +13,7 @@ from pipeline.metrics.step_quality import Quality, measure, step_counts
 from pipeline.metrics.text import unigram_entropy
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
+from pipeline.models.model_folder import DataFacts
 from pipeline.reports.figures import quality_against_steps
 from tests.support.known_source import Known, markov
 from tests.support.small_models import shake
@@ -30,7 +31,8 @@ FOUND = [
 def draw(model: Denoiser, bos: int | None, settings: SamplingConfig, steps: int) -> np.ndarray:
     """All rows of the settings, in so many steps, without BOS."""
     settings = settings.model_copy(update={"steps": steps})
-    rows = [draw_rows(model, settings, bos, batch).numpy() for batch in batches_of(settings)]
+    facts = DataFacts(V, model.length, bos, None)
+    rows = [draw_rows(model, settings, facts, batch).numpy() for batch in batches_of(settings)]
     return np.concatenate(rows)[:, int(bos is not None) :]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from pipeline.config.model import PGMConfig, SwapConfig
 from pipeline.errors import CapabilityError
 from pipeline.models import build
-from pipeline.models.batch import Batch
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.batch import Batch, State
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.models.pgm import EncoderCache
 from pipeline.sampling import orders

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.reports.figures import loss_curve
+from pipeline.reports.figures import heat_map, loss_curve
 
 HISTORY = {
     "train/loss": [(step, 3 + math.exp(-step / 100) + 0.1 * math.sin(step)) for step in range(0, 1000, 10)],
@@ -74,3 +74,14 @@ def test_wide_range_is_logarithmic() -> None:
 )
 def test_odd_histories(history: dict[str, list[tuple[int, float]]]) -> None:
     assert len(png(loss_curve(history, REFERENCES))) > 5_000
+
+
+def test_heat_map_writes_every_value_in_its_place() -> None:
+    cells = {"PGM, guidance 0": {8: 100.0, 16: 12.5}, "MaskGIT": {16: 3.25, 32: math.inf}}
+    figure = heat_map(cells, "FID", "sampling steps")
+    axes = figure.axes[0]
+    places = {text.get_text(): text.get_position() for text in axes.texts}
+    assert places == {"100": (0, 0), "12.5": (1, 0), "3.25": (1, 1)}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "16", "32"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(cells)
+    assert len(png(figure)) > 5_000

@@ -2,14 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.config.model import MDLMConfig, ModelConfig, PGMConfig
+from pipeline.config.model import MDLMConfig, ModelConfig, PGMConfig, SwapConfig
 from pipeline.reports.page import Columns, Folded, Page, Section, Table, Text, picture
-from pipeline.reports.published import published
+from pipeline.reports.published import _figures, published
 from pipeline.reports.tables import aligned
 from tests.support.page_check import check_page
 
@@ -73,19 +74,36 @@ def test_aligned() -> None:
     ]
 
 
+def pgm_6_6(pooling: Literal["none", "mean", "logsumexp"]) -> PGMConfig:
+    return PGMConfig(encoder_blocks=6, decoder_blocks=6, swap=SwapConfig(pooling=pooling))
+
+
 @pytest.mark.parametrize(
     ("model", "length", "names"),
     [
         (PGMConfig(), 1024, ["PGM 8/8"]),
-        (PGMConfig(encoder_blocks=6, decoder_blocks=6), 128, ["PGM 6/6"]),
+        (pgm_6_6("none"), 128, ["PGM 6/6"]),
         (PGMConfig(hidden=1024, heads=16, encoder_blocks=6, decoder_blocks=6), 1024, ["PGM 6/6, H 1024"]),
         (MDLMConfig(kind="mdlm"), 1024, ["MDLM"]),
         (MDLMConfig(kind="mdlm", complementary=True), 128, ["complementary MDLM"]),
         (MDLMConfig(kind="mdlm", hidden=1024, heads=16, blocks=24, classes=1000), 1024, ["MaskGIT"]),
         (MDLMConfig(kind="mdlm", hidden=1024, heads=16, blocks=24), 1024, []),
         (PGMConfig(), 128, []),
+        (pgm_6_6("mean"), 128, ["PGM 6/6, mean"]),
+        (pgm_6_6("logsumexp"), 128, ["PGM 6/6, logsumexp"]),
         (PGMConfig(hidden=384), 1024, []),
     ],
 )
 def test_published_figures_of_the_same_size(model: ModelConfig, length: int, names: list[str]) -> None:
     assert [row.name for row in published(model, length)] == names
+
+
+def test_published_figures_are_those_of_the_method_page() -> None:
+    """Every number of docs/method.md, section 8, stands in the file, and no other."""
+    page = (Path(__file__).parents[2] / "docs/method.md").read_text()
+    section = page.split("## 8 Published figures")[1].split("\n## ")[0]
+    cells = [line.strip("|").split("|")[1:] for line in section.splitlines() if re.match(r"\| [^-|]", line)]
+    listed = {cell.strip() for row in cells for cell in row if re.fullmatch(r" [\d,.]+M? ", cell)}
+    listed -= {"32", "64", "128", "1", "2", "3"}  # steps and weights of guidance
+    values = {part.strip("()") for *_, value in _figures() for part in value.split(" ")}
+    assert values == listed

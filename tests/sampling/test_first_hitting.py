@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.batch import State
+from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.small_models import randomised
 

@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.config.model import MDLMConfig, PGMConfig, TrunkConfig
+from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
 from pipeline.models import build
-from pipeline.models.batch import Batch
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.batch import Batch, State
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import Head
 from pipeline.sampling import orders
 from pipeline.sampling.logits import Drawn, Filters, draw_tokens
@@ -210,11 +211,25 @@ def test_gumbel_noise_fades():
     log_prob, noise = torch.tensor([[-1.0, -2.0]]), torch.tensor([[0.0, 5.0]])
     drawn = Drawn(torch.zeros(1, 2, dtype=torch.int64), log_prob, log_prob)
     early, late = (
-        orders.choose(Order("confidence"), unknown, drawn, noise, counts=[1], progress=progress)
+        orders.choose(Order("confidence", gumbel=1.0), unknown, drawn, noise, counts=[1], progress=progress)
         for progress in (0.0, 0.9)
     )
     assert early.tolist() == [[False, True]]
     assert late.tolist() == [[True, False]]
+
+
+def test_gumbel_noise_has_scale_5_at_the_first_step_and_none_at_the_last(monkeypatch):
+    seen, choose = [], orders.choose
+
+    def watch(order, unknown, drawn, gumbel, *, counts, progress):
+        seen.append((order.gumbel * (1 - progress), drawn.log_prob[unknown].exp()))
+        return choose(order, unknown, drawn, gumbel, counts=counts, progress=progress)
+
+    monkeypatch.setattr(orders, "choose", watch)
+    assert SamplingConfig().gumbel == Order().gumbel
+    sample(build(CONFIGS[0], 5, 16), SamplingRequest(2, 5, seed=0, order="confidence"))
+    assert [scale for scale, _ in seen] == pytest.approx([5, 3.75, 2.5, 1.25, 0])
+    assert all(((share > 0) & (share <= 1)).all() for _, share in seen)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models import build
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.batch import State
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import CHUNK_LOGITS, Head
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.sampling import orders

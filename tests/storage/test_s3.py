@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST, Manifest
-from pipeline.data.shards import ShardReader, publish_shard
+from pipeline.data.shards import Rows, ShardReader, publish_shard
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import cache, files, retries
 from pipeline.training import checkpoint
@@ -36,7 +36,7 @@ def shards(folder: str, count: int) -> Manifest:
     """Shards of known rows, made as preparing makes them: the manifest last."""
     rows = np.arange(count * ROWS * LENGTH, dtype="<u2").reshape(count, ROWS, LENGTH)
     made = tuple(
-        publish_shard(f"train-{i:05d}.parquet", folder, f"{folder}/work", lambda i=i: (rows[i], None))
+        publish_shard(f"train-{i:05d}.parquet", folder, f"{folder}/work", lambda i=i: Rows(rows[i]))
         for i in range(count)
     )
     manifest = small_manifest(made, LENGTH)

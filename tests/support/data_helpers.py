@@ -3,11 +3,14 @@
 import base64
 import json
 import os
+import pydoc_data.topics
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +91,28 @@ def run_until(config: Path, address: str, done: Callable[[], bool]) -> None:
     finally:
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
+
+
+def write_sentences(file: Path, count: int = 300) -> list[str]:
+    """Write a sentence of English a line, as the One Billion Word benchmark has them; return them."""
+    words = re.sub(r"[^A-Za-z,. ]", " ", " ".join(pydoc_data.topics.topics.values())).split()
+    ends = [0, *(i + 1 for i, word in enumerate(words) if word.endswith(".")), len(words)]
+    texts = [" ".join(words[begin:end]) for begin, end in pairwise(ends) if 0 < end - begin < 40][:count]
+    file.write_bytes(lines(texts))
+    return texts
+
+
+def sentences(config: RunConfig) -> RunConfig:
+    """The same run on padded rows: a short sentence each, beside the run's own data."""
+    folder = Path(config.data.path or "")
+    file = folder.with_name("sentences.jsonl")
+    if not file.exists():
+        write_sentences(file)
+    update = {
+        "source": str(file),
+        "wrap": "sentence",
+        "length": 48,
+        "path": str(folder.with_name("sentences")),
+        "validation_documents": 40,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})

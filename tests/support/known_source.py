@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.config.model import TrunkConfig
-from pipeline.models.batch import Batch
-from pipeline.models.denoiser import Denoiser, State
+from pipeline.models.batch import Batch, State
+from pipeline.models.denoiser import Denoiser
 from pipeline.models.layers import Head
 from pipeline.sampling.logits import draw_tokens
 

@@ -6,10 +6,16 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest, ShardFile
-from pipeline.data.shards import encode_shard
+from pipeline.data.shards import Rows, encode_shard
 
 
-def write_shard(folder: str, name: str, tokens: np.ndarray, labels: np.ndarray | None = None) -> ShardFile:
+def write_shard(
+    folder: str,
+    name: str,
+    tokens: np.ndarray,
+    labels: np.ndarray | None = None,
+    lengths: np.ndarray | None = None,
+) -> ShardFile:
     """Write one shard.
 
     Args:
@@ -17,8 +23,9 @@ def write_shard(folder: str, name: str, tokens: np.ndarray, labels: np.ndarray |
         name: of the file: its split, "-" and its number.
         tokens: [n, L].
         labels: [n], or None.
+        lengths: [n], or None.
     """
-    data, digest = encode_shard(tokens, labels)
+    data, digest = encode_shard(Rows(tokens, labels, lengths))
     storage.publish_bytes(storage.join(folder, name), data)
     return ShardFile(name=name, rows=len(tokens), sha256=digest)
 

@@ -93,8 +93,9 @@ def test_a_batch_has_its_classes_and_bos(runs: Runs, run_storage: Path, name: st
     labels, dropped = reader.labels(rows), []
     assert labels is not None
     for step in range(200):
-        task.start(step)
-        batch = task.batch(MicroBatch(reader.rows(rows).astype(np.int64), rows, labels), np.ones(8, bool))
+        micro = MicroBatch(reader.rows(rows).astype(np.int64), rows, labels)
+        task.start(step, [micro])
+        batch = task.batch(micro, np.ones(8, bool))
         assert batch.condition is not None
         seen = batch.condition.numpy()
         dropped.append(seen == 10)

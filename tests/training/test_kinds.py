@@ -6,7 +6,9 @@ import pytest
 
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.config.schema import RunConfig, SamplingConfig
+from pipeline.run import Run
 from tests.support import observed
+from tests.support.data_helpers import sentences
 from tests.support.workers import Workers
 
 SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0}
@@ -20,27 +22,31 @@ MODELS = {
     "pgm-causal": PGMConfig(encoder="causal", encoder_blocks=2, decoder_blocks=1, **SIZE),
     "pgm-classes-registers": PGMConfig(encoder_blocks=1, decoder_blocks=1, classes=3, registers=2, **SIZE),
 }
+PADDED = {f"{name}-padded": MODELS[name] for name in ("ar", "complementary", "pgm-causal")}
+MODELS |= PADDED
 STEPS = 5
 Runs = dict[str, tuple[observed.Seen, observed.Seen]]
 
 
 def _configs(storage: Path, stage: int, again: bool) -> list[RunConfig]:
     """Validation, with samples, follows the last step."""
-    return [
-        observed.quick(
+    configs = []
+    for name, model in MODELS.items():
+        config = observed.quick(
             storage,
             f"{name}-stage-{stage}",
             steps=STEPS,
             zero_stage=stage,
             activation_checkpointing=again,
         ).model_copy(update={"model": model, "sampling": SamplingConfig(steps=3)})
-        for name, model in MODELS.items()
-    ]
+        configs.append(sentences(config) if name in PADDED else config)
+    return configs
 
 
 @pytest.fixture(scope="module")
 def runs(run_storage: Path, groups: dict[int, Workers]) -> Runs:
     """What rank 0 saw: alone with whole parameters, and with a second worker under stage 3, recomputing."""
+    Run(sentences(observed.quick(run_storage, "sentences"))).with_data()
     alone = groups[1](observed.train, _configs(run_storage, 0, False))[0]
     shared = groups[2](observed.train, _configs(run_storage, 3, True))[0]
     return {name: pair for name, *pair in zip(MODELS, alone, shared, strict=True)}

@@ -88,3 +88,9 @@ def test_update_is_the_moving_average() -> None:
     ema = EMA({("a", 0): torch.tensor([1.0, 2.0])}, decay=0.9)
     ema.update({("a", 0): torch.tensor([2.0, 0.0])})
     assert torch.allclose(ema.slices["a", 0], torch.tensor([1.1, 1.8]))
+
+
+def test_decay_0_keeps_the_weights_themselves() -> None:
+    ema, weights = EMA({("a", 0): torch.tensor([1.0, 2.0])}, decay=0), torch.tensor([0.1, -3.3])
+    ema.update({("a", 0): weights})
+    assert torch.equal(ema.slices["a", 0], weights)

@@ -330,7 +330,7 @@ def _rows(shard: workflow.Shard, work: str, bos: int) -> Rows:
             codes.append(file["codes"][start:stop])
             labels.append(file["labels"][start:stop])
     tokens = np.pad(np.concatenate(codes), ((0, 0), (1, 0)), constant_values=bos)
-    return tokens.astype(token_dtype(bos + 1)), np.concatenate(labels)
+    return Rows(tokens.astype(token_dtype(bos + 1)), np.concatenate(labels))
 
 
 def _list(data: ImageDataConfig, source: ImageSource) -> Listing:

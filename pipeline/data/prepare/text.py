@@ -2,18 +2,20 @@
 
 1. The tokenizer is loaded, or trained on training documents, and kept beside the shards.
 2. Ray Data tokenises the units of the source, each into one intermediate file.
-3. The tokens of all units, one after the other, form one stream, in which every document is followed by EOT. Ray
-   tasks cut the stream into rows and write the shards.
+3. The tokens of all units, one after the other, form one stream, in which every document is followed by EOT unless
+   `data.end_of_text` is false. Ray tasks cut the stream into rows, or make a row of every document (`data.wrap:
+   sentence`), and write the shards.
 
 What the shards hold depends on the input and the config alone.
 """
 
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from operator import methodcaller
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -77,6 +79,7 @@ def content(data: TextDataConfig) -> dict[str, Any]:
     # Left out where they are not set, so that data of earlier versions keeps its name.
     later = {key: getattr(data, key) for key in ("text_filter", "validation_split")}
     values |= {key: value for key, value in later.items() if value is not None}
+    values |= {} if data.end_of_text else {"end_of_text": False}
     tokenizer = data.tokenizer if data.fitted is not None else cached_tokenizer(data.tokenizer).hash
     return {**values, "tokenizer": tokenizer, "format": FORMAT}
 
@@ -101,7 +104,12 @@ def build(data: TextDataConfig, source: TextSource, path: str, work: str) -> Man
     step = methodcaller("map", tokenise)  # of a dataset
     units = workflow.run_units(source.units, TextUnit, step, work=work, verb="tokenised", amounts="tokens")
     plans = plan_splits(units, local, work)
-    splits = workflow.write_shards(plans, row_maker(local, work), path, work=work, unit="tokens")
+    unit = "documents" if data.wrap == "sentence" else "tokens"
+    splits = workflow.write_shards(plans, row_maker(units, local, work), path, work=work, unit=unit)
+    if data.wrap == "sentence":
+        for name, split in splits.items():
+            tokens = sum(length * rows for length, rows in enumerate(split.row_lengths))
+            splits[name] = split.model_copy(update={"tokens": tokens})
     tokenizer = cached_tokenizer(local.tokenizer)
     workflow.save_tokenizer(tokenizer, storage.join(path, TOKENIZER))
     return describe(data, source, units, splits, tokenizer)
@@ -149,7 +157,7 @@ def describe(
     return Manifest(
         length=data.length,
         vocabulary=tokenizer.vocab_size,
-        special=SpecialIds(eot=tokenizer.eot, bos=tokenizer.eot if data.wrap == "bos_eos" else None),
+        special=SpecialIds.of_text(data, tokenizer),
         wrap=data.wrap,
         tokenizer=TokenizerInfo(name=tokenizer.name, hash=tokenizer.hash),
         source=source.info,
@@ -202,8 +210,9 @@ def _tokenise(index: int, pieces: Sequence[Piece], data: TextDataConfig, work: s
                     continue
                 ids, size = item
                 if len(ids):
-                    file.write(np.append(ids, tokenizer.eot).astype(dtype).tobytes())
-                    lengths.append(len(ids) + 1)
+                    ids = np.append(ids, [tokenizer.eot] * data.end_of_text)
+                    file.write(ids.astype(dtype).tobytes())
+                    lengths.append(len(ids))
                     sizes.append(size)
                 else:
                     empty += 1
@@ -227,14 +236,18 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
     Raises:
         DataError: there are no documents, too few of them, or less than a row in a split.
     """
-    counts = _documents(units, data)
-    border, text_border = _border(units, counts[0], data, work=work)
-    payload = _payload(data)
-    pieces = np.array([(unit.index, 0, unit.tokens) for unit in units], np.int64)
-    plans = workflow.plan_splits(pieces, border, counts, data.shard_rows, row=payload, tokens=1)
+    counts, payload = _documents(units, data), _payload(data)
+    if data.wrap == "sentence":
+        pieces = np.array([(unit.index, 0, unit.documents) for unit in units], np.int64)
+        plans = workflow.plan_splits(pieces, counts[0], counts, data.shard_rows, row=1, tokens=data.length)
+        sizes = {"train": 0, "validation": 0}  # rows are cut, so the bytes that they hold are not known
+    else:
+        border, text_border = _border(units, counts[0], data, work=work)
+        pieces = np.array([(unit.index, 0, unit.tokens) for unit in units], np.int64)
+        plans = workflow.plan_splits(pieces, border, counts, data.shard_rows, row=payload, tokens=1)
+        sizes = {"train": text_border, "validation": sum(unit.bytes for unit in units) - text_border}
     if data.held_out == "all":
         plans.pop("train")
-    sizes = {"train": text_border, "validation": sum(unit.bytes for unit in units) - text_border}
     plans = {
         name: plan._replace(split=plan.split.model_copy(update={"bytes": sizes[name]}))
         for name, plan in plans.items()
@@ -248,17 +261,22 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
     return plans
 
 
-def row_maker(data: TextDataConfig, work: str) -> Callable[[workflow.Shard], Rows]:
+def row_maker(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> Callable[[workflow.Shard], Rows]:
     """Return the function that makes the rows of a shard; it needs no tokenizer.
 
     Args:
+        units: records of all units.
         data: the data section of the config.
         work: folder of the intermediate files.
     """
     tokenizer = cached_tokenizer(data.tokenizer)
-    wrap_id = tokenizer.eot if data.wrap == "bos_eos" else None
-    dtype = token_dtype(tokenizer.vocab_size)
-    return partial(_rows, work=work, payload=_payload(data), wrap_id=wrap_id, dtype=dtype)
+    special, dtype = SpecialIds.of_text(data, tokenizer), token_dtype(tokenizer.vocab_size)
+    if data.wrap == "sentence":
+        tokens = {unit.index: unit.tokens for unit in units}
+        return partial(
+            _padded_rows, work=work, length=data.length, special=special, tokens=tokens, dtype=dtype
+        )
+    return partial(_rows, work=work, payload=_payload(data), wrap_id=special.bos, dtype=dtype)
 
 
 def _rows(shard: workflow.Shard, work: str, payload: int, wrap_id: int | None, dtype: np.dtype) -> Rows:
@@ -271,7 +289,39 @@ def _rows(shard: workflow.Shard, work: str, payload: int, wrap_id: int | None, d
     rows = np.concatenate(parts).reshape(-1, payload)
     if wrap_id is not None:
         rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=wrap_id)
-    return rows, None
+    return Rows(rows)
+
+
+def _padded_rows(
+    shard: workflow.Shard,
+    work: str,
+    length: int,
+    special: SpecialIds,
+    tokens: Mapping[int, int],
+    dtype: np.dtype,
+) -> Rows:
+    """Make a row of every document of a shard: BOS, its first tokens, EOT, padding."""
+    texts = []
+    for unit, start, stop in shard.pieces.tolist():
+        with storage.open_read(workflow.unit_path(work, unit, "bin")) as file:
+            ends = [0, *_read_ends(file, tokens[unit], dtype, documents=(start, stop))][-1 - (stop - start) :]
+            file.seek(ends[0] * dtype.itemsize)
+            ids = np.frombuffer(file.read((ends[-1] - ends[0]) * dtype.itemsize), dtype)
+        cuts = pairwise(ends)
+        texts += [ids[begin - ends[0] : min(end - 1, begin + length - 2) - ends[0]] for begin, end in cuts]
+    lengths = np.array([len(text) for text in texts]) + 2
+    rows = np.full((len(texts), length), special.pad, dtype)
+    rows[:, 0] = special.bos
+    for row, text in zip(rows, texts, strict=True):
+        row[1 : 1 + len(text)], row[1 + len(text)] = text, special.eot
+    return Rows(rows, lengths=lengths)
+
+
+def _read_ends(file: IO[bytes], tokens: int, dtype: np.dtype, documents: tuple[int, int]) -> list[int]:
+    """Read where the documents `start - 1` (if there is one) to `stop - 1` of a unit end, in tokens."""
+    start, stop = max(documents[0] - 1, 0), documents[1]
+    file.seek(tokens * dtype.itemsize + start * 8)
+    return np.frombuffer(file.read((stop - start) * 8), "<i8").tolist()
 
 
 def _payload(data: TextDataConfig) -> int:

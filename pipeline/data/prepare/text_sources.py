@@ -98,7 +98,7 @@ def open_source(data: TextDataConfig) -> TextSource:
         files = [file for part in by_split.values() for file in part]
     units: list[list[Piece]] = []
     for split, part in by_split.items():
-        room = 0  # so that a unit belongs to one split
+        room = -1  # so that a unit belongs to one split, even behind an empty file
         for piece, weight in itertools.chain.from_iterable(map(_split, part)):
             if weight > room or len(units[-1]) == UNIT_FILES:
                 units.append([])

@@ -56,6 +56,10 @@ def infer(released: ReleasedWeights) -> Architecture:
     def shape(name: str, dimensions: int = 2) -> tuple[int, ...]:
         return tensor_shape(tensors, name, dimensions, origin)
 
+    if {"embedding.weight", "head.weight"} <= tensors.keys():
+        raise CheckpointError(
+            f"{origin}: weights of this project, but no config.yaml beside them; expected the model's folder"
+        )
     is_pgm = any(name.startswith(("encoder.", "decoder.")) for name in tensors)
     if not is_pgm and not any(name.startswith("blocks.") for name in tensors):
         raise _unknown_model(released)
@@ -68,7 +72,8 @@ def infer(released: ReleasedWeights) -> Architecture:
         )
     dropout = released.setting("model", "dropout")
     dropout = dropout if isinstance(dropout, float) and 0 <= dropout < 1 else 0.0
-    kind = "pgm" if is_pgm else "mdlm"
+    is_ar = not is_pgm and not any("adaLN_modulation" in name for name in tensors)
+    kind = "pgm" if is_pgm else "ar" if is_ar else "mdlm"
     model: dict[str, Any] = {"kind": kind, "hidden": hidden, "heads": heads, "dropout": dropout}
     guesses: list[str] = []
     if is_pgm:
@@ -77,37 +82,39 @@ def infer(released: ReleasedWeights) -> Architecture:
         model["swap"] = _group_swap(released, guesses)
     else:
         model["blocks"] = count_blocks(tensors, r"blocks\.(\d+)\.")
+    if is_ar:
+        model["start"] = "bos"
     is_image = CLASSES in tensors
     if is_image:
         model["classes"] = shape(CLASSES)[0] - 1  # the last row is "no class"
         model["registers"] = shape(REGISTERS)[0] if REGISTERS in tensors else 0
-    condition = hidden if is_image else shape("sigma_map.mlp.2.weight")[0]
+    condition = None if is_ar else hidden if is_image else shape("sigma_map.mlp.2.weight")[0]
     check_shapes(_expected_shapes(model, rows, condition), tensors, origin)
     vocab_size = rows - (2 if is_image else 1)  # the mask, and images' BOS
     length = released.setting("model", "length") or released.setting("model_length")
+    length = length or released.setting("data_preprocess", "seq_len")
     if not isinstance(length, int):
         length = IMAGE_LENGTH if is_image else TEXT_LENGTH
         guesses.append(f"length={length}")
     is_gpt2 = _has_gpt2_vocabulary(released, vocab_size, is_image)
     eot = vocab_size - 1 if is_gpt2 else None
     bos = vocab_size + 1 if is_image else eot
+    if is_ar and bos is None:
+        bos = vocab_size - 1
+        guesses.append(f"bos={bos}")
     return Architecture(model, vocab_size, length, bos, eot, "gpt2" if is_gpt2 else None, tuple(guesses))
 
 
 def _unknown_model(released: ReleasedWeights) -> CheckpointError | CapabilityError:
     """Return an error that says what a file without the authors' trunk is."""
     names = released.tensors
-    if "embedding.weight" in names and "head.weight" in names:
-        return CheckpointError(
-            f"{released.origin}: weights of this project without their config.yaml; expected the model's folder"
-        )
     if "tok_emb.weight" in names:
         return CapabilityError(
             f"{released.origin}: a Halton-MaskGIT transformer (learned positions, RMS norms, SwiGLU), which is "
-            "not a model of this project; expected a released PGM for text or images, or MDLM"
+            "not a model of this project; expected a released PGM for text or images, MDLM or AR"
         )
     return CheckpointError(
-        f"{released.origin}: not a released PGM or MDLM; expected tensors encoder.*, decoder.* or blocks.*, "
+        f"{released.origin}: not a released PGM, MDLM or AR; expected tensors encoder.*, decoder.* or blocks.*, "
         f"found {', '.join(list(names)[:5])}"
     )
 
@@ -137,23 +144,23 @@ def _has_gpt2_vocabulary(released: ReleasedWeights, vocab_size: int, is_image: b
     return not is_image and vocab_size == GPT2_VOCABULARY
 
 
-def _expected_shapes(model: dict[str, Any], rows: int, condition: int) -> Shapes:
+def _expected_shapes(model: dict[str, Any], rows: int, condition: int | None) -> Shapes:
     """Return the shape of every tensor of a released model by name.
 
     Args:
         model: keys of the config's model section.
         rows: of the embedding table, mask and BOS included.
-        condition: width of the vector that adaLN maps read; images: of the class embedding, H.
+        condition: width of the vector that adaLN maps read; images: of the class embedding, H; None: there are none.
     """
     width = model["hidden"]
-    head = {"linear": (rows, width), "adaLN_modulation": (2 * width, condition)}
+    head = {"linear": (rows, width)} | _map(2 * width, condition)
     shapes = {"vocab_embed.embedding": (rows, width), FREQUENCIES: (width // model["heads"] // 2,)}
     shapes |= _layers("output_layer", linear=head, weights={"norm_final": (width,)})
     if "classes" in model:
         shapes[CLASSES] = (model["classes"] + 1, width)
         if model["registers"]:
             shapes[REGISTERS] = (model["registers"], width)
-    else:
+    elif condition is not None:
         time_map = {"mlp.0": (condition, TIME_FEATURES), "mlp.2": (condition, condition)}
         shapes |= _layers("sigma_map", linear=time_map)
     common: Shapes = {"norm2": (width,), "attn_out": (width, width)}
@@ -161,7 +168,7 @@ def _expected_shapes(model: dict[str, Any], rows: int, condition: int) -> Shapes
     cross_attention: Shapes = common | {"attn_q": (width, width), "attn_kv": (2 * width, width)}
     cross_attention |= {"q_norm1": (width,), "kv_norm1": (width,)}
     feed_forward = {"mlp.0": (4 * width, width), "mlp.2": (width, 4 * width)}
-    block = feed_forward | {"adaLN_modulation": (6 * width, condition)}
+    block = feed_forward | _map(6 * width, condition)
     for stem, key, attention in (
         ("blocks", "blocks", self_attention),
         ("encoder.blocks", "encoder_blocks", self_attention),
@@ -178,6 +185,11 @@ def _expected_shapes(model: dict[str, Any], rows: int, condition: int) -> Shapes
         if model["swap"]["norm"] == "layer":
             shapes[f"{SWAP}.pre_query_norm.bias"] = (width,)
     return shapes
+
+
+def _map(width: int, condition: int | None) -> dict[str, tuple[int, int]]:
+    """Return the shape of an adaLN map, which models without a condition do not have."""
+    return {} if condition is None else {"adaLN_modulation": (width, condition)}
 
 
 def _layers(stem: str, linear: dict[str, tuple[int, int]], weights: Shapes | None = None) -> Shapes:

@@ -75,23 +75,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Denoiser, ImportCon
         model = build(config.model, facts.vocab_size, facts.length, facts.bos)
     # Copies in float32: what the reader gives may be views of the file.
     tensors = {name: value.to(torch.float32, copy=True) for name, value in released.tensors.items()}
-    load_weights(model, translate(tensors, masked=config.model.kind == "mdlm"), origin=str(path))
+    load_weights(model, translate(tensors, config.model.kind), origin=str(path))
     log.info("%s: %s weights", path, "averaged" if released.averaged else "plain (it has no averaged)")
     return model.eval(), config, facts
 
 
-def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
+def translate(released: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Convert a released model's state dict to our names and shapes.
 
     The released text models feed every adaLN map one constant vector, `SiLU(MLP(time embedding of 0))`, so each
-    map is folded into constant modulation vectors. Image models feed it the class vector, and the map stays.
+    map is folded into constant modulation vectors. AR has no maps, so its vectors are those that change nothing.
+    Image models feed the map the class vector, and it stays.
     The mask token's row is kept where a model reads it, in the embedding of masked models, and where BOS
     lies behind it. Registers become the last rows of the embedding. Rows of queries and keys are reordered, so
     that the entries that a rotary code turns together are adjacent (`layers.rotate`).
 
     Args:
         released: tensors by released name, with or without the `backbone.` prefix.
-        masked: whether the model reads a mask token (MDLM, MaskGIT).
+        kind: of the model: "pgm", "mdlm" or "ar".
 
     Returns:
         Contiguous tensors by our names.
@@ -103,7 +104,7 @@ def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
     tensors = {name.removeprefix("backbone."): value for name, value in released.items()}
     is_image = CLASSES in tensors
     time_map = {name: tensors.pop(name) for name in list(tensors) if name.startswith("sigma_map.")}
-    if len(time_map) != 4 and not is_image:
+    if len(time_map) != 4 and not is_image and kind != "ar":
         raise CheckpointError(
             "released weights: no sigma_map (time embedding) tensors; expected 4 of them in a text model, "
             "or cls_embed (class embedding) in an image model"
@@ -118,13 +119,19 @@ def translate(released: dict[str, Tensor], masked: bool) -> dict[str, Tensor]:
             out[name] = _make_adjacent(value, num_rotated, half_head)
     for name in ("head.weight", "head.bias"):  # behind the ids stand the mask and, in image models, BOS
         out[name] = out[name][: -2 if is_image else -1]
-    if not masked and not is_image:
+    if kind != "mdlm" and not is_image:
         out["embedding.weight"] = out["embedding.weight"][:-1]
     if registers is not None:
         out["embedding.weight"] = torch.cat([out["embedding.weight"], registers])
     if "swap.base" in out:
         out["swap.base"] = out["swap.base"].squeeze(0)
-    if not is_image:
+    if kind == "ar":
+        unchanged = out["head.weight"].new_zeros(6, hidden)
+        unchanged[[2, 5]] = 1  # the gates
+        blocks = {name.partition(".norm1")[0] for name in out if ".norm1." in name}
+        out |= {f"{block}.modulation.vectors": unchanged.clone() for block in blocks}
+        out["final.modulation.vectors"] = unchanged.new_zeros(2, hidden)
+    elif not is_image:
         condition = _time_vector(time_map)
         for stem in [name.removesuffix("map.weight") for name in out if name.endswith(".map.weight")]:
             modulation = F.linear(condition, out.pop(f"{stem}map.weight"), out.pop(f"{stem}map.bias"))

@@ -1,12 +1,13 @@
 """Read files of released weights: the tensors by name, and the hyper-parameters that stand beside them.
 
-The layouts are those of the repository jdeschena/pgm and of the code bases it grew from (kuleshov-group/mdlm,
-s-sahoo/duo, valeoai/Halton-MaskGIT). The suffix of a file does not tell them apart:
+The layouts are those of the repositories jdeschena/pgm and jdeschena/sdtt and of the code bases they grew from
+(kuleshov-group/mdlm, s-sahoo/duo, valeoai/Halton-MaskGIT). The suffix of a file does not tell them apart:
 
 text    Lightning: `state_dict` under `backbone.`, `ema` = {decay, num_updates, shadow_params: list in the order
         of the trainable parameters}, `hyper_parameters` = {config: OmegaConf, tokenizer}
 image   `model_state_dict`, `optimizer_state_dict`, `iter`, `global_epoch`; averaged weights are a file of their own
 hub     safetensors, names under `backbone.`, with a `config.json` beside or `config` in its metadata
+SDTT    as hub; students of the published MDLM have its names, under `backbone.` twice
 """
 
 import json

@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, SpecialIds
 from pipeline.data.prepare import text_sources
 from pipeline.data.prepare.text import tokenise_unit
 from pipeline.data.prepare.text_sources import open_source, read
@@ -35,6 +35,7 @@ from tests.support.data_helpers import (
     shard_bytes,
     write_parquet,
     write_ranks,
+    write_sentences,
 )
 from tests.support.in_process import run_job
 from tests.support.messy_text import messy_lines, prepare_here
@@ -88,6 +89,44 @@ def test_pydoc_goes_in_and_comes_back(wrap: str, ray_cluster: None, tmp_path: Pa
     times = {p.name: p.stat().st_mtime_ns for p in Path(data_path(config)).iterdir()}
     assert ensure(config) == prepare(config) == manifest
     assert times == {p.name: p.stat().st_mtime_ns for p in Path(data_path(config)).iterdir()}
+
+
+def test_a_row_of_every_sentence(ray_cluster: None, tmp_path: Path) -> None:
+    """BOS, the sentence cut to L - 2 tokens, EOT, padding; the same shards for any size of units and shards."""
+    texts = write_sentences(tmp_path / "a.jsonl", 100)
+    (tmp_path / "many").mkdir()
+    for i, text in enumerate(["", *texts, ""]):
+        (tmp_path / "many" / f"{i:03d}.txt").write_text(text)
+    manifests, rows = [], []
+    for source in ("a.jsonl", "many"):
+        config = make_config(
+            tmp_path,
+            source=str(tmp_path / source),
+            wrap="sentence",
+            length=40,
+            validation_documents=30,
+            shard_rows=16,
+        )
+        manifests.append(ensure(config))
+        rows.append({split: all_rows(config, manifests[-1], split) for split in ("train", "validation")})
+        reader = ShardReader(data_path(config), manifests[-1], "train")
+        lengths = reader.lengths(np.arange(len(reader)))
+        assert lengths is not None
+        expected = [min(len(text.encode()), 38) + 2 for text in texts[:70]]
+        assert lengths.tolist() == expected
+        assert manifests[-1].splits["train"].tokens == sum(expected)
+        assert manifests[-1].splits["train"].row_lengths == tuple(np.bincount(expected))
+    for split, kept in (("train", texts[:70]), ("validation", texts[70:])):
+        assert (rows[0][split] == rows[1][split]).all()
+        for row, text in zip(rows[0][split], kept, strict=True):
+            ids = list(text.encode())[:38]
+            assert row.tolist() == [
+                256,
+                *ids,
+                *[256] * (39 - len(ids)),
+            ]  # bytes have one special id for all three
+    assert manifests[0].special == SpecialIds(eot=256, bos=256, pad=256)
+    assert min(lengths) < 20 < 40 == max(lengths)
 
 
 def test_every_kind_of_source_gives_the_same_shards(ray_cluster: None, tmp_path: Path) -> None:
@@ -289,10 +328,7 @@ def test_a_file_that_cannot_be_written(ray_cluster: None, tmp_path: Path) -> Non
     unit.with_suffix(".bin").rmdir()
     (out / "train-00000.parquet").rmdir()
     prepare(config)
-    assert sorted(p.name for p in out.iterdir() if p.suffix != ".parquet") == [
-        "manifest.json",
-        "tokenizer",
-    ]
+    assert sorted(p.name for p in out.iterdir() if p.suffix != ".parquet") == ["manifest.json", "tokenizer"]
 
 
 def test_names_follow_contents(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def golden(name: str) -> tuple[dict[str, Tensor], Model]:
     vocabulary = table.shape[0] - (1 if config.classes is None else 2)  # mask, and BOS in image models
     bos = None if config.classes is None else vocabulary + 1
     model = build(config, vocabulary, sizes["length"], bos)
-    load_weights(model, translate(released, masked=config.kind == "mdlm"), origin=name)
+    load_weights(model, translate(released, config.kind), origin=name)
     return tensors, Model(model.double(), bos)
 
 
@@ -144,4 +144,4 @@ def test_image_model_in_inference_form(image: tuple[dict[str, Tensor], Model]) -
 
 def test_weights_of_another_layout_are_refused() -> None:
     with pytest.raises(CheckpointError, match="no sigma_map"):
-        translate({"backbone.vocab_embed.embedding": torch.zeros(4, 2)}, masked=False)
+        translate({"backbone.vocab_embed.embedding": torch.zeros(4, 2)}, "pgm")
