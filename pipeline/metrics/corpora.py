@@ -195,8 +195,7 @@ def likelihood_group(corpus: Corpus, title: str, result: likelihood.Likelihood) 
             Measure("perplexity", "perplexity", result.perplexity, result.perplexity_interval, bound),
             Measure("nats", "nats per token", result.nats, result.interval, bound),
         ]
-        if (bits := corpus.manifest.bits_per_byte(result.nats)) is not None:
-            per_nat = bits / result.nats
-            interval = result.interval and (result.interval[0] * per_nat, result.interval[1] * per_nat)
-            measures.append(Measure("bits_per_byte", "bits per byte", bits, interval, bound))
+        if (scale := corpus.manifest.bits_per_byte(1.0)) is not None:
+            interval = result.interval and (result.interval[0] * scale, result.interval[1] * scale)
+            measures.append(Measure("bits_per_byte", "bits per byte", result.nats * scale, interval, bound))
     return Group(corpus.key, title, method, measures)

@@ -87,6 +87,7 @@ def finish(run: Run) -> RunResult:
     grid = None if text else _grid(run)
     quality = _quality(run) if config.distill else []
     value = math.nan if state.validation is None else state.validation
+    bits = run.manifest.bits_per_byte(math.log(value)) if config.validation_metric == "perplexity" else None
     version = None
     try:
         version = _register(run, tokenizer, state.step, value)
@@ -107,7 +108,7 @@ def finish(run: Run) -> RunResult:
         pictures=None if text else storage.join(folder, GRID),
         tracking_uri=run.tracking_uri,
         quality=step_quality.table(quality) if quality else None,
-        bits_per_byte=run.manifest.bits_per_byte(math.log(value)) if text else None,
+        bits_per_byte=bits,
     )
 
 

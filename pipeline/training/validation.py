@@ -8,7 +8,7 @@ import torch.distributed as dist
 from jaxtyping import Int
 
 from pipeline import storage
-from pipeline.config.schema import SamplingConfig
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.data.manifest import TOKENIZER, data_facts
 from pipeline.data.shards import ShardReader
 from pipeline.metrics import likelihood
@@ -92,11 +92,12 @@ def validate(
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
         tokens, classes, revealed = draw(run, model)
     bound = likelihood.summarise(sums.cpu(), masking, lengths)
+    metric = config.validation_metric
+    value = bound.nats if metric == "loss" else bound.perplexity
+    bits = run.manifest.bits_per_byte(bound.nats) if metric == "perplexity" else None
     if session.rank == 0:
-        bits = run.manifest.bits_per_byte(bound.nats)
-        log.info(
-            "step %d: validation %s%s", step, bound, "" if bits is None else f", {bits:.3f} bits per byte"
-        )
+        in_bits = "" if bits is None else f", {bits:.3f} bits per byte"
+        log.info("step %d: validation %s%s", step, bound, in_bits)
     texts: tuple[str, ...] = ()
     if config.data.kind == "text":
         tokenizer, special = run.text_tokenizer(), run.manifest.special
@@ -109,8 +110,6 @@ def validate(
         first_of_class = slice(None, None, PICTURES_A_CLASS)
         figure = unmasking_order(pictures[first_of_class], revealed[first_of_class, 1:].numpy())
         tracker.log_figure(figure, f"samples/order_{step:08d}.png")
-    metric = config.validation_metric
-    value = bound.nats if metric == "loss" else bound.perplexity
     if tracker:
         values = {metric: value, "nats": bound.nats} | ({} if bits is None else {"bits_per_byte": bits})
         tracker.log_metrics({f"validation/{name}": number for name, number in values.items()}, step)

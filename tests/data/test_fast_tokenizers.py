@@ -148,10 +148,16 @@ def test_trained_bpe() -> None:
     assert all(i.max(initial=0) < 399 for i in ids)
     assert sum(map(len, ids)) < 0.8 * sum(len(text.encode()) for text in other)
     assert tokenizer.decode([*tokenizer.encode("the"), 399]) == "the<|endoftext|>"
-    with pytest.raises(
-        DataError, match=r"'bpe:300' needs more text: .* give 25\d entries; expected at most bpe:25"
-    ):
-        train_bpe(300, ["ab"])
+
+
+def test_bpe_of_little_text_keeps_its_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train_bpe(300, ["abab abab"]).save(tmp_path)
+    assert "bpe:300 has only 259 entries, since the text is short" in caplog.text
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.vocab_size, tokenizer.eot) == (300, 299)
+    assert len(tokenizer.encode("abab")) == 1
+    text = "abab<|endoftext|> \U0001f600"
+    assert tokenizer.decode([270, *tokenizer.encode(text), 299, 298]) == text + END_OF_TEXT
 
 
 def test_hub_from_its_cache_and_without_a_network(

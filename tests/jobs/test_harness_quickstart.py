@@ -24,7 +24,7 @@ QUESTIONS, CHOICES = 400, 4
 @pytest.mark.alone
 def test_accuracy_of_the_quickstart(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    words = [f"cluster.storage={tmp_path / 'runs'}"]
+    words = [f"cluster.storage={tmp_path / 'runs'}", "data.tokenizer=bytes"]
     file = ROOT / "configs" / "text" / "quickstart.yaml"
     with LaunchedJob("pretrain", file, tmp_path, *words) as job:
         job.finish(500)

@@ -1,10 +1,12 @@
 """Corpora that a model cannot read, and how likelihoods are reported."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.load import parse
+from pipeline.data.manifest import Split
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics.corpora import Corpus, check_fits, likelihood_group, open_corpora
 from pipeline.metrics.likelihood import Likelihood
@@ -57,6 +59,16 @@ def test_a_bound_and_a_loss() -> None:
     assert likelihood_group(corpus, "", Likelihood(2.0, 0.1, "exact", 1, 9, 3)).measures[0].by == ""
     (loss,) = likelihood_group(corpus, "", Likelihood(2.0, 0.1, "arccos", 1, 9, 3)).measures
     assert (loss.key, loss.value) == ("loss", 2.0)
+
+
+def test_bits_per_byte_of_text_whose_bytes_are_known() -> None:
+    part = {**EMPTY, "tokens": 300, "bytes": 1000}
+    manifest = MANIFEST.model_copy(update={"splits": {"validation": Split.model_validate(part)}})
+    corpus = Corpus("validation", "/data/x", manifest)
+    *_, bits = likelihood_group(corpus, "", Likelihood(2.0, 0.1, "count", 1, 9, 3)).measures
+    per_nat = 0.3 / math.log(2)
+    assert (bits.key, bits.value, bits.by) == ("bits_per_byte", pytest.approx(2 * per_nat), "upper bound")
+    assert bits.interval == pytest.approx((1.80400 * per_nat, 2.19600 * per_nat), rel=1e-4)
 
 
 def test_settings_of_the_other_kind_of_data() -> None:

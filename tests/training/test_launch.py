@@ -1,5 +1,6 @@
 """One run through Ray Train, and everything it must leave behind."""
 
+import math
 from pathlib import Path
 
 import mlflow
@@ -60,6 +61,8 @@ def test_metrics_of_every_step(run: MlflowRun, client: MlflowClient):
     assert rates[8] == pytest.approx(1e-2)
     steps = [p.step for p in client.get_metric_history(run.info.run_id, "validation/perplexity")]
     assert sorted(steps) == [4, 8]
+    nats, bits = (run.data.metrics[f"validation/{name}"] for name in ("nats", "bits_per_byte"))
+    assert bits == pytest.approx(nats / math.log(2), rel=0.01)  # of bytes, and few ends of text
 
 
 def test_data_is_an_input(run: MlflowRun):

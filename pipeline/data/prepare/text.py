@@ -127,7 +127,7 @@ def place_tokenizer(data: TextDataConfig, source: TextSource, work: str) -> Text
         The section with the folder as its tokenizer.
 
     Raises:
-        DataError: the source is unreadable, or too small to train a tokenizer on.
+        DataError: the source is unreadable, or has no training documents to train a tokenizer on.
         ConfigError: there is no such tokenizer.
     """
     folder = storage.join(work, TOKENIZER)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from pipeline import storage
 from pipeline.data.tokenizers.interface import END_OF_TEXT, Tokenizer
 from pipeline.errors import ConfigError, DataError, did_you_mean, kind_and_line
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILE, VOCABULARY_FILE = "tokenizer.json", "vocab.txt"
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # name the special tokens
@@ -130,7 +133,8 @@ def read_fast(name: str, files: Mapping[str, bytes]) -> FastTokenizer:
             definition = json.loads(_word_piece(pieces, lowercase).to_str())
         library = tokenizers.Tokenizer.from_str(json.dumps(definition))
         special = _special(name, library, side)
-        return FastTokenizer(name, _with_special(definition, library, special), special)
+        tokens = {i: str(library.id_to_token(i)) for i in special.values() if i is not None}
+        return FastTokenizer(name, _with_special(definition, tokens), special)
     except (ConfigError, DataError):
         raise
     except Exception as error:  # the library has errors of its own, of no common class
@@ -144,11 +148,9 @@ def train_bpe(size: int, texts: Iterable[str]) -> FastTokenizer:
     """Train a byte-level BPE on texts; the result depends on nothing but the texts, not even on their order.
 
     Args:
-        size: number of ids: the bytes, their merges, and the end of text, which is the last.
+        size: number of ids: the bytes, their merges, and the end of text, which is the last. Where the texts have too
+            few pairs that occur again, the ids before the last are not used.
         texts: any number of them, read once.
-
-    Raises:
-        DataError: the texts have too few pairs for so many ids.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -160,14 +162,12 @@ def train_bpe(size: int, texts: Iterable[str]) -> FastTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(iter(texts), trainer)
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    if (found := tokenizer.get_vocab_size()) < size:
-        raise DataError(
-            f"data.tokenizer: 'bpe:{size}' needs more text: the training documents give {found} entries; "
-            f"expected at most bpe:{found}"
-        )
+    if (found := tokenizer.get_vocab_size() + 1) < size:
+        log.warning("data.tokenizer: bpe:%d has only %d entries, since the text is short", size, found)
+    definition = json.loads(tokenizer.to_str())
+    definition["model"]["vocab"][END_OF_TEXT] = size - 1
     special = {"eot": size - 1, "bos": None, "pad": None}
-    return FastTokenizer(f"bpe:{size}", json.loads(tokenizer.to_str()), special)
+    return FastTokenizer(f"bpe:{size}", _with_special(definition, {size - 1: END_OF_TEXT}), special)
 
 
 def _special(name: str, library: tokenizers.Tokenizer, side: Mapping[str, Any]) -> dict[str, int | None]:
@@ -188,21 +188,12 @@ def _special(name: str, library: tokenizers.Tokenizer, side: Mapping[str, Any]) 
     return {role: None if role != "eot" and i == found["eot"] else i for role, i in found.items()}
 
 
-def _with_special(
-    definition: Mapping[str, Any], library: tokenizers.Tokenizer, special: Mapping[str, int | None]
-) -> dict[str, Any]:
-    """Return a definition in which the tokens with a role are added tokens, and special."""
+def _with_special(definition: Mapping[str, Any], special: Mapping[int, str]) -> dict[str, Any]:
+    """Return a definition in which the tokens with a role, texts by id, are added tokens and special."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokens = {token["id"]: dict(token) for token in definition.get("added_tokens") or []}
-    for i in special.values():
-        if i is not None:
-            tokens[i] = {
-                "id": i,
-                "content": library.id_to_token(i),
-                **plain,
-                **tokens.get(i, {}),
-                "special": True,
-            }
+    for i, text in special.items():
+        tokens[i] = {"id": i, "content": text, **plain, **tokens.get(i, {}), "special": True}
     return {**definition, "added_tokens": [tokens[i] for i in sorted(tokens)]}
 
 

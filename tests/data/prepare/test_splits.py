@@ -218,3 +218,16 @@ def test_run_reads_the_tokenizer_beside_its_shards(files: Path, tmp_path: Path) 
     other = parse({**tree, "data": {**data, "tokenizer": "bpe:259"}, "train": {"batch": 8}}, "test")
     with pytest.raises(DataError, match=r"data.tokenizer: the data has 'bpe:258', the config 'bpe:259'"):
         check_fits(manifest, other)
+
+
+def test_a_damaged_document_ends_the_training_of_a_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines(["some words", "more words"]) + b'{"text": 5}\n' + lines(["the last words"] * 3))
+    data = TextDataConfig(source=str(file), tokenizer="bpe:258", length=4, validation_documents=1)
+    with pytest.raises(DataError, match=r"a.jsonl line 3: 'text' holds a int; expected text"):
+        prepare_here(data, tmp_path / "out")
+    manifest = prepare_here(data.model_copy(update={"on_error": "skip"}), tmp_path / "out")
+    assert (manifest.documents, manifest.skipped.count) == (5, 1)
+    few = data.model_copy(update={"validation_documents": 6, "on_error": "skip"})
+    with pytest.raises(DataError, match=r"data.validation_documents: 6 of 5 documents would leave none"):
+        prepare_here(few, tmp_path / "few")
