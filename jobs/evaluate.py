@@ -2,16 +2,21 @@
 
     python -m jobs.evaluate configs/text/quickstart.yaml
     python -m jobs.evaluate configs/evaluate/compare.yaml
+    python -m jobs.evaluate configs/evaluate/zero_shot.yaml sampling.model=FOLDER
+    python -m jobs.evaluate configs/evaluate/downstream.yaml sampling.model=FOLDER
 
 The model is the run's own, or `sampling.model`. With `evaluation.models` several models are compared: likelihood,
-quality against sampling speed, convergence.
+quality against sampling speed, convergence. With `evaluation.zero_shot`, the likelihood of other texts is measured,
+and with `evaluation.tasks` questions of lm-evaluation-harness are answered.
 """
 
 from jobs.cli import main
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.comparison import compare
+from pipeline.evaluation.downstream import downstream
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.logs import shown
 from pipeline.reports.measures import Report
 from pipeline.reports.page import HTML
@@ -24,6 +29,14 @@ def run(config: RunConfig) -> None:
     Args:
         config: of the evaluation.
     """
+    if config.evaluation.zero_shot:
+        judged = zero_shot(config)
+        _show(aligned(judged.table), judged.folder, judged.tracking_uri)
+        return
+    if config.evaluation.tasks:
+        answered = downstream(config)
+        _show(aligned(answered.table), answered.folder, answered.tracking_uri)
+        return
     if not config.evaluation.models:
         result = evaluate(config)
         _show(result.report.to_text(), result.folder, result.tracking_uri)

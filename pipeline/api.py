@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from pipeline import arguments, tracking, trained
-from pipeline.config.schema import Precision, RunConfig
+from pipeline.config.evaluation import Precision
+from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CapabilityError, ConfigError, did_you_mean
 from pipeline.metrics.class_names import class_ids

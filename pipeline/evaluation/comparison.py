@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from pipeline import storage, tracking, trained
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import ModelConfig
-from pipeline.config.schema import RunConfig, SamplingConfig
+from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.drawn_text import TextEvaluator
@@ -114,7 +115,7 @@ def _open(run: Run, name: str, spec: str) -> EvaluatedModel:
         folder = run.configured(sampling=sampling).sampled_model()
         section, _ = model_folder.read_config(storage.fetch(folder))
         own = [one.model_copy(update={"model": folder}) for one in _sampling(run.config, section)]
-        for sampling in own[1:]:
+        for sampling in own:
             check_sampling(run.configured(sampling=sampling).config, section)
         return open_model(run.configured(sampling=own[0]), name)
     except (CheckpointError, ConfigError) as error:

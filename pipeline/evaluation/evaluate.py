@@ -9,7 +9,7 @@ from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.drawn_images import ImageEvaluator
 from pipeline.evaluation.drawn_text import TextEvaluator
-from pipeline.evaluation.evaluated_model import EvaluatedModel, likelihood_groups, open_model
+from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, likelihood_groups, open_model
 from pipeline.metrics.corpora import Corpus, open_corpora
 from pipeline.metrics.draw import Samples, describe, generate
 from pipeline.metrics.given import refuse
@@ -56,6 +56,7 @@ def evaluate(config: RunConfig) -> Evaluation:
     config, folder = run.config, storage.join(run.folder, "evaluation")
     refuse(config.sampling, "an evaluation")
     model = open_model(run, config.name)
+    check_sampling(config, model.config)
     others = open_corpora(config.evaluation.data)
     claim = claims.held(folder, "cluster.storage", f"run {config.name!r}", "evaluated")
     with claim, mlflow_run(run) as run, joined_cluster(config.cluster):

@@ -1,13 +1,13 @@
 """A model that is evaluated: opening and checking it, and its likelihood."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline import storage
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import ARConfig, ModelConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
 from pipeline.metrics.likelihood import Masking
 from pipeline.models import model_folder
@@ -58,7 +58,7 @@ class EvaluatedModel:
 
 
 def open_model(run: Run, name: str) -> EvaluatedModel:
-    """Open the model that `jobs.sample` would draw from, and check it against the config.
+    """Open the model that `jobs.sample` would draw from.
 
     Args:
         run: of the evaluation; `sampling.model` names the model.
@@ -66,16 +66,39 @@ def open_model(run: Run, name: str) -> EvaluatedModel:
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
-        ConfigError: it cannot be sampled with this config.
+        ConfigError: its first token cannot be scored (`evaluation.score_bos`).
     """
     config, folder = run.config, run.sampled_model()
     local = storage.fetch(folder)
     denoiser, section, facts = model_folder.read(local)
-    check_sampling(run.config, section)
+    if config.evaluation.score_bos and isinstance(section, ARConfig) and section.start == "bos":
+        raise ConfigError(
+            "evaluation.score_bos: true for an autoregressive model that reads BOS first; expected false"
+        )
     masking = Masking.of(config, denoiser, facts.bos is not None)
     parameters = sum(value.numel() for value in denoiser.parameters())
     step = int(model_folder.read_background(local).figures.get("step", 0))
     return EvaluatedModel(name, folder, section, facts, parameters, step, masking)
+
+
+def open_models(run: Run) -> list[EvaluatedModel]:
+    """Open the models of `evaluation.models`, or where there are none the model of `open_model`.
+
+    Args:
+        run: of the evaluation.
+
+    Raises:
+        CheckpointError, ConfigError: as `open_model`, naming the model.
+    """
+    models, sampling = [], run.config.sampling
+    for name, spec in run.config.evaluation.models.items():
+        try:
+            models.append(
+                open_model(run.configured(sampling=sampling.model_copy(update={"model": spec})), name)
+            )
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(f"evaluation.models.{name}: {error}") from None
+    return models or [open_model(run, run.config.name)]
 
 
 def check_sampling(config: RunConfig, model: ModelConfig) -> None:
@@ -117,3 +140,14 @@ def likelihood_groups(
     titles = ["Validation", *(f"Zero-shot on {corpus.manifest.source.name}" for corpus in corpora[1:])]
     pairs = [*zip(corpora, titles, strict=True)]
     return [[likelihood_group(*pair, next(results)) for pair in pairs] for _ in models]
+
+
+def both_estimators(model: EvaluatedModel) -> list[Masking]:
+    """List the maskings that measure a model of text by every estimator that it has.
+
+    Args:
+        model: of text.
+    """
+    if model.masking.estimator == "exact":
+        return [model.masking]
+    return [replace(model.masking, estimator="count"), replace(model.masking, estimator="mdlm")]

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from pipeline.config.schema import SamplingConfig
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.logs import Progress
 from pipeline.metrics.draw import DrawnBatch, Sampler, batches_of

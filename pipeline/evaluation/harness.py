@@ -16,7 +16,7 @@ from lm_eval.api.model import LM
 
 from pipeline import arguments
 from pipeline.api import Model
-from pipeline.config.schema import MOST_STEPS
+from pipeline.config.evaluation import MOST_STEPS
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CapabilityError
 from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, windows

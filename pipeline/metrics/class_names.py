@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipeline.config.schema import SamplingConfig
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.errors import ConfigError, did_you_mean
 
 _NAMED = 10  # classes in a message

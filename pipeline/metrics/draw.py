@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from pipeline import storage
-from pipeline.config.schema import Precision, SamplingConfig
+from pipeline.config.evaluation import Precision, SamplingConfig
 from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
 from pipeline.logs import Progress
 from pipeline.metrics.class_names import with_class_ids

@@ -11,7 +11,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageOps
 
 from pipeline import arguments, storage
-from pipeline.config.schema import SamplingConfig
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mean, first_line
 from pipeline.models import model_folder

@@ -67,7 +67,9 @@ class Masking:
         """
         settings, diffusion = config.evaluation, config.diffusion
         estimator, draws = estimator_for(model, settings.estimator, settings.draws, diffusion.schedule)
-        return cls(estimator, draws, config.seed, diffusion.eps, bos, settings.batch)
+        return cls(
+            estimator, draws, config.seed, diffusion.eps, bos and not settings.score_bos, settings.batch
+        )
 
 
 @dataclass(frozen=True)

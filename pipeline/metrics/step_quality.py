@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pandas as pd
 
-from pipeline.config.schema import SamplingConfig
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.metrics.draw import Sampler, batches_of
 from pipeline.metrics.ngram import Perplexity, Rows
 from pipeline.metrics.text import unigram_entropy

@@ -10,8 +10,8 @@ import torch.utils.checkpoint
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from pipeline.config.evaluation import Precision
 from pipeline.config.model import TrunkConfig
-from pipeline.config.schema import Precision
 from pipeline.errors import CapabilityError
 from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.batch import Batch, Labels, NewTokens, State, packed

@@ -7,8 +7,9 @@ value, and flash attention, which keeps no scores.
 
 from dataclasses import dataclass
 
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import ModelConfig
-from pipeline.config.schema import SamplingConfig, TrainConfig
+from pipeline.config.schema import TrainConfig
 from pipeline.models.layers import CHUNK_LOGITS
 from pipeline.models.model_folder import DataFacts
 

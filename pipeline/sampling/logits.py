@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline import arguments
-from pipeline.config.schema import LARGEST_SETTING, LEAST_TEMPERATURE
+from pipeline.config.evaluation import LARGEST_SETTING, LEAST_TEMPERATURE
 from pipeline.errors import ConfigError
 from pipeline.models.layers import CHUNK_LOGITS, Head, chunk_rows
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import arguments
-from pipeline.config.schema import LARGEST_SETTING, MOST_STEPS
+from pipeline.config.evaluation import LARGEST_SETTING, MOST_STEPS
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.sampling.logits import Drawn
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import arguments
-from pipeline.config.schema import LARGEST_SETTING, SamplingConfig
+from pipeline.config.evaluation import LARGEST_SETTING, SamplingConfig
 from pipeline.diffusion.partition import by_rank, draw_order
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import CachedDenoiser, Denoiser

@@ -10,8 +10,8 @@ from typing import get_args
 import numpy as np
 
 from pipeline import storage, tracking
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.load import dump
-from pipeline.config.schema import SamplingConfig
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.metrics.draw import Sampler

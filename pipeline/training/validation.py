@@ -8,7 +8,7 @@ import torch.distributed as dist
 from jaxtyping import Int
 
 from pipeline import storage
-from pipeline.config.schema import SamplingConfig
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.data.manifest import TOKENIZER, data_facts
 from pipeline.data.shards import ShardReader
 from pipeline.metrics import likelihood

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.config.evaluation import GRID_KEYS
 from pipeline.config.load import dump, flatten, load, parse
 from pipeline.config.model import MDLMConfig, PGMConfig
-from pipeline.config.schema import GRID_KEYS, RunConfig
+from pipeline.config.schema import RunConfig
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

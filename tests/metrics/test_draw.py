@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from pipeline.api import load_model
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import PGMConfig
-from pipeline.config.schema import SamplingConfig
 from pipeline.metrics.draw import Sampler, describe, generate, labels_of
 from pipeline.models import model_folder
 from pipeline.models.vq import PatchVQ

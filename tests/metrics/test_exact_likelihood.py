@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config.evaluation import EvaluationConfig
 from pipeline.config.model import ARConfig
-from pipeline.config.schema import DiffusionConfig, EvaluationConfig
+from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws
 from pipeline.errors import CapabilityError

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from pipeline.api import Model, load_model
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import ARConfig, PGMConfig
-from pipeline.config.schema import RunConfig, SamplingConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CapabilityError, ConfigError, DataError
 from pipeline.metrics.given import filled, given_by, painted, prompted, refuse

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import PGMConfig
-from pipeline.config.schema import SamplingConfig
 from pipeline.metrics import step_quality
 from pipeline.metrics.draw import batches_of, draw_rows
 from pipeline.metrics.ngram import bigram_model, bigram_perplexity

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.errors import CapabilityError
+from pipeline.models import build
 from pipeline.sampling import fixed
 from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample
-from tests.support.small_models import PGM, randomised
+from tests.support.small_models import PGM, randomised, shake
 
 L, V = 16, 11
 SIZES = {"hidden": 16, "heads": 2, "dropout": 0.0}
@@ -74,6 +75,13 @@ def test_guidance_registers_and_repeated_swaps(shapes: list[tuple[int, ...]]) ->
     request = SamplingRequest(3, 5, seed=3, condition=torch.tensor([2, 0, 1]), guidance=1.5)
     both(GUIDED, request)
     assert {shape[0] for shape in shapes} == {6}, "every row with its class and without"
+
+
+def test_an_autoregressive_model_that_starts_from_bos(shapes: list[tuple[int, ...]]) -> None:
+    model = shake(build(AR.model_copy(update={"start": "bos"}), V, L, 3)).double()
+    request = SamplingRequest(3, L - 1, seed=4, order="left_to_right", bos=3)
+    assert torch.equal(sample(model, replace(request, compile=True)), sample(model, request))
+    assert shapes
 
 
 @pytest.mark.parametrize("bos", [None, 3])

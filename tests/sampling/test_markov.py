@@ -3,26 +3,33 @@
 The likelihood bound comes close to the entropy and not below it, and samples have the chain's pairs of tokens.
 """
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch import Tensor
 
+from pipeline.config.load import parse
 from pipeline.config.model import PGMConfig
 from pipeline.config.schema import DiffusionConfig
 from pipeline.data.prepare.markov import Chain
+from pipeline.data.tokenizers import load_tokenizer
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
+from pipeline.evaluation.zero_shot import zero_shot
 from pipeline.metrics.likelihood import Masking
-from pipeline.models import build
+from pipeline.models import build, model_folder
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.one_process import measure
 
 V, L, BATCH, STEPS, RATE = 8, 36, 32, 1000, 3e-3  # 36: a square grid, for Halton
+EOT = V  # of the tokenizer of the chain's letters
 MODEL = PGMConfig(hidden=64, heads=4, encoder_blocks=1, decoder_blocks=2, dropout=0)
 
 
@@ -42,7 +49,7 @@ def trained(request: pytest.FixtureRequest) -> Denoiser:
     """A partition model after 1,000 steps of the objective with uniform weights; about 40 s."""
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
-    model = build(MODEL.model_copy(update={"encoder": request.param}), V, L)
+    model = build(MODEL.model_copy(update={"encoder": request.param}), V + 1, L)
     optimiser = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS, pct_start=0.1)
     config = DiffusionConfig(loss_weight="uniform")
@@ -89,6 +96,42 @@ def test_the_bound_comes_within_three_percent_of_the_entropy(trained: Denoiser) 
     assert bound.nats < 1.03 * NATS
     assert bound.nats > NATS - 4 * bound.stderr, "no model is better than the source itself"
     assert bound.stderr < 0.006 * NATS
+
+
+@pytest.mark.slow
+def test_zero_shot_on_texts_of_the_source(trained: Denoiser, tmp_path: Path, ray_cluster: None) -> None:
+    """Rows of the chain as texts of letters, prepared for evaluation only: both estimators within 3%."""
+    rows = CHAIN.draw(2048, L, np.random.default_rng(4))
+    lines = (json.dumps({"text": "".join("abcdefgh"[i] for i in row)}) for row in rows.tolist())
+    (tmp_path / "chain.jsonl").write_text("\n".join(lines))
+    vocabulary = {letter: i for i, letter in enumerate("abcdefgh")} | {"[EOS]": EOT}
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[EOS]"))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    letters.save(str(tmp_path / "tokenizer.json"))
+    config = parse(
+        {
+            "name": "chain",
+            "data": {"length": L},
+            "model": MODEL.model_copy(
+                update={"encoder": "causal" if trained.causal else "bidirectional"}
+            ).model_dump(),
+            "sampling": {"steps": 4},
+            "evaluation": {
+                "rows": 2048,
+                "batch": 512,
+                "zero_shot": {"chain": {"source": str(tmp_path / "chain.jsonl")}},
+            },
+            "cluster": {"storage": str(tmp_path / "runs")},
+        },
+        "test",
+    )
+    folder, facts = tmp_path / "runs" / "chain" / "model", model_folder.DataFacts(V + 1, L, None, EOT)
+    model_folder.write(folder, config.model, facts, trained.state_dict(), model_folder.Background())
+    load_tokenizer(str(tmp_path / "tokenizer.json")).save(folder)
+    (of_count, of_mdlm) = (group.measures[1] for group in zero_shot(config).report.groups)
+    assert (of_count.key, of_mdlm.key) == ("nats", "nats")
+    assert of_count.value == pytest.approx(NATS, rel=0.03)
+    assert of_mdlm.value == pytest.approx(NATS, rel=0.03)
 
 
 ONE_BY_ONE = [("uniform", L), ("binomial", 1000), ("halton", L), ("left_to_right", L), ("entropy", L)]

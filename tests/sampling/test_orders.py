@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import MDLMConfig, PGMConfig, TrunkConfig
-from pipeline.config.schema import SamplingConfig
 from pipeline.errors import ConfigError
 from pipeline.models import build
 from pipeline.models.batch import Batch, State

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
-from pipeline.config.schema import RunConfig, SamplingConfig
+from pipeline.config.schema import RunConfig
 from pipeline.run import Run
 from tests.support import observed
 from tests.support.data_helpers import sentences

@@ -314,7 +314,7 @@ def test_averages_that_do_not_fit(tmp_path: Path, omega: Any, ema: Callable[[Any
     [
         ({"hello": 1}, "no weights; expected tensors, or one of state_dict"),
         ([torch.ones(2)], "holds list; expected a dict"),
-        ({"state_dict": {"conv.weight": torch.ones(2)}}, "not a released PGM or MDLM.*found conv.weight"),
+        ({"state_dict": {"conv.weight": torch.ones(2)}}, "not a released PGM, MDLM or AR.*found conv.weight"),
         ({"embedding.weight": torch.ones(2), "head.weight": torch.ones(2)}, "expected the model's folder"),
     ],
 )
