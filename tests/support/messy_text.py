@@ -54,7 +54,7 @@ def prepare_here(data: TextDataConfig, path: Path) -> Manifest:
     work, source = str(path / "work"), open_source(data)
     local = text.place_tokenizer(data, source, work)
     units = [text.tokenise_unit(unit, local, work) for unit in enumerate(source.units)]
-    make, splits = text.row_maker(local, work), {}
+    make, splits = text.row_maker(units, local, work), {}
     for name, (split, shards) in text.plan_splits(units, local, work).items():
         files = [publish_shard(shard.name, str(path), work, make=partial(make, shard)) for shard in shards]
         splits[name] = split.model_copy(update={"files": tuple(files)})
