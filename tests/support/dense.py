@@ -91,4 +91,4 @@ def mdlm_logits(model: MDLM, tokens: Tensor, groups: Tensor) -> Tensor:
 
 def ar_logits(model: AR, tokens: Tensor) -> Tensor:
     """[L] ids -> [L, V]: at every position from all before it."""
-    return trunk_logits(model, torch.cat([torch.tensor([model.start]), tokens[:-1]]), causal=True)
+    return trunk_logits(model, torch.cat([torch.tensor(model.starts), tokens[:-1]]), causal=True)
