@@ -37,6 +37,7 @@ def config_of(root: Path, **evaluation: object) -> RunConfig:
     return parse(tree, "test")
 
 
+@pytest.mark.slow
 def test_one_table_for_models_of_every_kind(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
