@@ -21,7 +21,8 @@ from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import Known, Progress, SamplingRequest, known_tokens, sample, sample_long
+from pipeline.sampling.row_ends import RowEnds, sample_rows, texts_of
+from pipeline.sampling.sampler import Known, Progress, SamplingRequest, known_tokens, sample_long
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -53,6 +54,7 @@ class Model:
         bos: id that stands known at position 0 of every row, or None.
         tokenizer: converts rows to text or images; None for data without one.
         class_names: by label; None: the classes have no names.
+        ends: how rows end that have padding; None: rows have none.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Model:
         bos: int | None = None,
         tokenizer: Tokenizer | ImageTokenizer | None = None,
         class_names: Sequence[str] | None = None,
+        ends: RowEnds | None = None,
     ):
         self.denoiser = denoiser.eval()
-        self.bos, self.tokenizer, self.class_names = bos, tokenizer, class_names
+        self.bos, self.tokenizer, self.class_names, self.ends = bos, tokenizer, class_names, ends
         self._order = "left_to_right" if denoiser.left_to_right else "uniform"
 
     @property
@@ -193,6 +196,7 @@ class Model:
         condition: Labels = None,
         progress: Progress | None = None,
         known: Known | None = None,
+        length: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Int[Tensor, "B L"]:
         """Draw rows of tokens.
@@ -208,10 +212,11 @@ class Model:
             progress: called with (steps done, steps) after every step.
             known: given tokens: `{position: token}` for all samples, a list of one for each, or (tokens, mask), both
                 [num_samples, L]. They are kept, and everything else is drawn around them.
+            length: tokens of every row, for a model of padded rows; None: drawn from those of its training rows.
             **options: `filters`, `refresh_every`, `guidance` and `compile`, see `SamplingOptions`.
 
         Returns:
-            [num_samples, L] ids, BOS included.
+            [num_samples, L] ids, BOS included; of a model of padded rows with an end of text and padding.
 
         Raises:
             ConfigError: a value outside its bounds, an unknown order, more steps than positions, a given position
@@ -235,7 +240,7 @@ class Model:
             known=tokens,
             **options,
         )
-        return sample(self.denoiser, request, progress)
+        return sample_rows(self.denoiser, request, self.ends, length, progress)
 
     def write(
         self,
@@ -253,7 +258,7 @@ class Model:
         Args:
             prompt: beginning of every text.
             num_samples: number of texts.
-            length: tokens, BOS and prompt included; None: L.
+            length: tokens, BOS and prompt included; None: L. A model of padded rows ends its texts within L.
             stride: new tokens of every window after the first; None: half of L.
             steps: forward passes of a full window; None: 64, or one for each token of an autoregressive model.
             seed: text i depends on (seed, i) only.
@@ -285,6 +290,8 @@ class Model:
             known=known_tokens(given.known, num_samples, window),
             filters=filters,
         )
+        if self.ends is not None:
+            return self.decode(sample_rows(self.denoiser, request, self.ends)[:, :length])
         rows = sample_long(
             self.denoiser, request, length=max(window, length), stride=stride, stop=tokenizer.eot
         )
@@ -385,6 +392,8 @@ class Model:
         special, tokens = {self.bos, tokenizer.eot}, arguments.integers("tokens", tokens, "B", "L")
         begins = tokens == (tokenizer.eot if self.bos is None else self.bos)
         arguments.check_below("tokens", tokens[~begins], tokenizer.vocab_size)
+        if self.ends is not None:
+            return texts_of(tokens.cpu().numpy(), self.ends.eot, self.ends.pad, tokenizer.decode)
         return [tokenizer.decode([i for i in row if i not in special]) for row in tokens.tolist()]
 
     def images(self, tokens: Int[Tensor, "B L"]) -> UInt8[np.ndarray, "B S S 3"]:
@@ -458,6 +467,6 @@ def load_model(
     local, _ = trained.find(str(path), tracking.tracking_uri(RunConfig(name="any")))
     opened = trained.read(local, overrides)
     facts = opened.facts
-    model = Model(opened.denoiser, facts.bos, opened.tokenizer, facts.class_names)
+    model = Model(opened.denoiser, facts.bos, opened.tokenizer, facts.class_names, RowEnds.of(facts))
     model.denoiser.to(place, DTYPES[precision])
     return model

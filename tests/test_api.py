@@ -73,6 +73,32 @@ def test_a_folder_comes_back_whole(
     assert facts == model_folder.DataFacts(V, L, 256, 256)
 
 
+@pytest.mark.parametrize(
+    "config", [*BOTH_KINDS, ARConfig(kind="ar", hidden=32, heads=4, blocks=1)], ids=lambda c: c.kind
+)
+def test_a_model_of_padded_rows(config: PGMConfig | MDLMConfig | ARConfig, tmp_path: Path) -> None:
+    """Lengths of training rows travel with the folder; texts end with their row."""
+    lengths = (0,) * 6 + (3, 0, 1)  # three rows of 6 tokens, one of 8
+    facts = model_folder.DataFacts(V, L, 256, 256, pad=256, row_lengths=lengths)
+    weights = randomised(config, V, L).state_dict()
+    model_folder.write(tmp_path / "model", config, facts, weights, model_folder.Background())
+    ByteTokenizer().save(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    rows = model.sample(8, seed=1)
+    assert model.write("abc", num_samples=2)[0].startswith("abc")
+    if config.kind == "ar":
+        with pytest.raises(CapabilityError, match="decides itself where a text ends"):
+            model.sample(1, length=5)
+        return
+    assert {row.tolist().index(256, 1) + 1 for row in rows} <= {*range(2, 9)}
+    assert (rows[:, 8:] == 256).all()
+    five = model.sample(8, seed=1, length=5)
+    assert (five[:, 4:] == 256).all()
+    assert all(
+        len(text.encode("utf-8", "replace")) <= 3 * 3 for text in model.decode(five)
+    )  # U+FFFD has 3 bytes
+
+
 def test_logits(model: Model) -> None:
     tokens, groups = random_rows(3, L, V)
     logits = model.logits(tokens, groups.long())
