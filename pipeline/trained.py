@@ -153,9 +153,12 @@ def placed(name: str, uri: str, root: str, key: str) -> str:
     if is_path(name) and storage.folder_complete(name) and storage.exists(storage.join(name, CONFIG)):
         return storage.resolve(name)
     local, name = find(name, uri, key)
-    if name.startswith(REGISTERED) or (is_path(name) and local.is_dir()):
+    if name.startswith(REGISTERED) or (is_path(name) and storage.is_local(name) and local.is_dir()):
         return str(local)
-    change = "" if name.startswith(HUB) else str(local.stat())
+    stat = local.stat()
+    change = (
+        "" if name.startswith(HUB) else f"{stat.st_size} {stat.st_mtime_ns if storage.is_local(name) else ''}"
+    )
     digest = hashlib.sha256(f"{name} {change}".encode()).hexdigest()[:12]
     target = storage.join(root, f"{local.stem}-{digest}")
     if not storage.folder_complete(target):

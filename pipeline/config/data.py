@@ -71,7 +71,7 @@ class TextDataConfig(DataConfig):
     length: Annotated[int, Field(ge=2)] = 1024
     wrap: Literal["none", "bos_eos", "sentence"] = "none"
     end_of_text: bool = True
-    validation_documents: PositiveInt | Literal["all"] | None = None
+    validation_documents: PositiveInt | Literal["all"] | None = HELD_OUT
     validation_split: str | None = None
 
     @field_validator("validation_documents", mode="before")
@@ -94,10 +94,10 @@ class TextDataConfig(DataConfig):
     def _check_splits(self) -> "TextDataConfig":
         if self.validation_split is None:
             return self
-        if self.validation_documents is not None:
+        if self.validation_documents not in (None, HELD_OUT):
             raise ValueError(
                 f"validation_split {self.validation_split!r} and validation_documents {self.validation_documents!r} "
-                "both say what is held out; expected one of them"
+                "both say what is held out; expected one of them, and null for the other"
             )
         if self.validation_split == self.split:
             raise ValueError(f"validation_split {self.split!r} is split as well; expected another split")

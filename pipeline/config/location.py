@@ -67,6 +67,7 @@ class HubName:
         """
         match = _HUB_NAME.fullmatch(name.removeprefix(HUB).removeprefix("//").rstrip("/"))
         parts = match["path"].split("/") if match and match["path"] else []
+        parts += unquote(match["revision"]).split("/") if match and match["revision"] else []
         if match is None or any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"{name!r}; expected hf:OWNER/NAME/FILE or hf:OWNER/NAME@REVISION/FILE")
         revision = match["revision"]

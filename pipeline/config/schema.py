@@ -294,6 +294,14 @@ class RunConfig(Section):
         if sampling.refresh_every > 1 and sampling.model is None and not refreshes:
             bidirectional = "expected 1; only a pgm with model.encoder bidirectional can encode less often"
             yield f"sampling.refresh_every: {sampling.refresh_every}; {bidirectional}"
+        if sampling.length is not None and sampling.model is None:
+            if getattr(self.data, "wrap", "none") != "sentence" or self.model.kind == "ar":
+                yield (
+                    f"sampling.length: {sampling.length}; expected null, since only rows with padding (data.wrap "
+                    "sentence) have a length, and ar ends them itself"
+                )
+            elif sampling.length > self.data.length:
+                yield f"sampling.length: {sampling.length}; expected at most data.length {self.data.length}"
         if sampling.compile and sampling.order in ("confidence", "entropy"):
             yield f"sampling.compile: true for order {sampling.order}; expected false, or an order planned in advance"
         if sampling.compile and sampling.model is None and not self.model.fixed_steps:
@@ -313,6 +321,10 @@ class RunConfig(Section):
             and getattr(self.data, "wrap", "none") == "none"
         ):
             yield "model.start: 'bos' for rows without BOS; expected learned, or data.wrap bos_eos"
+        if self.evaluation.score_bos and self.model.kind == "ar" and self.model.start == "bos":
+            yield "evaluation.score_bos: true for model.start 'bos', which does not predict BOS; expected false"
+        if self.evaluation.zero_shot and (self.evaluation.models or self.evaluation.tasks):
+            yield "evaluation.zero_shot: together with other evaluations; expected no models and no tasks beside it"
         if self.model.classes is not None:
             yield f"model.classes: {self.model.classes}, but data.kind text has no labels; expected null"
         if self.diffusion.schedule == "arccos":
@@ -324,6 +336,8 @@ class RunConfig(Section):
 
     def _images(self) -> Iterator[str]:
         expected = getattr(self.data, "classes", None)
+        if self.evaluation.score_bos:
+            yield "evaluation.score_bos: true, but the BOS of images is no code; expected false"
         if self.evaluation.scorer is not None:
             yield f"evaluation.scorer: {self.evaluation.scorer!r} reads text; expected null for images"
         if self.model.classes not in (None, expected):

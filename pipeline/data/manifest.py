@@ -228,11 +228,12 @@ class Manifest(_Frozen):
             raise DataError(f"no split {name!r} in the data; known: {known}{did_you_mean(name, self.splits)}")
         return self.splits[name]
 
-    def bits_per_byte(self, nats: float) -> float | None:
+    def bits_per_byte(self, nats: float, scored_bos: bool = False) -> float | None:
         """Convert the likelihood of validation rows into a unit that does not depend on the tokenizer.
 
         Args:
             nats: per predicted token.
+            scored_bos: whether the BOS of a row is one of them.
 
         Returns:
             Bits per UTF-8 byte of the documents; None where the number of bytes is not known.
@@ -241,7 +242,7 @@ class Manifest(_Frozen):
         if not split.bytes:
             return None
         # The end-of-text token at the end of a wrapped row is predicted, and stands for no text.
-        added = (self.length - 1) / (self.length - 2) if self.wrap == "bos_eos" else 1.0
+        added = (self.length - 1 + scored_bos) / (self.length - 2) if self.wrap == "bos_eos" else 1.0
         return nats * added * split.tokens / split.bytes / math.log(2)
 
     def rows(self, split: str) -> int:

@@ -69,6 +69,10 @@ def compare(config: RunConfig) -> Comparison:
     with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
         run = run.replace(given_resources=available_resources(config.cluster)).with_data()
         corpus = Corpus("validation", run.data_path, run.manifest)
+        if "train" not in run.manifest.splits and config.evaluation.scorer is None:
+            raise ConfigError(
+                "evaluation.scorer: null, and the data has no training rows for a bigram model; expected a scorer"
+            )
         for model in models:
             try:
                 model.check_fits(corpus, run)
@@ -129,7 +133,7 @@ def _sampling(config: RunConfig, model: ModelConfig) -> list[SamplingConfig]:
     """
     grid, fixed = config.evaluation.grid, dict[str, object]()
     if model.kind == "ar":
-        fixed = {"steps": config.data.predicted, "order": "left_to_right"}
+        fixed = {"steps": config.data.predicted, "order": "left_to_right", "length": None}
     if model.kind != "pgm" or model.encoder == "causal":
         fixed |= {"refresh_every": 1}
     found: dict[str, SamplingConfig] = {}

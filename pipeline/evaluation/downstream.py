@@ -159,7 +159,7 @@ class _Examiner:
 
 def _accuracy(task: str, output: Mapping[str, Any]) -> Accuracy:
     """Read the accuracy of a task, and of its chance, from what lm-eval returns."""
-    results, samples = output["results"][task], output["samples"].get(task, [])
+    results, samples = output["results"].get(task, {}), output["samples"].get(task, [])
     value = results.get("acc,none")
     if value is None or not samples:
         known = ", ".join(key for key in results if key.endswith(",none"))
@@ -182,7 +182,7 @@ def _check_tasks(tasks: Sequence[str], path: str | None) -> None:
         raise CapabilityError(
             f"evaluation.tasks: a package is not installed: {error}; pip install -e '.[harness]'"
         ) from None
-    known = TaskManager(include_path=path).all_tasks
+    known = TaskManager(include_path=path).all_subtasks
     for task in tasks:
         if task not in known:
             raise ConfigError(

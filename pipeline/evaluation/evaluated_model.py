@@ -139,7 +139,8 @@ def likelihood_groups(
     results = iter(measure_cases(cases, run.resources))
     titles = ["Validation", *(f"Zero-shot on {corpus.manifest.source.name}" for corpus in corpora[1:])]
     pairs = [*zip(corpora, titles, strict=True)]
-    return [[likelihood_group(*pair, next(results)) for pair in pairs] for _ in models]
+    scored_bos = run.config.evaluation.score_bos
+    return [[likelihood_group(*pair, next(results), scored_bos) for pair in pairs] for _ in models]
 
 
 def both_estimators(model: EvaluatedModel) -> list[Masking]:

@@ -7,6 +7,7 @@ import pandas as pd
 from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.config.evaluation import ZeroShotSet
+from pipeline.config.load import check
 from pipeline.config.schema import RunConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizers import Tokenizer
@@ -74,7 +75,12 @@ def zero_shot(config: RunConfig) -> ZeroShot:
         ]
         results = measure_cases(cases, run.resources)
         groups = [
-            likelihood_group(case.corpus, f"Zero-shot on {case.corpus.manifest.source.name}", result)
+            likelihood_group(
+                case.corpus,
+                f"Zero-shot on {case.corpus.manifest.source.name}",
+                result,
+                config.evaluation.score_bos,
+            )
             for case, result in zip(cases, results, strict=True)
         ]
         table = _table([*sets], results, len(maskings))
@@ -109,10 +115,13 @@ def _prepared(run: Run, model: EvaluatedModel, name: str, text: ZeroShotSet) -> 
     tokenizer, keys = model.tokenizer, text.model_dump()
     assert isinstance(run.config.data, TextDataConfig)
     keys |= {"path": None, "validation_documents": "all", "validation_split": None}
+    keys["end_of_text"] |= run.config.data.wrap == "sentence"  # whose rows end with it
     if isinstance(tokenizer, Tokenizer):
         keys["tokenizer"] = model.folder
-    data = run.config.data.model_copy(update=keys)
-    data = TextDataConfig.model_validate(data.model_dump())
+    section, problems = check(TextDataConfig, run.config.data.model_dump() | keys)
+    if section is None:
+        raise ConfigError("\n".join(f"evaluation.zero_shot.{name}: {problem}" for problem in problems))
+    data = section
     path = prepare.data_path(data, storage.resolve(run.config.cluster.storage))
     corpus = Corpus(f"zero_shot/{name}", path, prepare.ensure(data, path))
     check_fits(corpus, model.facts, tokenizer.hash if tokenizer else corpus.manifest.tokenizer.hash)

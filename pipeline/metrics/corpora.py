@@ -86,6 +86,7 @@ def check_fits(corpus: Corpus, facts: model_folder.DataFacts, tokenizer_hash: st
         "length": (manifest.length, facts.length),
         "vocabulary": (manifest.vocabulary, facts.vocab_size),
         "bos": (manifest.special.bos, facts.bos),
+        "padding": (manifest.special.pad, facts.pad),
         "tokenizer (hash)": (manifest.tokenizer.hash[:12], tokenizer_hash[:12]),
     }
     if lines := differences(fields, "model"):
@@ -170,13 +171,16 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[likelihoo
     return results
 
 
-def likelihood_group(corpus: Corpus, title: str, result: likelihood.Likelihood) -> Group:
+def likelihood_group(
+    corpus: Corpus, title: str, result: likelihood.Likelihood, scored_bos: bool = False
+) -> Group:
     """Make the report's group of a likelihood.
 
     Args:
         corpus: the data.
         title: for people.
         result: the measured likelihood.
+        scored_bos: whether BOS counts as predicted (`evaluation.score_bos`).
     """
     method = {
         "data": corpus.path.rpartition("/")[2],
@@ -195,7 +199,7 @@ def likelihood_group(corpus: Corpus, title: str, result: likelihood.Likelihood) 
             Measure("perplexity", "perplexity", result.perplexity, result.perplexity_interval, bound),
             Measure("nats", "nats per token", result.nats, result.interval, bound),
         ]
-        if (scale := corpus.manifest.bits_per_byte(1.0)) is not None:
+        if (scale := corpus.manifest.bits_per_byte(1.0, scored_bos)) is not None:
             interval = result.interval and (result.interval[0] * scale, result.interval[1] * scale)
             measures.append(Measure("bits_per_byte", "bits per byte", result.nats * scale, interval, bound))
     return Group(corpus.key, title, method, measures)

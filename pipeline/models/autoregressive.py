@@ -75,6 +75,8 @@ class AR(CachedDenoiser):
         Raises:
             CapabilityError: a known token after a hidden one, as in the estimators of masked models.
         """
+        if not self.starts and batch.targets[:, 0].any():
+            raise CapabilityError("AR without a start vector reads BOS first; expected no prediction of BOS")
         hidden = batch.groups | batch.padding
         if (hidden[:, :-1] & ~hidden[:, 1:]).any() or (batch.targets & ~batch.groups).any():
             raise CapabilityError(

@@ -75,6 +75,7 @@ def sample_rows(
         raise CapabilityError(f"length: {length}, but the model {reason}; expected none")
     if ends is None:
         return sample(model, request, progress, revealed_at)
+    arguments.integer("seed", request.seed, 0)
     start, places = int(request.bos is not None), torch.arange(model.length)
     if model.left_to_right:
         rows = sample(model, request, progress, revealed_at)

@@ -19,6 +19,7 @@ from pipeline import storage, tracking, trained
 from pipeline.config.load import flatten
 from pipeline.config.location import HUB
 from pipeline.config.schema import RunConfig
+from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
@@ -255,6 +256,12 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
     elif local.is_file():
         weights = average = conversion.load(local)[0].state_dict()
     else:
+        tokenizer = saved_tokenizer(local)
+        if isinstance(tokenizer, Tokenizer) and tokenizer.hash != run.manifest.tokenizer.hash:
+            raise CheckpointError(
+                f"{origin} has other token ids than the data (tokenizer {tokenizer.name!r}, the data's is "
+                f"{run.manifest.tokenizer.name!r}); data.tokenizer={source} prepares data with the model's tokenizer"
+            )
         weights = average = model_folder.read_weights(local)
     model_folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
     log.info("starting from the weights of %s", source)

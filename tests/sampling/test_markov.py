@@ -73,8 +73,8 @@ def trained(request: pytest.FixtureRequest) -> Denoiser:
 def pairs_of(tokens: Tensor | np.ndarray) -> np.ndarray:
     """Frequencies [V, V] of neighbouring tokens."""
     rows = np.asarray(tokens)
-    codes = rows[:, :-1] * V + rows[:, 1:]
-    return np.bincount(codes.ravel(), minlength=V * V).reshape(V, V) / codes.size
+    codes = rows[:, :-1] * (V + 1) + rows[:, 1:]  # a model may draw the end of text
+    return np.bincount(codes.ravel(), minlength=(V + 1) ** 2).reshape(V + 1, V + 1)[:V, :V] / codes.size
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

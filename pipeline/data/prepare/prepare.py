@@ -112,6 +112,8 @@ def _make(data: AnyDataConfig, source: TextSource | ImageSource, path: str) -> M
     plan: dict[str, Any] = {"content": _content(data), "plan": source.plan}
     if data.kind == "image":  # units of one size cannot be continued with those of another
         plan["unit_size"] = images.unit_size(data)
+    else:
+        plan["units"] = text.UNIT_FORMAT
     work = storage.join(path, f"{_WORK}{hash_content(plan)[:16]}")
     if not ray.is_initialized():
         if address := os.environ.get("RAY_ADDRESS"):

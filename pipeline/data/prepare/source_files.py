@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -369,11 +370,10 @@ def by_split(files: Sequence[SourceFile], *splits: str) -> dict[str, list[Source
     Raises:
         DataError: a split has no file, or a file belongs to two splits.
     """
-    words = {file: set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
+    words = {file: _words(file) for file in files}
     found: dict[str, list[SourceFile]] = {}
     for split in splits:
-        forms = next((forms for forms in _SPLIT_WORDS if split.lower() in forms), {split.lower()})
-        found[split] = [file for file in files if words[file] & forms]
+        found[split] = [file for file in files if words[file] & _forms(split)]
         if not found[split]:
             names = ", ".join(file.name for file in files[:6])
             near = did_you_mean(split, sorted(set().union(*words.values())))
@@ -381,11 +381,32 @@ def by_split(files: Sequence[SourceFile], *splits: str) -> dict[str, list[Source
                 f"data.source: no file with the split {split!r} in its name among {len(files)}, such as {names}; "
                 f"expected one such as {split}-00000.parquet{near}"
             )
-    if both := [file for file in files if sum(file in part for part in found.values()) > 1]:
+    counts = Counter(file for part in found.values() for file in part)
+    if both := [file for file in files if counts[file] > 1]:
         raise DataError(f"data.source: {both[0].path!r} has more than one of the splits {splits} in its name")
     if others := len(files) - sum(map(len, found.values())):
         log.info("%d files of other splits than %s are ignored", others, ", ".join(splits))
     return found
+
+
+def has_split(files: Sequence[SourceFile], split: str) -> bool:
+    """Tell whether a split is named in the names of any files, as `by_split` reads them.
+
+    Args:
+        files: of a source.
+        split: name of the split.
+    """
+    return any(_words(file) & _forms(split) for file in files)
+
+
+def _words(file: SourceFile) -> set[str]:
+    """Words of letters in the name of a file and of its folders."""
+    return set(re.split(r"[^a-z]+", file.name.lower()))
+
+
+def _forms(split: str) -> Set[str]:
+    """The name of a split, in all its usual forms."""
+    return next((forms for forms in _SPLIT_WORDS if split.lower() in forms), {split.lower()})
 
 
 def hub_folder(data: AnyDataConfig) -> str | None:

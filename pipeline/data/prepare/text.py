@@ -33,6 +33,7 @@ from pipeline.errors import DataError
 
 log = logging.getLogger(__name__)
 
+UNIT_FORMAT = 2  # raise it when units of an interrupted preparation could not be continued
 FORMAT = 1  # raise it when the same config and input would give other shards
 
 FIT_BYTES = 64 << 20  # of the text on which a tokenizer is trained, at most

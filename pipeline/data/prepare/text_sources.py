@@ -93,6 +93,9 @@ def open_source(data: TextDataConfig) -> TextSource:
         return _open_hub(data)
     files = source_files.find(data.source, SUFFIXES, *EMBEDDED)
     by_split = {data.split: files}
+    if data.held_out == "all" and source_files.has_split(files, data.split):
+        by_split = source_files.by_split(files, data.split)
+        files = by_split[data.split]
     if data.validation_split is not None:
         by_split = source_files.by_split(files, data.split, data.validation_split)
         files = [file for part in by_split.values() for file in part]

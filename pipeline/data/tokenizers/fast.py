@@ -57,6 +57,8 @@ class FastTokenizer(Tokenizer):
         assert self._special["eot"] is not None
         self.eot, self.bos, self.pad = self._special["eot"], self._special["bos"], self._special["pad"]
         self._definition = {**definition, "truncation": None, "padding": None}
+        if isinstance(model := definition.get("model"), dict) and model.get("dropout"):
+            self._definition["model"] = {**model, "dropout": None}  # which would draw ids at random
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._definition))
         self._tokenizer.encode_special_tokens = True  # as plain text
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -127,10 +129,11 @@ def read_fast(name: str, files: Mapping[str, bytes]) -> FastTokenizer:
         if TOKENIZER_FILE in files:
             definition = _json(name, TOKENIZER_FILE, files[TOKENIZER_FILE])
         else:
-            words = files[VOCABULARY_FILE].decode("utf-8").splitlines()
-            lowercase = bool(side.get("do_lower_case", True))
-            pieces = {word: i for i, word in enumerate(words)}
-            definition = json.loads(_word_piece(pieces, lowercase).to_str())
+            # Not `splitlines`, for which some entries of such files are line ends.
+            words = (
+                files[VOCABULARY_FILE].decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+            )
+            definition = json.loads(_word_piece({word: i for i, word in enumerate(words)}, side).to_str())
         library = tokenizers.Tokenizer.from_str(json.dumps(definition))
         special = _special(name, library, side)
         tokens = {i: str(library.id_to_token(i)) for i in special.values() if i is not None}
@@ -197,10 +200,14 @@ def _with_special(definition: Mapping[str, Any], special: Mapping[int, str]) -> 
     return {**definition, "added_tokens": [tokens[i] for i in sorted(tokens)]}
 
 
-def _word_piece(pieces: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
-    """Make the tokenizer of BERT that belongs to a vocabulary."""
+def _word_piece(pieces: dict[str, int], side: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Make the tokenizer of BERT that belongs to a vocabulary, as its side files say."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(side.get("do_lower_case", True)),
+        strip_accents=side.get("strip_accents"),
+        handle_chinese_chars=bool(side.get("tokenize_chinese_chars", True)),
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
@@ -258,6 +265,7 @@ def files_on_hub(spec: str) -> dict[str, bytes]:
 
     repository, _, revision = spec.removeprefix("hf:").partition("@")
     files: dict[str, bytes] = {}
+    missing: Exception | None = None
     for name in (TOKENIZER_FILE, VOCABULARY_FILE, *SIDE_FILES):
         if name == VOCABULARY_FILE and TOKENIZER_FILE in files:
             continue
@@ -269,7 +277,7 @@ def files_on_hub(spec: str) -> dict[str, bytes]:
             if name == TOKENIZER_FILE:
                 missing = error
                 continue
-            raise _not_downloaded(spec, repository, missing) from error
+            raise _not_downloaded(spec, repository, missing or error) from error
         except EntryNotFoundError:  # the repository has no such file
             continue
         except Exception as error:  # errors of several libraries, which have no base class in common
