@@ -80,6 +80,22 @@ class TestMistakes:
                 "evaluation.grid: 'guidnce' is not one of order, schedule",
             ),
             (
+                {"sampling": {"length": 12}},
+                "sampling.length: 12; expected null, since only rows with padding",
+            ),
+            (
+                {"sampling": {"length": 2000}, "data": {"wrap": "sentence"}},
+                "sampling.length: 2000; expected at most data.length 1024",
+            ),
+            (
+                {"data": {"wrap": "sentence", "end_of_text": False}},
+                "data: end_of_text False with wrap 'sentence'",
+            ),
+            (
+                {"evaluation": {"zero_shot": {"a": {"source": "b"}}, "tasks": ["boolq"]}},
+                "evaluation.zero_shot: together with other evaluations",
+            ),
+            (
                 {"evaluation": {"grid": {"guidnce": [1]}}},
                 f"evaluation.grid: 'guidnce' is not one of {', '.join(GRID_KEYS)}; did you mean 'guidance'?",
             ),

@@ -10,15 +10,17 @@ from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardReader
+from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import ConfigError
 from pipeline.evaluation.zero_shot import ZeroShot, zero_shot
 from pipeline.metrics.likelihood import Masking
-from pipeline.models import model_folder
+from pipeline.models import build, model_folder
 from pipeline.training.validation import validation_rows
 from tests.support.data_helpers import write_parquet, write_sentences
 from tests.support.one_process import measure
 from tests.support.page_check import check_page
 from tests.support.prepared_text import write_model
+from tests.support.small_models import shake
 
 L, ROWS = 16, 50
 MODELS = {
@@ -107,6 +109,21 @@ def test_table_page_and_mlflow(result: Result) -> None:
     value = judged.report.groups[0].measures[0].value
     estimator = judged.report.groups[0].how["estimator"]
     assert metrics[f"evaluation/zero_shot/hub/perplexity_{estimator}"] == pytest.approx(value)
+
+
+def test_a_model_of_padded_rows_reads_texts_as_sentences(tmp_path: Path, ray_cluster: None) -> None:
+    write_sentences(tmp_path / "lines.jsonl", 20)
+    config = config_of(tmp_path, "pgm")
+    sets = {"lines": config.evaluation.zero_shot["lines"].model_copy(update={"end_of_text": False})}
+    evaluation = config.evaluation.model_copy(update={"zero_shot": sets})
+    data = config.data.model_copy(update={"wrap": "sentence"})
+    config = config.model_copy(update={"data": data, "evaluation": evaluation})
+    facts = model_folder.DataFacts(257, L, 256, 256, pad=256, row_lengths=(0,) * 8 + (1,))
+    model = shake(build(config.model, 257, L, 256))
+    folder = tmp_path / "runs" / "pgm" / "model"
+    model_folder.write(folder, config.model, facts, model.state_dict(), model_folder.Background())
+    ByteTokenizer().save(folder)
+    assert zero_shot(config).table["rows"].tolist() == ["20"]  # one row for each sentence
 
 
 def test_images_have_no_zero_shot_texts(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.tokenizers import load_tokenizer
+from pipeline.data.tokenizers import Text8Tokenizer, load_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
 from pipeline.models.released import conversion
@@ -104,12 +104,17 @@ def test_a_run_starts_from_weights_and_average(
     )
 
 
+def read(config: RunConfig) -> Run:
+    """A run with its manifest."""
+    return Run(config, given_manifest=Manifest.read(Run(config).data_path))
+
+
 def refusal(config: RunConfig, source: str, **model: object) -> str:
     """What `initial_weights` says against a source."""
     wanted = started_from(config, source)
     wanted = wanted.model_copy(update={"model": config.model.model_copy(update=model)})
     with pytest.raises(CheckpointError) as caught:
-        resume.initial_weights(Run(wanted), plain.fresh(wanted))
+        resume.initial_weights(read(wanted), plain.fresh(wanted))
     return str(caught.value)
 
 
@@ -124,13 +129,24 @@ def test_a_source_that_does_not_fit_is_named(
     assert "\n  embedding.weight is [257, 16], expected [257, 32]" in message
 
 
+def test_a_model_of_other_token_ids_is_refused(
+    sources: dict[str, Source], run_storage: Path, tmp_path: Path
+) -> None:
+    """Weights would fit, but their ids mean other texts."""
+    shutil.copytree(sources["consolidated"][0], tmp_path / "model")
+    Text8Tokenizer().save(tmp_path / "model")
+    message = refusal(quick(run_storage, "ids"), str(tmp_path / "model"))
+    assert "has other token ids than the data (tokenizer 'text8', the data's is 'bytes')" in message
+    assert f"data.tokenizer={tmp_path / 'model'}" in message
+
+
 def test_a_causal_encoder_starts_from_a_bidirectional_model(
     sources: dict[str, Source], run_storage: Path
 ) -> None:
     config = started_from(quick(run_storage, "causal"), sources["consolidated"][0])
     config = config.model_copy(update={"model": config.model.model_copy(update={"encoder": "causal"})})
     model = plain.fresh(config)
-    found = resume.initial_weights(Run(config), model)
+    found = resume.initial_weights(read(config), model)
     assert found is not None
     assert model.causal
     for name, value in model_folder.read_weights(Path(sources["consolidated"][0])).items():

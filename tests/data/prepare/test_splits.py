@@ -90,6 +90,17 @@ def test_everything_held_out(files: Path, tmp_path: Path, monkeypatch: pytest.Mo
         check_fits(manifest, config)
 
 
+def test_everything_of_one_split_held_out(files: Path, tmp_path: Path) -> None:
+    """Files of other splits are not evaluated; without splits in their names, all files are."""
+    data = TextDataConfig(source=str(files), split="test", validation_documents="all", length=4)
+    assert prepare_here(data, tmp_path / "test").documents == 15
+    (files / "plain").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (files / "plain" / name).write_text("some text that fills a row")
+    data = data.model_copy(update={"source": str(files / "plain")})
+    assert prepare_here(data, tmp_path / "plain").documents == 2
+
+
 def test_bpe_of_a_named_split_sees_no_other(files: Path, tmp_path: Path) -> None:
     source = files / "train-00000-of-00002.parquet"
     write_parquet(source, [f"the cat sat on the mat {i} the cat" for i in range(20)])
