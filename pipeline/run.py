@@ -114,8 +114,9 @@ class Run:
         """
         return self.replace(given_manifest=prepare.ensure(self.config.data, self.data_path))
 
+    @cached_property
     def text_tokenizer(self) -> Tokenizer:
-        """Load the tokenizer of the run's text, which lies beside its shards."""
+        """Tokenizer of the run's text, which lies beside its shards."""
         folder = storage.join(self.data_path, TOKENIZER)  # earlier versions kept none there
         return load_tokenizer(folder if storage.folder_complete(folder) else self.config.data.tokenizer)
 

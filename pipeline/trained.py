@@ -155,11 +155,7 @@ def placed(name: str, uri: str, root: str, key: str) -> str:
     local, name = find(name, uri, key)
     if name.startswith(REGISTERED) or (is_path(name) and storage.is_local(name) and local.is_dir()):
         return str(local)
-    stat = local.stat()
-    change = (
-        "" if name.startswith(HUB) else f"{stat.st_size} {stat.st_mtime_ns if storage.is_local(name) else ''}"
-    )
-    digest = hashlib.sha256(f"{name} {change}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{name} {_version(local, name)}".encode()).hexdigest()[:12]
     target = storage.join(root, f"{local.stem}-{digest}")
     if not storage.folder_complete(target):
         model = read(local)
@@ -169,6 +165,15 @@ def placed(name: str, uri: str, root: str, key: str) -> str:
             model.write(folder, model.background)
         log.info("%s: a model folder of it was written to %s", name, target)
     return target
+
+
+def _version(local: Path, name: str) -> str:
+    """What changes with the content of a file, as far as its name does not: that of the hub has the commit."""
+    if name.startswith(HUB):
+        return ""
+    stat = local.stat()
+    # The copy of a remote file has the time of its download.
+    return f"{stat.st_size} {stat.st_mtime_ns if storage.is_local(name) else ''}"
 
 
 def _tokenizer(name: str | None, vocabulary: int, chosen: bool) -> Tokenizer | None:

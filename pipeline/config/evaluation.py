@@ -69,6 +69,11 @@ class SamplingConfig(Section):
     batch: PositiveInt = 16
     seed: Seed = 0
 
+    @property
+    def given(self) -> list[str]:
+        """Keys that are set of those that say what samples are drawn around."""
+        return [key for key in ("prompt", "infill", "inpaint") if getattr(self, key) is not None]
+
 
 # Keys of `sampling` that a comparison can vary, beside the steps.
 GRID_KEYS = (

@@ -276,8 +276,7 @@ class RunConfig(Section):
 
     def _sampling(self) -> Iterator[str]:
         sampling, steps, predicted = self.sampling, self.evaluation.steps, self.data.predicted
-        given = [key for key in ("prompt", "infill", "inpaint") if getattr(sampling, key) is not None]
-        if len(given) > 1:
+        if len(given := sampling.given) > 1:
             yield f"sampling.{given[0]}: together with sampling.{given[1]}; expected one of them"
         if (sampling.mask is None) != (sampling.inpaint is None):
             yield "sampling.mask: expected together with sampling.inpaint, the image that it is a mask of"

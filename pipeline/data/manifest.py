@@ -214,6 +214,19 @@ class Manifest(_Frozen):
         """Whether rows may hold padding behind their tokens."""
         return self.special.pad is not None
 
+    @property
+    def facts(self) -> DataFacts:
+        """What a model must know about the data."""
+        return DataFacts(
+            self.vocabulary,
+            self.length,
+            self.special.bos,
+            self.special.eot,
+            pad=self.special.pad,
+            row_lengths=self.split("train").row_lengths if self.padded else None,
+            class_names=self.class_names,
+        )
+
     def split(self, name: str) -> Split:
         """Return a split.
 
@@ -260,25 +273,6 @@ class Manifest(_Frozen):
             split: name of the split.
         """
         return [file.rows for file in self.split(split).files]
-
-
-def data_facts(manifest: Manifest) -> DataFacts:
-    """Return what a model must know about its data.
-
-    Args:
-        manifest: of the data.
-    """
-    special = manifest.special
-    lengths = manifest.split("train").row_lengths if manifest.padded else None
-    return DataFacts(
-        manifest.vocabulary,
-        manifest.length,
-        special.bos,
-        special.eot,
-        pad=special.pad,
-        row_lengths=lengths,
-        class_names=manifest.class_names,
-    )
 
 
 def hash_content(content: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.drawn_text import TextEvaluator
-from pipeline.evaluation.evaluate import Evaluator, evaluator_of, mlflow_run
+from pipeline.evaluation.evaluate import Evaluator, evaluator_of, log_files, mlflow_run
 from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, likelihood_groups, open_model
 from pipeline.logs import shown
 from pipeline.metrics.corpora import Corpus
@@ -106,9 +106,7 @@ def compare(config: RunConfig) -> Comparison:
                 tracker.log_metrics(values | {f"{key}tokens_per_second": point.speed}, point.steps)
             for group in likelihoods:
                 tracker.log_metrics({f"{group.key}/{m.key}": m.value for m in group.measures}, 0)
-            for name in files:
-                tracker.log_artifact(storage.fetch(storage.join(folder, name)), "comparison")
-            tracker.flush()
+            log_files(tracker, folder, files)
     return result
 
 

@@ -12,17 +12,16 @@ from pipeline import storage
 from pipeline.api import load_model
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mean, kind_and_line
-from pipeline.evaluation.evaluate import mlflow_run
+from pipeline.evaluation.evaluate import log_files, mlflow_run
 from pipeline.evaluation.evaluated_model import EvaluatedModel, open_models
 from pipeline.logs import Progress
+from pipeline.metrics.likelihood import NORMAL_95
 from pipeline.reports.measures import Group, Measure, Report
 from pipeline.reports.page import Page, Section, Table, Text
 from pipeline.run import Run
 from pipeline.runtime import claims
 from pipeline.runtime.actors import in_order, own_device, started
 from pipeline.runtime.ray_cluster import available_resources, joined_cluster
-
-NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,8 @@ def downstream(config: RunConfig) -> Downstream:
             for result in in_order(actors, "answer", tasks):
                 results.append(result)
                 progress.add(result.questions)
-        rows = [_row(model, task, result) for (model, task), result in zip(pairs, results, strict=True)]
-        table = pd.DataFrame(rows)
-        groups = [_group(model, task, result) for (model, task), result in zip(pairs, results, strict=True)]
+        answered = [(*pair, result) for pair, result in zip(pairs, results, strict=True)]
+        table, groups = pd.DataFrame([_row(*row) for row in answered]), [_group(*row) for row in answered]
         report = Report(config.name, {"models": len(models), "draws": settings.draws}, groups)
         page = Page(
             f"Downstream tasks: {config.name}",
@@ -110,9 +108,7 @@ def downstream(config: RunConfig) -> Downstream:
         storage.publish_text(storage.join(folder, "downstream.json"), report.to_json())
         with run.tracker(folder) as tracker:
             tracker.log_metrics(report.metrics(), models[0].step)
-            for name in ("downstream.json", *page.publish(folder)):
-                tracker.log_artifact(storage.fetch(storage.join(folder, name)), "downstream")
-            tracker.flush()
+            log_files(tracker, folder, ["downstream.json", *page.publish(folder)])
     return Downstream(table, folder, run.tracking_uri)
 
 

@@ -48,7 +48,7 @@ class TextEvaluator:
         assert config.data.kind == "text"
         settings, self._resources = config.evaluation, run.resources
         self._scorer, self._batch, self._bos = settings.scorer, settings.batch, model.facts.bos is not None
-        self._tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else run.text_tokenizer()
+        self._tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else run.text_tokenizer
         held_out = corpus.reader("validation")
         count = min(config.sampling.num_samples, settings.rows)
         self._ids = model.facts.eot, model.facts.pad

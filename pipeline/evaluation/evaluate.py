@@ -1,6 +1,6 @@
 """Evaluation of a model: likelihood, and metrics of its samples, in one report."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -88,9 +88,7 @@ def evaluate(config: RunConfig) -> Evaluation:
         files += ["samples/samples.txt"] if config.data.kind == "text" else []
         with run.tracker(folder) as tracker:
             tracker.log_metrics(report.metrics(), model.step)
-            for name in files:
-                tracker.log_artifact(storage.fetch(storage.join(folder, name)), "evaluation")
-            tracker.flush()
+            log_files(tracker, folder, files)
     return Evaluation(report, folder, run.tracking_uri)
 
 
@@ -125,6 +123,19 @@ def mlflow_run(run: Run) -> Iterator[Run]:
     run_id = tracking.open_recorded_run(run.folder, uri, config.tracking.experiment, config.name, params, {})
     with tracking.ending(uri, run_id):
         yield run.replace(run_id=run_id)
+
+
+def log_files(tracker: tracking.Tracker, folder: str, names: Sequence[str]) -> None:
+    """Log files of an evaluation's folder as artifacts below the folder's name, and wait until they are delivered.
+
+    Args:
+        tracker: of the evaluation's MLflow run.
+        folder: path or URL.
+        names: of the files.
+    """
+    for name in names:
+        tracker.log_artifact(storage.fetch(storage.join(folder, name)), folder.rpartition("/")[2])
+    tracker.flush()
 
 
 def _speed(samples: Samples, run: Run) -> Measure:

@@ -9,7 +9,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
-from pipeline.metrics.likelihood import Masking
+from pipeline.metrics.likelihood import Estimator, Masking
 from pipeline.models import model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.reports.measures import Group
@@ -125,7 +125,7 @@ def likelihood_groups(
     Args:
         run: of the evaluation.
         models: to measure.
-        corpora: the run's own first.
+        corpora: the run's own has the key "validation".
 
     Returns:
         A list per model with a group per corpus.
@@ -137,18 +137,21 @@ def likelihood_groups(
         for corpus in corpora
     ]
     results = iter(measure_cases(cases, run.resources))
-    titles = ["Validation", *(f"Zero-shot on {corpus.manifest.source.name}" for corpus in corpora[1:])]
-    pairs = [*zip(corpora, titles, strict=True)]
+    sources = [corpus.manifest.source.name for corpus in corpora]
+    pairs = [
+        (corpus, "Validation" if corpus.key == "validation" else f"Zero-shot on {source}")
+        for corpus, source in zip(corpora, sources, strict=True)
+    ]
     scored_bos = run.config.evaluation.score_bos
     return [[likelihood_group(*pair, next(results), scored_bos) for pair in pairs] for _ in models]
 
 
-def both_estimators(model: EvaluatedModel) -> list[Masking]:
-    """List the maskings that measure a model of text by every estimator that it has.
+def by_estimator(model: EvaluatedModel) -> list[EvaluatedModel]:
+    """Copy a model of text for every estimator that it has.
 
     Args:
         model: of text.
     """
-    if model.masking.estimator == "exact":
-        return [model.masking]
-    return [replace(model.masking, estimator="count"), replace(model.masking, estimator="mdlm")]
+    own, masking = model.masking.estimator, model.masking
+    estimators: tuple[Estimator, ...] = ("exact",) if own == "exact" else ("count", "mdlm")
+    return [replace(model, masking=replace(masking, estimator=estimator)) for estimator in estimators]

@@ -1,6 +1,8 @@
 """Zero-shot likelihood: perplexity of a model on texts of other corpora."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import pandas as pd
 
@@ -12,18 +14,16 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import ConfigError
-from pipeline.evaluation.evaluate import mlflow_run
-from pipeline.evaluation.evaluated_model import EvaluatedModel, both_estimators, open_model
-from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
-from pipeline.metrics.likelihood import Likelihood
-from pipeline.reports.measures import Report
+from pipeline.evaluation.evaluate import log_files, mlflow_run
+from pipeline.evaluation.evaluated_model import EvaluatedModel, by_estimator, likelihood_groups, open_model
+from pipeline.metrics.corpora import Corpus, check_fits
+from pipeline.reports.measures import Group, Report
 from pipeline.reports.page import Page, Section, Table, Text
 from pipeline.reports.sections import metrics_section, paper_section
 from pipeline.reports.tables import two_decimals
 from pipeline.run import Run
 from pipeline.runtime import claims
 from pipeline.runtime.ray_cluster import available_resources, joined_cluster
-from pipeline.training.validation import validation_rows
 
 
 @dataclass(frozen=True)
@@ -58,55 +58,36 @@ def zero_shot(config: RunConfig) -> ZeroShot:
     """
     run = Run.of(config)
     config, folder = run.config, storage.join(run.folder, "zero_shot")
-    data, sets = config.data, config.evaluation.zero_shot
-    if not isinstance(data, TextDataConfig):
+    sets = config.evaluation.zero_shot
+    if not isinstance(config.data, TextDataConfig):
         raise ConfigError("evaluation.zero_shot: texts, but data.kind is image; expected no texts")
     model = open_model(run, config.name)
     claim = claims.held(folder, "cluster.storage", f"run {config.name!r}", "evaluated")
     with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
         run = run.replace(given_resources=available_resources(config.cluster))
         corpora = [_prepared(run, model, name, text) for name, text in sets.items()]
-        maskings = both_estimators(model)
-        cases = [
-            Case(model.folder, corpus, validation_rows(corpus.manifest.rows("validation"), count), masking)
-            for count in (config.evaluation.rows,)
-            for corpus in corpora
-            for masking in maskings
-        ]
-        results = measure_cases(cases, run.resources)
-        groups = [
-            likelihood_group(
-                case.corpus,
-                f"Zero-shot on {case.corpus.manifest.source.name}",
-                result,
-                config.evaluation.score_bos,
-            )
-            for case, result in zip(cases, results, strict=True)
-        ]
-        table = _table([*sets], results, len(maskings))
+        # A list per estimator with a group per text, turned into one per text with a group per estimator.
+        by_text = [*zip(*likelihood_groups(run, by_estimator(model), corpora), strict=True)]
+        groups, table = [*chain(*by_text)], _table(dict(zip(sets, by_text, strict=True)))
         about = {"kind": model.config.kind, "parameters": f"{model.parameters:,}", "step": model.step}
         report = Report(config.sampling.model or model.folder, about, groups)
-        first = corpora[0].manifest
         page = Page(
             f"Zero-shot evaluation of {report.model}",
             [
                 Section("Model", [Text(report.description)]),
                 Section("Perplexity", [Table(table)]),
                 metrics_section("Metrics", groups),
-                paper_section({model.name: model.config}, first),
+                paper_section({model.name: model.config}, corpora[0].manifest),
             ],
         )
         storage.publish_text(storage.join(folder, "zero_shot.json"), report.to_json())
-        files = ["zero_shot.json", *page.publish(folder)]
         values = {
-            f"evaluation/zero_shot/{name}/perplexity_{result.estimator}": result.perplexity
-            for name, result in zip([name for name in sets for _ in maskings], results, strict=True)
+            f"evaluation/{group.key}/perplexity_{group.how['estimator']}": group.measures[0].value
+            for group in groups
         }
         with run.tracker(folder) as tracker:
             tracker.log_metrics(values, model.step)
-            for name in files:
-                tracker.log_artifact(storage.fetch(storage.join(folder, name)), "zero_shot")
-            tracker.flush()
+            log_files(tracker, folder, ["zero_shot.json", *page.publish(folder)])
     return ZeroShot(table, report, folder, run.tracking_uri)
 
 
@@ -121,24 +102,21 @@ def _prepared(run: Run, model: EvaluatedModel, name: str, text: ZeroShotSet) -> 
     section, problems = check(TextDataConfig, run.config.data.model_dump() | keys)
     if section is None:
         raise ConfigError("\n".join(f"evaluation.zero_shot.{name}: {problem}" for problem in problems))
-    data = section
-    path = prepare.data_path(data, storage.resolve(run.config.cluster.storage))
-    corpus = Corpus(f"zero_shot/{name}", path, prepare.ensure(data, path))
+    path = prepare.data_path(section, storage.resolve(run.config.cluster.storage))
+    corpus = Corpus(f"zero_shot/{name}", path, prepare.ensure(section, path))
     check_fits(corpus, model.facts, tokenizer.hash if tokenizer else corpus.manifest.tokenizer.hash)
     return corpus
 
 
-def _table(names: list[str], results: list[Likelihood], estimators: int) -> pd.DataFrame:
+def _table(by_text: Mapping[str, Sequence[Group]]) -> pd.DataFrame:
     """Make a row per text: perplexity and 95% interval by every estimator."""
     rows = []
-    for index, name in enumerate(names):
-        row: dict[str, str] = {"text": name}
-        for result in results[index * estimators : (index + 1) * estimators]:
-            interval = result.perplexity_interval
-            row[f"perplexity ({result.estimator})"] = two_decimals(result.perplexity)
-            row[f"95% interval ({result.estimator})"] = (
-                " to ".join(map(two_decimals, interval)) if interval else ""
-            )
-            row["rows"] = f"{result.rows:,}"
+    for name, groups in by_text.items():
+        row = {"text": name}
+        for group in groups:
+            perplexity, estimator = group.measures[0], group.how["estimator"]
+            row[f"perplexity ({estimator})"] = two_decimals(perplexity.value)
+            row[f"95% interval ({estimator})"] = " to ".join(map(two_decimals, perplexity.interval or ()))
+            row["rows"] = f"{group.how['rows']:,}"
         rows.append(row)
     return pd.DataFrame(rows)

@@ -176,8 +176,7 @@ def given_by(settings: SamplingConfig, folder: Path) -> Given | None:
     Raises:
         ConfigError, DataError, CapabilityError: as `prompted`, `filled` and `painted`, or a missing file.
     """
-    keys = [key for key in ("prompt", "infill", "inpaint") if getattr(settings, key) is not None]
-    if not keys:
+    if not (keys := settings.given):
         return None
     key, value = f"sampling.{keys[0]}", str(getattr(settings, keys[0]))
     config, facts = model_folder.read_config(folder)
@@ -237,6 +236,7 @@ def refuse(settings: SamplingConfig, job: str) -> None:
     Raises:
         ConfigError: one is set.
     """
-    for key in ("prompt", "infill", "inpaint"):
-        if (value := getattr(settings, key)) is not None:
-            raise ConfigError(f"sampling.{key}: {value!r} is for jobs.sample; {job} expects null")
+    for key in settings.given:
+        raise ConfigError(
+            f"sampling.{key}: {getattr(settings, key)!r} is for jobs.sample; {job} expects null"
+        )

@@ -13,7 +13,6 @@ from jaxtyping import Bool
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest, SpecialIds
-from pipeline.data.manifest import data_facts as manifest_facts
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.diffusion import partition
 from pipeline.errors import ConfigError
@@ -157,7 +156,7 @@ def report(
     facts, epochs = data_facts(config), "unknown until the data is prepared"
     train, workers = config.train, config.cluster.most
     if manifest is not None:
-        facts = manifest_facts(manifest)
+        facts = manifest.facts
         rows = manifest.rows("train")
         epochs = f"{train.steps * train.batch / rows:,.2f} of {rows:,} training rows"
     if facts is None:

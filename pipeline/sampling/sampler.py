@@ -135,6 +135,7 @@ class _Rows:
     def __init__(self, model: Denoiser, request: SamplingRequest):
         known = _check(model, request)
         self._model, self._request = model, request
+        self._copies = 2 if request.guidance else 1  # with class, and without
         self.order = Order(request.order) if isinstance(request.order, str) else request.order
         rows, device = request.num_samples, model.head.weight.device
         tokens = torch.zeros(rows, model.length, dtype=torch.int64)
@@ -147,7 +148,7 @@ class _Rows:
         if request.extents is not None:
             extents = [*request.extents]
             unknown &= torch.arange(model.length) < torch.tensor(extents)[:, None]
-            extents *= 2 if request.guidance else 1
+            extents *= self._copies
         length = model.length - (request.bos is not None)
         # A short row among longer ones reveals nothing in the last steps, so any row may have fewer tokens.
         most = int(unknown.sum(1).max()) if extents is None else length
@@ -156,7 +157,6 @@ class _Rows:
         assert len(indices) == rows, (len(indices), rows)
         self._generators = [np.random.default_rng([request.seed, index]) for index in indices]
         condition = request.condition
-        self._copies = 2 if request.guidance else 1  # with class, and without
         if request.guidance:
             if condition is None or model.classes is None:
                 raise ConfigError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.config.model import ModelConfig
-from pipeline.data.manifest import Manifest, data_facts
+from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
@@ -307,7 +307,7 @@ def publish_model(
     Raises:
         DataError: the folder cannot be written.
     """
-    facts = data_facts(run.manifest)
+    facts = run.manifest.facts
     background = model_folder.Background(figures, run.config.model_dump(mode="json"))
     with storage.publishing_folder(target) as local:
         model_folder.write(local, run.config.model, facts, weights, background)

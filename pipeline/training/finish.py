@@ -81,7 +81,7 @@ def finish(run: Run) -> RunResult:
     checkpoint.prune(folder, config.train.keep)
     state = checkpoint.read_state(last)
     text = config.data.kind == "text"
-    tokenizer = run.text_tokenizer() if text else image_tokenizer(run)
+    tokenizer = run.text_tokenizer if text else image_tokenizer(run)
     checkpoint.consolidate(last, run, tokenizer)
     references = _references(run) if text else {}
     grid = None if text else _grid(run)

@@ -134,9 +134,8 @@ def sample(config: RunConfig) -> draw.Samples:
     given = given_by(settings, local)
     name = f"{settings.order}-{settings.steps}-steps-seed-{settings.seed}"
     if given is not None:  # samples around nothing, and around something else, have folders of their own
-        what = "prompt" if settings.prompt else "infill" if settings.infill else "inpaint"
         digest = hashlib.sha256(repr((given.text, sorted(given.known.items()))).encode()).hexdigest()[:8]
-        name = f"{name}-{what}-{digest}"
+        name = f"{name}-{settings.given[0]}-{digest}"
         # One token a step is the most, and what an autoregressive model takes.
         settings = settings.model_copy(update={"steps": min(settings.steps, given.unknown)})
     into = storage.join(run.folder, "samples", name)

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from pipeline import storage
 from pipeline.config.evaluation import SamplingConfig
-from pipeline.data.manifest import TOKENIZER, data_facts
+from pipeline.data.manifest import TOKENIZER
 from pipeline.data.shards import ShardReader
 from pipeline.metrics import likelihood
 from pipeline.metrics.class_names import class_ids
@@ -100,7 +100,7 @@ def validate(
         log.info("step %d: validation %s%s", step, bound, in_bits)
     texts: tuple[str, ...] = ()
     if config.data.kind == "text":
-        tokenizer, special = run.text_tokenizer(), run.manifest.special
+        tokenizer, special = run.text_tokenizer, run.manifest.special
         texts = tuple(texts_of(tokens.numpy(), special.eot, special.pad, tokenizer.decode))
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
@@ -145,5 +145,5 @@ def draw(
     else:
         settings = SamplingConfig(num_samples=TEXTS, steps=min(64, settings.steps), seed=settings.seed)
     revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
-    tokens = draw_rows(model, settings, data_facts(manifest), (0, settings.num_samples), revealed)
+    tokens = draw_rows(model, settings, manifest.facts, (0, settings.num_samples), revealed)
     return tokens.cpu(), None if config.model.classes is None else labels, revealed

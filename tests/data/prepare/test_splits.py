@@ -222,7 +222,7 @@ def test_run_reads_the_tokenizer_beside_its_shards(files: Path, tmp_path: Path) 
     tree = {"name": "a", "data": data, "sampling": {"steps": 1}, "cluster": {"storage": str(tmp_path)}}
     run = Run.of(parse(tree, "test"))
     manifest = prepare_here(run.config.data, Path(run.data_path))  # type: ignore[arg-type]
-    assert run.text_tokenizer().hash == manifest.tokenizer.hash
+    assert run.text_tokenizer.hash == manifest.tokenizer.hash
     check_fits(
         manifest, run.config.model_copy(update={"train": run.config.train.model_copy(update={"batch": 8})})
     )
