@@ -1,9 +1,15 @@
-"""Log output of jobs: lines of the pipeline's own loggers, without credentials."""
+"""Log lines of jobs, without credentials, and the progress of long operations."""
 
 import logging
 import re
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -72,3 +78,33 @@ class Progress:
         counts = f"{self._count} of {self._total} {self._items}, {self._amount} {self._unit}"
         rate = self._amount / seconds
         log.info("%s %s, %.0f %s/s, %.0f s left", self._verb, counts, rate, self._unit, left)
+
+
+def progress_bar(progress: Any, unit: str) -> Callable[[int, int], None] | None:
+    """Return a function that shows how far an operation is.
+
+    Args:
+        progress: True: a progress bar on standard error; False or None: nothing; a function: that function.
+        unit: what is counted, in the plural.
+
+    Returns:
+        A function of (done, total), or None.
+
+    Raises:
+        ConfigError: another value.
+    """
+    if progress is None or progress is False:
+        return None
+    if progress is not True:
+        if not callable(progress):
+            raise ConfigError(f"progress: {progress!r}; expected True, False or a function of (done, total)")
+        return progress
+    bar = tqdm(unit=f" {unit}")
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show

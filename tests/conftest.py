@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -12,19 +12,42 @@ if TYPE_CHECKING:
     from tests.support.object_store import Store
     from tests.support.workers import Workers
 
+TRAINING = "tests/training"
+
 # Shapes in signatures are checked by beartype in every test; before anything imports these packages.
 install_import_hook(["pipeline.models", "pipeline.diffusion", "pipeline.sampling"], "beartype.beartype")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run a whole suite in two processes, each of which takes whole files; named files run in one (see `-n`)."""
+    """Run a whole suite in two processes; named files run in one (see `-n`).
+
+    A process takes whole files. One takes all files of tests/training, whose worker processes it starts once.
+    """
     option = config.option
     worker = hasattr(config, "workerinput")
     if worker or option.file_or_dir or option.usepdb or option.markexpr == "alone":
         return
     if option.numprocesses is None:
-        option.numprocesses, option.dist = 2, "loadfile"
+        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the largest unit of the two processes first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(TRAINING))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Make the scheduler of whole files, but one unit of those that share worker processes."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return TRAINING if nodeid.startswith(TRAINING) else super()._split_scope(nodeid)
+
+    return Files(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session", autouse=True)

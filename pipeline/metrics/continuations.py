@@ -1,7 +1,7 @@
 """Continuations of prompts: bounds on their likelihood, and whether a model would generate them greedily."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,7 @@ def score_continuations(
     seed: int = 0,
     bos: int | None = None,
     batch: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Continuation]:
     """Compute the `count` bound of continuations given prompts (the exact value for AR).
 
@@ -57,6 +58,7 @@ def score_continuations(
         seed: of the maskings.
         bos: id of the token at position 0, if rows begin with one.
         batch: rows of a forward pass.
+        progress: called with (pairs done, pairs) after every few of them.
 
     Raises:
         ConfigError: an empty continuation, or a pair longer than a row.
@@ -72,6 +74,8 @@ def score_continuations(
         for (_, continuation), values in zip(part, nats, strict=True):
             stderr = float(values.std()) / math.sqrt(draws) if draws > 1 else unknown
             scores.append(Continuation(float(values.mean()), stderr, len(continuation)))
+        if progress is not None:
+            progress(len(scores), len(pairs))
     return scores
 
 

@@ -39,6 +39,7 @@ class Denoiser(nn.Module, ABC):
         ids: number of ids that the model reads: V, and the mask, BOS or start that lie beyond.
 
     Attributes:
+        config: as given.
         vocab_size: logits cover exactly these ids.
         embedding: a row for every id that is read, then one for every register.
         both_groups: the model learns from the tokens of both groups in one pass, else from those of group 1.
@@ -57,6 +58,7 @@ class Denoiser(nn.Module, ABC):
 
     def __init__(self, config: TrunkConfig, vocab_size: int, length: int, ids: int):
         super().__init__()
+        self.config = config
         self.vocab_size, self.length, self.registers = vocab_size, length, config.registers
         self.head_size, conditional = config.hidden // config.heads, config.classes is not None
         self.embedding = nn.Embedding(ids + config.registers, config.hidden)

@@ -19,6 +19,7 @@ from pipeline.sampling.logits import Drawn, Filters, Guidance, draw_tokens
 from pipeline.sampling.orders import Order
 from pipeline.seeds import mix_seed
 
+MOST_SAMPLES = 10**6  # of one call, whose rows are in memory together
 Progress = Callable[[int, int], None]  # (steps done, steps)
 Known = dict[int, int] | list[dict[int, int]] | tuple[Tensor, Tensor]
 
@@ -289,7 +290,13 @@ class _Rows:
 
 
 def sample_long(
-    model: Denoiser, request: SamplingRequest, *, length: int, stride: int, stop: int | None = None
+    model: Denoiser,
+    request: SamplingRequest,
+    *,
+    length: int,
+    stride: int,
+    stop: int | None = None,
+    progress: Progress | None = None,
 ) -> Int[Tensor, "B length"]:
     """Draw rows of any length, window by window: the end of a window is given at the start of the next.
 
@@ -299,6 +306,8 @@ def sample_long(
         length: tokens of a row.
         stride: new tokens of every window after the first.
         stop: an id at which a row ends; it and everything after it are filled with it.
+        progress: called with (steps done, steps of all windows) after every step, and once more where all rows
+            have ended before.
 
     Returns:
         [num_samples, length] ids, BOS included.
@@ -312,19 +321,28 @@ def sample_long(
     if length < window:
         raise ConfigError(f"length: {length}; expected at least the model's {window}")
     given = int(known[1].any(0).nonzero().max()) + 1 if known is not None and known[1].any() else start
-    rows, index = sample(model, request), 0
-    while rows.shape[1] < length and not (stop is not None and _ended(rows, stop, given)[:, -1].all()):
-        new, index = min(stride, length - rows.shape[1]), index + 1
+    news = [min(stride, length - end) for end in range(window, length, stride)]
+    full = model.left_to_right
+    shares = [n if full else max(1, min(n, round(request.steps * n / (window - start)))) for n in news]
+    before, total = 0, request.steps + sum(shares)
+
+    def report(done: int, _: int) -> None:
+        if progress is not None:
+            progress(before + done, total)
+
+    rows = sample(model, request, report)
+    before = request.steps
+    for index, (new, steps) in enumerate(zip(news, shares, strict=True), 1):
+        if stop is not None and _ended(rows, stop, given)[:, -1].all():
+            report(total - before, 0)
+            break
         tokens = F.pad(rows[:, rows.shape[1] - (window - start - new) :], (start, new))
         places = torch.arange(window, device=rows.device)
         context = ((places >= start) & (places < window - new)).expand_as(tokens)
-        steps = (
-            new if model.left_to_right else max(1, min(new, round(request.steps * new / (window - start))))
-        )
         # Each window has its own noise: its index is part of the seed.
         seed = mix_seed(request.seed, index)
-        drawn = sample(model, replace(request, steps=steps, seed=seed, known=(tokens, context)))
-        rows = torch.cat([rows, drawn[:, window - new :]], dim=1)
+        drawn = sample(model, replace(request, steps=steps, seed=seed, known=(tokens, context)), report)
+        rows, before = torch.cat([rows, drawn[:, window - new :]], dim=1), before + steps
     if stop is None:
         return rows
     rows = torch.where(_ended(rows, stop, given), stop, rows)
@@ -397,7 +415,7 @@ def _check(
     model: Denoiser, request: SamplingRequest
 ) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]] | None:
     """Refuse a request that the model cannot follow, and return its known tokens on the host."""
-    rows = arguments.integer("num_samples", request.num_samples, 1)
+    rows = arguments.integer("num_samples", request.num_samples, 1, MOST_SAMPLES)
     arguments.integer("seed", request.seed, 0)
     arguments.integer("refresh_every", request.refresh_every, 1)
     arguments.number("guidance", request.guidance, 0, LARGEST_SETTING)

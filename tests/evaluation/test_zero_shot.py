@@ -50,15 +50,19 @@ def config_of(root: Path, kind: str, **evaluation: object) -> RunConfig:
     return parse(tree, "test")
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def result(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
-) -> Result:
-    """An evaluation of a model that is written here."""
-    root = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the texts, which the first model prepares for all."""
+    root = tmp_path_factory.mktemp("texts")
     texts = write_sentences(root / "lines.jsonl", 40)
     write_parquet(root / "hub" / "test-00000-of-00001.parquet", [f" {text}" for text in texts])
     write_parquet(root / "hub" / "train-00000-of-00001.parquet", ["never read"] * 50)
+    return root
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def result(request: pytest.FixtureRequest, root: Path, ray_cluster: None) -> Result:
+    """An evaluation of a model that is written here."""
     config = config_of(root, request.param)
     write_model(config, config.model, root / "runs" / request.param / "model")
     return config, zero_shot(config)

@@ -42,8 +42,13 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "classes": ("classes", {"form": "complementary", "divergence": "mse", "next_teacher": "ema"}),
 }
 # (workers, ZeRO stage) under which each is run
-PLACES = dict.fromkeys(FORMS, ((1, 1), (2, 3)))
-PLACES |= {"raw": ((1, 1), (2, 0), (2, 1), (2, 2), (2, 3)), "ema": ((1, 0), (2, 1), (2, 3))}
+PLACES = {
+    "raw": ((1, 1), (2, 2)),
+    "ema": ((1, 0), (2, 1)),
+    "complementary": ((1, 1), (2, 3)),
+    "mdlm": ((1, 1), (2, 0)),
+    "classes": ((1, 1), (2, 3)),
+}
 RUNS = [(name, *place) for name in FORMS for place in PLACES[name]]
 Key = tuple[str, int, int]
 
