@@ -1,21 +1,28 @@
 """Checks of the arguments of the Python interface, with messages like those of a config's keys."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
-from pipeline.errors import CapabilityError, ConfigError, first_line
+from pipeline.errors import CapabilityError, ConfigError, did_you_mean, first_line
 
 
 def is_integer(value: Any) -> bool:
     """Return whether a value is an integer, or a tensor of one; a boolean is none."""
     if isinstance(value, Tensor):
-        kind = value.dtype
-        return value.ndim == 0 and not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+        fraction = value.is_floating_point() or value.is_complex()
+        return value.ndim == 0 and not value.is_meta and value.dtype != torch.bool and not fraction
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """Return an integer of numpy or torch as int, and any other value as it is."""
+    return int(value) if is_integer(value) else value
 
 
 def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
@@ -58,6 +65,22 @@ def number(name: str, value: Any, least: float, most: float) -> float:
     if not numeric or not least <= value <= most:
         raise ConfigError(f"{name}: {value!r}; expected a number from {least:g} to {most:g}")
     return float(value)
+
+
+def choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Check that a value is one of several words.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        choices: the words.
+
+    Raises:
+        ConfigError: another value; names the nearest word.
+    """
+    if not isinstance(value, str) or value not in choices:
+        near = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(choices)}{near}")
 
 
 def instance(name: str, value: Any, *kinds: type) -> None:
@@ -114,7 +137,7 @@ def device(value: Any) -> torch.device:
     """
     try:
         place = torch.empty(0, device=value).device
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise CapabilityError(f"device: {value!r}: {first_line(error)}") from None
     if place.type == "meta":
         raise CapabilityError(f"device: {value!r} holds no values; expected cpu or cuda")
@@ -160,6 +183,26 @@ def booleans(name: str, values: Any, *shape: int | str) -> Tensor:
     if tensor.dtype != torch.bool and not ((tensor == 0) | (tensor == 1)).all():
         raise ConfigError(f"{name}: values of type {_kind(tensor)}; expected booleans, or 0 and 1")
     return tensor.bool()
+
+
+def pixels(name: str, values: Any) -> UInt8[np.ndarray, "h w 3"]:
+    """Check and convert the pixels of an RGB image.
+
+    Args:
+        name: of the argument.
+        values: a tensor, an array, or lists.
+
+    Returns:
+        [h, w, 3] pixels.
+
+    Raises:
+        ConfigError: other values, or another shape.
+    """
+    image = integers(name, values, "h", "w", 3)
+    check_below(name, image, 256)
+    if not image.numel():
+        raise ConfigError(f"{name}: no pixels; expected [h, w, 3]")
+    return image.cpu().numpy().astype(np.uint8)
 
 
 def check_below(name: str, values: Tensor, end: int) -> None:
@@ -256,6 +299,9 @@ def _tensor(name: str, values: Any, shape: tuple[int | str, ...]) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         why = first_line(error)
         raise ConfigError(f"{name}: no array ({why}); expected integers of shape {wanted}") from None
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "on the meta device" if tensor.is_meta else f"in layout {tensor.layout}"
+        raise ConfigError(f"{name}: a tensor {kind}; expected one with values")
     fits = tensor.ndim == len(shape) and all(
         isinstance(size, str) or size == found for size, found in zip(shape, tensor.shape, strict=True)
     )

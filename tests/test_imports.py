@@ -151,7 +151,7 @@ def test_the_code_keeps_its_shape() -> None:
         ("pipeline/models/pgm.py", "from pipeline import training", "comes after it"),
         ("pipeline/models/pgm.py", "from ..data import shards", "comes after it"),
         ("pipeline/models/pgm.py", "def f():\n    import pipeline.api", "py:2: models imports"),
-        ("pipeline/api.py", "from jobs.pretrain import main", "comes after it"),
+        ("pipeline/api/model.py", "from jobs.pretrain import main", "comes after it"),
         ("pipeline/data/text.py", "from pipeline import load_model", "own face"),
         ("pipeline/data/reading_order.py", "import ray.data", "only in data.prepare"),
         ("pipeline/data/prepared.py", "import ray", "only in data.prepare"),

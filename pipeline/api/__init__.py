@@ -10,7 +10,6 @@ from pipeline.api.model import Model
 from pipeline.api.tokens import TokenModel
 from pipeline.config.evaluation import Precision
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ConfigError, did_you_mean
 from pipeline.models.denoiser import DTYPES
 from pipeline.sampling.row_ends import RowEnds
 
@@ -45,9 +44,13 @@ def load_model(
         CheckpointError: no such folder, file, model or version, or a damaged one.
         CapabilityError: weights of a model that this project does not have, or a device that this machine does not.
         ConfigError: a wrong override, an override of what is no file, or an unknown precision.
+        DataError: an address without a bucket or of an unknown scheme.
+
+    Examples:
+        >>> load_model("runs/quickstart/model")
+        Model(pgm, 1,123,328 parameters, L=64, V=1024, tokenizer bpe:1024, cpu, fp32)
     """
-    if precision not in list(DTYPES):
-        raise ConfigError(f"precision: {precision!r}; expected fp32 or bf16{did_you_mean(precision, DTYPES)}")
+    arguments.choice("precision", precision, DTYPES)
     arguments.instance("path", path, str, Path)
     arguments.instance("overrides", overrides, list, tuple)
     place = arguments.device(device)

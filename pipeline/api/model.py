@@ -41,7 +41,7 @@ class Model(TokenModel):
             ConfigError: as in `sample`.
             CapabilityError: the model is not one of text.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/quickstart/model")
             >>> texts = model.sample_text(2, steps=16, seed=1)
             >>> len(texts)
@@ -67,7 +67,7 @@ class Model(TokenModel):
             ConfigError: as in `sample`.
             CapabilityError: the model is not one of images, or has no classes.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/image_quickstart/model")
             >>> model.sample_images([3, 8], steps=12, order="halton", guidance=2.0).shape
             (2, 8, 8, 3)
@@ -76,6 +76,8 @@ class Model(TokenModel):
         condition = self._labels(labels)
         if num_samples is None:
             num_samples = 4 if condition is None else len(condition)
+            if not num_samples:
+                raise ConfigError("labels: none; expected one for each image")
         return self.images(self.sample(num_samples, condition=condition, **options))
 
     def write(
@@ -111,7 +113,7 @@ class Model(TokenModel):
                 outside its bounds.
             CapabilityError: the model is not one of text.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/quickstart/model")
             >>> text = model.write("A class is", length=100, steps=16)[0]
             >>> text.startswith("A class is")
@@ -157,7 +159,7 @@ class Model(TokenModel):
             ConfigError: no blank, or a text longer than a row.
             CapabilityError: the model is not one of text, or is autoregressive and text follows a blank.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/quickstart/model")
             >>> model.infill("The method [[12]] is called.", steps=4)[0].endswith(" is called.")
             True
@@ -192,7 +194,7 @@ class Model(TokenModel):
             ConfigError: sizes that differ, or a mask without white.
             DataError: a file is missing, or no image.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/image_quickstart/model")
             >>> digit = model.sample_images([3], steps=12)[0]
             >>> lower = np.arange(8)[:, None] >= np.full(8, 4)  # the half that is drawn again
@@ -202,8 +204,14 @@ class Model(TokenModel):
         tokenizer = self._image_tokenizer
         if self.denoiser.left_to_right:
             raise CapabilityError("inpaint: expected a pgm or mdlm of images, with its tokenizer")
-        content = image if isinstance(image, np.ndarray) else read_file("image", str(image))
-        hidden = mask if isinstance(mask, np.ndarray) else read_file("mask", str(mask))
+        content = (
+            read_file("image", image) if isinstance(image, str | Path) else arguments.pixels("image", image)
+        )
+        hidden = (
+            read_file("mask", mask)
+            if isinstance(mask, str | Path)
+            else arguments.booleans("mask", mask, "h", "w").cpu().numpy()
+        )
         given = painted(content, hidden, tokenizer, self.denoiser.length, self.bos)
         return self.images(self.sample(num_samples, known=given.known, **options))
 
@@ -229,7 +237,7 @@ class Model(TokenModel):
             ConfigError: an empty continuation, a pair longer than a row, or a value outside its bounds.
             CapabilityError: the model is not one of text.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/quickstart/model")
             >>> likely, unlikely = model.score([("A class is", " a type."), ("A class is", " #]#]")])
             >>> likely.tokens > 0 and likely.nats > 0
@@ -261,7 +269,7 @@ class Model(TokenModel):
             CapabilityError: the model is not one of text.
             ConfigError: no rows, or an id outside the tokenizer's vocabulary.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/quickstart/model")
             >>> model.decode([[model.bos, *model.tokenizer.encode("A class")]])
             ['A class']
@@ -285,16 +293,17 @@ class Model(TokenModel):
 
         Raises:
             CapabilityError: the model is not one of images, or has no tokenizer.
-            ConfigError, DataError: no rows of codes.
+            ConfigError: no rows of L codes.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/image_quickstart/model")
             >>> model.images(model.sample(num_samples=2, steps=12, condition=[3, 8])).shape
             (2, 8, 8, 3)
         """
         tokenizer = self._image_tokenizer
-        codes = arguments.integers("tokens", tokens, "B", "L")[:, int(self.bos is not None) :]
-        return tokenizer.decode(codes.cpu().numpy())
+        codes = arguments.integers("tokens", tokens, "B", self.length)[:, int(self.bos is not None) :].cpu()
+        arguments.check_below("tokens", codes, tokenizer.codes)
+        return tokenizer.decode(codes.numpy())
 
     @property
     def _text_tokenizer(self) -> Tokenizer:

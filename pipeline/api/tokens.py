@@ -109,7 +109,7 @@ class TokenModel:
     def summary(self) -> None:
         """Print the model in one line, a table of its parts, and its config.
 
-        Example:
+        Examples:
             >>> load_model("runs/quickstart/model").summary()  # doctest: +ELLIPSIS
             Model(pgm, 1,123,328 parameters, L=64, V=1024, tokenizer bpe:1024, cpu, fp32)
             <BLANKLINE>
@@ -151,7 +151,7 @@ class TokenModel:
         Raises:
             CapabilityError: this machine has no such device.
 
-        Example:
+        Examples:
             >>> load_model("runs/quickstart/model").to("cpu").device
             device(type='cpu')
         """
@@ -189,7 +189,7 @@ class TokenModel:
         Source:
             arXiv 2505.18883, section 4.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/quickstart/model")
             >>> tokens = model.sample(num_samples=2, steps=8)
             >>> groups = torch.arange(model.length) % 2  # even positions are predicted from the odd ones
@@ -242,7 +242,7 @@ class TokenModel:
                 not read; or a length beyond the padded width.
             CapabilityError: labels or positions that the model cannot use.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/quickstart/model")
             >>> known, positions = [[model.bos, 41]], [[0, 5]]
             >>> logits = model.predict(known, positions, lengths=[2], queries=[[4, 6, 7]])
@@ -306,7 +306,7 @@ class TokenModel:
                 outside the row, a given token that the model cannot draw, or guidance without labels.
             CapabilityError: labels or an order that the model cannot use.
 
-        Example:
+        Examples:
             >>> model = load_model("runs/quickstart/model")
             >>> tokens = model.sample(num_samples=2, steps=16, filters=Filters(top_p=0.9), seed=1)
             >>> tokens.shape

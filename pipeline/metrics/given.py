@@ -206,7 +206,7 @@ def given_by(settings: SamplingConfig, folder: Path) -> Given | None:
         raise type(error)(f"{key}: {value!r}, sampling.mask: {settings.mask!r}: {error}") from None
 
 
-def read_file(key: str, path: str) -> bytes:
+def read_file(key: str, path: str | Path) -> bytes:
     """Read a file that a key or an argument names.
 
     Args:
@@ -214,8 +214,9 @@ def read_file(key: str, path: str) -> bytes:
         path: path or URL.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it cannot be read.
     """
+    path = arguments.text(key, str(path))
     try:
         return storage.read_bytes(path)
     except FileNotFoundError:
@@ -224,6 +225,8 @@ def read_file(key: str, path: str) -> bytes:
         raise ConfigError(f"{key}: {path!r}: no such file{near}") from None
     except IsADirectoryError:
         raise ConfigError(f"{key}: {path!r} is a folder; expected a file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ConfigError(f"{key}: {path!r} cannot be read: {first_line(error)}") from None
 
 
 def refuse(settings: SamplingConfig, job: str) -> None:

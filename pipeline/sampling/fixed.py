@@ -49,20 +49,16 @@ def check(model: Denoiser, order: Order) -> None:
         order: the order of revelation.
 
     Raises:
-        CapabilityError: a model whose stored outputs change or are not in caches, or an order that is not planned or
-            that the model cannot follow.
+        CapabilityError: a model whose stored outputs change or are not in caches, or an order that is not
+            planned.
     """
     if not (isinstance(model, CachedDenoiser) and model.fixed_steps):
         raise CapabilityError(
             f"compile: True for {type(model).__name__}; expected False, since only AR, and a PGM with a causal "
             "encoder and without pooled swaps, have steps of fixed shape"
         )
-    planned = ("left_to_right",) if model.left_to_right else PLANNED
-    if order.name not in planned:
-        name = type(model).__name__
-        raise CapabilityError(
-            f"compile: True for {name} in order {order.name!r}; expected one of {', '.join(planned)}"
-        )
+    if order.name not in PLANNED:
+        raise CapabilityError(f"compile: True in order {order.name!r}; expected one of {', '.join(PLANNED)}")
 
 
 def widths(needed: Sequence[int]) -> list[int]:
@@ -114,10 +110,6 @@ def follow(
     """
     (steps, rows), device, copies = plan.counts.shape, state.tokens.device, 1 if guidance is None else 2
     width = widths(plan.counts.max(1, initial=0).tolist())
-    if model.left_to_right and max(width, default=0) > 1:
-        raise CapabilityError(
-            f"steps: {steps} for AR, which draws one token a step; expected one for each token"
-        )
     new = model.encode(state, next(filter(None, width), 1))
     sizes = plan.counts.ravel()  # of the groups of tokens that a row reveals in a step
     group = np.repeat(np.arange(len(sizes)), sizes)

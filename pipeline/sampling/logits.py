@@ -36,11 +36,11 @@ class Filters:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature == 0:
+        if isinstance(self.temperature, int | float) and self.temperature == 0:
             raise ConfigError("temperature: 0; expected above 0; top_k=1 takes the likeliest token")
         arguments.number("temperature", self.temperature, LEAST_TEMPERATURE, LARGEST_SETTING)
         if self.top_k is not None:
-            arguments.integer("top_k", self.top_k, 1)
+            object.__setattr__(self, "top_k", arguments.integer("top_k", self.top_k, 1))
         if self.top_p is not None and arguments.number("top_p", self.top_p, 0, 1) == 0:
             raise ConfigError("top_p: 0; expected above 0 and at most 1, or None")
 

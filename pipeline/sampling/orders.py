@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline import arguments
 from pipeline.config.evaluation import LARGEST_SETTING, MOST_STEPS
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError
 from pipeline.sampling.logits import Drawn
 
 PLANNED = ("uniform", "binomial", "halton", "left_to_right")
@@ -44,12 +44,9 @@ class Order:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.name not in ORDERS:
-            near = did_you_mean(self.name, ORDERS)
-            raise ConfigError(f"order: {self.name!r} is not one of {', '.join(ORDERS)}{near}")
-        if self.schedule is not None and self.schedule not in SCHEDULES:
-            near = did_you_mean(self.schedule, SCHEDULES)
-            raise ConfigError(f"schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}{near}")
+        arguments.choice("order", self.name, ORDERS)
+        if self.schedule is not None:
+            arguments.choice("schedule", self.schedule, SCHEDULES)
         arguments.number("gumbel", self.gumbel, 0, LARGEST_SETTING)
         arguments.number("gamma", self.gamma, 0, LARGEST_SETTING)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline import arguments
 from pipeline.config.evaluation import LARGEST_SETTING, SamplingConfig
 from pipeline.diffusion.partition import by_rank, draw_order
-from pipeline.errors import ConfigError
+from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models.denoiser import CachedDenoiser, Denoiser
 from pipeline.sampling import fixed, orders
 from pipeline.sampling.logits import Drawn, Filters, Guidance, draw_tokens
@@ -61,6 +61,11 @@ class SamplingRequest:
     indices: Sequence[int] | None = None
     compile: bool = False
     extents: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Take integers of numpy and torch as int."""
+        for name in ("num_samples", "steps", "seed", "refresh_every"):
+            object.__setattr__(self, name, arguments.plain(getattr(self, name)))
 
     @classmethod
     def of(cls, settings: SamplingConfig, bos: int | None) -> "SamplingRequest":
@@ -154,6 +159,10 @@ class _Rows:
         # A short row among longer ones reveals nothing in the last steps, so any row may have fewer tokens.
         most = int(unknown.sum(1).max()) if extents is None else length
         orders.check(self.order, request.steps, most, length)
+        if model.left_to_right and request.steps != most:
+            raise CapabilityError(
+                f"steps: {request.steps} for {most} positions; an autoregressive model draws one at a step"
+            )
         indices = range(rows) if request.indices is None else request.indices
         assert len(indices) == rows, (len(indices), rows)
         self._generators = [np.random.default_rng([request.seed, index]) for index in indices]
@@ -421,6 +430,10 @@ def _check(
     arguments.number("guidance", request.guidance, 0, LARGEST_SETTING)
     arguments.instance("order", request.order, str, Order)
     arguments.instance("filters", request.filters, Filters)
+    arguments.instance("compile", request.compile, bool)
+    name = request.order if isinstance(request.order, str) else request.order.name
+    if model.left_to_right and name in orders.ORDERS and name != "left_to_right":
+        raise CapabilityError(f"order: {name!r}; an autoregressive model draws 'left_to_right'")
     known = known_tokens(request.known, rows, model.length)
     start = int(request.bos is not None)
     if start:

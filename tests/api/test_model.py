@@ -46,6 +46,38 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
     return load_model(tmp_path / "model")
 
 
+def test_what_a_model_says_of_itself(model: Model) -> None:
+    assert (model.length, model.vocab_size, model.config.hidden) == (L, V, 32)
+    parameters = sum(value.numel() for value in model.denoiser.parameters())
+    assert repr(model) == (
+        f"Model({model.config.kind}, {parameters:,} parameters, L=16, V=257, tokenizer bytes, cpu, fp32)"
+    )
+    classes = PGMConfig(hidden=32, heads=4, encoder_blocks=1, decoder_blocks=1, classes=3)
+    assert "V=7, 3 classes, no tokenizer, cpu, bf16)" in repr(Model(randomised(classes, 7, 9).bfloat16()))
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_progress_is_told(stop: bool, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all windows together; a bar goes to standard error."""
+    if stop:  # all rows end in the first window
+        with torch.no_grad():
+            model.denoiser.head.bias[256] = 100.0
+    told: list[tuple[int, int]] = []
+    model.write("ab", length=40, stride=5, steps=4, progress=lambda *at: told.append(at))
+    totals = {total for _, total in told}
+    assert len(totals) == 1
+    done = [done for done, _ in told]
+    assert done == ([1, 2, 3, 4, *totals] if stop else [*range(1, len(told) + 1)])
+    assert done[-1] in totals
+    model.sample(2, 3, progress=True)
+    model.score([("a", "b")] * 3, progress=True)
+    shown = capsys.readouterr()
+    assert "3/3" in shown.err
+    assert "steps/s" in shown.err
+    assert "pairs/s" in shown.err
+    assert not shown.out
+
+
 @KINDS
 @pytest.mark.parametrize("as_string", [False, True])
 def test_a_folder_comes_back_whole(
@@ -155,7 +187,7 @@ def test_bf16(config: PGMConfig | MDLMConfig | ARConfig, tmp_path: Path) -> None
 
 
 def test_a_precision_that_there_is_not() -> None:
-    with pytest.raises(ConfigError, match="precision: 'fp16'; expected fp32 or bf16; did you mean 'bf16'"):
+    with pytest.raises(ConfigError, match="precision: 'fp16' is not one of fp32, bf16; did you mean 'bf16'"):
         load_model("nowhere", precision="fp16")  # type: ignore[arg-type]
 
 

@@ -208,9 +208,11 @@ def test_what_it_cannot_answer() -> None:
     with pytest.raises(CapabilityError, match=r"known positions.*row 1.*from 1 on"):
         model.extend(state, torch.tensor([1, 1]), torch.tensor([2, 5]), [1, 1])
     assert state.lengths == [2, 1]
-    with pytest.raises(CapabilityError, match="left to right"):
+    with pytest.raises(
+        CapabilityError, match="order: 'uniform'; an autoregressive model draws 'left_to_right'"
+    ):
         sample(model, SamplingRequest(2, L, seed=0))
-    with pytest.raises(CapabilityError, match="left to right"):
+    with pytest.raises(CapabilityError, match=f"steps: 4 for {L} positions"):
         sample(model, SamplingRequest(2, 4, seed=0, order="left_to_right"))
 
 

@@ -111,8 +111,8 @@ def test_widths_are_few_and_below_twice_the_need() -> None:
         (PGM, "uniform", "causal encoder"),
         (CAUSAL.model_copy(update={"swap": SwapConfig(pooling="mean")}), "uniform", "pooled swaps"),
         (CAUSAL, "entropy", "order 'entropy'"),
-        (AR, "uniform", "AR in order 'uniform'; expected one of left_to_right"),
-        (AR, "left_to_right", "steps: 4 for AR"),
+        (AR, "uniform", "order: 'uniform'; an autoregressive model"),
+        (AR, "left_to_right", "steps: 4 for 16 positions; an autoregressive model"),
     ],
 )
 def test_models_and_orders_without_fixed_shapes_are_refused(

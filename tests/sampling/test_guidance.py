@@ -87,8 +87,9 @@ def test_the_mixed_distribution() -> None:
 
 
 def test_guidance_needs_labels(model: Denoiser) -> None:
+    order, steps = ("left_to_right", model.length) if model.left_to_right else ("uniform", 1)
     with pytest.raises(ConfigError, match=r"guidance: 1\.0 without class labels"):
-        sample(model, SamplingRequest(1, 1, 0, "uniform", guidance=1.0))
+        sample(model, SamplingRequest(1, steps, 0, order, guidance=1.0))
 
 
 def test_a_single_step_has_the_whole_weight() -> None:
