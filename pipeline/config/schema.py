@@ -144,7 +144,7 @@ class ClusterConfig(Section):
         workers: A fixed number of workers, or a range `{min: 1, max: 4}` that follows the nodes of the cluster.
         accelerator: Device of a worker; `auto` uses GPUs where there are any.
         cpus_per_worker: CPUs of a worker.
-        max_failures: Restarts of the worker group before the run fails; -1 sets no limit.
+        max_failures: Restarts of the worker group without a new checkpoint in between; -1 sets no limit.
         hang_timeout_s: Seconds that a training step may take before its worker counts as hung; null sets no limit.
     """
 

@@ -45,7 +45,7 @@ def run_group(run: Run, callbacks: Sequence[ray.train.UserCallback] = ()) -> Non
 
     Raises:
         PipelineError: an error in the user's input that a worker found.
-        TrainingError: the workers failed more than `cluster.max_failures` times.
+        TrainingError: the workers failed more than `cluster.max_failures` times without a new checkpoint.
     """
     # The loop finds and prunes its own checkpoints, so Ray's record of an earlier start may be wrong.
     storage.remove(storage.join(run.folder, "checkpoint_manager_snapshot.json"))
@@ -73,20 +73,21 @@ def run_group(run: Run, callbacks: Sequence[ray.train.UserCallback] = ()) -> Non
             name=name,
             storage_path=folder,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[BetweenGroups(run.folder), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # `BetweenGroups` counts them
+            callbacks=[BetweenGroups(run.folder, cluster.max_failures), *callbacks],  # type: ignore[list-item]  # Ray takes its controller's too
         ),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        if isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, Stopped):
+        failure = error.controller_failure if isinstance(error, ray.train.ControllerError) else None
+        if isinstance(failure, Stopped):
             log.warning("stopped while no worker ran; the steps after the newest checkpoint are lost")
             return
         log.error("%s", error)  # with the workers' tracebacks
-        raise TrainingError(
-            f"training failed and used up cluster.max_failures restarts; last failure: {describe_failure(error)}"
-        ) from error
+        if isinstance(failure, NoProgress):
+            raise TrainingError(str(failure)) from error
+        raise TrainingError(f"training failed: {describe_failure(error)}") from error
     finally:
         if cause := storage.read_json(fatal):  # raise the cause that a worker found, not its consequence
             storage.remove(fatal)
@@ -130,20 +131,28 @@ class Stopped(Exception):
     """The user stopped the run while it had no workers that could save."""
 
 
+class NoProgress(Exception):
+    """The workers failed too often without a new checkpoint."""
+
+
 class BetweenGroups(ControllerCallback):
     """Work of Ray's controller between two groups of workers.
 
     A group that grows restarts from the newest checkpoint, so one is made first and no step is lost. A run that
-    waits for nodes can be stopped, since this callback checks for the request.
+    waits for nodes can be stopped, since this callback checks for the request. Failures are counted here, since a new
+    checkpoint sets the count back: a long run on nodes that come and go ends only where it makes no progress.
 
     Args:
         folder: of the run.
+        max_failures: restarts without a new checkpoint in between; -1 sets no limit.
     """
 
     CHECKPOINT_TIMEOUT_S = 120.0
 
-    def __init__(self, folder: str):
-        self._folder = folder
+    def __init__(self, folder: str, max_failures: int):
+        self._folder, self._max_failures = folder, max_failures
+        self._failures = 0
+        self._newest: str | None = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Record the name under which Ray reserves resources, for `_release`.
@@ -154,7 +163,9 @@ class BetweenGroups(ControllerCallback):
         storage.publish_text(storage.join(self._folder, RESERVATION), train_run_context.run_id)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Save before a resize, and check for a stop request; Ray calls this repeatedly while it waits for nodes.
+        """Save before a resize, count failures, and check for a stop request.
+
+        Ray calls this repeatedly while it waits for nodes.
 
         Args:
             previous_state: of Ray's controller.
@@ -162,15 +173,34 @@ class BetweenGroups(ControllerCallback):
 
         Raises:
             Stopped: the user requested it.
+            NoProgress: too many failures without a new checkpoint.
         """
         waiting = state.InitializingState | state.RestartingState | state.ReschedulingState
         if isinstance(current_state, state.ResizingState):
             self._save()
         elif isinstance(current_state, waiting):
+            if isinstance(current_state, state.RestartingState) and current_state is not previous_state:
+                self._count(current_state.training_failed_error)
             if type(previous_state) is type(current_state):
                 time.sleep(0.5)  # Ray itself would retry without a pause
             if storage.exists(storage.join(self._folder, STOP)):
                 raise Stopped
+
+    def _count(self, error: Any) -> None:
+        """Count a failure; more than `max_failures` after the same checkpoint end the run."""
+        try:
+            newest = checkpoint.newest(self._folder)
+        except Exception as outage:  # of the storage, which must not end the run
+            log.warning("could not look for a new checkpoint after a failure: %s", outage)
+            return
+        self._failures = self._failures + 1 if newest == self._newest else 1
+        self._newest = newest
+        if 0 <= self._max_failures < self._failures:
+            since = "before the first checkpoint" if newest is None else f"since {newest.rpartition('/')[2]}"
+            raise NoProgress(
+                f"training failed {self._failures} times {since}, more than cluster.max_failures "
+                f"({self._max_failures}) allows; last failure: {describe_failure(error)}"
+            )
 
     def _save(self) -> None:
         """Request a checkpoint and wait until it is complete."""

@@ -22,7 +22,7 @@ STEPS, EVERY = 600, 50
 
 def survivor(storage: Path, name: str) -> RunConfig:
     train = {"steps": STEPS, "checkpoint_every": EVERY, "log_every": 10, "validate_every": 300}
-    return tiny(storage, name, train=train, cluster={"workers": 2, "max_failures": 5})
+    return tiny(storage, name, train=train, cluster={"workers": 2, "max_failures": 1})
 
 
 def undisturbed(rank: int, workers: int, config: RunConfig) -> list[tuple[int, float]]:
@@ -37,7 +37,7 @@ def undisturbed(rank: int, workers: int, config: RunConfig) -> list[tuple[int, f
 
 @pytest.fixture
 def kills() -> list[int]:
-    """Three random steps, far enough apart for a restart to reach a checkpoint in between."""
+    """Three random steps, far enough apart for a restart to reach a checkpoint in between: `max_failures` is 1."""
     rng = random.Random(7)
     return [low + rng.randrange(60) for low in (60, 190, 320)]
 
@@ -94,3 +94,18 @@ def test_kills_of_workers_and_driver_change_nothing(tmp_path: Path, kills: list[
     ]
     for name, values in ends[0].items():
         assert torch.equal(values, ends[1][name]), name
+
+
+@pytest.mark.slow
+def test_a_run_without_progress_ends(tmp_path: Path) -> None:
+    train = {"steps": 100_000, "checkpoint_every": 100_000, "log_every": 10, "validate_every": 100_000}
+    config = tiny(tmp_path, "hopeless", train=train, cluster={"workers": 1, "max_failures": 1})
+    with LaunchedJob("pretrain", config, tmp_path) as job:
+        for _ in range(2):
+            seen = len(job.lines)
+            job.wait_for(r"step 10/100000", after=seen)
+            job.workers()[0].kill()
+        assert job.process.wait(120) == 1
+        job.wait_for(
+            r"error: training failed 2 times before the first checkpoint, more than cluster.max_failures \(1\)"
+        )

@@ -140,7 +140,7 @@ def test_reason_of_a_failed_run_is_one_line() -> None:
 
 
 def test_run_that_waits_for_nodes_can_be_stopped(tmp_path: Path) -> None:
-    between = worker_group.BetweenGroups(str(tmp_path))
+    between = worker_group.BetweenGroups(str(tmp_path), 3)
     waiting = RestartingState(training_failed_error=ray.train.ControllerError(RuntimeError("no place")))
     between.after_controller_state_update(RunningState(), waiting)
     between.after_controller_state_update(waiting, waiting)
@@ -148,3 +148,32 @@ def test_run_that_waits_for_nodes_can_be_stopped(tmp_path: Path) -> None:
     between.after_controller_state_update(waiting, RunningState())  # workers look for themselves
     with pytest.raises(worker_group.Stopped):
         between.after_controller_state_update(waiting, waiting)
+
+
+def test_failures_are_counted_from_the_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty with a checkpoint between each two of them are none too many; three of one checkpoint are."""
+    steps: list[str] = []
+    monkeypatch.setattr(worker_group.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(worker_group.checkpoint, "newest", lambda folder: steps[-1] if steps else None)
+    between = worker_group.BetweenGroups(str(tmp_path), 2)
+
+    def fail() -> None:
+        lost = RestartingState(ray.train.WorkerGroupError("lost", {1: OSError("gone")}))
+        between.after_controller_state_update(RunningState(), lost)
+        between.after_controller_state_update(lost, lost)  # it waits for nodes
+
+    for step in range(20):
+        steps.append(f"{tmp_path}/step_{step:08}")
+        fail()
+    fail()
+    says = (
+        r"training failed 3 times since step_00000019, .*max_failures \(2\) allows; .*worker 1: OSError: gone"
+    )
+    with pytest.raises(worker_group.NoProgress, match=says):
+        fail()
+    unlimited = worker_group.BetweenGroups(str(tmp_path), -1)
+    lost = RestartingState(ray.train.ControllerError(RuntimeError("no place")))
+    for _ in range(9):
+        unlimited.after_controller_state_update(RunningState(), lost)
