@@ -24,14 +24,24 @@ ray=("$python" -m ray.scripts.scripts)
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # newer versions of srun do not take it from the job
-address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname -I | cut -d' ' -f1)
-export RAY_ADDRESS=$address:$((20000 + SLURM_JOB_ID % 20000))
+address=$(hostname -I | cut -d' ' -f1) # this script runs on the first node
+port=$((20000 + SLURM_JOB_ID % 10000 * 3)) # three ports of this job's own, since other jobs may share the node
+export RAY_ADDRESS=$address:$port
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+
+# Workers on all nodes write to MLflow, so a server must be there: yours, or one for the time of this job.
+if [[ -z ${MLFLOW_TRACKING_URI:-} ]]; then
+  folder=$(realpath -m "${PIPELINE_MLFLOW:-runs/mlflow}")
+  mkdir -p "$folder"
+  export MLFLOW_TRACKING_URI=http://$address:$((port + 1))
+  "$python" -m mlflow server --host "$address" --port $((port + 1)) --workers 1 \
+    --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$folder/artifacts" >"$folder/server.log" 2>&1 &
+fi
+
 # Ray counts the CPUs and GPUs of the machine, of which the job may have only a share.
 share=(--num-cpus="$SRUN_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats --block)
-
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" --overlap "${ray[@]}" start --head \
-  --node-ip-address="$address" --port="${RAY_ADDRESS##*:}" --dashboard-host=127.0.0.1 \
+  --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 2)) \
   --temp-dir="/tmp/ray-$SLURM_JOB_ID" "${share[@]}" &
 "$python" cluster/wait_for_nodes.py 1
 workers=$((${#nodes[@]} - 1))
@@ -39,6 +49,10 @@ if ((workers > 0)); then
   srun --nodes=$workers --ntasks=$workers --exclude="${nodes[0]}" --overlap \
     "${ray[@]}" start --address="$RAY_ADDRESS" "${share[@]}" &
   "$python" cluster/wait_for_nodes.py "${#nodes[@]}"
+fi
+
+if [[ -n ${folder:-} ]]; then
+  timeout 120 bash -c "until (exec 3<>/dev/tcp/$address/$((port + 1))) 2>/dev/null; do sleep 1; done"
 fi
 
 # Ten minutes before the time limit Slurm sends TERM: the job writes a checkpoint and ends, and is queued again.

@@ -145,6 +145,7 @@ class ClusterConfig(Section):
         accelerator: Device of a worker; `auto` uses GPUs where there are any.
         cpus_per_worker: CPUs of a worker.
         max_failures: Restarts of the worker group without a new checkpoint in between; -1 sets no limit.
+        wait_s: Seconds that a job waits for the nodes of a cluster that can grow; 0 refuses at once.
         hang_timeout_s: Seconds that a training step may take before its worker counts as hung; null sets no limit.
     """
 
@@ -157,6 +158,7 @@ class ClusterConfig(Section):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
+    wait_s: Annotated[float, Field(ge=0, le=1e6)] = 900.0
     # Far above the time of a step, and below the 30 minutes after which torch aborts a collective without a reason.
     hang_timeout_s: Annotated[float, Field(gt=0, le=1e9)] | None = 900.0
 

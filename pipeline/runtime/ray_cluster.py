@@ -4,14 +4,16 @@ import logging
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
@@ -51,6 +53,8 @@ def start(**settings: Any) -> None:
 def joined_cluster(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start a local Ray, for the time of the block.
 
+    A cluster without room for the job is asked for nodes, see `requested_nodes`.
+
     Args:
         config: a local Ray gets CPUs for its smallest number of workers, or those of the machine if they are more.
 
@@ -69,9 +73,46 @@ def joined_cluster(config: ClusterConfig) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():  # Ray's own handler ends without a message
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        with requested_nodes(config) if address else nullcontext():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def requested_nodes(config: ClusterConfig) -> Iterator[None]:
+    """Ask the autoscaler of the joined cluster for the nodes of a job, and wait until its workers fit.
+
+    After `cluster.wait_s` the block begins without them. The request is withdrawn at the end of the block.
+
+    Args:
+        config: bounds of the number of workers, CPUs and accelerator of each.
+    """
+    (count, use_gpu), deadline = fitting_workers(config), time.monotonic() + config.wait_s
+    if count >= config.least or not config.wait_s:
+        yield
+        return
+    asked, seen = None, -1
+    try:
+        while count < config.least and time.monotonic() < deadline:
+            bundle = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+            if bundle != asked:
+                request_resources(bundles=[bundle] * config.most)
+            if count != seen:
+                log.warning(
+                    "the cluster has room for %d of %d workers: nodes are requested; waiting up to %.0f s "
+                    "(cluster.wait_s)",
+                    count,
+                    config.least,
+                    config.wait_s,
+                )
+            asked, seen = bundle, count
+            time.sleep(1.0)
+            count, use_gpu = fitting_workers(config)
+        yield
+    finally:
+        with suppress(Exception):  # the cluster may be gone, and the request with it
+            request_resources(bundles=[])
 
 
 def join(address: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from pipeline.config.load import dump
 from tests.support.tiny_runs import tiny
@@ -47,6 +48,7 @@ def slurm(tmp_path: Path) -> Mapping[str, str]:
         "HOME": str(tmp_path),
         "CALLS": str(tmp_path / "calls"),
         "PIPELINE_PYTHON": sys.executable,
+        "PIPELINE_MLFLOW": str(tmp_path / "mlflow"),
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_CPUS_PER_TASK": "2",
@@ -62,12 +64,15 @@ def test_a_job_is_stopped_before_its_limit_and_goes_on(slurm: Mapping[str, str],
     with (tmp_path / "log").open("wb") as log:
         job = subprocess.Popen(command, cwd=ROOT, env=slurm, stdout=log, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 240
-    while "step 20/200" not in (text := (tmp_path / "log").read_text()):
-        assert job.poll() is None, text
-        assert time.monotonic() < deadline, text
-        time.sleep(0.2)
-    job.send_signal(signal.SIGTERM)  # what Slurm sends to the batch script
-    assert job.wait(120) == 1
+    try:
+        while "step 20/200" not in (text := (tmp_path / "log").read_text()):
+            assert job.poll() is None, text
+            assert time.monotonic() < deadline, text
+            time.sleep(0.2)
+    finally:
+        job.send_signal(signal.SIGTERM)  # what Slurm sends to the batch script
+        code = job.wait(120)
+    assert code == 1
     text = (tmp_path / "log").read_text()
     assert "Ray runs on 2 nodes" in text
     assert "stopped on request" in text
@@ -77,6 +82,10 @@ def test_a_job_is_stopped_before_its_limit_and_goes_on(slurm: Mapping[str, str],
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming from step" in again.stdout + again.stderr
     assert "validation perplexity" in again.stdout
+    (run,) = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db").search_runs(
+        ["1"]
+    )  # of a server of its own
+    assert run.info.status == "FINISHED"
 
 
 def test_a_job_must_be_named(slurm: Mapping[str, str]) -> None:

@@ -158,12 +158,9 @@ def test_those_numbers_mean_something(references: dict[str, plain_distillation.P
 # (form, ZeRO stage, checkpoint_every, step from which the run goes on, workers that go on); round 2 is 4 to 6
 AGAIN = [
     ("raw", 1, 2, 4, 2),
-    ("raw", 0, 2, 4, 2),
-    ("ema", 3, 2, 4, 2),
     ("complementary", 2, 5, 5, 2),
     ("raw", 3, 3, 3, 2),  # exactly between two rounds
     ("ema", 1, 3, 6, 2),
-    ("raw", 1, 4, 4, 1),
     ("ema", 3, 3, 3, 1),
 ]
 Again = tuple[str, int, int, int, int]
