@@ -241,7 +241,7 @@ class Denoiser(nn.Module, ABC):
 
         Returns:
             [B] float32: the weighted sum over a row's targets of cross-entropies (nats), or of divergences from
-            a teacher.
+            a teacher. Their gradient is that of their sum, times any factor; any other is NaN (`chunked_loss`).
 
         Raises:
             CapabilityError: class labels that the model has no vectors for, or targets that it cannot predict.
@@ -250,9 +250,8 @@ class Denoiser(nn.Module, ABC):
         possible = self.both_groups or self.left_to_right or not (batch.targets & ~batch.groups).any()
         assert possible, "a masked model predicts masked tokens only"
         hidden = self.target_vectors(batch)
-        if batch.distill_targets is not None:
-            return batch.row_sums(self.head(hidden, distill_targets=batch.distill_targets))
-        return batch.row_sums(self.head(hidden, batch.gather(batch.tokens, batch.target_index)))
+        targets = batch.distill_targets or batch.gather(batch.tokens, batch.target_index)
+        return batch.row_sums(self.head(hidden, targets, batch.gather(batch.weights, batch.target_index)))
 
     @abstractmethod
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:

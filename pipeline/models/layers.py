@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from pipeline.models.distill_loss import DistillTargets, chunked_divergence
+from pipeline.models.head_loss import (
+    DistillTargets,
+    chunked_loss,
+    cross_entropy_rows,
+    divergence_rows,
+    operands,
+    product,
+)
 
 MAX_PERIOD = 10_000.0  # of rotary and sinusoidal codes
 # Largest number of logits (rows x V) that are computed together, by device type. On a CPU they fit the caches. On a
@@ -342,30 +349,30 @@ class Head(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "T H"],
-        targets: Int[Tensor, "T"] | None = None,
-        distill_targets: DistillTargets | None = None,
+        targets: Int[Tensor, "T"] | DistillTargets | None = None,
+        row_weights: Float[Tensor, "T"] | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, "T"]:
         """Compute logits, or the loss of every row without ever holding all logits.
 
         Args:
             hidden: vectors from the final norm.
-            targets: ids below V; the loss is the cross-entropy with them, in nats.
-            distill_targets: a teacher's vectors for the same rows; the loss is the divergence from the teacher.
-
-        Shape:
-            hidden: [T, H]; targets: [T].
+            targets: ids below V, and the loss is the cross-entropy with them, in nats; or a teacher's vectors for the
+                same rows, and the loss is the divergence from the teacher; None: logits.
+            row_weights: factor of every row's loss, see `chunked_loss`; None: 1.
 
         Returns:
-            Logits [T, V] without targets, else losses [T]; float32.
+            Logits [T, V] without targets, else losses [T]; float32, since cross-entropies from bf16 logits are wrong
+            by up to 0.25 nats.
         """
-        # float32 from here on: cross-entropies from bf16 logits are wrong by up to 0.25 nats.
-        x, weight, bias = upcast(hidden), upcast(self.weight), upcast(self.bias)
-        chunk = chunk_rows(CHUNK_LOGITS, self.vocab_size, hidden.device)
-        if distill_targets is not None:
-            return chunked_divergence(x, weight, bias, distill_targets, chunk)
         if targets is None:
-            return F.linear(x, weight, bias)
-        options = None
-        if len(x) > chunk:
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
-        return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, reduction="none", options=options)
+            if torch.is_grad_enabled():
+                return F.linear(upcast(hidden), upcast(self.weight), upcast(self.bias))
+            x, weight, bias = operands(hidden, self.weight, self.bias)
+            return product(x, weight.T).add_(bias)
+        if row_weights is None:
+            row_weights = torch.ones(len(hidden), device=hidden.device)
+        row_losses = (
+            divergence_rows(targets) if isinstance(targets, DistillTargets) else cross_entropy_rows(targets)
+        )
+        chunk = chunk_rows(CHUNK_LOGITS, self.vocab_size, hidden.device)
+        return chunked_loss(hidden, self.weight, self.bias, row_weights, row_losses, chunk)
