@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from pipeline.models.attention import CacheAppend
-from pipeline.models.head_loss import DistillTargets
+from pipeline.models.head import DistillTargets
 
 Labels = Int[Tensor, "B"] | None  # class labels of a batch's rows
 

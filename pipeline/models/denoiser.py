@@ -16,7 +16,8 @@ from pipeline.errors import CapabilityError
 from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.batch import Batch, Labels, NewTokens, State, packed
 from pipeline.models.blocks import Block, Layout, Stored
-from pipeline.models.layers import ClassVectors, Condition, FinalNorm, Head, rotary
+from pipeline.models.head import Head
+from pipeline.models.layers import ClassVectors, Condition, FinalNorm, rotary
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -105,7 +106,7 @@ class Denoiser(nn.Module, ABC):
         Returns:
             The segments with the rotary codes of the positions.
         """
-        return Layout(segments, rotary(positions, self.head_size))
+        return Layout(segments, rotary(positions, self.head_size, self.head.weight.dtype))
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Float[Tensor, "T H"]:
         """Run one block of the trunk; with `recompute` its activations are computed again in the backward pass.
@@ -175,7 +176,7 @@ class Denoiser(nn.Module, ABC):
             segments, (tokens,) = Segments(widths, ids.device), packed(widths, ids)
             positions = segments.offsets
         return self.run_blocks(
-            blocks, tokens, self.layout(segments, positions), Condition(vectors, segments.ids)
+            blocks, tokens, self.layout(segments, positions), Condition(vectors, segments.ids, segments.alike)
         )
 
     def row_starts(

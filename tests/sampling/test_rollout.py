@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
-from pipeline.models.head_loss import DistillTargets, Divergence, chunked_loss, divergence_rows
+from pipeline.models.head import DistillTargets, Divergence, chunked_loss, divergence_rows
 from pipeline.sampling.rollout import roll_out
 from pipeline.training.distillation import Sides, hidden_sides, teach
 from tests.support.known_source import Known, markov, naive_roll_out

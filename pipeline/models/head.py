@@ -1,18 +1,37 @@
-"""The loss of a linear head, cross-entropy or divergence from a teacher, computed in chunks of rows."""
+"""The head: logits, and losses in chunks of rows, cross-entropy or divergence from a teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from pipeline.models.layers import upcast
 
 Divergence = Literal["reverse_kl", "forward_kl", "total_variation", "mse"]
 # From the logits of a chunk, the rows that they belong to, and a dtype: the loss of every row, and its gradient with
 # respect to the logits in this dtype; without dtype, no gradient. The logits may be overwritten.
 RowLosses = Callable[[Tensor, slice, torch.dtype | None], tuple[Tensor, Tensor | None]]
+# Largest number of logits (rows x V) that are computed together, by device type. On a CPU they fit the caches. On a
+# GPU there are so many that reading and writing the head's gradient once a chunk costs little time.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+
+def chunk_rows(entries: Mapping[str, int], width: int, device: torch.device) -> int:
+    """Choose the number of rows to compute together on a device.
+
+    Args:
+        entries: largest number of entries that are computed together, by device type; others count as "cpu".
+        width: entries of a row.
+        device: where they are computed.
+
+    Returns:
+        At least 1.
+    """
+    return max(1, entries.get(device.type, entries["cpu"]) // width)
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,8 @@ def cross_entropy_rows(targets: Int[Tensor, "T"]) -> RowLosses:
         # The probabilities, written in the precision of the products that follow; at the targets, minus 1.
         same = log_prob.dtype == dtype
         grad = torch.exp(log_prob, out=log_prob if same else torch.empty_like(log_prob, dtype=dtype))
-        return -chosen.squeeze(1), grad.scatter_(1, index, chosen.expm1().to(dtype))
+        at_target = torch.expm1(chosen, out=torch.empty_like(chosen, dtype=dtype))
+        return -chosen.squeeze(1), grad.scatter_(1, index, at_target)
 
     return losses
 
@@ -147,7 +167,7 @@ def operands(*tensors: Tensor) -> list[Tensor]:
     Returns:
         The tensors, converted.
     """
-    return [x if x.is_cuda or x.dtype == torch.float64 else x.float() for x in tensors]
+    return [x if x.is_cuda else upcast(x) for x in tensors]
 
 
 def product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
@@ -246,14 +266,14 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
             values, grad = row_losses(head.logits(part), part, x.dtype if learns else None)
-            torch.mul(values, row_weights[part], out=losses[part])
+            losses[part] = values
             if grad is not None:
                 head.add_gradients(part, grad)
             del grad  # before the next chunk's logits
         if learns:
             ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
             ctx.save_for_backward(row_weights, head.hidden_grad, head.weight_grad, head.bias_grad)
-        return losses
+        return losses.mul_(row_weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -269,3 +289,49 @@ class _ChunkedLoss(torch.autograd.Function):
             out = grad if grad.dtype == dtype else torch.empty(grad.shape, dtype=dtype, device=grad.device)
             scaled.append(torch.mul(grad, factor, out=out))
         return *scaled, None, None, None, None
+
+
+class Head(nn.Module):
+    """Projection to the vocabulary; the only module that makes tensors with V entries a row.
+
+    Args:
+        size: H.
+        vocab_size: V.
+    """
+
+    def __init__(self, size: int, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.weight = nn.Parameter(torch.zeros(vocab_size, size))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "T H"],
+        targets: Int[Tensor, "T"] | DistillTargets | None = None,
+        row_weights: Float[Tensor, "T"] | None = None,
+    ) -> Float[Tensor, "T V"] | Float[Tensor, "T"]:
+        """Compute logits, or the loss of every row without ever holding all logits.
+
+        Args:
+            hidden: vectors from the final norm.
+            targets: ids below V, and the loss is the cross-entropy with them, in nats; or a teacher's vectors for the
+                same rows, and the loss is the divergence from the teacher; None: logits.
+            row_weights: factor of every row's loss, see `chunked_loss`; None: 1.
+
+        Returns:
+            Logits [T, V] without targets, else losses [T]; float32, since cross-entropies from bf16 logits are wrong
+            by up to 0.25 nats.
+        """
+        if targets is None:
+            if torch.is_grad_enabled():
+                return F.linear(upcast(hidden), upcast(self.weight), upcast(self.bias))
+            x, weight, bias = operands(hidden, self.weight, self.bias)
+            return product(x, weight.T).add_(bias)
+        if row_weights is None:
+            row_weights = torch.ones(len(hidden), device=hidden.device)
+        row_losses = (
+            divergence_rows(targets) if isinstance(targets, DistillTargets) else cross_entropy_rows(targets)
+        )
+        chunk = chunk_rows(CHUNK_LOGITS, self.vocab_size, hidden.device)
+        return chunked_loss(hidden, self.weight, self.bias, row_weights, row_losses, chunk)

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models import head_loss
-from pipeline.models.head_loss import (
+from pipeline.models import head as head_module
+from pipeline.models.head import (
     DistillTargets,
     Divergence,
+    Head,
     chunked_loss,
     cross_entropy_rows,
     divergence,
     divergence_rows,
 )
-from pipeline.models.layers import Head
 
 ROOT = Path(__file__).parents[2]
 KINDS = get_args(Divergence)
@@ -122,8 +122,8 @@ def test_gradients_are_those_of_differences(kind: Divergence) -> None:
 
 def test_half_precision_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 operands with float32 sums, which CPUs do not have: the loss is float32's, gradients are rounded once."""
-    monkeypatch.setattr(head_loss, "operands", lambda *tensors: list(tensors))
-    monkeypatch.setattr(head_loss, "product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(head_module, "operands", lambda *tensors: list(tensors))
+    monkeypatch.setattr(head_module, "product", lambda a, b: a.float() @ b.float())
     rows, inputs = 300, [x.detach().bfloat16().requires_grad_() for x in student(300, torch.float32)]
     weights, ids = random_weights(rows, torch.float32), torch.arange(rows) % TEACHER[1]
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -206,8 +206,8 @@ STEP = """
 import sys
 import torch
 import torch.nn.functional as F
-from pipeline.models.layers import Head
-from pipeline.models.head_loss import DistillTargets, divergence
+from pipeline.models.head import Head
+from pipeline.models.head import DistillTargets, divergence
 
 ROWS, SIZE, V = 1536, 64, 50257
 
