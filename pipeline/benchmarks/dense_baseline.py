@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.models.batch import Batch
-from pipeline.models.blocks import CrossBlock, GroupSwap, Rotary, SelfBlock
+from pipeline.models.blocks import CrossBlock, GroupSwap, SelfBlock
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.layers import rotary, rotate, sinusoid
+from pipeline.models.layers import Rotary, rotary, rotate, sinusoid
 from pipeline.models.pgm import PGM
 from pipeline.sampling.logits import draw_tokens
 
@@ -28,7 +28,7 @@ def dense_loss(model: PGM, batch: Batch) -> Float[Tensor, "B"]:
     same = (groups[:, :, None] == groups[:, None, :])[:, None]  # [B, 1, L, L]
     rows, length = groups.shape
     places = torch.arange(length, device=batch.device)
-    code = rotary(places.repeat(rows), model.head_size)
+    code = rotary(places.repeat(rows), model.head_size, model.head.weight.dtype)
     tokens = batch.tokens.to(batch.device)
     encoded = model.embedding(tokens.flatten())  # [B L, H]
     for encoder in model.encoder:
@@ -53,15 +53,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "B 1 L L"]) -
 def _self_block(block: SelfBlock, x: Tensor, mask: Tensor, code: Rotary) -> Tensor:
     """An encoder block."""
     modulated = block.modulated(None)
-    q, k, v = block.qkv_proj(modulated.norm1(x)).unflatten(-1, (3, block.heads, -1)).unbind(1)
+    q, k, v = block.qkv_proj(modulated.norm1(x)).chunk(3, 1)
     return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulated)
 
 
 def _cross_block(block: CrossBlock, x: Tensor, encoded: Tensor, mask: Tensor, code: Rotary) -> Tensor:
     """A decoder block."""
     modulated = block.modulated(None)
-    q = block.q_proj(modulated.norm1(x)).unflatten(-1, (block.heads, -1))
-    k, v = block.kv_proj(block.kv_norm(encoded)).unflatten(-1, (2, block.heads, -1)).unbind(1)
+    q = block.q_proj(modulated.norm1(x))
+    k, v = block.kv_proj(block.kv_norm(encoded)).chunk(2, 1)
     return block.residuals(x, _attention(rotate(q, code), rotate(k, code), v, mask), modulated)
 
 
@@ -70,8 +70,8 @@ def _swap(module: GroupSwap, encoded: Tensor, places: Tensor, mask: Tensor, code
     raw = module.base.expand(len(places), -1)
     if module.positional:
         raw = raw + sinusoid(places, raw.shape[-1])
-    q = module.query(module.norm(raw)).repeat(len(mask), 1).unflatten(-1, (module.heads, -1))
-    k, v = module.kv_proj(encoded).unflatten(-1, (2, module.heads, -1)).unbind(1)
+    q = module.query(module.norm(raw)).repeat(len(mask), 1, 1)
+    k, v = module.kv_proj(encoded).chunk(2, 1)
     return module.out(_attention(rotate(q, code), rotate(k, code), v, mask))
 
 

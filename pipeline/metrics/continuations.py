@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.autoregressive import AR
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.layers import CHUNK_LOGITS, chunk_rows
+from pipeline.models.head import CHUNK_LOGITS, chunk_rows
 from pipeline.seeds import text_seed
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its continuation

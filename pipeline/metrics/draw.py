@@ -116,7 +116,6 @@ class Sampler:
             folder: of the model, readable on every node.
             precision: of its weights.
         """
-        torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"  # which has all bits of bf16: see Engine
         if (folder, precision) not in self._models:
             if len(self._models) == self._capacity:
                 del self._models[next(iter(self._models))]

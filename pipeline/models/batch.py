@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from pipeline.models.attention import CacheAppend
-from pipeline.models.distill_loss import DistillTargets
+from pipeline.models.head import DistillTargets
 
 Labels = Int[Tensor, "B"] | None  # class labels of a batch's rows
 
@@ -125,7 +125,7 @@ class Batch:
         return values.flatten()[index].to(self.device, non_blocking=True)
 
     def row_sums(self, values: Float[Tensor, "Q"]) -> Float[Tensor, "B"]:
-        """Sum values of the targets, weighted, over every row.
+        """Sum values of the targets over every row.
 
         Args:
             values: of the targets, in the order of `target_index`.
@@ -133,10 +133,10 @@ class Batch:
         Returns:
             [B] float32.
         """
-        # float64: added one by one in float32, a thousand equal terms drift by 1e-5.
-        weighted = values.double() * self.gather(self.weights, self.target_index)
         rows = (self.target_index // self.shape[1]).to(self.device, non_blocking=True)
-        return weighted.new_zeros(self.shape[0]).index_add(0, rows, weighted).float()
+        # float64: added one by one in float32, a thousand equal terms drift by 1e-5.
+        sums = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
+        return sums.index_add(0, rows, values.double()).float()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.config.model import SwapConfig, TrunkConfig
@@ -15,16 +15,17 @@ from pipeline.models.attention import Cache, CacheAppend, Segments, attend
 from pipeline.models.layers import (
     MLP,
     Condition,
+    HeadsLinear,
     LayerNorm,
     Modulation,
+    ResidualLinear,
     RMSNorm,
+    Rotary,
     rotary,
     rotate,
     sinusoid,
     upcast,
 )
-
-Rotary = Complex[Tensor, "_ 1 half"]  # the rotary codes of any number of tokens
 
 
 class Layout(NamedTuple):
@@ -44,7 +45,7 @@ class Modulated(NamedTuple):
 
     Attributes:
         norm1: norm in front of the attention.
-        attention_gate: factor of the attention branch, [H], or [T, H] with classes.
+        attention_gate: factor of the attention branch, from `Modulation`.
         norm2: norm in front of the MLP.
         mlp_gate: factor of the MLP branch.
     """
@@ -81,7 +82,7 @@ class EncoderReader(nn.Module):
 
     heads: int
     kv_norm: nn.Module
-    kv_proj: nn.Linear
+    kv_proj: HeadsLinear
 
     def keys_values(
         self, encoded: Float[Tensor, "T H"], code: Rotary
@@ -95,7 +96,7 @@ class EncoderReader(nn.Module):
         Returns:
             Keys and values, [T, N, D] each.
         """
-        k, v = self.kv_proj(self.kv_norm(encoded)).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        k, v = self.kv_proj(self.kv_norm(encoded)).chunk(2, 1)
         return rotate(k, code), v
 
     def read(
@@ -136,7 +137,7 @@ class Block(nn.Module, ABC):
         self.heads, self.dropout = config.heads, config.dropout
         self.modulation = Modulation(hidden, 6, config.classes is not None)
         self._add_projections(hidden)
-        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.out = ResidualLinear(hidden, hidden, bias=False)
         self.norm2 = LayerNorm(hidden)
         self.mlp = MLP(hidden)
 
@@ -180,17 +181,16 @@ class Block(nn.Module, ABC):
         """Add both residual branches: the projected attention, then the MLP.
 
         Args:
-            x: the block's input.
+            x: the block's input, which is overwritten if there are no gradients.
             attended: output of the attention, heads side by side.
             modulated: the block's norms and gates.
 
         Returns:
             The block's output, [T, H].
         """
-        dropped = F.dropout(self.out(attended), self.dropout, self.training)
-        x = torch.addcmul(x, modulated.attention_gate, dropped)
-        dropped = F.dropout(self.mlp(modulated.norm2(x)), self.dropout, self.training)
-        return torch.addcmul(x, modulated.mlp_gate, dropped)
+        dropout = self.dropout if self.training else 0.0
+        x = self.out(attended, x, modulated.attention_gate, dropout)
+        return self.mlp(modulated.norm2(x), x, modulated.mlp_gate, dropout)
 
 
 class SelfBlock(Block):
@@ -208,7 +208,7 @@ class SelfBlock(Block):
     def _add_projections(self, hidden: int) -> None:
         """Norm, and one projection to queries, keys and values."""
         self.norm1 = LayerNorm(hidden)
-        self.qkv_proj = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.qkv_proj = HeadsLinear(hidden, hidden // self.heads, 3 * self.heads, 2 * self.heads)
 
     @property
     def norm_before_attention(self) -> LayerNorm:
@@ -236,7 +236,7 @@ class SelfBlock(Block):
             [T, H].
         """
         modulated = (stored and stored.modulated) or self.modulated(condition)
-        qkv = self.qkv_proj(modulated.norm1(x)).unflatten(-1, (3 * self.heads, -1))  # [T, 3N, D]
+        qkv = self.qkv_proj(modulated.norm1(x))  # [T, 3N, D]
         qk, v = qkv.split([2 * self.heads, self.heads], 1)
         q, k = rotate(qk, layout.code).chunk(2, 1)  # [T, N, D], rotated together: one pass instead of two
         if stored is not None and append is not None:
@@ -263,8 +263,9 @@ class CrossBlock(Block, EncoderReader):
         """Norms and projections of queries, and of keys and values."""
         self.q_norm = LayerNorm(hidden)
         self.kv_norm = LayerNorm(hidden)
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.kv_proj = nn.Linear(hidden, 2 * hidden, bias=False)
+        size = hidden // self.heads
+        self.q_proj = HeadsLinear(hidden, size, self.heads, self.heads)
+        self.kv_proj = HeadsLinear(hidden, size, 2 * self.heads, self.heads)
 
     @property
     def norm_before_attention(self) -> LayerNorm:
@@ -294,7 +295,7 @@ class CrossBlock(Block, EncoderReader):
             [Tq, H].
         """
         modulated = (stored and stored.modulated) or self.modulated(condition)
-        q = self.q_proj(modulated.norm1(x)).unflatten(-1, (self.heads, -1))  # [Tq, N, D]
+        q = self.q_proj(modulated.norm1(x))  # [Tq, N, D]
         y = self.read(rotate(q, queries.code), encoded, queries.segments, keys, stored)
         return self.residuals(x, y, modulated)
 
@@ -320,13 +321,14 @@ class GroupSwap(EncoderReader):
         self.heads, self.positional, self.pooling = heads, config.positional, config.pooling
         self.base = nn.Parameter(torch.randn(hidden) * 0.02)
         self.norm = LayerNorm(hidden, bias=True) if config.norm == "layer" else RMSNorm(hidden)
-        self.query: nn.Module = nn.Linear(hidden, hidden)
+        size = hidden // heads
         if config.query == "mlp4":
-            self.query = nn.Sequential(
-                nn.Linear(hidden, 4 * hidden), nn.SiLU(), nn.Linear(4 * hidden, hidden)
-            )
+            last = HeadsLinear(4 * hidden, size, heads, heads, bias=True)
+            self.query: nn.Module = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.SiLU(), last)
+        else:
+            self.query = HeadsLinear(hidden, size, heads, heads, bias=True)
         self.kv_norm = nn.Identity()
-        self.kv_proj = nn.Linear(hidden, 2 * hidden)
+        self.kv_proj = HeadsLinear(hidden, size, 2 * heads, heads, bias=True)
         self.out = nn.Linear(hidden, hidden)
 
     def forward(
@@ -382,8 +384,8 @@ class GroupSwap(EncoderReader):
             raw = raw + sinusoid(positions, raw.shape[-1]).to(raw.dtype)
         if pooled is not None:
             raw = raw + pooled
-        queries = self.query(self.norm(raw)).unflatten(-1, (self.heads, -1))
-        return rotate(queries, rotary(positions, queries.shape[-1])).flatten(1)
+        queries = self.query(self.norm(raw))  # [T, N, D]
+        return rotate(queries, rotary(positions, queries.shape[-1], queries.dtype)).flatten(1)
 
 
 def pool(x: Float[Tensor, "T H"], segments: Segments, how: str) -> Float[Tensor, "S H"]:

@@ -16,7 +16,8 @@ from pipeline.errors import CapabilityError
 from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.batch import Batch, Labels, NewTokens, State, packed
 from pipeline.models.blocks import Block, Layout, Stored
-from pipeline.models.layers import ClassVectors, Condition, FinalNorm, Head, rotary
+from pipeline.models.head import Head
+from pipeline.models.layers import ClassVectors, Condition, FinalNorm, rotary
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -107,7 +108,7 @@ class Denoiser(nn.Module, ABC):
         Returns:
             The segments with the rotary codes of the positions.
         """
-        return Layout(segments, rotary(positions, self.head_size))
+        return Layout(segments, rotary(positions, self.head_size, self.head.weight.dtype))
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Float[Tensor, "T H"]:
         """Run one block of the trunk; with `recompute` its activations are computed again in the backward pass.
@@ -177,7 +178,7 @@ class Denoiser(nn.Module, ABC):
             segments, (tokens,) = Segments(widths, ids.device), packed(widths, ids)
             positions = segments.offsets
         return self.run_blocks(
-            blocks, tokens, self.layout(segments, positions), Condition(vectors, segments.ids)
+            blocks, tokens, self.layout(segments, positions), Condition(vectors, segments.ids, segments.alike)
         )
 
     def row_starts(
@@ -243,7 +244,7 @@ class Denoiser(nn.Module, ABC):
 
         Returns:
             [B] float32: the weighted sum over a row's targets of cross-entropies (nats), or of divergences from
-            a teacher.
+            a teacher. Their gradient is that of their sum, times any factor; any other is NaN (`chunked_loss`).
 
         Raises:
             CapabilityError: class labels that the model has no vectors for, or targets that it cannot predict.
@@ -252,9 +253,8 @@ class Denoiser(nn.Module, ABC):
         possible = self.both_groups or self.left_to_right or not (batch.targets & ~batch.groups).any()
         assert possible, "a masked model predicts masked tokens only"
         hidden = self.target_vectors(batch)
-        if batch.distill_targets is not None:
-            return batch.row_sums(self.head(hidden, distill_targets=batch.distill_targets))
-        return batch.row_sums(self.head(hidden, batch.gather(batch.tokens, batch.target_index)))
+        targets = batch.distill_targets or batch.gather(batch.tokens, batch.target_index)
+        return batch.row_sums(self.head(hidden, targets, batch.gather(batch.weights, batch.target_index)))
 
     @abstractmethod
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:

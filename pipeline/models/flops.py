@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from pipeline.config.model import MDLMConfig, ModelConfig, PGMConfig, TrunkConfig
-from pipeline.models.layers import CHUNK_LOGITS
+from pipeline.models.head import CHUNK_LOGITS
 
 BACKWARD = 2  # a product's backward pass is two products of its size: the gradients of its two operands
 

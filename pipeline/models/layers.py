@@ -1,36 +1,17 @@
 """Layers that all models are made of: norms, modulation, position codes, MLP and head."""
 
 import math
-from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float, Int, Shaped
 from torch import Tensor, nn
 
-from pipeline.models.distill_loss import DistillTargets, chunked_divergence
-
 MAX_PERIOD = 10_000.0  # of rotary and sinusoidal codes
-# Largest number of logits (rows x V) that are computed together, by device type. On a CPU they fit the caches. On a
-# GPU there are so many that reading and writing the head's gradient once a chunk costs little time.
-CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
-
-
-def chunk_rows(entries: Mapping[str, int], width: int, device: torch.device) -> int:
-    """Choose the number of rows to compute together on a device.
-
-    Args:
-        entries: largest number of entries that are computed together, by device type; others count as "cpu".
-        width: entries of a row.
-        device: where they are computed.
-
-    Returns:
-        At least 1.
-    """
-    return max(1, entries.get(device.type, entries["cpu"]) // width)
+FULL = (torch.float32, torch.float64)  # precisions in which rotations are products of complex numbers
+Rotary = Complex[Tensor, "_ 1 half"] | Float[Tensor, "_ 2 1 half"]  # codes of tokens, see `rotary`
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -51,22 +32,29 @@ def _angles(positions: Int[Tensor, "T"], count: int) -> Float[Tensor, "T count"]
     return positions[:, None].float() * torch.exp(steps * (-math.log(MAX_PERIOD) / count))
 
 
-def rotary(positions: Int[Tensor, "T"], size: int) -> Complex[Tensor, "T 1 half"]:
+def rotary(positions: Int[Tensor, "T"], size: int, dtype: torch.dtype = torch.float32) -> Rotary:
     """Compute rotary position codes.
 
     Args:
         positions: of the tokens.
         size: entries of an attention head.
+        dtype: of the queries and keys.
 
     Returns:
-        [T, 1, size / 2] complex64: cosine + i sine of every angle.
+        cosine + i sine of every angle, [T, 1, size / 2] complex64; for half precision cosines and sines, [T, 2, 1,
+        size / 2] float32.
     """
     angles = _angles(positions, size // 2)
-    return torch.polar(torch.ones_like(angles), angles)[:, None]
+    if dtype in FULL:
+        return torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.stack([angles.cos(), angles.sin()], 1)[:, :, None]
 
 
-def rotate(x: Float[Tensor, "T N D"], code: Complex[Tensor, "T 1 half"]) -> Float[Tensor, "T N D"]:
+def rotate(x: Float[Tensor, "T N D"], code: Rotary) -> Float[Tensor, "T N D"]:
     """Apply a rotary code: entries 2i and 2i + 1 of a head are one complex number, rotated in one pass.
+
+    PyTorch has no complex bf16. In half precision the pairs are entries i and i + D/2, as `HeadsLinear` gives them,
+    and are rotated in real arithmetic.
 
     Released weights rotate entry i with entry i + D/2. Their rows are reordered when they are read
     (`pipeline.models.released.architecture`), which changes no product of queries and keys.
@@ -81,8 +69,90 @@ def rotate(x: Float[Tensor, "T N D"], code: Complex[Tensor, "T 1 half"]) -> Floa
     Source:
         docs/method.md section 2, "Block details".
     """
-    numbers = torch.view_as_complex(upcast(x).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(numbers * code).flatten(-2).to(x.dtype)
+    if not code.is_complex():
+        rotated: Tensor = _Rotation.apply(x, code)
+        return rotated
+    numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(numbers * code).flatten(-2)
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotation of halves; its backward pass is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, code: Tensor) -> Tensor:
+        """Rotate by the angles."""
+        ctx.save_for_backward(code)
+        return _rotate_halves(x, code, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Rotate by minus the angles."""
+        (code,) = ctx.saved_tensors
+        return _rotate_halves(grad, code, -1), None
+
+
+def _rotate_halves(x: Float[Tensor, "T N D"], code: Float[Tensor, "T 2 1 half"], sign: int) -> Tensor:
+    """Rotate entries i and i + D/2 of every head by the angles or by minus the angles."""
+    (cos, sin), halves = code.unbind(1), x.unflatten(-1, (2, -1))
+    rotated = torch.empty(halves.shape, dtype=x.dtype, device=x.device)  # float32 inside the kernels
+    torch.mul(halves, cos[:, :, None], out=rotated)
+    rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-sign)
+    rotated[:, :, 1].addcmul_(halves[:, :, 0], sin, value=sign)
+    return rotated.flatten(-2)
+
+
+class HeadsLinear(nn.Linear):
+    """A linear map to attention heads, of which the first are rotated.
+
+    Rows 2i and 2i + 1 of a rotated head of the weight turn together. In half precision the result has what they give
+    D/2 apart, as `rotate` expects it.
+
+    Args:
+        size: H.
+        head_size: D.
+        heads: of the result, N D = H of them for each of queries, keys and values.
+        rotated: how many of them are rotated.
+        bias: whether there is a bias.
+    """
+
+    def __init__(self, size: int, head_size: int, heads: int, rotated: int, bias: bool = False):
+        super().__init__(size, heads * head_size, bias=bias)
+        self.head_size, self.rotated = head_size, rotated
+
+    def forward(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T heads D"]:
+        """Map every token.
+
+        Args:
+            x: tokens.
+
+        Returns:
+            [T, heads, D].
+        """
+        bias = None if self.bias is None else self.ordered(self.bias)
+        return F.linear(x, self.ordered(self.weight), bias).unflatten(-1, (-1, self.head_size))
+
+    def ordered(self, values: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "rows ..."]:
+        """Order the rows of the weight, or of what is like it, as the result.
+
+        Args:
+            values: rows in the order of the weight.
+
+        Returns:
+            In half precision a copy, else the same tensor.
+        """
+        if values.dtype in FULL:
+            return values
+        heads = len(values) // self.head_size
+        if heads == self.rotated:
+            return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        rotated, others = values.unflatten(0, (heads, self.head_size)).split(
+            [self.rotated, heads - self.rotated]
+        )
+        pairs, halves = (-1, 2), (2, -1)
+        return torch.cat([rotated.unflatten(1, pairs).transpose(1, 2), others.unflatten(1, halves)]).flatten(
+            0, 2
+        )
 
 
 def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:
@@ -97,6 +167,32 @@ def sinusoid(positions: Int[Tensor, "T"], size: int) -> Float[Tensor, "T H"]:
     """
     angles = _angles(positions, size // 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+ClassVectors = Float[Tensor, "B H"] | None  # of a batch's rows; None: a model without classes
+
+
+class Condition(NamedTuple):
+    """The class of each packed token.
+
+    Attributes:
+        vectors: class vectors of a batch's rows.
+        rows: the row that each token belongs to.
+        equal: the tokens lie row after row, as many in each.
+    """
+
+    vectors: ClassVectors
+    rows: Int[Tensor, "T"]
+    equal: bool = False
+
+
+# What modulates tokens: one vector for all, or one for each; or one a row, for rows of equally many tokens.
+Vectors = Float[Tensor, "H"] | Float[Tensor, "T H"] | Float[Tensor, "B 1 H"]
+
+
+def beside(x: Float[Tensor, "T H"], vectors: Vectors) -> Tensor:
+    """View packed tokens in the shape that vectors of tokens or rows broadcast to."""
+    return x.unflatten(0, (len(vectors), -1)) if vectors.dim() == 3 else x
 
 
 @dataclass(frozen=True)
@@ -124,7 +220,9 @@ class FoldedNorm:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm in float32 with eps 1e-5, optionally modulated: `norm(x) * (1 + scale) + shift`.
+    """LayerNorm with eps 1e-5, optionally modulated: `norm(x) * (1 + scale) + shift`.
+
+    Its kernel computes in float32 whatever the dtype.
 
     Args:
         size: H.
@@ -139,46 +237,38 @@ class LayerNorm(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "T H"],
-        shift: Float[Tensor, "H"] | Float[Tensor, "T H"] | None = None,
-        scale: Float[Tensor, "H"] | Float[Tensor, "T H"] | None = None,
+        shift: Vectors | None = None,
+        scale: Vectors | None = None,
     ) -> Float[Tensor, "T H"]:
         """Normalise every token, and modulate it if there are a shift and a scale.
 
         Args:
             x: tokens.
-            shift: one vector for all tokens, or one for each; None: no modulation.
+            shift: from `Modulation`; None: no modulation.
             scale: in the same form.
 
         Returns:
             [T, H] in the dtype of x.
         """
-        if scale is None or shift is None:  # the kernel's forward pass computes in float32 whatever the dtype
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-        weight = upcast(self.weight)
-        bias = None if self.bias is None else upcast(self.bias)
-        factor, shift = 1 + upcast(scale), upcast(shift)
-        if scale.dim() == 2:
-            normed = F.layer_norm(upcast(x), weight.shape, weight, bias, 1e-5)
-            return (normed * factor + shift).to(x.dtype)
-        # One vector for all tokens: folded into weight and bias, so that one kernel does it all.
-        bias = shift if bias is None else bias * factor + shift
-        return F.layer_norm(upcast(x), weight.shape, weight * factor, bias, 1e-5).to(x.dtype)
+        if scale is not None and shift is not None and scale.dim() == 1:
+            return self.folded(shift, scale)(x)
+        normed = F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        if scale is None or shift is None:
+            return normed
+        return (beside(normed, scale) * (1 + scale) + shift).view_as(normed)
 
     def folded(self, shift: Float[Tensor, "H"], scale: Float[Tensor, "H"]) -> FoldedNorm:
-        """Fold a modulation into the norm, for many calls with the same one.
+        """Fold a modulation into weight and bias, so that one kernel does it all.
 
         Args:
             shift: one vector for all tokens.
             scale: one vector for all tokens.
 
         Returns:
-            What gives the same as `forward` with this shift and scale; it rounds weight and bias to the dtype of the
-            norm, and computes the norm itself in float32.
+            What gives the same as `forward` with this shift and scale.
         """
-        factor, bias = 1 + upcast(scale), upcast(shift)
-        if self.bias is not None:
-            bias = bias + upcast(self.bias) * factor
-        return FoldedNorm((upcast(self.weight) * factor).to(self.weight.dtype), bias.to(self.weight.dtype))
+        factor = 1 + scale
+        return FoldedNorm(self.weight * factor, shift if self.bias is None else self.bias * factor + shift)
 
 
 class RMSNorm(nn.Module):
@@ -202,21 +292,6 @@ class RMSNorm(nn.Module):
             [T, H] in the dtype of x.
         """
         return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), 1e-5).to(x.dtype)
-
-
-ClassVectors = Float[Tensor, "B H"] | None  # of a batch's rows; None: a model without classes
-
-
-class Condition(NamedTuple):
-    """The class of each packed token.
-
-    Attributes:
-        vectors: class vectors of a batch's rows.
-        rows: the row that each token belongs to.
-    """
-
-    vectors: ClassVectors
-    rows: Int[Tensor, "T"]
 
 
 class Modulation(nn.Module):
@@ -250,14 +325,17 @@ class Modulation(nn.Module):
             condition: class vectors of the tokens.
 
         Returns:
-            `count` vectors, each [H] for all tokens or, with class vectors, [T, H] for each token.
+            `count` vectors, each [H] for all tokens or, with class vectors, [T, H] for each token, or [B, 1, H] for
+            rows of equally many.
         """
         vectors = None if condition is None else condition.vectors
         assert (vectors is None) == (self.map is None)
         if condition is None or vectors is None or self.map is None:
             # A copy: under ZeRO-3 the parameter's storage is gone once this forward has returned.
             return self.vectors.clone().unbind(0)
-        return F.embedding(condition.rows, self.map(vectors)).chunk(self.count, dim=-1)
+        mapped = self.map(vectors)
+        mapped = mapped[:, None] if condition.equal else F.embedding(condition.rows, mapped)
+        return mapped.chunk(self.count, dim=-1)
 
 
 class GeluLinear(nn.Linear):
@@ -272,27 +350,89 @@ class GeluLinear(nn.Linear):
         Returns:
             [T, O].
         """
+        if x.is_cuda and not torch.is_grad_enabled():  # one kernel, which CUDA has for the tanh form
+            return torch._addmm_activation(self.bias, x, self.weight.T, use_gelu=True)
         x = super().forward(x)
-        if (
-            x.device.type == "cpu"
-            and not torch.is_grad_enabled()
-            and x.dtype in (torch.float32, torch.float64)
-        ):
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype in FULL:
             # The same function as x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), in half the time of PyTorch's kernel.
             factor = 2 * math.sqrt(2 / math.pi)
             return x.square().mul_(factor * 0.044715).add_(factor).mul_(x).sigmoid_().mul_(x)
         return F.gelu(x, approximate="tanh")
 
 
-class MLP(nn.Sequential):
-    """H -> 4H -> H with tanh-GELU and biases.
+class ResidualLinear(nn.Linear):
+    """A linear map at the end of a residual branch, which gates the branch and adds it."""
+
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "T I"], residual: Float[Tensor, "T H"], gate: Vectors, dropout: float = 0.0
+    ) -> Float[Tensor, "T H"]:
+        """Map every token, multiply it with its gate, and add it to the residual stream.
+
+        Args:
+            x: tokens.
+            residual: the residual stream; without gradients it may be overwritten.
+            gate: from `Modulation`.
+            dropout: rate of dropout of the branch.
+
+        Returns:
+            [T, H].
+        """
+        learns = torch.is_grad_enabled()
+        if gate.dim() > 1 or (self.bias is not None and not learns):
+            branch = F.dropout(F.linear(x, self.weight, self.bias), dropout)
+            return torch.addcmul(beside(residual, gate), gate, beside(branch, gate)).view_as(residual)
+        # The gate is folded into the weight, so that neither pass multiplies tokens with it.
+        weight, bias = _Gated.apply(gate, self.weight, self.bias)
+        if not learns:
+            return residual.addmm_(x, weight.T)
+        return residual + F.dropout(F.linear(x, weight, bias), dropout)
+
+
+class _Gated(torch.autograd.Function):
+    """Weight and bias of a linear map whose result is multiplied by a gate, in few kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Multiply the rows."""
+        ctx.save_for_backward(gate, weight, bias)
+        return weight * gate[:, None], None if bias is None else bias * gate
+
+    @staticmethod
+    def backward(ctx: Any, weight_grad: Tensor, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Multiply the rows of the gradients; the gate's gradient is a product with the weight for every row."""
+        gate, weight, bias = ctx.saved_tensors
+        gate_grad = torch.bmm(weight_grad[:, None], weight[:, :, None]).view(-1)
+        if bias is None or bias_grad is None:
+            return gate_grad, weight_grad * gate[:, None], None
+        return gate_grad.addcmul_(bias_grad, bias), weight_grad * gate[:, None], bias_grad * gate
+
+
+class MLP(nn.Module):
+    """H -> 4H -> H with tanh-GELU and biases, on a gated residual branch.
 
     Args:
         size: H.
     """
 
     def __init__(self, size: int):
-        super().__init__(OrderedDict(up=GeluLinear(size, 4 * size), down=nn.Linear(4 * size, size)))
+        super().__init__()
+        self.up, self.down = GeluLinear(size, 4 * size), ResidualLinear(4 * size, size)
+
+    def forward(
+        self, x: Float[Tensor, "T H"], residual: Float[Tensor, "T H"], gate: Vectors, dropout: float = 0.0
+    ) -> Float[Tensor, "T H"]:
+        """Map every token, and add the result to the residual stream.
+
+        Args:
+            x: tokens.
+            residual: as in `ResidualLinear`.
+            gate: as in `ResidualLinear`.
+            dropout: as in `ResidualLinear`.
+
+        Returns:
+            [T, H].
+        """
+        return self.down(self.up(x), residual, gate, dropout)
 
 
 class FinalNorm(nn.Module):
@@ -323,49 +463,3 @@ class FinalNorm(nn.Module):
     def folded(self) -> FoldedNorm | None:
         """Fold the modulation into the norm for many calls; None where it depends on a class."""
         return None if self.modulation.map is not None else self.norm.folded(*self.modulation())
-
-
-class Head(nn.Module):
-    """Projection to the vocabulary; the only module that makes tensors with V entries a row.
-
-    Args:
-        size: H.
-        vocab_size: V.
-    """
-
-    def __init__(self, size: int, vocab_size: int):
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.weight = nn.Parameter(torch.zeros(vocab_size, size))
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-
-    def forward(
-        self,
-        hidden: Float[Tensor, "T H"],
-        targets: Int[Tensor, "T"] | None = None,
-        distill_targets: DistillTargets | None = None,
-    ) -> Float[Tensor, "T V"] | Float[Tensor, "T"]:
-        """Compute logits, or the loss of every row without ever holding all logits.
-
-        Args:
-            hidden: vectors from the final norm.
-            targets: ids below V; the loss is the cross-entropy with them, in nats.
-            distill_targets: a teacher's vectors for the same rows; the loss is the divergence from the teacher.
-
-        Shape:
-            hidden: [T, H]; targets: [T].
-
-        Returns:
-            Logits [T, V] without targets, else losses [T]; float32.
-        """
-        # float32 from here on: cross-entropies from bf16 logits are wrong by up to 0.25 nats.
-        x, weight, bias = upcast(hidden), upcast(self.weight), upcast(self.bias)
-        chunk = chunk_rows(CHUNK_LOGITS, self.vocab_size, hidden.device)
-        if distill_targets is not None:
-            return chunked_divergence(x, weight, bias, distill_targets, chunk)
-        if targets is None:
-            return F.linear(x, weight, bias)
-        options = None
-        if len(x) > chunk:
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
-        return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, reduction="none", options=options)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pipeline.config.model import PGMConfig
 from pipeline.models.attention import CacheAppend, EqualSegments, Filled, FixedAppend, Segments
 from pipeline.models.batch import Batch, NewTokens, State, packed
-from pipeline.models.blocks import CrossBlock, EncoderReader, GroupSwap, Layout, Rotary, SelfBlock, Stored
+from pipeline.models.blocks import CrossBlock, EncoderReader, GroupSwap, Layout, SelfBlock, Stored
 from pipeline.models.denoiser import CachedDenoiser
-from pipeline.models.layers import ClassVectors, Condition, FoldedNorm, rotary, rotate
+from pipeline.models.layers import ClassVectors, Condition, FoldedNorm, Rotary, rotary, rotate
 
 
 @dataclass
@@ -120,9 +120,11 @@ class PGM(CachedDenoiser):
             ids, places, filled = self._slots(state)
             tokens, known = packed(filled, ids, places)
             segments = Segments(filled, tokens.device)
-            encoded = self._encode(tokens, known, segments, Condition(vectors, segments.ids))
+            encoded = self._encode(tokens, known, segments, Condition(vectors, segments.ids, segments.alike))
         segments = Segments(lengths, positions.device)
-        return self._decode(encoded, positions, self.length, segments, Condition(vectors, segments.ids))
+        return self._decode(
+            encoded, positions, self.length, segments, Condition(vectors, segments.ids, segments.alike)
+        )
 
     def _slots(self, state: State) -> tuple[Int[Tensor, "B slots"], Int[Tensor, "B slots"], list[int]]:
         """Every row's clean tokens after the registers of group 0: ids, positions, and their number."""
@@ -169,7 +171,10 @@ class PGM(CachedDenoiser):
     ) -> None:
         """Encode new tokens, at places that count registers, and keep what later steps read of them."""
         code = memory.code[places]
-        layout, condition = Layout(append.segments, code), Condition(vectors, append.segments.ids)
+        layout, condition = (
+            Layout(append.segments, code),
+            Condition(vectors, append.segments.ids, append.segments.alike),
+        )
         x = self.run_blocks(self.encoder, ids, layout, condition, memory.encoder, append)
         self._store_outputs(memory, x, code, append)
 
@@ -182,7 +187,7 @@ class PGM(CachedDenoiser):
         self._append(memory, new.ids.flatten(), new.positions.flatten() + self.registers, append, vectors)
         filled = Layout(Filled(new.filled, capacity), memory.code[:0])
         queries = EqualSegments(len(positions), positions.shape[1], positions.device)
-        condition = Condition(vectors, queries.ids)
+        condition = Condition(vectors, queries.ids, queries.alike)
         encoded = Encoded(memory.vectors.flatten(0, 1), filled, memory)
         return self._decode(encoded, positions.flatten(), self.length, queries, condition)
 
@@ -192,7 +197,9 @@ class PGM(CachedDenoiser):
         every = torch.arange(self.registers + self.length, device=self.head.weight.device)
         pooled = self.swap.pooling != "none"
         fold, head = self.foldable, self.head.weight
-        weights = [block.kv_proj.weight * block.kv_norm.weight for block in blocks] if fold else []
+        weights: list[Tensor] = []
+        if fold:
+            weights = [block.kv_proj.ordered(block.kv_proj.weight) * block.kv_norm.weight for block in blocks]
         return EncoderCache(
             encoder=self.store([*self.encoder], rows, slots),
             swaps=[
@@ -201,7 +208,7 @@ class PGM(CachedDenoiser):
             ],
             decoder=self.store(blocks, rows, slots),
             decoder_weight=torch.cat(weights) if fold else None,
-            code=rotary(every, self.head_size),
+            code=rotary(every, self.head_size, head.dtype),
             final=self.final.folded() if fold else None,
             vectors=head.new_zeros(rows, slots if pooled else 0, self.embedding.embedding_dim),
             done=[0] * rows,
@@ -272,8 +279,8 @@ class PGM(CachedDenoiser):
         key_index = key_index.to(batch.device, non_blocking=True)
         target_index = batch.target_index.to(batch.device, non_blocking=True)
         vectors = self.class_vectors(batch.condition, rows)
-        encoded = self._encode(tokens, key_index % width, keys, Condition(vectors, key_index // width))
-        condition = Condition(vectors, target_index // length)
+        encoded = self._encode(tokens, key_index % width, keys, Condition(vectors, key_index // width, whole))
+        condition = Condition(vectors, target_index // length, window is not None)
         return self._decode(encoded, target_index % length, length, queries, condition)
 
     def _encode(

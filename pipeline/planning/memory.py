@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import TrainConfig
-from pipeline.models.layers import CHUNK_LOGITS
+from pipeline.models.head import CHUNK_LOGITS
 from pipeline.models.model_folder import DataFacts
 
 FLOAT32 = 4  # bytes of a value in norms, master weights, moments and logits
@@ -26,26 +26,29 @@ class Activations:
         recomputed: bytes per row of the largest block that the backward pass computes again; 0 without
             activation checkpointing.
         logits: number of logits per row.
+        logit: bytes that the head holds for each logit of a chunk.
+        head: bytes per row of the copies of its inputs that the head makes.
     """
 
     per_row: float
     fixed: float = 0.0
     recomputed: float = 0.0
     logits: float = 0.0
+    logit: int = 2 * FLOAT32
+    head: float = 0.0
 
     def kept(self, rows: float) -> float:
         """Return the bytes kept at the end of the forward pass, logits not included."""
         return self.fixed + rows * self.per_row
 
     def peak(self, rows: float) -> float:
-        """Return the bytes at the fullest moment of the backward pass.
+        """Return the bytes at the fullest moment of a step.
 
-        The head holds one chunk of float32 logits where they are computed in chunks. Where all logits fit into one
-        chunk they are not chunked, and log-probabilities, their gradient and the logits' gradient exist together.
+        For one chunk of rows the head holds float32 logits and log-probabilities, and in half precision a gradient
+        (in float32 it takes the place of the log-probabilities), while all else is kept.
         """
-        chunk = CHUNK_LOGITS["cuda"]
-        entries = chunk if rows * self.logits > chunk else 3 * rows * self.logits
-        return self.kept(rows) + max(FLOAT32 * entries, rows * self.recomputed)
+        entries = min(CHUNK_LOGITS["cuda"], rows * self.logits)
+        return self.kept(rows) + max(self.logit * entries + rows * self.head, rows * self.recomputed)
 
 
 def activations(model: ModelConfig, facts: DataFacts, train: TrainConfig, targets: float) -> Activations:
@@ -61,16 +64,16 @@ def activations(model: ModelConfig, facts: DataFacts, train: TrainConfig, target
         The bytes per row and per micro-batch.
     """
     value = 2 if train.precision == "bf16" else 4
-    copy = FLOAT32 if value < FLOAT32 else 0  # norms and the head keep a float32 copy of a bf16 input
+    half = value < FLOAT32
+    copy = FLOAT32 if half else 0  # sums of pooled swaps take a float32 copy of a bf16 input
     classes = model.classes is not None
-    # All sizes below are bytes per token and unit of the hidden size. With classes, modulation gives every token
-    # vectors of its own, and each modulated norm keeps its result and its scale in float32.
-    modulation = 6 * value + 2 * 2 * FLOAT32 if classes else 0
+    # All sizes below are bytes per token and unit of the hidden size. With classes, modulation does not fold into
+    # weights: the results of two norms and of two branches are kept before it.
+    modulation = 4 * value if classes else 0
     # Mean and deviation of two norms, and each head's log-sum-exp of attention.
     statistics = (2 * 2 + model.heads) * FLOAT32 / model.hidden
-    # Inputs of two norms; their outputs (2), query (1), attention output (1), MLP (4 + 4) and the two branch outputs
-    # that the gates multiply (2); two dropout masks.
-    queries = 2 * FLOAT32 + 14 * value + modulation + (2 if model.dropout else 0) + statistics
+    # Inputs of two norms (2), their outputs (2), query (1), attention output (1), MLP (4 + 4); two dropout masks.
+    queries = 14 * value + modulation + (2 if model.dropout else 0) + statistics
     # The packed projection stays alive through the values, beside the rotated keys (and queries).
     self_block = queries + 4 * value
     width = float(facts.length + model.registers)
@@ -95,14 +98,20 @@ def activations(model: ModelConfig, facts: DataFacts, train: TrainConfig, target
         inputs = width * value * model.blocks
         outside = 0.0
     outside += width * FLOAT32 / model.heads  # the rotary code
-    # The final norm's input, its output as the head's float32 input and, with classes, its result and scale.
-    outside += targets * FLOAT32 * (4 if classes else 2)
+    # The final norm's input, the gradient that the head has made of its output and, with classes, the norm's result.
+    outside += targets * value * (3 if classes else 2)
     recompute = train.activation_checkpointing
+    # Weights with the gates folded in (1 + 4), and in half precision the projections to heads in its order (3).
+    weights = len(blocks) * ((0 if classes else 5) + (3 if half else 0)) * model.hidden**2 * value
     return Activations(
         per_row=model.hidden * (outside + (inputs if recompute else sum(blocks))),
-        fixed=copy * facts.vocab_size * model.hidden,  # the head's weights
+        # The gradient that the head has made of its weight.
+        fixed=FLOAT32 * facts.vocab_size * (model.hidden + (8 if half else 0))
+        + (0 if recompute else weights),
         recomputed=model.hidden * max(blocks) if recompute else 0.0,
         logits=targets * facts.vocab_size,
+        logit=2 * FLOAT32 + (value if half else 0),
+        head=2 * targets * (model.hidden + 8) * value if half else 0.0,  # with and without the rows' weights
     )
 
 

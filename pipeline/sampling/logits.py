@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline import arguments
 from pipeline.config.evaluation import LARGEST_SETTING, LEAST_TEMPERATURE
 from pipeline.errors import ConfigError
-from pipeline.models.layers import CHUNK_LOGITS, Head, chunk_rows
+from pipeline.models.head import CHUNK_LOGITS, Head, chunk_rows
 
 # Largest number of logits (rows x V) that are drawn from together in float64, by device type: 4 and 256 MiB.
 _CHUNK_DOUBLES = {"cpu": 1 << 19, "cuda": 1 << 25}

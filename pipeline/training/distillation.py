@@ -23,7 +23,7 @@ from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataE
 from pipeline.models import model_folder
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.distill_loss import DistillTargets
+from pipeline.models.head import DistillTargets
 from pipeline.run import Run
 from pipeline.runtime.session import Session
 from pipeline.sampling.rollout import roll_out

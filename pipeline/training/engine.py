@@ -116,10 +116,6 @@ class Engine:
         self._config, self._parts = config, parts
         self.stage, self.device = train.zero_stage, device
         self._bf16 = train.precision == "bf16"
-        if self._bf16:
-            # On GPUs the head's float32 products run on tensor cores: TF32 has all bits of bf16, and of gradients
-            # three more than they keep outside of the head.
-            torch.backends.cuda.matmul.allow_tf32 = True
         model.to(device)
         model.recompute = train.activation_checkpointing
         # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed first takes a step with zero gradients.

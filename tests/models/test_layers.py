@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models import build
-from pipeline.models.layers import CHUNK_LOGITS, GeluLinear, Head, LayerNorm, rotary, rotate, sinusoid
+from pipeline.models.head import CHUNK_LOGITS, Head
+from pipeline.models.layers import GeluLinear, LayerNorm, ResidualLinear, rotary, rotate, sinusoid
 from tests.support.small_models import PGM, randomised
 
 H = 16
@@ -47,14 +48,15 @@ def test_loss_is_cross_entropy(vocab_size: int, rows: int, dtype: torch.dtype, n
     hidden = torch.randn(rows, H, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(vocab_size, (rows,), generator=generator)
     weights = torch.rand(rows, generator=generator) * (torch.arange(rows) % 3 > 0)  # a third weigh nothing
-    losses = head(hidden, targets)
+    losses = head(hidden, targets, weights)
     x, leaves, expected = losses_in_float64(head, hidden, targets)
+    expected = expected * weights
     assert losses.shape == (rows,)
     assert losses.dtype == dtype
     scale = float(expected.abs().max())
     torch.testing.assert_close(losses.double(), expected, atol=near * max(scale, 1.0), rtol=0)
-    grads = torch.autograd.grad((losses * weights).sum(), [hidden, *head.parameters()])
-    wanted = torch.autograd.grad((expected * weights).sum(), [x, *leaves])
+    grads = torch.autograd.grad(losses.sum(), [hidden, *head.parameters()])
+    wanted = torch.autograd.grad(expected.sum(), [x, *leaves])
     for got, want in zip(grads, wanted, strict=True):
         scale = float(want.abs().max())
         torch.testing.assert_close(got.double(), want, atol=near * max(scale, 1.0), rtol=0)
@@ -118,7 +120,42 @@ def test_norm_and_modulation() -> None:
         for_each = [torch.outer(torch.arange(5.0).double(), vector) for vector in (shift, scale)]
         modulated = plain * (1 + for_each[1]) + for_each[0]
         torch.testing.assert_close(norm(x, *for_each), modulated, atol=1e-10, rtol=0)
-    assert norm.float()(x.bfloat16()).dtype == torch.bfloat16
+    rows = [
+        torch.linspace(*ends, 5, dtype=torch.float64)[:, None, None].expand(-1, 1, H)
+        for ends in ((3, 4), (-0.5, 0.5))
+    ]
+    for_rows = [vector.repeat_interleave(2, 0).squeeze(1) for vector in rows]
+    torch.testing.assert_close(norm(x.repeat(2, 1), *rows), norm(x.repeat(2, 1), *for_rows))
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(), (6,), (2, 1)], ids=["all tokens", "each token", "each row"])
+def test_gated_residual(shape: tuple[int, ...], bias: bool) -> None:
+    """Values with and without gradients, and the gradients."""
+    torch.manual_seed(7)
+    layer = ResidualLinear(3, H, bias=bias).double()
+    x, residual = (torch.randn(6, n, dtype=torch.float64).requires_grad_() for n in (3, H))
+    gate = torch.randn(*shape, H, dtype=torch.float64).requires_grad_()
+    each = gate.repeat_interleave(3, 0).squeeze(1) if gate.dim() == 3 else gate
+    expected = residual + F.linear(x, layer.weight, layer.bias) * each
+    inputs = [x, residual, gate, *layer.parameters()]
+    grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (layer(x, residual, gate), expected)]
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(layer(x, residual, gate), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, residual.clone(), gate), expected)
+
+
+def test_norm_gradients() -> None:
+    norm = LayerNorm(H).double()
+    shift, scale = torch.randn(2, H, dtype=torch.float64).requires_grad_().unbind(0)
+    x, inputs = torch.randn(5, H, dtype=torch.float64), [shift, scale, norm.weight]
+    expected = F.layer_norm(x, (H,), norm.weight) * (1 + scale) + shift
+    grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (norm(x, shift, scale), expected)]
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 300])

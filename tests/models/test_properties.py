@@ -138,7 +138,7 @@ def test_autoregressive_model(rows: list[tuple[int, bool]], registers: int) -> N
     torch.testing.assert_close(losses, (entropies * ~known).sum(1).float())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
 @PROPERTY
 @given(SPLITS, REGISTERS)
 @torch.no_grad()

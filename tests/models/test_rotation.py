@@ -1,8 +1,9 @@
 """The rotary code: the formula in every precision and of slices, and a gradient that is the rotation back."""
 
+import pytest
 import torch
 
-from pipeline.models.layers import rotary, rotate
+from pipeline.models.layers import HeadsLinear, rotary, rotate
 
 
 def test_is_the_formula() -> None:
@@ -17,8 +18,37 @@ def test_is_the_formula() -> None:
     wide = torch.cat([x, x], 1)
     torch.testing.assert_close(rotate(x, code), expected)
     torch.testing.assert_close(rotate(wide[:, 3:], code), expected)
-    assert rotate(x.bfloat16(), code).dtype == torch.bfloat16
-    torch.testing.assert_close(rotate(x.bfloat16(), code).float(), expected, rtol=0.02, atol=0.02)
+
+
+def halves(x: torch.Tensor) -> torch.Tensor:
+    """The order of entries in half precision: what turns together is D/2 apart."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def test_half_precision_turns_halves() -> None:
+    """Values and gradients are those of pairs, in another order."""
+    generator, positions = torch.Generator().manual_seed(0), torch.arange(6)
+    x, upstream = torch.randn(2, 6, 3, 8, generator=generator).bfloat16()
+    wide = torch.cat([x, halves(x)], 1).requires_grad_()
+    turned = rotate(wide[:, 3:], rotary(positions, 8, torch.bfloat16))
+    pairs = x.float().requires_grad_()
+    expected = rotate(pairs, rotary(positions, 8))
+    assert turned.dtype == torch.bfloat16
+    torch.testing.assert_close(turned.float(), halves(expected), rtol=0.02, atol=0.02)
+    (gradient,) = torch.autograd.grad(turned, wide, halves(upstream))
+    (wanted,) = torch.autograd.grad(expected, pairs, upstream.float())
+    torch.testing.assert_close(gradient[:, 3:].float(), halves(wanted), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("rotated", [1, 2, 3])
+def test_projections_give_the_order_of_their_precision(rotated: int) -> None:
+    torch.manual_seed(2)
+    layer, x = HeadsLinear(5, 8, 3, rotated, bias=True), torch.randn(4, 5)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias).unflatten(-1, (3, 8))
+    torch.testing.assert_close(layer(x), plain)
+    found = layer.bfloat16()(x.bfloat16())
+    expected = torch.cat([halves(plain[:, :rotated]), plain[:, rotated:]], 1)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
 
 
 def test_gradient() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.layers import Head
+from pipeline.models.head import Head
 from pipeline.sampling import logits as drawing
 from pipeline.sampling.logits import Filters, Guidance, draw_tokens
 

@@ -7,7 +7,7 @@ import torch
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.errors import ConfigError
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.layers import Head
+from pipeline.models.head import Head
 from pipeline.sampling.logits import Filters, Guidance, draw_tokens
 from pipeline.sampling.orders import Order
 from pipeline.sampling.sampler import SamplingRequest, sample

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import build
 from pipeline.models.batch import Batch, State
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.layers import Head
+from pipeline.models.head import Head
 from pipeline.sampling import orders
 from pipeline.sampling.logits import Drawn, Filters, draw_tokens
 from pipeline.sampling.orders import Order

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config.model import MDLMConfig, PGMConfig
 from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
-from pipeline.models.distill_loss import DistillTargets, Divergence, chunked_divergence
+from pipeline.models.head import DistillTargets, Divergence, chunked_loss, divergence_rows
 from pipeline.sampling.rollout import roll_out
 from pipeline.training.distillation import Sides, hidden_sides, teach
 from tests.support.known_source import Known, markov, naive_roll_out
@@ -254,7 +254,8 @@ def test_a_student_of_one_context_learns_the_mean_of_its_targets(source: Known, 
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
         sides = hidden_sides(StepDraws(t, groups), DT, "compatible", EPS, False)
         told = teach(source, tokens, sides, rng.random((rows, 2, 2, L)), DT)
-        loss = chunked_divergence(place, table, bias, DistillTargets(told, source.head, kind), 4096).mean()
+        row_losses = divergence_rows(DistillTargets(told, source.head, kind))
+        loss = chunked_loss(place, table, bias, torch.ones(len(place)), row_losses, 4096).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()

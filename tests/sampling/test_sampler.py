@@ -14,7 +14,7 @@ from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models import build
 from pipeline.models.batch import State
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.layers import CHUNK_LOGITS, Head
+from pipeline.models.head import CHUNK_LOGITS, Head
 from pipeline.models.pgm import PGM as PartitionModel
 from pipeline.sampling import orders
 from pipeline.sampling.logits import draw_tokens

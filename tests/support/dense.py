@@ -1,6 +1,7 @@
 """The models once more as plain formulas: whole rows, one dense mask, no packing, sorting or caching."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.autoregressive import AR
@@ -20,7 +21,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def turn(x: Tensor) -> Tensor:
     """Rotary positions 0, 1, ..., by the formula for the two entries of every pair."""
-    code = rotary(torch.arange(len(x)), x.shape[-1])
+    code = rotary(torch.arange(len(x)), x.shape[-1], x.dtype)
     even, odd = x[..., ::2], x[..., 1::2]
     turned = even * code.real - odd * code.imag, odd * code.real + even * code.imag
     return torch.stack(turned, -1).flatten(-2)
@@ -28,17 +29,19 @@ def turn(x: Tensor) -> Tensor:
 
 def self_block(block: SelfBlock, x: Tensor, mask: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation()
-    q, k, v = block.qkv_proj(block.norm1(x, shift1, scale1)).view(len(x), 3, block.heads, -1).unbind(1)
-    x = x + gate1 * block.out(attention(turn(q), turn(k), v, mask))
-    return x + gate2 * block.mlp(block.norm2(x, shift2, scale2))
+    q, k, v = block.qkv_proj(block.norm1(x, shift1, scale1)).chunk(3, 1)
+    x = x + gate1 * F.linear(attention(turn(q), turn(k), v, mask), block.out.weight)
+    up, down = block.mlp.up, block.mlp.down
+    return x + gate2 * F.linear(up(block.norm2(x, shift2, scale2)), down.weight, down.bias)
 
 
 def cross_block(block: CrossBlock, x: Tensor, read: Tensor, mask: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation()
-    q = block.q_proj(block.q_norm(x, shift1, scale1)).view(len(x), block.heads, -1)
-    k, v = block.kv_proj(block.kv_norm(read)).view(len(x), 2, block.heads, -1).unbind(1)
-    x = x + gate1 * block.out(attention(turn(q), turn(k), v, mask))
-    return x + gate2 * block.mlp(block.norm2(x, shift2, scale2))
+    q = block.q_proj(block.q_norm(x, shift1, scale1))
+    k, v = block.kv_proj(block.kv_norm(read)).chunk(2, 1)
+    x = x + gate1 * F.linear(attention(turn(q), turn(k), v, mask), block.out.weight)
+    up, down = block.mlp.up, block.mlp.down
+    return x + gate2 * F.linear(up(block.norm2(x, shift2, scale2)), down.weight, down.bias)
 
 
 def swap(module: GroupSwap, read: Tensor, mask: Tensor) -> Tensor:
@@ -48,8 +51,8 @@ def swap(module: GroupSwap, read: Tensor, mask: Tensor) -> Tensor:
     if module.pooling != "none":
         pool = torch.mean if module.pooling == "mean" else torch.logsumexp
         raw = raw + torch.stack([pool(read[m], 0) if m.any() else torch.zeros_like(read[0]) for m in mask])
-    q = module.query(module.norm(raw)).view(len(read), module.heads, -1)
-    k, v = module.kv_proj(read).view(len(read), 2, module.heads, -1).unbind(1)
+    q = module.query(module.norm(raw))
+    k, v = module.kv_proj(read).chunk(2, 1)
     return module.out(attention(turn(q), turn(k), v, mask))
 
 

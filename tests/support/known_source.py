@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config.model import TrunkConfig
 from pipeline.models.batch import Batch, State
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.layers import Head
+from pipeline.models.head import Head
 from pipeline.sampling.logits import draw_tokens
 
 

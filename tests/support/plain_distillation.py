@@ -13,7 +13,7 @@ from pipeline.diffusion import partition
 from pipeline.diffusion.schedule import complement
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.distill_loss import divergence
+from pipeline.models.head import divergence
 from pipeline.run import Run
 from tests.support import plain
 from tests.support.known_source import naive_roll_out

@@ -21,7 +21,7 @@ from pipeline.diffusion import partition
 from pipeline.models import build
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.distill_loss import DistillTargets, divergence
+from pipeline.models.head import DistillTargets, divergence
 from pipeline.sampling.logits import draw_tokens
 from pipeline.training.distillation import Form, hidden_sides, teach
 

@@ -1,18 +1,26 @@
-"""The chunked divergence against the direct one: values, gradients, memory; and the divergences themselves."""
+"""The chunked loss against direct ones: values, gradients, memory; and the divergences themselves."""
 
 import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.distill_loss import DistillTargets, Divergence, chunked_divergence, divergence
-from pipeline.models.layers import Head
+from pipeline.models import head as head_module
+from pipeline.models.head import (
+    DistillTargets,
+    Divergence,
+    Head,
+    chunked_loss,
+    cross_entropy_rows,
+    divergence,
+    divergence_rows,
+)
 
 ROOT = Path(__file__).parents[2]
 KINDS = get_args(Divergence)
@@ -36,24 +44,38 @@ def teacher_targets(rows: int, dtype: torch.dtype, kind: Divergence) -> DistillT
     return DistillTargets(hidden, lambda chunk: F.linear(chunk, weight), kind)
 
 
-def upstream(rows: int, dtype: torch.dtype) -> Tensor:
-    """A gradient that differs from row to row, and has either sign."""
+def random_weights(rows: int, dtype: torch.dtype) -> Tensor:
+    """Weights that differ from row to row, and have either sign."""
     return torch.linspace(-1, 2, rows, dtype=dtype)
 
 
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+def direct_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """PyTorch's chunked form, which computes four products."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+    return F.linear_cross_entropy(
+        hidden, weight, targets, linear_bias=bias, reduction="none", options=options
+    )
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("chunk", [1, 3, 8, 9, 100])
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunks_equal_the_direct_form(kind: Divergence, chunk: int, dtype: torch.dtype, near: float) -> None:
-    rows = 9
-    targets, results = teacher_targets(rows, dtype, kind), []
+@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy"])
+def test_chunks_equal_the_direct_form(
+    kind: Divergence | Literal["cross_entropy"], chunk: int, dtype: torch.dtype, near: float
+) -> None:
+    rows, factor, results = 9, 65536.0, []
+    weights, ids = random_weights(rows, dtype), torch.arange(rows) % TEACHER[1]
     for direct in (True, False):
         hidden, weight, bias = inputs = student(rows, dtype)
-        if direct:
-            values = divergence(F.linear(hidden, weight, bias), targets.head(targets.hidden), kind)
+        if kind == "cross_entropy":
+            row_losses = cross_entropy_rows(ids)
+            values = direct_cross_entropy(hidden, weight, bias, ids, chunk)
         else:
-            values = chunked_divergence(hidden, weight, bias, targets, chunk)
-        gradients = torch.autograd.grad(values, inputs, upstream(rows, dtype))
+            targets = teacher_targets(rows, dtype, kind)
+            row_losses = divergence_rows(targets)
+            values = divergence(F.linear(hidden, weight, bias), targets.head(targets.hidden), kind)
+        values = values * weights if direct else chunked_loss(*inputs, weights, row_losses, chunk)
+        gradients = [x / factor for x in torch.autograd.grad(values.sum() * factor, inputs)]
         results.append((values.detach(), *gradients))
     for expected, found in zip(*results, strict=True):
         assert found.dtype == dtype
@@ -63,19 +85,58 @@ def test_chunks_equal_the_direct_form(kind: Divergence, chunk: int, dtype: torch
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_at_all(kind: Divergence) -> None:
-    inputs = student(0, torch.float32)
-    values = chunked_divergence(*inputs, teacher_targets(0, torch.float32, kind), 4)
+    inputs, targets = student(0, torch.float32), teacher_targets(0, torch.float32, kind)
+    values = chunked_loss(*inputs, torch.ones(0), divergence_rows(targets), 4)
     assert values.shape == (0,)
     gradients = torch.autograd.grad(values.sum(), inputs)
     assert [g.shape for g in gradients] == [x.shape for x in inputs]
     assert all(not g.any() for g in gradients)
 
 
+def test_only_the_gradient_of_the_sum_is_given() -> None:
+    """Another is not a wrong number but NaN, and there is no second one."""
+    inputs, weights = student(9, torch.float32), random_weights(9, torch.float32)
+    values = chunked_loss(*inputs, weights, cross_entropy_rows(torch.arange(9)), 4)
+    for gradient in torch.autograd.grad(values, inputs, torch.linspace(0, 1, 9), retain_graph=True):
+        assert gradient.isnan().all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        values.sum().backward()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_differences(kind: Divergence) -> None:
     """Numerically, so that an error that the direct form shares is found too."""
-    targets = teacher_targets(4, torch.float64, kind)
-    assert torch.autograd.gradcheck(lambda *x: chunked_divergence(*x, targets, 3), student(4, torch.float64))
+    row_losses = divergence_rows(teacher_targets(4, torch.float64, kind))
+    inputs, weights, step = student(4, torch.float64), random_weights(4, torch.float64), 1e-5
+    gradients = torch.autograd.grad(chunked_loss(*inputs, weights, row_losses, 3).sum(), inputs)
+    with torch.no_grad():
+        for x, gradient in zip(inputs, gradients, strict=True):
+            for entry, found in zip(x.view(-1), gradient.flatten(), strict=True):
+                ends = []
+                for change in (step, -2 * step):
+                    entry += change
+                    ends.append(chunked_loss(*inputs, weights, row_losses, 3).sum())
+                entry += step
+                torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), atol=1e-8, rtol=1e-6)
+
+
+def test_half_precision_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 operands with float32 sums, which CPUs do not have: the loss is float32's, gradients are rounded once."""
+    monkeypatch.setattr(head_module, "operands", lambda *tensors: list(tensors))
+    monkeypatch.setattr(head_module, "product", lambda a, b: a.float() @ b.float())
+    rows, inputs = 300, [x.detach().bfloat16().requires_grad_() for x in student(300, torch.float32)]
+    weights, ids = random_weights(rows, torch.float32), torch.arange(rows) % TEACHER[1]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    values = chunked_loss(*inputs, weights, cross_entropy_rows(ids), 128)
+    expected = direct_cross_entropy(*exact, ids, 128) * weights
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), expected, atol=1e-5, rtol=0)
+    pairs = zip(
+        torch.autograd.grad(values.sum(), inputs), torch.autograd.grad(expected.sum(), exact), strict=True
+    )
+    for found, wanted in pairs:
+        assert found.dtype == torch.bfloat16
+        assert float((found - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,7 +175,7 @@ def test_a_student_that_follows_the_gradient_becomes_its_teacher(kind: Divergenc
     target = targets.head(targets.hidden).softmax(-1)
     for step in range(250):
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / 250)
-        loss = chunked_divergence(hidden, weight, bias, targets, 4).sum()
+        loss = chunked_loss(hidden, weight, bias, torch.ones(6), divergence_rows(targets), 4).sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -130,7 +191,7 @@ def test_the_head_matches_in_float32() -> None:
     for head in heads:
         torch.nn.init.normal_(head.weight, generator=generator)
     vectors = [torch.randn(6, 8, generator=generator).bfloat16() for _ in range(2)]
-    loss = heads[0](vectors[0], distill_targets=DistillTargets(vectors[1], heads[1], "reverse_kl"))
+    loss = heads[0](vectors[0], DistillTargets(vectors[1], heads[1], "reverse_kl"))
     assert loss.dtype == torch.float32
     wide = [
         F.linear(x.float(), h.weight.float(), h.bias.float()) for x, h in zip(vectors, heads, strict=True)
@@ -145,8 +206,8 @@ STEP = """
 import sys
 import torch
 import torch.nn.functional as F
-from pipeline.models.layers import Head
-from pipeline.models.distill_loss import DistillTargets, divergence
+from pipeline.models.head import Head
+from pipeline.models.head import DistillTargets, divergence
 
 ROWS, SIZE, V = 1536, 64, 50257
 
@@ -167,7 +228,7 @@ before = kib("VmRSS")
 if sys.argv[1] == "direct":
     loss = divergence(student(hidden), teacher(teacher_hidden), "reverse_kl").mean()
 else:
-    loss = student(hidden, distill_targets=DistillTargets(teacher_hidden, teacher, "reverse_kl")).mean()
+    loss = student(hidden, DistillTargets(teacher_hidden, teacher, "reverse_kl")).mean()
 loss.backward()
 print(kib("VmHWM") - before, loss.item(), student.weight.grad.norm().item(), hidden.grad.norm().item())
 """
