@@ -383,7 +383,7 @@ class ResidualLinear(nn.Linear):
             return torch.addcmul(beside(residual, gate), gate, beside(branch, gate)).view_as(residual)
         # The gate is folded into the weight, so that neither pass multiplies tokens with it.
         weight, bias = _Gated.apply(gate, self.weight, self.bias)
-        if not learns:
+        if not learns and not dropout:
             return residual.addmm_(x, weight.T)
         return residual + F.dropout(F.linear(x, weight, bias), dropout)
 

@@ -41,6 +41,23 @@ GPUS = {
 }
 
 
+def gpu_of(device: str) -> GPU | None:
+    """Find the type of a GPU by the name that its driver gives.
+
+    Args:
+        device: such as "NVIDIA A100-SXM4-80GB".
+
+    Returns:
+        The type; None for one that is not in the table, or whose rates differ from those of the table.
+    """
+    words = device.lower().replace("rtx 4090", "rtx4090").replace("-", " ").split()
+    if {"pcie", "nvl", "laptop"} & {*words}:  # slower forms
+        return None
+    memory = next((word for word in words if word in ("40gb", "80gb")), "")
+    names = {*words, *(f"{word}-{memory}" for word in words)}
+    return next((gpu for name, gpu in GPUS.items() if name in names), None)
+
+
 def select_gpus(name: str) -> Mapping[str, GPU]:
     """Return the GPU types that `plan=NAME` selects.
 

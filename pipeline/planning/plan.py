@@ -83,11 +83,26 @@ def forward_flops(config: RunConfig, facts: DataFacts) -> float:
     return flops(training_work(config.model, facts.vocab_size, _groups(config, facts))) / _ROWS
 
 
-def step_flops(config: RunConfig, facts: DataFacts) -> float:
-    """Count the floating-point operations of one update of the global batch.
+def row_flops(config: RunConfig, facts: DataFacts) -> float:
+    """Count the floating-point operations that an update needs for one row.
 
-    The backward pass costs two forward passes, activation checkpointing one more. Distillation adds the teacher's
-    two rollout steps, each about a forward pass.
+    The backward pass costs two forward passes. Distillation adds the teacher's two rollout steps, each about a
+    forward pass.
+
+    Args:
+        config: the run's config.
+        facts: vocabulary and length of its data.
+
+    Returns:
+        The mean over random groups.
+    """
+    return forward_flops(config, facts) * (3 + (2 if config.distill is not None else 0))
+
+
+def step_flops(config: RunConfig, facts: DataFacts) -> float:
+    """Count the floating-point operations of one update of the global batch, as `row_flops`.
+
+    Activation checkpointing computes one forward pass more.
 
     Args:
         config: the run's config.
@@ -96,8 +111,8 @@ def step_flops(config: RunConfig, facts: DataFacts) -> float:
     Returns:
         The operations of all workers together.
     """
-    passes = 3 + config.train.activation_checkpointing + (2 if config.distill is not None else 0)
-    return config.train.batch * forward_flops(config, facts) * passes
+    again = forward_flops(config, facts) if config.train.activation_checkpointing else 0.0
+    return config.train.batch * (row_flops(config, facts) + again)
 
 
 def step_activations(config: RunConfig, facts: DataFacts) -> Activations:

@@ -32,6 +32,7 @@ from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, fill
 from pipeline.training.pretraining import Pretraining, Task
+from pipeline.training.throughput import Throughput
 from pipeline.training.validation import validate
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
         fill(engine.masters(), weights)
         fill(ema.slices, average)
     start = resume.state.step if resume else 0
+    throughput = Throughput(run, session.workers, device)
     masters = engine.masters()
     task: Task = (
         Distillation(run, engine, ema, session) if config.distill else Pretraining(run, model, device)
@@ -182,7 +184,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             if done % settings.log_every == 0 or last:
                 metrics = {
                     "train/loss": float(np.mean(losses)),
-                    "train/tokens_per_second": settings.batch * manifest.length * len(losses) / seconds,
+                    **throughput.metrics(len(losses), seconds),
                     "train/data_wait": waited / seconds,
                     "train/learning_rate": engine.rate(step),
                     "train/gradient_norm": norm,

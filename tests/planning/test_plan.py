@@ -20,7 +20,7 @@ from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.model_folder import DataFacts
 from pipeline.planning import memory, plan
-from pipeline.planning.gpus import GPUS
+from pipeline.planning.gpus import GPUS, gpu_of
 from tests.support.flop_counter import flop_counter
 from tests.support.tiny_runs import tiny
 from tests.support.workers import Workers
@@ -280,3 +280,25 @@ def test_a_plan_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
     assert os.listdir(tmp_path) == []
     with pytest.raises(ConfigError, match=r"plan: 'h10' is not a GPU in the table; did you mean 'h100'\?"):
         print_plan(config, "h10")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA H100 PCIe", None),  # slower than the table's
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_gpus_by_the_name_of_their_driver(device: str, name: str | None) -> None:
+    assert gpu_of(device) is (None if name is None else GPUS[name])

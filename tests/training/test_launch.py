@@ -52,7 +52,7 @@ def test_run_is_finished_with_the_resolved_config(run: MlflowRun, config: RunCon
 
 
 def test_metrics_of_every_step(run: MlflowRun, client: MlflowClient):
-    for key in ("train/loss", "train/gradient_norm", "train/tokens_per_second", "train/data_wait"):
+    for key in ("train/loss", "train/gradient_norm", "train/tokens_per_second", "train/teraflops"):
         points = client.get_metric_history(run.info.run_id, key)
         assert sorted(point.step for point in points) == list(range(1, 9)), key
         assert np.isfinite([point.value for point in points]).all()
