@@ -34,7 +34,7 @@ if [[ -z ${MLFLOW_TRACKING_URI:-} ]]; then
   folder=$(realpath -m "${PIPELINE_MLFLOW:-runs/mlflow}")
   mkdir -p "$folder"
   export MLFLOW_TRACKING_URI=http://$address:$((port + 1))
-  "$python" -m mlflow server --host "$address" --port $((port + 1)) --workers 1 \
+  "$python" -m mlflow server --host "$address" --port $((port + 1)) --allowed-hosts "$address:$((port + 1))" --workers 1 \
     --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$folder/artifacts" >"$folder/server.log" 2>&1 &
 fi
 

@@ -55,7 +55,7 @@ def slurm(tmp_path: Path) -> Mapping[str, str]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_job_is_stopped_before_its_limit_and_goes_on(slurm: Mapping[str, str], tmp_path: Path) -> None:
     train = {"steps": 200, "checkpoint_every": 200, "log_every": 10, "validate_every": 200}
     config = tmp_path / "run.yaml"
