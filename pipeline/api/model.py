@@ -77,7 +77,7 @@ class Model(TokenModel):
         if num_samples is None:
             num_samples = 4 if condition is None else len(condition)
             if not num_samples:
-                raise ConfigError("labels: none; expected one for each image")
+                raise ConfigError("labels: an empty list; expected a class for each image")
         return self.images(self.sample(num_samples, condition=condition, **options))
 
     def write(

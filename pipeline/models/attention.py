@@ -52,11 +52,6 @@ class Segments:
         """Whether all segments have the same length."""
         return all(length == self.longest for length in self.lengths)
 
-    @property
-    def alike(self) -> bool:
-        """Whether all segments have the same length, and are not empty."""
-        return self.equal and self.total > 0
-
     @cached_property
     def boundaries(self) -> Int[Tensor, "S_plus_1"]:
         """Cumulative lengths from 0, in int32 as the flash kernels expect them."""

@@ -208,7 +208,7 @@ class AR(CachedDenoiser):
         assert positions.shape[1] == new.ids.shape[1] == 1, "AR predicts one token a step"
         append = FixedAppend(new.slots, memory.stored[0].cache.keys.shape[1])
         layout = self.layout(append.segments, new.slots.flatten())
-        condition = Condition(vectors, append.segments.ids, append.segments.alike)
+        condition = Condition.of(vectors, append.segments)
         x = self.run_blocks(self.blocks, new.ids.flatten(), layout, condition, memory.stored, append)
         return self.final(x, condition)
 
@@ -234,7 +234,7 @@ class AR(CachedDenoiser):
         ids = self._ids(state.tokens)  # [B, P + capacity]
         append = CacheAppend(memory.done, new, ids.shape[1], ids.device)
         layout = self.layout(append.segments, append.slots)
-        condition = Condition(vectors, append.segments.ids, append.segments.alike)
+        condition = Condition.of(vectors, append.segments)
         x = self.run_blocks(self.blocks, append.take(ids), layout, condition, memory.stored, append)  # [T, H]
         changed = [row for row, count in enumerate(new) if count]
         memory.newest[changed] = x[append.segments.boundaries[1:][changed] - 1]

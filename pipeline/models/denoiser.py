@@ -178,7 +178,7 @@ class Denoiser(nn.Module, ABC):
             segments, (tokens,) = Segments(widths, ids.device), packed(widths, ids)
             positions = segments.offsets
         return self.run_blocks(
-            blocks, tokens, self.layout(segments, positions), Condition(vectors, segments.ids, segments.alike)
+            blocks, tokens, self.layout(segments, positions), Condition.of(vectors, segments)
         )
 
     def row_starts(

@@ -1,4 +1,4 @@
-"""Layers that all models are made of: norms, modulation, position codes, MLP and head."""
+"""Layers that all models are made of: norms, modulation, position codes, linear maps of heads and MLP."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int, Shaped
 from torch import Tensor, nn
+
+from pipeline.models.attention import Segments
 
 MAX_PERIOD = 10_000.0  # of rotary and sinusoidal codes
 FULL = (torch.float32, torch.float64)  # precisions in which rotations are products of complex numbers
@@ -184,6 +186,16 @@ class Condition(NamedTuple):
     vectors: ClassVectors
     rows: Int[Tensor, "T"]
     equal: bool = False
+
+    @classmethod
+    def of(cls, vectors: ClassVectors, segments: Segments) -> "Condition":
+        """Return the class of each token of segments, of which each is one row.
+
+        Args:
+            vectors: class vectors of the rows.
+            segments: that the tokens fill.
+        """
+        return cls(vectors, segments.ids, segments.equal and segments.total > 0)
 
 
 # What modulates tokens: one vector for all, or one for each; or one a row, for rows of equally many tokens.

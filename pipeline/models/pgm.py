@@ -120,11 +120,9 @@ class PGM(CachedDenoiser):
             ids, places, filled = self._slots(state)
             tokens, known = packed(filled, ids, places)
             segments = Segments(filled, tokens.device)
-            encoded = self._encode(tokens, known, segments, Condition(vectors, segments.ids, segments.alike))
+            encoded = self._encode(tokens, known, segments, Condition.of(vectors, segments))
         segments = Segments(lengths, positions.device)
-        return self._decode(
-            encoded, positions, self.length, segments, Condition(vectors, segments.ids, segments.alike)
-        )
+        return self._decode(encoded, positions, self.length, segments, Condition.of(vectors, segments))
 
     def _slots(self, state: State) -> tuple[Int[Tensor, "B slots"], Int[Tensor, "B slots"], list[int]]:
         """Every row's clean tokens after the registers of group 0: ids, positions, and their number."""
@@ -173,7 +171,7 @@ class PGM(CachedDenoiser):
         code = memory.code[places]
         layout, condition = (
             Layout(append.segments, code),
-            Condition(vectors, append.segments.ids, append.segments.alike),
+            Condition.of(vectors, append.segments),
         )
         x = self.run_blocks(self.encoder, ids, layout, condition, memory.encoder, append)
         self._store_outputs(memory, x, code, append)
@@ -187,7 +185,7 @@ class PGM(CachedDenoiser):
         self._append(memory, new.ids.flatten(), new.positions.flatten() + self.registers, append, vectors)
         filled = Layout(Filled(new.filled, capacity), memory.code[:0])
         queries = EqualSegments(len(positions), positions.shape[1], positions.device)
-        condition = Condition(vectors, queries.ids, queries.alike)
+        condition = Condition.of(vectors, queries)
         encoded = Encoded(memory.vectors.flatten(0, 1), filled, memory)
         return self._decode(encoded, positions.flatten(), self.length, queries, condition)
 
