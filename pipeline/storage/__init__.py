@@ -27,6 +27,7 @@ from pipeline.storage.files import (
     scratch,
     sha256,
     size,
+    sizes,
     sweep,
     touch,
 )

@@ -54,6 +54,20 @@ def listing(path: str) -> list[str]:
 
 
 @retry
+def sizes(path: str) -> dict[str, int]:
+    """Return the bytes of all files below a folder by their path in it, from one listing.
+
+    Raises:
+        DataError: the store refuses access.
+    """
+    fs, inner = filesystem(path)
+    with explained(path):
+        fs.invalidate_cache()
+        found = fs.find(inner, detail=True)
+    return {name[len(inner) :].lstrip("/"): facts["size"] for name, facts in found.items()}
+
+
+@retry
 def size(path: str) -> int:
     """Return the number of bytes of a file."""
     fs, inner = filesystem(path)
@@ -354,10 +368,15 @@ def folder_complete(path: str) -> bool:
     return os.path.isdir(resolve(path)) if is_local(path) else exists(join(path, COMPLETE))
 
 
-def remove(path: str) -> None:
-    """Remove a file or folder if it exists."""
+def remove(path: str, marked: bool = True) -> None:
+    """Remove a file or folder if it exists.
+
+    Args:
+        path: the file or folder.
+        marked: whether it may be a folder of `publish_folder`, whose marker is removed first.
+    """
     if not is_local(path):
-        if exists(join(path, COMPLETE)):
+        if marked and exists(join(path, COMPLETE)):
             _delete(join(path, COMPLETE))  # first, so that an interrupted removal never looks complete
         _delete(path)
         return

@@ -3,7 +3,8 @@
 step_00001000/
   zero/                    DeepSpeed's shards of model and optimiser, one set per rank
   ema_00000.safetensors    EMA slices of rank 0, and so on
-  files_00000.json         rank 0's files with sizes and SHA-256; a checkpoint is complete when all ranks' lists exist
+  files_00000.json         rank 0's files with sizes and SHA-256, and those of the other ranks; a checkpoint is
+                           complete when all ranks' lists and files exist
   state.json               step, epoch, validation, config, MLflow run
 """
 
@@ -12,11 +13,14 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import storage
@@ -32,8 +36,10 @@ from pipeline.training.engine import Engine
 
 log = logging.getLogger(__name__)
 AnyTokenizer = Tokenizer | ImageTokenizer
+Files = dict[str, tuple[int, str]]  # size and SHA-256 by path in a checkpoint
 STATE = "state.json"
 UNIVERSAL = "universal"  # in a run's folder: checkpoints converted for another number of workers
+_THREADS = 8  # files of a checkpoint that are read at the same time
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def universal_path(path: str) -> str:
     return storage.join(folder, UNIVERSAL, name)
 
 
-def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> None:
+def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> Files:
     """Write this rank's part of a checkpoint to a local folder; all ranks call it together.
 
     Args:
@@ -85,6 +91,9 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
         ema: average of the weights.
         state: the rest.
         rank: of this worker.
+
+    Returns:
+        On rank 0 the files of all ranks, on others their own.
 
     Raises:
         CheckpointError: the folder cannot be written; it is removed.
@@ -96,12 +105,16 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
             ema.save(into / f"ema_{rank:05d}.safetensors")
         if rank == 0:
             (into / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        files = {
-            str(file.relative_to(into)): [file.stat().st_size, storage.sha256(str(file))]
+        files: Files = {
+            str(file.relative_to(into)): (file.stat().st_size, storage.sha256(str(file)))
             for file in sorted(into.rglob("*"))
             if file.is_file()
         }
-        listing = {"workers": state.workers, "step": state.step, "files": files}
+        listing: dict[str, Any] = {"workers": state.workers, "step": state.step, "files": files}
+        gathered: list[Any] = [None] * state.workers
+        dist.gather_object(files, gathered if rank == 0 else None)
+        if rank == 0:  # whoever reads it need not read a list of every rank
+            listing["others"] = {name: facts for part in gathered[1:] for name, facts in part.items()}
         (into / _list_name(rank)).write_text(json.dumps(listing), encoding="utf-8")
     except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError
         free = shutil.disk_usage(into.parent).free / 2**20
@@ -109,6 +122,7 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
         raise CheckpointError(
             f"the checkpoint of step {state.step} cannot be saved to {into} ({free:,.0f} MiB free): {error}"
         ) from error
+    return files | listing.get("others", {})
 
 
 def is_average(name: str) -> bool:
@@ -121,37 +135,79 @@ def _list_name(rank: int) -> str:
     return f"files_{rank:05d}.json"
 
 
-def problems(path: str, contents: bool = True) -> list[str]:
+def problems(path: str, hashed: Callable[[str], bool] | None = None) -> list[str]:
     """List what is missing from a checkpoint or damaged in it.
 
     Args:
         path: folder of the checkpoint.
-        contents: compare the SHA-256 of every file; False: only that of the state.
+        hashed: tells of a file whether its SHA-256 is compared, besides its size; None: of every file.
 
     Returns:
         Descriptions of the problems; empty if the checkpoint can be used.
     """
-    names = [name for name in storage.listing(path) if name.startswith("files_")]
+    files, flaws = promised(path)
+    chosen = {name: facts for name, facts in files.items() if hashed is None or hashed(name)}
+    return flaws or damages(path, chosen)
+
+
+def promised(path: str) -> tuple[Files, list[str]]:
+    """Read which files a checkpoint has, and list those that are missing or cut; their contents are not read.
+
+    Args:
+        path: folder of the checkpoint.
+
+    Returns:
+        Size and SHA-256 of every file, and descriptions of the problems.
+    """
+    stored = storage.sizes(path)
+    names = [name for name in stored if name.startswith("files_")]
     if not names:
-        return ["no list of files: it was never finished"]
+        return {}, ["no list of files: it was never finished"]
+    first = _list_name(0)
     try:
-        lists = {name: storage.read_json(storage.join(path, name)) for name in names}
+        lists = {name: storage.read_json(storage.join(path, name)) for name in names if name == first}
+        if "others" not in lists.get(first, {}):  # of an earlier version, or lost
+            contents = _parallel(storage.read_json, [storage.join(path, name) for name in names])
+            lists = dict(zip(names, contents, strict=True))
         workers = max(entry["workers"] for entry in lists.values())
-        files = {file: facts for entry in lists.values() for file, facts in entry["files"].items()}
+        files: Files = {
+            file: (int(size), str(digest))
+            for entry in lists.values()
+            for file, (size, digest) in (entry["files"] | entry.get("others", {})).items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"its list of files is damaged: {error}"]
-    flaws = [f"worker {r} of {workers} never finished" for r in range(workers) if _list_name(r) not in lists]
+        return {}, [f"its list of files is damaged: {error}"]
+    flaws = [f"worker {r} of {workers} never finished" for r in range(workers) if _list_name(r) not in names]
     if STATE not in files:
         flaws.append(f"{STATE} was not written")
-    for file, (size, digest) in files.items():
-        where = storage.join(path, *file.split("/"))
-        if not storage.exists(where):
+    for file, (size, _) in files.items():
+        if file not in stored:
             flaws.append(f"{file} is missing")
-        elif (stored := storage.size(where)) != size:
-            flaws.append(f"{file} has {stored} bytes, expected {size}")
-        elif (contents or file == STATE) and storage.sha256(where) != digest:
-            flaws.append(f"{file} does not match its SHA-256")
-    return flaws
+        elif stored[file] != size:
+            flaws.append(f"{file} has {stored[file]} bytes, expected {size}")
+    return files, flaws
+
+
+def damages(path: str, files: Files) -> list[str]:
+    """List the files of a checkpoint whose contents differ from their SHA-256; several are read at a time.
+
+    Args:
+        path: folder of the checkpoint, local or remote.
+        files: to compare; remote ones are compared in this node's copy, which loading reads too.
+    """
+    local = storage.fetch(path, files.__contains__) if files else Path()
+    digests = _parallel(storage.sha256, [str(local / name) for name in files])
+    return [
+        f"{name} does not match its SHA-256"
+        for (name, (_, expected)), digest in zip(files.items(), digests, strict=True)
+        if digest != expected
+    ]
+
+
+def _parallel(function: Callable[[str], Any], items: Sequence[str]) -> list[Any]:
+    """Call a function that mostly waits for files, on all items in a few threads."""
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        return list(pool.map(function, items))
 
 
 def read_state(path: str) -> TrainState:
@@ -178,17 +234,18 @@ def _paths(folder: str) -> list[str]:
     return [storage.join(folder, name_of(step)) for step in reversed(steps(folder))]
 
 
-def latest(folder: str) -> str | None:
+def latest(folder: str, check: Callable[[str], list[str]] = problems) -> str | None:
     """Find the newest usable checkpoint in a run's folder; newer ones that cannot be used are logged.
 
     Args:
         folder: of the run.
+        check: lists the problems of a checkpoint.
 
     Returns:
         The checkpoint's folder, or None if there is no usable one.
     """
     for path in _paths(folder):
-        flaws = problems(path)
+        flaws = check(path)
         if not flaws:
             return path
         log.warning("checkpoint %s is not usable: %s; falling back to the one before", path, "; ".join(flaws))
@@ -204,7 +261,7 @@ def newest(folder: str) -> str | None:
     Returns:
         The checkpoint's folder, or None if there is none.
     """
-    return next((path for path in _paths(folder) if not problems(path, contents=False)), None)
+    return next((path for path in _paths(folder) if not problems(path, STATE.__eq__)), None)
 
 
 def remove_after(folder: str, step: int) -> None:
@@ -216,7 +273,9 @@ def remove_after(folder: str, step: int) -> None:
     """
     for later in steps(folder):
         if later > step:
-            _remove(storage.join(folder, name_of(later)))
+            path = storage.join(folder, name_of(later))
+            storage.remove(universal_path(path))
+            storage.remove(path, marked=False)
 
 
 def prune(folder: str, keep: int) -> None:
@@ -226,18 +285,95 @@ def prune(folder: str, keep: int) -> None:
         folder: of the run.
         keep: number of checkpoints.
     """
-    complete = [path for path in _paths(folder) if not problems(path, contents=False)]
-    scores = {path: read_state(path).validation for path in complete}
-    scored = [(score, path) for path, score in scores.items() if score is not None and math.isfinite(score)]
-    kept = {*complete[:keep], *([min(scored)[1]] if scored else [])}
-    for path in set(complete) - kept:
-        _remove(path)
+    Pruner(folder, keep).prune()
 
 
-def _remove(path: str) -> None:
-    """Remove a checkpoint and its converted form."""
-    storage.remove(universal_path(path))
-    storage.remove(path)
+class Pruner:
+    """Removes the checkpoints that a run needs no more, and remembers which ones are complete.
+
+    A checkpoint costs two listings, of its folder and of one that is removed, and the removal. The store's pages of
+    1,000 names are all that grows with the workers. As a context manager it works in a thread, and waits at the end.
+
+    Args:
+        folder: of the run.
+        keep: number of checkpoints that are kept, besides the one of best validation.
+    """
+
+    def __init__(self, folder: str, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._written: dict[
+            int, tuple[TrainState, dict[str, int]]
+        ] = {}  # state and sizes; perhaps not complete yet
+        self._complete: dict[int, float | None] | None = None  # validation by step
+        self._converted: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def written(self, state: TrainState, files: Files) -> None:
+        """Take note of a checkpoint that is being published.
+
+        Args:
+            state: its state.
+            files: of all its ranks.
+        """
+        self._written[state.step] = (state, {name: size for name, (size, _) in files.items()})
+
+    def prune_in_thread(self, state: TrainState, files: Files) -> None:
+        """Call `prune`, then `written` for the next checkpoint, in the thread; an outage of the store is logged.
+
+        Args:
+            state: of the next checkpoint.
+            files: of all its ranks.
+        """
+
+        def work() -> None:
+            try:
+                self.prune()
+            except Exception as error:
+                log.warning("old checkpoints of %s could not be removed: %s", self._folder, error)
+            self.written(state, files)
+
+        self._pool.submit(work)
+
+    def prune(self) -> None:
+        """Remove all complete checkpoints but those that are kept; incomplete ones stay."""
+        if self._complete is None:
+            self._look()
+        assert self._complete is not None
+        for step, (state, sizes) in list(self._written.items()):
+            stored = storage.sizes(self._path(step))
+            lists = {_list_name(rank) for rank in range(state.workers)}
+            if lists <= stored.keys() and sizes.items() <= stored.items():
+                self._complete[step] = state.validation
+                del self._written[step]
+        scored = [
+            (score, step)
+            for step, score in self._complete.items()
+            if score is not None and math.isfinite(score)
+        ]
+        kept = {*sorted(self._complete)[-self._keep :], *([min(scored)[1]] if scored else [])}
+        for step in set(self._complete) - kept:
+            if name_of(step) in self._converted:
+                storage.remove(universal_path(self._path(step)))
+            storage.remove(self._path(step), marked=False)
+            del self._complete[step]
+
+    def _look(self) -> None:
+        """Find the complete checkpoints that are there from earlier starts."""
+        self._converted = set(storage.listing(storage.join(self._folder, UNIVERSAL)))
+        paths = {step: self._path(step) for step in steps(self._folder)}
+        self._complete = {
+            step: read_state(path).validation for step, path in paths.items() if not promised(path)[1]
+        }
+
+    def _path(self, step: int) -> str:
+        """Folder of a step's checkpoint."""
+        return storage.join(self._folder, name_of(step))
 
 
 def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str, Tensor]:
@@ -254,7 +390,7 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     Raises:
         CheckpointError: the checkpoint is incomplete, or of another model.
     """
-    if flaws := problems(path):
+    if flaws := problems(path, is_average):
         raise CheckpointError(f"{path} is not usable: " + "; ".join(flaws))
     averages = read_averages(storage.fetch(path, is_average))
     with torch.device("meta"):

@@ -75,7 +75,7 @@ def finish(run: Run) -> RunResult:
         CheckpointError: the run has no usable checkpoint.
     """
     config, folder = run.config, run.folder
-    last = checkpoint.latest(folder)
+    last = checkpoint.latest(folder, lambda path: checkpoint.problems(path, checkpoint.is_average))
     if last is None:
         raise CheckpointError(f"{folder}: training ended without a usable checkpoint")
     checkpoint.prune(folder, config.train.keep)

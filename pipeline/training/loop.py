@@ -88,12 +88,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     parts = -(-len(order.slots(rank, session.workers)) // settings.micro_batch)
 
     # Where to start: rank 0 decides, since ranks may see different states of the storage.
-    start_state: list[Any] = [None, None]
-    if rank == 0:
-        start_state = [resuming.plan_resume(run, session.workers), resuming.read_skipped(run.folder)]
-    dist.broadcast_object_list(start_state)
-    resume: resuming.Resume | None = start_state[0]
-    skipped: resuming.Skipped = start_state[1]
+    resume, skipped = resuming.agree(run, rank, session.workers)
 
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
@@ -125,8 +120,9 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     losses: list[float] = []
     seconds, waited = 0.0, 0.0
     with ExitStack() as stack:
-        tracker = requests = None
+        tracker = requests = pruner = None
         if rank == 0:
+            pruner = stack.enter_context(checkpoint.Pruner(run.folder, settings.keep))
             requests = stack.enter_context(closing(Requests(run.folder)))
             if run.run_id:
                 tracker = stack.enter_context(run.tracker(system_metrics=config.tracking.system_metrics))
@@ -220,8 +216,6 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 metrics[f"validation/{config.validation_metric}"] = validation
 
             if done % settings.checkpoint_every == 0 or last or stopping or notice:
-                if rank == 0:
-                    checkpoint.prune(run.folder, settings.keep)
                 name = checkpoint.name_of(done)
                 local = Path(tempfile.mkdtemp(prefix=f"{name}-"))
                 state = checkpoint.TrainState(
@@ -235,7 +229,9 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                     task=task.facts(),
                 )
                 with _timed(times, "checkpoints"):
-                    checkpoint.save(local, engine, ema, state, rank)
+                    files = checkpoint.save(local, engine, ema, state, rank)
+                    if pruner:
+                        pruner.prune_in_thread(state, files)
                     session.publish(local, name, metrics)
             if stopping:
                 log.info("stopped at step %d on request", done)

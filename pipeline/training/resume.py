@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import storage, tracking, trained
@@ -38,6 +39,8 @@ FREE_SECTIONS = ("train.", "sampling.", "evaluation.", "tracking.", "cluster.")
 FIXED_KEYS = {"train.batch", "train.precision", "train.class_drop", "train.init_from", "train.ema"}
 
 _PART = re.compile(r"zero_pp_rank_(\d+)_")  # in the names of files that DeepSpeed reads on one rank only
+
+_RANK = re.compile(r"zero_pp_rank_(\d+)_|_(\d{5,})\.")  # in the names of files that one rank wrote
 
 Skipped = dict[int, list[int]]  # step -> places in its global batch
 
@@ -83,7 +86,58 @@ def needed_by(rank: int) -> Callable[[str], bool]:
     return needed
 
 
-def plan_resume(run: Run, workers: int) -> Resume | None:
+def agree(run: Run, rank: int, workers: int) -> tuple[Resume | None, Skipped]:
+    """Choose where all ranks resume, and which rows they skip; all ranks call it together.
+
+    Rank 0 chooses. Every rank compares a share of a checkpoint's files with their hashes, its own files if as many
+    ranks wrote it.
+
+    Args:
+        run: that starts.
+        rank: of this worker.
+        workers: size of the group.
+
+    Returns:
+        Where to resume (None for a fresh start), and the rows that are skipped.
+
+    Raises:
+        CheckpointError: as `plan_resume`, on rank 0.
+    """
+
+    def damages(path: str, files: checkpoint.Files) -> list[str]:
+        own = {name: facts for name, facts in files.items() if _rank_of(name) % workers == rank}
+        gathered: list[Any] = [None] * workers
+        dist.all_gather_object(gathered, checkpoint.damages(path, own))
+        return [flaw for part in gathered for flaw in part]
+
+    def check(path: str) -> list[str]:
+        files, flaws = checkpoint.promised(path)
+        if not flaws:
+            dist.broadcast_object_list([(path, files), None])
+            flaws = damages(path, files)
+        return flaws
+
+    if rank == 0:
+        answer: list[Any] = [None, (plan_resume(run, workers, check), read_skipped(run.folder))]
+        dist.broadcast_object_list(answer)
+        return answer[1]
+    while True:
+        message: list[Any] = [None, None]
+        dist.broadcast_object_list(message)
+        if message[1] is not None:
+            return message[1]
+        damages(*message[0])
+
+
+def _rank_of(name: str) -> int:
+    """Return the rank that wrote a file of a checkpoint, by its name; 0 if all ranks read it."""
+    part = _RANK.search(name)
+    return int(part[1] or part[2]) if part else 0
+
+
+def plan_resume(
+    run: Run, workers: int, check: Callable[[str], list[str]] = checkpoint.problems
+) -> Resume | None:
     """Find the run's newest usable checkpoint and make it readable for this number of workers; rank 0 calls it.
 
     Later checkpoints, which could not be used, are removed.
@@ -91,6 +145,7 @@ def plan_resume(run: Run, workers: int) -> Resume | None:
     Args:
         run: that starts.
         workers: size of the group.
+        check: lists the problems of a checkpoint.
 
     Returns:
         Where to resume, or None for a fresh start.
@@ -99,7 +154,7 @@ def plan_resume(run: Run, workers: int) -> Resume | None:
         CheckpointError: the config differs from the checkpoint's in more than bookkeeping, or the ZeRO stage
             changed in a way that DeepSpeed cannot convert.
     """
-    path = checkpoint.latest(run.folder)
+    path = checkpoint.latest(run.folder, check)
     state = _usable_state(run, path)
     checkpoint.remove_after(run.folder, state.step if state else -1)
     if path is None or state is None:
