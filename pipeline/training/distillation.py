@@ -216,6 +216,10 @@ class Distillation(Task):
         noise = partition.uniforms_of_rows(rng, self._places(micro), (2, 2, tokens.shape[1]))
         return Prepared(micro.index, batch, (sides, noise))
 
+    def reads_weights(self, step: int) -> bool:
+        """Return whether a round begins; see `Task.reads_weights`."""
+        return step % self._every == 0
+
     def start(self, step: int) -> None:
         """Load the teacher of a round at its first step; see `Task.start`.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.config.schema import OptimConfig, RunConfig
@@ -195,9 +196,10 @@ class Engine:
         """Stage 0 in float32: a bare torch optimiser, for which DeepSpeed keeps no gradient norm."""
         return isinstance(self._engine.optimizer, torch.optim.Optimizer)
 
-    def gradient_norm(self) -> float:
-        """Return the global norm of the last step's gradient, before clipping."""
-        return float(self._norm if self._plain else self._engine.get_global_grad_norm())
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """Return the global norm of the last step's gradient before clipping, on the device; it is not waited for."""
+        norm = self._norm if self._plain else self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
     def masters(self) -> Slices:
         """Return live views of the float32 weights that this rank owns.

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.reading_order import MicroBatch, ReadingOrder, batches
@@ -119,6 +120,8 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     # Since the last log line: losses, seconds of training, and seconds of these that waited for data.
     losses: list[float] = []
     seconds, waited = 0.0, 0.0
+    stopping = False
+    notice: str | None = None
     with ExitStack() as stack:
         tracker = requests = pruner = None
         if rank == 0:
@@ -138,57 +141,30 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
         stream = stack.enter_context(
             closing(batches(reader, order, start, rank, session.workers, settings.micro_batch, prepare))
         )
-        times["set-up"] = time.perf_counter() - began_attempt
-        for step in range(start, settings.steps):
-            if step > start:  # the first one compiles kernels
-                hang.begin(step)
-            began = time.perf_counter()
-            micros = next(stream)
-            waited += time.perf_counter() - began
 
-            # Gradients of the global batch.
-            task.start(step)
-            places = np.concatenate([micro.index for micro in micros])
-            part_losses = []
-            for part, micro in enumerate(micros):
-                if part > 0:
-                    engine.step(step)  # not the last micro-batch: only moves the accumulation on
-                # Seeds dropout; + 1, because the index of a missing row is -1.
-                torch.manual_seed(mix_seed(config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
-                part_losses.append(engine.backward(task.batch(micro)))
-            row_losses = torch.cat(part_losses)  # [slots], of `places`
-            flags = requests.take() if requests else (False, False, False)
-            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])
-            dist.all_reduce(shared)
-            loss, stopping, saving, check_notice = shared.tolist()
-            done = step + 1
-            last = done == settings.steps
+        def settle(taken: _Taken) -> None:
+            """Read the figures of a step that was taken, average its weights, and log it.
 
-            # The update, unless something is not finite.
-            finite = math.isfinite(loss)
-            if finite:
-                engine.step(step)
-                norm = engine.gradient_norm()
-                finite = math.isfinite(norm)
-            if not finite:
-                bad = places[(~torch.isfinite(row_losses)).cpu().numpy() & (places >= 0)]
-                _report_nonfinite(run, session, order, step, bad, skipped)
+            The next update must not have begun.
+            """
+            nonlocal losses, seconds, waited, clock, metrics, stopping, notice
+            loss, stop, saving, check_notice, norm = taken.figures()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                _report_nonfinite(run, session, order, taken, skipped)
                 raise _NonfiniteStep
             ema.update(masters)
             losses.append(loss)
-            step_seconds = time.perf_counter() - began
-            seconds += step_seconds
-            times["training"] += step_seconds
-            hang.end()
-
-            if done % settings.log_every == 0 or last:
+            now = time.perf_counter()
+            seconds, times["training"], clock = seconds + now - clock, times["training"] + now - clock, now
+            done = taken.step + 1
+            if done % settings.log_every == 0 or done == settings.steps:
                 metrics = {
                     "train/loss": float(np.mean(losses)),
                     **throughput.metrics(len(losses), seconds),
                     "train/data_wait": waited / seconds,
-                    "train/learning_rate": engine.rate(step),
+                    "train/learning_rate": engine.rate(taken.step),
                     "train/gradient_norm": norm,
-                    "train/epoch": order.epoch_of(step),
+                    "train/epoch": order.epoch_of(taken.step),
                     "train/memory_gib": _memory(device),
                 }
                 session.log(metrics, done)
@@ -202,20 +178,62 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 if tracker:
                     tracker.log_metrics(metrics, done)
                 losses, seconds, waited = [], 0.0, 0.0
-
-            notice = session.notice() if check_notice else None
+            stopping = stopping or bool(stop)
+            notice = (session.notice() if check_notice else None) or notice
             if saving and not notice:
                 notice = "the group of workers is about to change"
+
+        times["set-up"] = time.perf_counter() - began_attempt
+        clock = time.perf_counter()
+        taken: _Taken | None = None  # the last step, while its figures are not read
+        for step in range(start, settings.steps):
+            if step > start:  # the first one compiles kernels
+                hang.begin(step)
+            began = time.perf_counter()
+            micros = next(stream)
+            waited += time.perf_counter() - began
+            if taken and task.reads_weights(step):
+                settle(taken)
+                taken = None
+
+            # Gradients of the global batch.
+            task.start(step)
+            part_losses = []
+            for part, micro in enumerate(micros):
+                if part > 0:
+                    engine.step(step)  # not the last micro-batch: only moves the accumulation on
+                # Seeds dropout; + 1, because the index of a missing row is -1.
+                torch.manual_seed(mix_seed(config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
+                part_losses.append(engine.backward(task.batch(micro)))
+            row_losses = torch.cat(part_losses)  # [slots]
+            flags = requests.take() if requests else (False, False, False)
+            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])
+            dist.all_reduce(shared)
+
+            # The update. Its figures are read while the device computes the next gradients.
+            if taken:
+                settle(taken)
+            engine.step(step)
+            places = np.concatenate([micro.index for micro in micros])
+            taken = _Taken(step, places, row_losses, torch.cat([shared, engine.gradient_norm()[None]]))
+            done = step + 1
+            last = done == settings.steps
+            validating = done % settings.validate_every == 0 or last
+            saving = done % settings.checkpoint_every == 0 or last
+            if validating or saving or stopping or notice:  # only of a step that was finite
+                settle(taken)
+                taken = None
+            hang.end()
             if notice and rank == 0:
                 log.warning("step %d: %s; saving before that", done, notice)
             validation: float | None = None
             samples: tuple[str, ...] = ()
-            if done % settings.validate_every == 0 or last:
+            if validating:
                 with _timed(times, "validation"):
                     validation, samples = validate(run, engine, ema, session, tracker, done)
                 metrics[f"validation/{config.validation_metric}"] = validation
 
-            if done % settings.checkpoint_every == 0 or last or stopping or notice:
+            if saving or stopping or notice:
                 name = checkpoint.name_of(done)
                 local = Path(tempfile.mkdtemp(prefix=f"{name}-"))
                 state = checkpoint.TrainState(
@@ -233,14 +251,50 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                     if pruner:
                         pruner.prune_in_thread(state, files)
                     session.publish(local, name, metrics)
+                notice = None
             if stopping:
                 log.info("stopped at step %d on request", done)
                 break
+            if taken is None:
+                clock = time.perf_counter()
         with _timed(times, "checkpoints"):  # wait for uploads
             session.settle()
         if rank == 0:
             log.info("the loop took %s", ", ".join(f"{value:.1f} s {part}" for part, value in times.items()))
     return metrics
+
+
+class _Taken:
+    """A step whose update has been requested, while its figures are on their way to the host.
+
+    Args:
+        step: counted from 0.
+        places: of the rows in the global batch.
+        row_losses: of these rows.
+        figures: what `figures` returns, on the device.
+    """
+
+    def __init__(self, step: int, places: np.ndarray, row_losses: Tensor, figures: Tensor):
+        self.step, self._places, self._row_losses = step, places, row_losses
+        self._copied: torch.cuda.Event | None = None
+        if figures.is_cuda:
+            self._figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+            self._figures.copy_(figures, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._figures = figures
+
+    def figures(self) -> list[float]:
+        """Wait for the figures: the loss, the requests of `Requests.take`, and the norm of the gradient."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._figures.tolist()
+
+    def not_finite(self) -> list[int]:
+        """Return the places of the rows whose loss is not finite."""
+        bad = (~torch.isfinite(self._row_losses)).cpu().numpy() & (self._places >= 0)
+        return self._places[bad].tolist()
 
 
 @contextmanager
@@ -252,15 +306,16 @@ def _timed(times: dict[str, float], part: str) -> Iterator[None]:
 
 
 def _report_nonfinite(
-    run: Run, session: Session, order: ReadingOrder, step: int, bad: np.ndarray, skipped: resuming.Skipped
+    run: Run, session: Session, order: ReadingOrder, taken: _Taken, skipped: resuming.Skipped
 ) -> None:
     """Log and record the rows that made a step not finite, so that the next attempt skips them.
 
     Raises:
         TrainingError: `train.on_nonfinite` is stop, or the rows are not the cause.
     """
+    step = taken.step
     gathered: list[Any] = [None] * session.workers
-    dist.all_gather_object(gathered, bad.tolist())
+    dist.all_gather_object(gathered, taken.not_finite())
     # If all losses are finite and the gradient is not, no row can be singled out, and all rows are skipped.
     blamed = sorted(place for of_rank in gathered for place in of_rank)
     places = blamed or list(range(run.config.train.batch))

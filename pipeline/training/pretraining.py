@@ -70,6 +70,14 @@ class Task(ABC):
             skipped: places in the global batch that have weight 0.
         """
 
+    def reads_weights(self, step: int) -> bool:  # noqa: ARG002
+        """Return whether `start` of a step reads the weights or their average, which must then be those before it.
+
+        Args:
+            step: counted from 0.
+        """
+        return False
+
     def start(self, step: int) -> None:  # noqa: B027
         """Get ready for a step; all ranks call it together.
 
