@@ -22,9 +22,11 @@ _checked: set[str] = set()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check shapes in the first case of every test function; in all cases that would double the suite's time."""
+    """Check shapes in the first case of every fast test; checks everywhere would double the suites' time."""
     function = item.nodeid.partition("[")[0]
-    shape_checks.update("jaxtyping_disable", function in _checked)
+    shape_checks.update(
+        "jaxtyping_disable", function in _checked or item.get_closest_marker("slow") is not None
+    )
     _checked.add(function)
 
 
