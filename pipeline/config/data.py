@@ -24,7 +24,7 @@ class DataConfig(Section):
         path: Folder of the prepared shards and their manifest; null names it after what determines its contents.
         shard_rows: Rows of one shard file.
         streams: Number of canonical streams in which rows are read; must divide `train.batch`, and is at least the
-            number of workers.
+            number of workers. A worker keeps `shuffle_window` rows in memory for each stream that it serves.
         shuffle_window: Rows that a stream shuffles together.
     """
 
@@ -34,7 +34,7 @@ class DataConfig(Section):
     on_error: Literal["fatal", "skip"] = "fatal"
     path: Location | None = None
     shard_rows: PositiveInt = 8192
-    streams: Annotated[int, Field(ge=1, le=64)] = 8
+    streams: PositiveInt = 8
     shuffle_window: PositiveInt = 4096
 
 

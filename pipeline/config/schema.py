@@ -266,7 +266,8 @@ class RunConfig(Section):
     def _training(self) -> Iterator[str]:
         train, streams, most = self.train, self.data.streams, self.cluster.most
         if train.batch % streams:
-            near = min((c for c in range(1, 65) if train.batch % c == 0), key=lambda c: abs(c - streams))
+            divisors = (c for c in range(1, train.batch + 1) if train.batch % c == 0)
+            near = min(divisors, key=lambda c: abs(c - streams))
             yield f"data.streams: {streams} does not divide train.batch {train.batch}; nearest that does: {near}"
         if most > streams:
             expected = "expected at most one worker a stream"

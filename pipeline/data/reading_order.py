@@ -1,21 +1,25 @@
 """The order in which training reads rows: deterministic, with random access, the same for any number of workers."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
-from pipeline.data.shards import ShardReader
+from pipeline.data.shards import Rows, ShardReader
 from pipeline.errors import ConfigError, DataError
+
+T = TypeVar("T")
 
 MISSING = -1
 
 # What a permutation is for; part of its seed, so that no two uses share random bits.
 _SHARDS, _LEFTOVER, _WINDOW = range(3)
+_CHUNK = 1 << 20  # random words that are drawn together
 
 
 class ReadingOrder:
@@ -23,7 +27,8 @@ class ReadingOrder:
 
     An epoch permutes the shards, leaves out the rows that do not fill a last batch, and cuts the rest into C equal
     streams. A stream shuffles its rows in windows. A batch takes batch / C rows of every stream. Everything follows
-    from the arguments and the step, so the position of training in the data is one integer.
+    from the arguments and the step, so the position of training in the data is one integer. Time and memory of a
+    worker depend on the streams that it serves, not on their number or that of the rows.
 
     Args:
         rows_per_shard: rows of every shard file, in the manifest's order.
@@ -50,7 +55,7 @@ class ReadingOrder:
         self.steps_per_epoch = self.rows // batch
         self._share = batch // streams  # rows of one stream in one batch
         self._cached_layout = lru_cache(maxsize=1)(self._layout)
-        self._cached_window = lru_cache(maxsize=2 * streams)(self._window)  # those of a batch or two
+        self._cached_window = lru_cache(maxsize=2 * streams)(self.window_rows)  # those of a batch or two
 
     def epoch_of(self, step: int) -> int:
         """Return the epoch of a global batch.
@@ -66,62 +71,117 @@ class ReadingOrder:
         Args:
             epoch: number of the epoch.
         """
-        return self._cached_layout(epoch)[1]
+        layout = self._cached_layout(epoch)
+        return layout.rows_at(layout.skipped)
 
-    def rows_of_step(self, step: int) -> Int64[np.ndarray, "batch"]:
+    def rows_of_step(self, step: int, streams: range | None = None) -> Int64[np.ndarray, "n"]:
         """Return the rows of a global batch.
 
         Args:
             step: number of the batch.
+            streams: whose rows are returned; None: all streams.
 
         Returns:
-            Indices of the rows in the split; entry i comes from stream i // (batch // C).
+            Indices of the rows in the split, batch / C of every stream.
         """
-        epoch, within = divmod(step, self.steps_per_epoch)
-        first, last = within * self._share, (within + 1) * self._share
-        parts = []
-        for stream in range(self.streams):
-            for window in range(first // self.window, (last - 1) // self.window + 1):
-                start = window * self.window
-                parts.append(self._cached_window(epoch, stream, window)[max(first - start, 0) : last - start])
-        return np.concatenate(parts)
+        epoch, pieces = self.epoch_of(step), self.pieces(step)
+        return np.concatenate(
+            [
+                self._cached_window(epoch, stream, window)[piece]
+                for stream in (range(self.streams) if streams is None else streams)
+                for window, piece in pieces
+            ]
+        )
 
-    def slots(self, rank: int, workers: int) -> Int64[np.ndarray, "n"]:
-        """Return the places in a global batch that a worker serves.
+    def pieces(self, step: int) -> list[tuple[int, slice]]:
+        """Return what a global batch takes of every stream: windows, and the part of each.
 
-        Every worker serves neighbouring streams, the first ones one more where they do not divide evenly.
+        Args:
+            step: number of the batch.
+        """
+        first = step % self.steps_per_epoch * self._share
+        last = first + self._share
+        windows = range(first // self.window, (last - 1) // self.window + 1)
+        return [(w, slice(max(first - w * self.window, 0), last - w * self.window)) for w in windows]
+
+    def window_rows(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, "w"]:
+        """Return the rows of one window of a stream, shuffled.
+
+        Args:
+            epoch: number of the epoch.
+            stream: number of the stream.
+            window: number of the window in the stream.
+        """
+        length = self.steps_per_epoch * self._share
+        inside = np.arange(window * self.window, min((window + 1) * self.window, length))
+        rows = self._cached_layout(epoch).rows_of(stream * length + inside)
+        return rows[permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)]
+
+    def streams_of(self, rank: int, workers: int) -> range:
+        """Return the streams that a worker serves: neighbours, the first workers one more where C is no multiple.
 
         Args:
             rank: of the worker.
             workers: number of workers.
-
-        Returns:
-            The places; the same number for every rank, filled up with -1.
 
         Raises:
             ConfigError: there are more workers than streams.
         """
         if workers > self.streams:
             raise ConfigError(f"cluster.workers: {workers} workers for data.streams {self.streams}")
-        parts = np.array_split(np.arange(self.batch).reshape(self.streams, -1), workers)
-        places = parts[rank].reshape(-1)
-        return np.pad(places, (0, parts[0].size - places.size), constant_values=MISSING)
+        each, more = divmod(self.streams, workers)
+        first = rank * each + min(rank, more)
+        return range(first, first + each + (rank < more))
 
-    def _layout(self, epoch: int) -> tuple[Int64[np.ndarray, "C n"], Int64[np.ndarray, "skipped"]]:
-        """Return the rows of every stream before windows are shuffled, and the rows left out."""
-        starts = np.cumsum(self._sizes) - self._sizes
+    def slots(self, rank: int, workers: int) -> Int64[np.ndarray, "n"]:
+        """Return the places in a global batch that a worker serves, those of its streams.
+
+        Args:
+            rank: of the worker.
+            workers: number of workers.
+
+        Returns:
+            The places, ascending; the same number for every rank, filled up with -1.
+
+        Raises:
+            ConfigError: there are more workers than streams.
+        """
+        own = self.streams_of(rank, workers)
+        places = np.arange(own.start * self._share, own.stop * self._share)
+        missing = -(-self.streams // workers) * self._share - len(places)
+        return np.pad(places, (0, missing), constant_values=MISSING)
+
+    def _layout(self, epoch: int) -> "_Layout":
+        """Permute the shards of an epoch, and choose the rows that it leaves out."""
         shards = permutation(len(self._sizes), self.seed, epoch, _SHARDS)
-        rows = np.concatenate([np.arange(starts[s], starts[s] + self._sizes[s]) for s in shards])
-        keep = np.ones(self.rows, dtype=bool)
-        if skipped := self.rows % self.batch:
-            keys = _bits(self.rows, self.seed, epoch, _LEFTOVER)
-            keep[np.argpartition(keys, skipped)[:skipped]] = False
-        return rows[keep].reshape(self.streams, -1), rows[~keep]
+        ends = np.cumsum(self._sizes[shards])
+        starts = np.cumsum(self._sizes) - self._sizes  # in the split
+        shift = starts[shards] - (ends - self._sizes[shards])
+        skipped = _smallest(self.rows, self.rows % self.batch, self.seed, epoch, _LEFTOVER)
+        return _Layout(ends, shift, skipped)
 
-    def _window(self, epoch: int, stream: int, window: int) -> Int64[np.ndarray, "w"]:
-        """Return one window of a stream, shuffled."""
-        rows = self._cached_layout(epoch)[0][stream, window * self.window : (window + 1) * self.window]
-        return rows[permutation(len(rows), self.seed, epoch, _WINDOW, stream, window)]
+
+class _Layout(NamedTuple):
+    """An epoch's rows in the order of its permuted shards, before windows are shuffled.
+
+    Attributes:
+        ends: place behind every shard's last row, in that order.
+        shift: index of a row in the split minus its place, for every shard.
+        skipped: places that are left out, ascending.
+    """
+
+    ends: Int64[np.ndarray, "shards"]
+    shift: Int64[np.ndarray, "shards"]
+    skipped: Int64[np.ndarray, "n"]
+
+    def rows_at(self, places: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Return the rows at places of the permuted shards."""
+        return places + self.shift[np.searchsorted(self.ends, places, side="right")]
+
+    def rows_of(self, index: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Return rows by their index among those that are not left out."""
+        kept_before = self.skipped - np.arange(len(self.skipped))
+        return self.rows_at(index + np.searchsorted(kept_before, index, side="right"))
 
 
 @dataclass(frozen=True)
@@ -140,10 +200,73 @@ class MicroBatch:
     labels: Int64[np.ndarray, "m"] | None = None
     lengths: Int64[np.ndarray, "m"] | None = None
 
+    @classmethod
+    def of(cls, rows: Rows, index: Int64[np.ndarray, "m"]) -> "MicroBatch":
+        """Make a micro-batch of rows of a shard.
+
+        Args:
+            rows: with their labels and lengths, where they have any.
+            index: place of each row in the global batch.
+        """
+        tokens, labels, lengths = (None if field is None else field.astype(np.int64) for field in rows)
+        assert tokens is not None
+        return cls(tokens, index, labels, lengths)
+
+    def present(self, skipped: Collection[int]) -> Bool[np.ndarray, "m"]:
+        """Return which rows count.
+
+        Args:
+            skipped: places in the global batch that do not.
+        """
+        return (self.index >= 0) & ~np.isin(self.index, list(skipped))
+
+
+class _Windows:
+    """The rows of the streams that a worker serves, of each stream the window that is being read.
+
+    A window is loaded once, so that the shards of many streams need not be kept decoded.
+
+    Args:
+        reader: of the split.
+        order: the reading order.
+        streams: that the worker serves.
+    """
+
+    def __init__(self, reader: ShardReader, order: ReadingOrder, streams: range) -> None:
+        self._reader, self._order, self._streams = reader, order, streams
+        self._held: dict[int, tuple[tuple[int, int], Rows]] = {}
+
+    def rows(self, step: int) -> Rows:
+        """Return the rows of a global batch that the streams hold, stream by stream."""
+        epoch, pieces = self._order.epoch_of(step), self._order.pieces(step)
+        parts = [
+            self._window(epoch, stream, window).take(piece)
+            for stream in self._streams
+            for window, piece in pieces
+        ]
+        return Rows(
+            *(None if field[0] is None else np.concatenate(field) for field in zip(*parts, strict=True))
+        )
+
+    def _window(self, epoch: int, stream: int, window: int) -> Rows:
+        """Return a window, loaded in place of the stream's last one if that was another."""
+        held = self._held.get(stream)
+        if held is None or held[0] != (epoch, window):
+            self._held.pop(stream, None)  # makes room first
+            rows = self._reader.read(self._order.window_rows(epoch, stream, window))
+            held = self._held[stream] = ((epoch, window), rows)
+        return held[1]
+
 
 def batches(
-    reader: ShardReader, order: ReadingOrder, start_step: int, rank: int, workers: int, micro_batch: int
-) -> Generator[list[MicroBatch], None, None]:
+    reader: ShardReader,
+    order: ReadingOrder,
+    start_step: int,
+    rank: int,
+    workers: int,
+    micro_batch: int,
+    prepare: Callable[[int, list[MicroBatch]], T],
+) -> Generator[T, None, None]:
     """Read what a worker trains on, step after step without end; the next step is read ahead in a thread.
 
     An error while reading ahead is raised when its step is requested. Closing the iterator ends the thread.
@@ -155,21 +278,24 @@ def batches(
         rank: of the worker.
         workers: number of workers.
         micro_batch: rows of a micro-batch at most.
+        prepare: called in the thread with a step and its micro-batches; all ranks get the same number of them, of
+            the same number of rows.
 
     Returns:
-        For every step the micro-batches; all ranks get the same number of them, of the same number of rows.
+        What `prepare` returns, for every step.
     """
     slots = order.slots(rank, workers)
     parts = -(-len(slots) // micro_batch)
     width = -(-len(slots) // parts)
     slots = np.pad(slots, (0, parts * width - len(slots)), constant_values=MISSING)
-    served = slots >= 0
+    index = np.split(slots, parts)
+    # A missing row repeats the first one: a worker has at least one stream.
+    chosen = np.split(np.where(slots >= 0, slots - slots[0], 0), parts)
+    windows = _Windows(reader, order, order.streams_of(rank, workers))
 
-    def load(step: int) -> list[MicroBatch]:
-        rows = order.rows_of_step(step)[np.where(served, slots, slots[0])]  # a worker has at least one stream
-        fields = [reader.rows(rows).astype(np.int64), slots, reader.labels(rows), reader.lengths(rows)]
-        split = ([None] * parts if field is None else np.split(field, parts) for field in fields)
-        return [MicroBatch(*part) for part in zip(*split, strict=True)]
+    def load(step: int) -> T:
+        rows = windows.rows(step)
+        return prepare(step, [MicroBatch.of(rows.take(c), i) for c, i in zip(chosen, index, strict=True)])
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         ahead = pool.submit(load, start_step)
@@ -182,6 +308,20 @@ def batches(
 def _bits(n: int, *key: int) -> np.ndarray:
     """Draw n random 64-bit words that belong to `key`: raw ones, which stay the same in all versions of numpy."""
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
+
+
+def _smallest(n: int, k: int, *key: int) -> Int64[np.ndarray, "k"]:
+    """Return the places of the k smallest of n random words, ascending, without holding them all."""
+    bits = np.random.PCG64(np.random.SeedSequence(key))
+    words, places = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
+    for start in range(0, n if k else 0, _CHUNK):
+        stop = min(start + _CHUNK, n)
+        words = np.concatenate([words, bits.random_raw(stop - start)])
+        places = np.concatenate([places, np.arange(start, stop)])
+        if k < len(words):
+            least = np.argpartition(words, k)[:k]
+            words, places = words[least], places[least]
+    return np.sort(places)
 
 
 def permutation(n: int, *key: int) -> Int64[np.ndarray, "n"]:

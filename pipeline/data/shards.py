@@ -29,6 +29,16 @@ class Rows(NamedTuple):
     labels: Integer[np.ndarray, "n"] | None = None
     lengths: Integer[np.ndarray, "n"] | None = None
 
+    def take(self, chosen: Integer[np.ndarray, "m"] | slice) -> "Rows":
+        """Select rows.
+
+        Args:
+            chosen: indices, or a slice.
+        """
+        tokens, labels, lengths = (None if field is None else field[chosen] for field in self)
+        assert tokens is not None
+        return Rows(tokens, labels, lengths)
+
 
 def token_dtype(ids: int) -> np.dtype:
     """Return the smallest unsigned little-endian dtype that holds 0..ids-1.
@@ -110,6 +120,21 @@ class ShardReader:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def read(self, indices: Integer[np.ndarray, "n"]) -> Rows:
+        """Read rows with all that belongs to them, in any order.
+
+        Args:
+            indices: of the rows in the split.
+
+        Returns:
+            The rows in the order of the indices.
+
+        Raises:
+            DataError: as `rows`.
+            IndexError: as `rows`.
+        """
+        return Rows(self.rows(indices), self.labels(indices), self.lengths(indices))
 
     def rows(self, indices: Integer[np.ndarray, "n"]) -> UInt[np.ndarray, "n L"]:
         """Read rows in any order.

@@ -58,11 +58,25 @@ class Objective:
         Source:
             docs/method.md section 2, "Normaliser".
         """
+        return max(1, self.count(groups, predicted))
+
+    def count(self, groups: Bool[np.ndarray, "B L"], predicted: int | None = None) -> int:
+        """Compute what some rows add to the normaliser of their global batch.
+
+        Args:
+            groups: of the rows.
+            predicted: tokens that can be predicted in the rows, without padding; None: B L'.
+        """
         rows, length = groups.shape
         positions = rows * (length - self.bos) if predicted is None else predicted
-        if self.config.schedule == "loglinear" or self.left_to_right:
-            return positions * (2 if self.both_groups else 1)
-        return positions if self.both_groups else max(1, int(groups.sum()))
+        if self.counts_groups:
+            return int(groups.sum())
+        return positions * (2 if self.both_groups and self.config.schedule == "loglinear" else 1)
+
+    @property
+    def counts_groups(self) -> bool:
+        """Whether the normaliser is the number of hidden positions, which depends on the groups."""
+        return self.config.schedule == "arccos" and not self.left_to_right and not self.both_groups
 
     def batch(
         self,

@@ -1,5 +1,6 @@
 """Random times and groups as a pure function of (seed, step, index in the global batch)."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, SupportsInt
 
@@ -22,17 +23,6 @@ class StepDraws(NamedTuple):
     t: Float[np.ndarray, "B"]
     groups: Bool[np.ndarray, "B L"]
 
-    def rows(self, index: Int[np.ndarray, "m"]) -> "StepDraws":
-        """Select the draws of some rows.
-
-        Args:
-            index: rows of the global batch.
-
-        Returns:
-            Their draws.
-        """
-        return StepDraws(self.t[index], self.groups[index])
-
 
 def stratified(count: int, rng: np.random.Generator) -> Float[np.ndarray, "count"]:
     """Draw low-discrepancy uniforms: one random offset, equal spacing, in random order.
@@ -51,6 +41,28 @@ def stratified(count: int, rng: np.random.Generator) -> Float[np.ndarray, "count
     return rng.permutation((rng.random() + np.arange(count) / count) % 1)
 
 
+def uniforms_of_rows(
+    rng: np.random.Generator, rows: Iterable[SupportsInt], shape: tuple[int, ...]
+) -> Float[np.ndarray, "m ..."]:
+    """Draw some rows of the uniforms of a whole batch, at a cost that does not depend on the size of the batch.
+
+    Args:
+        rng: of PCG64, as it would draw the batch next.
+        rows: of the batch, m of them.
+        shape: of a row.
+
+    Returns:
+        [m, *shape], bit by bit the rows of `rng.random((batch, *shape))`.
+    """
+    places, width = list(map(int, rows)), math.prod(shape)
+    uniforms, drawn = np.empty((len(places), width)), 0
+    for place, values in zip(places, uniforms, strict=True):
+        rng.bit_generator.advance((place * width - drawn) % 2**128)  # type: ignore[attr-defined]  # of PCG64
+        rng.random(out=values)
+        drawn = (place + 1) * width
+    return uniforms.reshape(len(places), *shape)
+
+
 def draw(
     config: DiffusionConfig,
     *,
@@ -59,11 +71,11 @@ def draw(
     shape: tuple[int, int],
     bos: bool,
     least: float | None = None,
+    rows: Int[np.ndarray, "m"] | None = None,
 ) -> StepDraws:
-    """Draw times and groups of the whole global batch of a step.
+    """Draw times and groups of the global batch of a step, or of the rows that a worker serves.
 
-    Every worker draws the whole batch, which takes milliseconds, and uses its own rows, so that nothing depends on
-    which worker serves which rows.
+    What a row gets is a function of (seed, step, row), so nothing depends on which worker serves which rows.
 
     Args:
         config: schedule and its eps.
@@ -72,16 +84,20 @@ def draw(
         shape: (rows of the global batch, L).
         bos: position 0 holds BOS, which is in group 0.
         least: smallest time of the log-linear schedule; None: eps.
+        rows: of the global batch that are drawn; None: all.
 
     Returns:
-        Times and groups of all rows.
+        Times and groups of these rows.
     """
     eps = config.eps
     rng = np.random.default_rng([seed, step])
     u = stratified(shape[0], rng)
     if least is not None:  # the same uniforms, moved into [least, 1]
         u = (least - eps + (1 - least) * u) / (1 - eps)
-    groups = rng.random(shape) < hidden_share(u, config.schedule, eps)[:, None]
+    if rows is None:
+        rows = np.arange(shape[0])
+    u = u[rows]
+    groups = uniforms_of_rows(rng, rows, shape[1:]) < hidden_share(u, config.schedule, eps)[:, None]
     groups[:, :bos] = False
     return StepDraws(eps + (1 - eps) * u, groups)
 

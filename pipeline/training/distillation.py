@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, fill
-from pipeline.training.pretraining import Task
+from pipeline.training.pretraining import Prepared, Task
 from pipeline.training.resume import differences
 
 log = logging.getLogger(__name__)
@@ -166,9 +166,10 @@ class Distillation(Task):
     """
 
     def __init__(self, run: Run, engine: Engine, ema: EMA, session: Session) -> None:
-        super().__init__(run, session.device)
+        super().__init__(run, session.device, sums=True)
         self._distill, self._engine, self._ema, self._session = run.distill, engine, ema, session
         self._every = run.config.train.steps // run.distill.rounds
+        self._causal = engine.model.causal  # as its teacher
         self._round: int | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -176,43 +177,62 @@ class Distillation(Task):
         assert self._round is not None
         return {"round": self._round + 1, "teacher": teacher_folder(self._run.folder, self._round)}
 
-    def start(self, step: int, micros: Sequence[MicroBatch]) -> None:
-        """Make the random draws of a step; at the first step of a round, load its teacher.
+    def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:
+        """Draw times, groups, dropped classes and the teacher's noise of a step; see `Task.prepare`."""
+        done = step // self._every
+        dt, form, eps = time_step(self._distill, done), self._distill.form, self._config.diffusion.eps
+        draws = [self._draw(DiffusionConfig(eps=eps), step, micro, least=2 * dt) for micro in micros]
+        sides = [hidden_sides(drawn, dt, form, eps, self._bos) for drawn in draws]
+        own = sum(
+            side.hidden[micro.index >= 0].sum((0, 2)) for micro, side in zip(micros, sides, strict=True)
+        )
+        # The mean over the targets of a roll-out in the global batch, and the mean over the roll-outs.
+        divisors = self._sum(own).clip(min=1) * len(own)
+        return [
+            self._prepare(step, micro, groups, side, divisors, micro.present(skipped))
+            for micro, (_, groups), side in zip(micros, draws, sides, strict=True)
+        ]
 
-        Args:
-            step: counted from 0.
+    def _prepare(
+        self,
+        step: int,
+        micro: MicroBatch,
+        groups: Bool[np.ndarray, "m L"],
+        sides: Sides,
+        divisors: Int[np.ndarray, "S"],
+        present: Bool[np.ndarray, "m"],
+    ) -> Prepared:
+        """Make one micro-batch, without the teacher's vectors."""
+        tokens, labels = self._rows(step, micro, present)
+        if self._bos:
+            tokens[:, 0] = self._run.manifest.special.bos
+        weights = (sides.hidden / divisors[:, None]).sum(1) * present[:, None]
+        order = self._order(step, micro) if self._causal else None
+        targets = np.any(sides.hidden, axis=1)
+        batch = Batch.of_arrays(
+            tokens, groups, targets, weights, labels=labels, order=order, device=self._device
+        )
+        rng = np.random.default_rng([self._config.seed, step, 2])
+        noise = partition.uniforms_of_rows(rng, self._places(micro), (2, 2, tokens.shape[1]))
+        return Prepared(micro.index, batch, (sides, noise))
+
+    def start(self, step: int) -> None:
+        """Load the teacher of a round at its first step; see `Task.start`.
 
         Raises:
             CheckpointError: the teacher of the round is missing.
         """
-        super().start(step, micros)
         done, inside = divmod(step, self._every)
         if done != self._round:
             self._begin(done, at_its_start=inside == 0)
-        seed, eps, self._dt = self._config.seed, self._config.diffusion.eps, time_step(self._distill, done)
-        schedule, least = DiffusionConfig(eps=eps), 2 * self._dt
-        self._draws = partition.draw(
-            schedule, seed=seed, step=step, shape=self._shape, bos=self._bos, least=least
-        )
-        self._sides = hidden_sides(self._draws, self._dt, self._distill.form, eps, self._bos)
-        rows, length = self._shape
-        self._noise = np.random.default_rng([seed, step, 2]).random((rows, 2, 2, length))
+        self._dt = time_step(self._distill, done)
 
-    def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
-        """Make a micro-batch of the step that was started, with the teacher's vectors; see `Task.batch`."""
-        index, device = micro.index, self._device
-        tokens, labels = self._rows(micro, present)
-        if self._bos:
-            tokens[:, 0] = self._run.manifest.special.bos
-        sides = Sides(self._sides.hidden[index], self._sides.time[index])
-        # The mean over the targets of a roll-out in the global batch, and the mean over the roll-outs.
-        counts = np.maximum(1, self._sides.hidden.sum((0, 2)))
-        weights = (sides.hidden / (len(counts) * counts[:, None])).sum(1) * present[:, None]
-        order = self._order(index) if self._teacher.causal else None
+    def batch(self, prepared: Prepared) -> Batch:
+        """Add the teacher's vectors to a micro-batch; see `Task.batch`."""
+        batch, (sides, noise) = prepared.batch, prepared.roll_out
+        labels, order = (None if x is None else x.numpy() for x in (batch.condition, batch.order))
         with self._engine.assembled(self._teacher):
-            vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels, order)
-        groups, targets = self._draws.groups[index], np.any(sides.hidden, axis=1)
-        batch = Batch.of_arrays(tokens, groups, targets, weights, labels=labels, order=order, device=device)
+            vectors = teach(self._teacher, batch.tokens.numpy(), sides, noise, self._dt, labels, order)
         distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         return replace(batch, distill_targets=distill_targets)
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.manifest import Manifest
-from pipeline.data.reading_order import ReadingOrder, batches
+from pipeline.data.reading_order import MicroBatch, ReadingOrder, batches
 from pipeline.data.shards import ShardReader
 from pipeline.errors import TrainingError
 from pipeline.models import build
@@ -31,7 +31,7 @@ from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, fill
-from pipeline.training.pretraining import Pretraining, Task
+from pipeline.training.pretraining import Prepared, Pretraining, Task
 from pipeline.training.throughput import Throughput
 from pipeline.training.validation import validate
 
@@ -134,8 +134,13 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
         stack.callback(hang.end)
         stack.callback(engine.close)
         reader = ShardReader(run.data_path, manifest, "train")
+        stack.callback(task.close)
+
+        def prepare(step: int, micros: list[MicroBatch]) -> list[Prepared]:
+            return task.prepare(step, micros, skipped.get(step, ()))
+
         stream = stack.enter_context(
-            closing(batches(reader, order, start, rank, session.workers, settings.micro_batch))
+            closing(batches(reader, order, start, rank, session.workers, settings.micro_batch, prepare))
         )
         times["set-up"] = time.perf_counter() - began_attempt
         for step in range(start, settings.steps):
@@ -146,7 +151,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             waited += time.perf_counter() - began
 
             # Gradients of the global batch.
-            task.start(step, micros)
+            task.start(step)
             places = np.concatenate([micro.index for micro in micros])
             part_losses = []
             for part, micro in enumerate(micros):
@@ -154,8 +159,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                     engine.step(step)  # not the last micro-batch: only moves the accumulation on
                 # Seeds dropout; + 1, because the index of a missing row is -1.
                 torch.manual_seed(mix_seed(config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
-                present = (micro.index >= 0) & ~np.isin(micro.index, skipped.get(step, ()))
-                part_losses.append(engine.backward(task.batch(micro, present)))
+                part_losses.append(engine.backward(task.batch(micro)))
             row_losses = torch.cat(part_losses)  # [slots], of `places`
             flags = requests.take() if requests else (False, False, False)
             shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])

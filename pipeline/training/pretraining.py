@@ -1,77 +1,133 @@
 """The task of a training run: from rows of data to batches with targets and weights."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Int
 
+from pipeline.config.schema import DiffusionConfig
 from pipeline.data.reading_order import MicroBatch
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
+from pipeline.diffusion.partition import StepDraws
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 
 
+class Prepared(NamedTuple):
+    """A micro-batch, made while the step before it is trained on.
+
+    Attributes:
+        index: place of each row in the global batch; -1 for missing ones, whose weight is 0.
+        batch: on the host.
+        roll_out: what is hidden from a distillation's teacher and its uniforms, as `teach` takes them.
+    """
+
+    index: Int[np.ndarray, "m"]
+    batch: Batch
+    roll_out: Any = None
+
+
 class Task(ABC):
     """Makes the batches of a training run; its randomness is a function of (seed, step, index in the batch).
 
+    `prepare` runs in the thread that reads ahead, on all ranks for the same steps. What it sums over the ranks goes
+    through a process group of its own, so that it cannot mix with the collectives of the step in progress.
+
     Args:
         run: with its manifest.
-        device: of the batches.
+        device: that computes on the batches.
+        sums: whether `prepare` sums anything over the ranks.
     """
 
-    def __init__(self, run: Run, device: torch.device):
+    def __init__(self, run: Run, device: torch.device, sums: bool):
         self._run, self._config, self._device = run, run.config, device
         self._shape = (run.config.train.batch, run.manifest.length)
         self._bos = run.manifest.special.bos is not None
+        self._group: Any = dist.new_group(backend="gloo") if sums else None
+
+    def close(self) -> None:
+        """Release the process group, after the last `prepare`."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
 
     def facts(self) -> dict[str, Any]:
         """Return facts about the task for the checkpoint's state, as JSON values by name."""
         return {}
 
-    def start(self, step: int, micros: Sequence[MicroBatch]) -> None:  # noqa: ARG002
-        """Make the random draws of a step for the whole global batch; all ranks call it together.
+    @abstractmethod
+    def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:
+        """Make the micro-batches of a step on the host.
 
         Args:
             step: counted from 0.
             micros: rows of this worker.
+            skipped: places in the global batch that have weight 0.
         """
-        train = self._config.train
-        self._step = step
-        self._dropped = partition.draw_dropped(self._config.seed, step, train.batch, train.class_drop)
 
-    @abstractmethod
-    def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
-        """Make a micro-batch of the step that was started.
+    def start(self, step: int) -> None:  # noqa: B027
+        """Get ready for a step; all ranks call it together.
 
         Args:
-            micro: rows of this worker.
-            present: which of them count; the others have weight 0.
-
-        Shape:
-            m rows in the micro-batch.
-
-        Returns:
-            The batch, on the device of the worker.
+            step: counted from 0.
         """
 
-    def _order(self, index: Int[np.ndarray, "m"]) -> Int[np.ndarray, "m L"]:
-        """Draw the orders of revelation of some rows of the global batch, for models with a causal encoder."""
-        return partition.draw_order([self._config.seed, self._step, 3], index, self._shape[1], self._bos)
+    def batch(self, prepared: Prepared) -> Batch:
+        """Complete a micro-batch of the step that was started.
+
+        Args:
+            prepared: from `prepare`.
+
+        Returns:
+            The batch.
+        """
+        return prepared.batch
+
+    def _sum(self, counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        """Sum numbers over all ranks."""
+        total = torch.from_numpy(np.asarray(counts, dtype=np.int64))
+        dist.all_reduce(total, group=self._group)
+        return total.numpy()
+
+    def _places(self, micro: MicroBatch) -> Int[np.ndarray, "m"]:
+        """Return the places in the global batch whose draws rows get; missing rows get those of the last one."""
+        return micro.index % self._shape[0]
+
+    def _draw(
+        self, config: DiffusionConfig, step: int, micro: MicroBatch, least: float | None = None
+    ) -> StepDraws:
+        """Draw times and groups of the rows of a micro-batch."""
+        return partition.draw(
+            config,
+            seed=self._config.seed,
+            step=step,
+            shape=self._shape,
+            bos=self._bos,
+            least=least,
+            rows=self._places(micro),
+        )
+
+    def _order(self, step: int, micro: MicroBatch) -> Int[np.ndarray, "m L"]:
+        """Draw the orders of revelation of the rows of a micro-batch, for models with a causal encoder."""
+        return partition.draw_order(
+            [self._config.seed, step, 3], self._places(micro), self._shape[1], self._bos
+        )
 
     def _rows(
-        self, micro: MicroBatch, present: Bool[np.ndarray, "m"]
+        self, step: int, micro: MicroBatch, present: Bool[np.ndarray, "m"]
     ) -> tuple[Int[np.ndarray, "m L"], Int[np.ndarray, "m"] | None]:
         """Return tokens, 0 in rows that do not count, and labels, some dropped, where model and data have any."""
         tokens, classes = np.where(present[:, None], micro.tokens, 0), self._config.model.classes
         if classes is None or micro.labels is None:  # text has no labels, whatever the model could read
             return tokens, None
-        return tokens, np.where(self._dropped[micro.index], classes, micro.labels)
+        train = self._config.train
+        dropped = partition.draw_dropped(self._config.seed, step, train.batch, train.class_drop)
+        return tokens, np.where(dropped[micro.index], classes, micro.labels)
 
 
 class Pretraining(Task):
@@ -80,42 +136,50 @@ class Pretraining(Task):
     Args:
         run: with its manifest.
         model: whose objective is trained.
-        device: of the batches.
+        device: that computes on the batches.
     """
 
     def __init__(self, run: Run, model: Denoiser, device: torch.device):
-        super().__init__(run, device)
+        bos = run.manifest.special.bos is not None
+        self._objective = Objective(run.config.diffusion, bos, model.both_groups, model.left_to_right)
+        self._sums = run.manifest.padded or self._objective.counts_groups
+        super().__init__(run, device, self._sums)
         self._causal = model.causal
-        self._objective = Objective(run.config.diffusion, self._bos, model.both_groups, model.left_to_right)
 
-    def start(self, step: int, micros: Sequence[MicroBatch]) -> None:
-        """Draw times, groups and dropped classes of a step; see `Task.start`."""
-        super().start(step, micros)
-        config = self._config
-        self._draws = partition.draw(
-            config.diffusion, seed=config.seed, step=step, shape=self._shape, bos=self._bos
-        )
-        predicted = self._predicted(micros) if self._run.manifest.padded else None
-        self._divisor = self._objective.normaliser(self._draws.groups, predicted)
+    def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:
+        """Draw times, groups and dropped classes of a step; see `Task.prepare`."""
+        draws = [self._draw(self._config.diffusion, step, micro) for micro in micros]
+        divisor = self._divisor(micros, draws)
+        return [
+            self._prepare(step, micro, drawn, divisor, skipped)
+            for micro, drawn in zip(micros, draws, strict=True)
+        ]
 
-    def _predicted(self, micros: Sequence[MicroBatch]) -> int:
-        """Count the tokens of the global batch that can be predicted, which are in the rows of all workers."""
-        own = [micro.lengths[micro.index >= 0] - self._bos for micro in micros if micro.lengths is not None]
-        total = torch.tensor(int(np.concatenate(own).sum()), device=self._device)
-        dist.all_reduce(total)
-        return max(1, int(total))
-
-    def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
-        """Make a micro-batch of the step that was started; see `Task.batch`."""
-        tokens, labels = self._rows(micro, present)
-        draws = self._draws.rows(micro.index)
-        return self._objective.batch(
+    def _prepare(
+        self, step: int, micro: MicroBatch, draws: StepDraws, divisor: int, skipped: Collection[int]
+    ) -> Prepared:
+        """Make one micro-batch."""
+        present = micro.present(skipped)
+        tokens, labels = self._rows(step, micro, present)
+        batch = self._objective.batch(
             tokens,
             draws,
             present,
-            divisor=self._divisor,
+            divisor=divisor,
             labels=labels,
-            order=self._order(micro.index) if self._causal else None,
+            order=self._order(step, micro) if self._causal else None,
             lengths=micro.lengths,
             device=self._device,
         )
+        return Prepared(micro.index, batch)
+
+    def _divisor(self, micros: Sequence[MicroBatch], draws: Sequence[StepDraws]) -> int:
+        """Return the normaliser of the global batch: a constant, or a sum over the ranks."""
+        if not self._sums:
+            return self._objective.normaliser(np.empty(self._shape, dtype=bool))
+        own = 0
+        for micro, drawn in zip(micros, draws, strict=True):
+            there = micro.index >= 0
+            lengths = None if micro.lengths is None else micro.lengths[there] - self._bos
+            own += self._objective.count(drawn.groups[there], None if lengths is None else int(lengths.sum()))
+        return max(1, int(self._sum(np.array(own))))

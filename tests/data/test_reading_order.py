@@ -1,24 +1,40 @@
 """The reading order: the same rows for any number of workers, every row once an epoch, from any step."""
 
+import hashlib
 import threading
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.reading_order import MISSING, ReadingOrder, batches
+from pipeline.data import reading_order
+from pipeline.data.manifest import ShardFile
+from pipeline.data.reading_order import MISSING, MicroBatch, ReadingOrder, batches
 from pipeline.data.shards import ShardReader
 from pipeline.errors import ConfigError, DataError
 from tests.support.data_helpers import SIZES, L, make_shards
 
 PROMISED = [49, 52, 48, 71, 73, 68, 136, 137]
+# Rows of a shard, shards, batch, streams, window, seed -> start of the SHA-256 of the rows of some steps, and of the
+# rows that two epochs leave out, as read before a worker computed the rows of its own streams alone.
+RECORDED = {
+    (8192, 40, 1234, 512, 64, 4096, 0): ("33b86ec3b3a45914", "83cb66b9d272255a"),
+    (1000, 9, 7, 512, 64, 100, 5): ("21f6f6a7814e7ce6", "946b342b466b03ab"),
+    (40, 4, 17, 24, 8, 6, 0): ("66dddabafa8806f2", "6f4e49691fba2a0d"),
+    (300, 6, 300, 64, 64, 64, 3): ("e6ffe355be31cfc5", "f5d7732bc5a1ef5c"),
+}
 
 
 def make_order(seed: int = 0, window: int = 6) -> ReadingOrder:
     return ReadingOrder(SIZES, batch=24, streams=8, window=window, seed=seed)
+
+
+def as_read(step: int, micros: list[MicroBatch]) -> list[MicroBatch]:
+    return micros
 
 
 def make_reader(path: Path) -> ShardReader:
@@ -68,7 +84,7 @@ def test_workers_share_the_same_global_batches(workers: int) -> None:
 def test_a_stream_is_a_contiguous_cut_shuffled_in_windows() -> None:
     """What a stream reads does not leave its window, and its windows follow one another."""
     order = make_order(window=6)
-    cut = order._layout(0)[0]
+    cut = order._layout(0).rows_of(np.arange(168)).reshape(8, 21)
     reads = np.stack([order.rows_of_step(step).reshape(8, 3) for step in range(7)], axis=1).reshape(8, 21)
     for stream in range(8):
         for start in range(0, 21, 6):
@@ -102,10 +118,29 @@ def test_the_order_never_changes() -> None:
     assert rows[:8].tolist() == PROMISED
 
 
+@pytest.mark.parametrize("settings", RECORDED, ids=str)
+def test_rows_are_those_of_earlier_versions(settings: tuple[int, ...]) -> None:
+    """Bit by bit, for runs of 64 streams and others that have begun."""
+    size, count, last, batch, streams, window, seed = settings
+    order = ReadingOrder([size] * count + [last], batch, streams, window, seed)
+    epoch = order.steps_per_epoch
+    rows = [order.rows_of_step(step) for step in (0, 1, epoch - 1, epoch, 2 * epoch + epoch // 2)]
+    left_out = [order.leftover(0), order.leftover(3)]
+    digests = (hashlib.sha256(np.concatenate(part).tobytes()).hexdigest()[:16] for part in (rows, left_out))
+    assert tuple(digests) == RECORDED[settings]
+
+
 def test_a_large_epoch_is_cheap() -> None:
     order = ReadingOrder([8192] * 250, batch=512, streams=64, window=4096, seed=0)
     assert len(np.unique(order.rows_of_step(12_345))) == 512
-    assert sum(part.nbytes for part in order._layout(0)) == order.rows * 8
+    assert sum(part.nbytes for part in order._layout(0)) <= 8 * (2 * 250 + 512)
+
+
+def test_rows_left_out_are_chosen_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = reading_order._smallest(1000, 30, 1, 2)
+    monkeypatch.setattr(reading_order, "_CHUNK", 64)
+    np.testing.assert_array_equal(reading_order._smallest(1000, 30, 1, 2), whole)
+    np.testing.assert_array_equal(reading_order._smallest(20, 19, 1, 2)[[0, -1]], [0, 19])
 
 
 def test_refusals() -> None:
@@ -118,7 +153,7 @@ def test_refusals() -> None:
 @pytest.mark.parametrize(("workers", "micro"), [(1, 7), (2, 4), (3, 4), (8, 2)])
 def test_batches(workers: int, micro: int, tmp_path: Path) -> None:
     reader, order = make_reader(tmp_path), make_order()
-    streams = [batches(reader, order, 5, rank, workers, micro) for rank in range(workers)]
+    streams = [batches(reader, order, 5, rank, workers, micro, as_read) for rank in range(workers)]
     for step in range(5, 9):
         parts = [next(stream) for stream in streams]
         assert len({len(part) for part in parts}) == 1
@@ -138,10 +173,36 @@ def test_batches(workers: int, micro: int, tmp_path: Path) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
 
 
+def test_a_shard_is_decoded_at_most_once_a_step_on_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker serves 64 streams, and no decoded shard is kept; windows of 4,096 rows are ten times as long."""
+    sizes, loads = [1000] * 33, []
+    reader = ShardReader(str(tmp_path), make_shards(tmp_path, sizes), "train", cache_bytes=1)
+    order = ReadingOrder(sizes, batch=64, streams=64, window=400, seed=0)
+    load = reader._load
+
+    def counted(file: ShardFile, verify: bool) -> pa.Table:
+        loads.append(file.name)
+        return load(file, verify)
+
+    monkeypatch.setattr(reader, "_load", counted)
+    steps = order.steps_per_epoch - 1  # the next epoch is not begun
+    feed = batches(reader, order, 0, 0, 1, 64, as_read)
+    for step in range(steps):
+        tokens = np.concatenate([micro.tokens for micro in next(feed)])
+        if step % 50 == 0:
+            np.testing.assert_array_equal(tokens[:, 0], order.rows_of_step(step))
+    feed.close()
+    assert 33 <= len(loads) <= steps
+
+
 def test_labels_go_with_their_rows(tmp_path: Path) -> None:
     """Also in missing rows, which repeat one that exists."""
     reader = ShardReader(str(tmp_path), make_shards(tmp_path, SIZES, classes=7), "train")
-    stream = batches(reader, make_order(), 0, 2, 3, 4)  # 8 streams for 3 workers: the last one has fewer
+    stream = batches(
+        reader, make_order(), 0, 2, 3, 4, as_read
+    )  # 8 streams for 3 workers: the last one has fewer
     parts = next(stream)
     stream.close()
     assert any((part.index == MISSING).any() for part in parts)
@@ -149,7 +210,7 @@ def test_labels_go_with_their_rows(tmp_path: Path) -> None:
         assert part.labels is not None
         np.testing.assert_array_equal(part.labels, part.tokens[:, 0] % 7)
         assert part.labels.dtype == np.int64
-    unlabelled = batches(make_reader(tmp_path / "x"), make_order(), 0, 0, 1, 24)
+    unlabelled = batches(make_reader(tmp_path / "x"), make_order(), 0, 0, 1, 24, as_read)
     assert next(unlabelled)[0].labels is None
     unlabelled.close()
 
@@ -157,10 +218,10 @@ def test_labels_go_with_their_rows(tmp_path: Path) -> None:
 def test_an_error_while_reading_ahead_reaches_the_consumer(tmp_path: Path) -> None:
     manifest, order = make_shards(tmp_path, SIZES), make_order()
     reader = ShardReader(str(tmp_path), manifest, "train")
-    good = len(list(islice(batches(reader, order, 0, 0, 8, 3), 2)))
+    good = len(list(islice(batches(reader, order, 0, 0, 8, 3, as_read), 2)))
     assert good == 2
     (tmp_path / "train-00002.parquet").unlink()
     fresh = ShardReader(str(tmp_path), manifest, "train")
     with pytest.raises(DataError, match=r"train-00002.parquet: shard is missing"):
-        list(islice(batches(fresh, order, 0, 0, 1, 24), 7))
+        list(islice(batches(fresh, order, 0, 0, 1, 24, as_read), 7))
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]

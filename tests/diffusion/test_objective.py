@@ -149,11 +149,12 @@ def test_micro_batches_add_up_to_the_global_batch(config: PGMConfig | MDLMConfig
     t, groups = draw(MATCHED, seed=2, step=3, shape=(5, 16), bos=True)
     tokens = np.random.default_rng(4).integers(0, 11, (5, 16))
     model, objective = randomised(config).double(), Objective(MATCHED, True, both)
-    draws, divisor = StepDraws(t, groups), objective.normaliser(groups)
+    divisor = objective.normaliser(groups)
 
     def measure(rows: list[int]) -> tuple[float, list[torch.Tensor]]:
         index = np.array(rows)
-        batch = objective.batch(tokens[index], draws.rows(index), index >= 0, divisor=divisor, device=CPU)
+        draws = StepDraws(t[index], groups[index])
+        batch = objective.batch(tokens[index], draws, index >= 0, divisor=divisor, device=CPU)
         loss = model(batch).sum()
         return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
 

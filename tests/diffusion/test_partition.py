@@ -1,14 +1,31 @@
 """Times and groups: a pure function of (seed, step), stratified over the global batch, of the right frequencies."""
 
+import hashlib
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline.config.schema import DiffusionConfig
-from pipeline.diffusion.partition import by_rank, draw, draw_order, draw_subset, stratified
+from pipeline.diffusion.partition import (
+    StepDraws,
+    by_rank,
+    draw,
+    draw_order,
+    draw_subset,
+    stratified,
+    uniforms_of_rows,
+)
 from pipeline.diffusion.schedule import alpha
 
 EPS = 1e-3
+# Start of the SHA-256 of times and groups, as drawn before a worker drew its own rows alone.
+RECORDED = {
+    ("loglinear", None): "aa82f7ac8b042012",
+    ("loglinear", 0.25): "0223fa2891599b9c",
+    ("arccos", None): "95ab098f5332c34a",
+}
 CONFIG = DiffusionConfig(eps=EPS)
 
 
@@ -35,6 +52,28 @@ def test_every_stratum_of_the_global_batch_has_one_time(batch: int, step: int) -
     gaps = np.diff(np.sort(uniform))
     assert np.allclose(gaps, 1 / batch)  # one offset for all
     assert sorted(np.floor(uniform * batch).astype(int)) == list(range(batch))
+
+
+@pytest.mark.parametrize(("schedule", "least"), [("loglinear", None), ("loglinear", 0.25), ("arccos", None)])
+def test_draws_of_some_rows_are_those_of_the_whole_batch(
+    schedule: Literal["loglinear", "arccos"], least: float | None
+) -> None:
+    """Bit by bit, in any order and with repetitions; and what earlier versions drew."""
+    config = DiffusionConfig(schedule=schedule)
+
+    def drawn(rows: np.ndarray | None) -> StepDraws:
+        return draw(config, seed=3, step=11, shape=(96, 33), bos=True, least=least, rows=rows)
+
+    whole = drawn(None)
+    for rows in (np.arange(40, 56), np.array([95, 3, 3, 0]), np.array([], dtype=np.int64)):
+        some = drawn(rows)
+        assert np.array_equal(some.t, whole.t[rows])
+        assert np.array_equal(some.groups, whole.groups[rows])
+    digest = hashlib.sha256(whole.t.tobytes() + whole.groups.tobytes()).hexdigest()
+    assert digest.startswith(RECORDED[schedule, least])
+    noise = np.random.default_rng([3, 11, 2]).random((96, 2, 2, 33))
+    some_noise = uniforms_of_rows(np.random.default_rng([3, 11, 2]), [7, 95, 0], (2, 2, 33))
+    assert np.array_equal(some_noise, noise[[7, 95, 0]])
 
 
 def test_the_offset_moves() -> None:

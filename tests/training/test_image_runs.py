@@ -1,11 +1,13 @@
 """Training on images: codes behind a BOS, classes and their drop, arccos masking and its normalisers."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.config.schema import RunConfig
@@ -82,6 +84,15 @@ def test_validation_names_what_it_measures(runs: Runs, name: str) -> None:
         assert ("exact" if name == "ar" else "nats per masked token, arccos") in line
 
 
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone, which sums what counts targets."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_has_its_classes_and_bos(runs: Runs, run_storage: Path, name: str) -> None:
     config = image_run(run_storage, "any", name, 0)
@@ -94,8 +105,8 @@ def test_a_batch_has_its_classes_and_bos(runs: Runs, run_storage: Path, name: st
     assert labels is not None
     for step in range(200):
         micro = MicroBatch(reader.rows(rows).astype(np.int64), rows, labels)
-        task.start(step, [micro])
-        batch = task.batch(micro, np.ones(8, bool))
+        task.start(step)
+        batch = task.batch(task.prepare(step, [micro], skipped=())[0])
         assert batch.condition is not None
         seen = batch.condition.numpy()
         dropped.append(seen == 10)
