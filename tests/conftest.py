@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
@@ -14,8 +15,19 @@ if TYPE_CHECKING:
 
 TRAINING = "tests/training"
 
-# Shapes in signatures are checked by beartype in every test; before anything imports these packages.
+# Shapes in signatures are checked by beartype; before anything imports these packages.
 install_import_hook(["pipeline.models", "pipeline.diffusion", "pipeline.sampling"], "beartype.beartype")
+_checked: set[str] = set()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check shapes in the first case of every fast test; checks everywhere would double the suites' time."""
+    function = item.nodeid.partition("[")[0]
+    shape_checks.update(
+        "jaxtyping_disable", function in _checked or item.get_closest_marker("slow") is not None
+    )
+    _checked.add(function)
 
 
 @pytest.hookimpl(tryfirst=True)

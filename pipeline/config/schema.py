@@ -64,6 +64,7 @@ class TrainConfig(Section):
         persistent_parameters: Parameters with fewer values than this stay whole on every worker in stage 3.
         offload_optimizer: Keeps the optimiser's state in host memory (stages 1 to 3).
         activation_checkpointing: Recomputes every block in the backward pass to save memory.
+        compile: Compiles what blocks compute before and after attention. CPUs, which it would slow down, ignore it.
         class_drop: Share of rows that a model with classes sees without their class, for guidance.
         init_from: Weights to start from: a model folder, a checkpoint, released weights, `models:/NAME@ALIAS` or
             `hf:OWNER/NAME/FILE`.
@@ -84,6 +85,7 @@ class TrainConfig(Section):
     persistent_parameters: NonNegativeInt = 100_000
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
+    compile: bool = False
     class_drop: Rate = 0.1
     init_from: ModelName | None = None
     on_nonfinite: Literal["skip", "stop"] = "skip"
@@ -274,6 +276,10 @@ class RunConfig(Section):
             yield f"cluster.workers: {most} workers for data.streams {streams}; {expected}"
         if train.offload_optimizer and train.zero_stage == 0:
             yield "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
+        if train.compile and train.zero_stage == 3:
+            yield "train.compile: true at stage 3, which gathers module by module; expected train.zero_stage 0 to 2"
+        if train.compile and getattr(self.data, "wrap", "none") == "sentence":
+            yield "train.compile: true for rows with padding, whose batches differ in shape; expected false"
         if self.optim.warmup_steps >= train.steps:
             yield f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {train.steps}"
 

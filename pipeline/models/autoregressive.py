@@ -214,7 +214,9 @@ class AR(CachedDenoiser):
 
     def _ids(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B P_plus_L"]:
         """Registers, start if there is one, and tokens: the content of the slots."""
-        prefix = torch.cat([self.register_ids(tokens.device), tokens.new_tensor(self.starts)])
+        device = tokens.device  # without copies from the host
+        starts = [torch.full((1,), start, device=device) for start in self.starts]
+        prefix = torch.cat([self.register_ids(device), *starts])
         return torch.cat([prefix.expand(len(tokens), -1), tokens], 1)
 
     def _encode_new(self, state: State, vectors: ClassVectors, lengths: Sequence[int]) -> None:

@@ -175,7 +175,8 @@ class State:
             return self, list(lengths)
         condition = None if self.condition is None else self.condition[rows]
         known = [self.lengths[row] for row in rows]
-        state = State(self.tokens[rows], self.positions[rows], known, condition=condition)
+        index = torch.tensor(rows, dtype=torch.int64).to(self.tokens.device, non_blocking=True)
+        state = State(self.tokens[index], self.positions[index], known, condition=condition)
         state.extents = None if self.extents is None else [self.extents[row] for row in rows]
         return state, [lengths[row] for row in rows]
 

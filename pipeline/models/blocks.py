@@ -1,9 +1,10 @@
 """Transformer blocks over packed segments: self-attention (encoder, masked models) and cross-attention."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from pipeline.models.layers import (
     sinusoid,
     upcast,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
@@ -71,6 +74,65 @@ class Stored(NamedTuple):
     queries: Float[Tensor, "places H"] | None = None
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+# Combinations of shapes that a part of a block is compiled for: encoder and decoder, whole and last micro-batches.
+_SHAPES = 16
+
+
+def compiled(function: Callable[P, R], most: int, **options: Any) -> Callable[P, R]:
+    """Compile a function when it is first called, for static shapes.
+
+    Args:
+        function: of tensors; a method of a module is compiled once for all modules of its class.
+        most: combinations of shapes to compile for; with others the function runs as it is.
+        **options: of `torch.compile`.
+
+    Returns:
+        What computes the same.
+    """
+
+    @cache
+    def fast() -> Callable[P, R]:
+        return torch.compile(function, fullgraph=True, dynamic=False, recompile_limit=most, **options)
+
+    @cache
+    def warn() -> None:
+        log.warning("%s: compiled for %d shapes; with others it runs as it is", function.__qualname__, most)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return fast()(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            warn()
+            return function(*args, **kwargs)
+
+    return run
+
+
+def part(method: Callable[P, R]) -> Callable[P, R]:
+    """Mark what a module computes before or after attention: compiled in training if the module is a `compiled` one.
+
+    Attention stays out, since its segments differ from batch to batch. Dropout in compiled code is another function
+    of the same generator.
+
+    Args:
+        method: of an `nn.Module` with the attribute `compiled`.
+
+    Returns:
+        The method.
+    """
+    fast = compiled(method, _SHAPES)
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        module: Any = args[0]
+        return (fast if module.compiled and module.training else method)(*args, **kwargs)
+
+    return run
+
+
 class EncoderReader(nn.Module):
     """Base of the modules that read encoder outputs by cross-attention.
 
@@ -78,12 +140,15 @@ class EncoderReader(nn.Module):
         heads: N.
         kv_norm: norm of the encoder outputs in front of `kv_proj`.
         kv_proj: maps encoder outputs to keys and values.
+        compiled: see `part`.
     """
 
     heads: int
+    compiled: bool = False
     kv_norm: nn.Module
     kv_proj: HeadsLinear
 
+    @part
     def keys_values(
         self, encoded: Float[Tensor, "T H"], code: Rotary
     ) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
@@ -129,7 +194,12 @@ class Block(nn.Module, ABC):
 
     Args:
         config: sizes, dropout, and whether there are classes.
+
+    Attributes:
+        compiled: see `part`.
     """
+
+    compiled: bool = False
 
     def __init__(self, config: TrunkConfig):
         super().__init__()
@@ -175,6 +245,7 @@ class Block(nn.Module, ABC):
         norm1 = self.norm_before_attention.folded(shift1, scale1)
         return Modulated(norm1, gate1, self.norm2.folded(shift2, scale2), gate2)
 
+    @part
     def residuals(
         self, x: Float[Tensor, "T H"], attended: Float[Tensor, "T H"], modulated: Modulated
     ) -> Float[Tensor, "T H"]:
@@ -236,14 +307,30 @@ class SelfBlock(Block):
             [T, H].
         """
         modulated = (stored and stored.modulated) or self.modulated(condition)
-        qkv = self.qkv_proj(modulated.norm1(x))  # [T, 3N, D]
-        qk, v = qkv.split([2 * self.heads, self.heads], 1)
-        q, k = rotate(qk, layout.code).chunk(2, 1)  # [T, N, D], rotated together: one pass instead of two
+        q, k, v = self.queries_keys_values(x, layout.code, modulated)
         if stored is not None and append is not None:
             y = stored.cache.attend(q, k, v, append)
         else:
             y = attend(q, k, v, layout.segments, layout.segments, self.causal)
         return self.residuals(x, y.flatten(1), modulated)
+
+    @part
+    def queries_keys_values(
+        self, x: Float[Tensor, "T H"], code: Rotary, modulated: Modulated
+    ) -> tuple[Float[Tensor, "T N D"], Float[Tensor, "T N D"], Float[Tensor, "T N D"]]:
+        """Compute the queries and keys, with their rotary code applied, and the values of tokens.
+
+        Args:
+            x: tokens.
+            code: rotary code of their positions.
+            modulated: the block's norms and gates.
+
+        Returns:
+            Queries, keys and values, [T, N, D] each.
+        """
+        qk, v = self.qkv_proj(modulated.norm1(x)).split([2 * self.heads, self.heads], 1)
+        q, k = rotate(qk, code).chunk(2, 1)  # rotated together: one pass instead of two
+        return q, k, v
 
 
 class CrossBlock(Block, EncoderReader):
@@ -295,9 +382,25 @@ class CrossBlock(Block, EncoderReader):
             [Tq, H].
         """
         modulated = (stored and stored.modulated) or self.modulated(condition)
-        q = self.q_proj(modulated.norm1(x))  # [Tq, N, D]
-        y = self.read(rotate(q, queries.code), encoded, queries.segments, keys, stored)
+        q = self.queries(x, queries.code, modulated)
+        y = self.read(q, encoded, queries.segments, keys, stored)
         return self.residuals(x, y, modulated)
+
+    @part
+    def queries(
+        self, x: Float[Tensor, "Tq H"], code: Rotary, modulated: Modulated
+    ) -> Float[Tensor, "Tq N D"]:
+        """Compute the queries of decoder states, with their rotary code applied.
+
+        Args:
+            x: decoder state.
+            code: rotary code of the positions.
+            modulated: the block's norms and gates.
+
+        Returns:
+            [Tq, N, D].
+        """
+        return rotate(self.q_proj(modulated.norm1(x)), code)
 
 
 class GroupSwap(EncoderReader):

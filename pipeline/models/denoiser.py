@@ -15,7 +15,7 @@ from pipeline.config.model import TrunkConfig
 from pipeline.errors import CapabilityError
 from pipeline.models.attention import Cache, CacheAppend, Segments
 from pipeline.models.batch import Batch, Labels, NewTokens, State, packed
-from pipeline.models.blocks import Block, Layout, Stored
+from pipeline.models.blocks import Block, EncoderReader, Layout, Stored
 from pipeline.models.head import Head
 from pipeline.models.layers import ClassVectors, Condition, FinalNorm, rotary
 
@@ -109,6 +109,12 @@ class Denoiser(nn.Module, ABC):
             The segments with the rotary codes of the positions.
         """
         return Layout(segments, rotary(positions, self.head_size, self.head.weight.dtype))
+
+    def compile_blocks(self) -> None:
+        """Compile what blocks compute before and after attention, when training first calls it (`blocks.part`)."""
+        for module in self.modules():
+            if isinstance(module, Block | EncoderReader):
+                module.compiled = True
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Float[Tensor, "T H"]:
         """Run one block of the trunk; with `recompute` its activations are computed again in the backward pass.

@@ -1,9 +1,7 @@
 """Steps of fixed shape, which can be compiled and captured as CUDA graphs."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +11,13 @@ from torch import Tensor
 
 from pipeline.errors import CapabilityError
 from pipeline.models.batch import NewTokens, State
+from pipeline.models.blocks import compiled
 from pipeline.models.denoiser import CachedDenoiser, Denoiser
 from pipeline.models.layers import ClassVectors
 from pipeline.sampling.logits import Filters, Guidance, draw_tokens
 from pipeline.sampling.orders import PLANNED, Order
 
 DEVICES = ("cuda",)  # on a CPU, attention over whole caches would cost more than it saves
-log = logging.getLogger(__name__)
 
 # Shapes that one process compiles the step for: a few widths of every model and batch.
 _SHAPES = 64
@@ -173,26 +171,12 @@ def compiled_step(memory: Any) -> Callable[..., Int[Tensor, "samples width"]]:
 
     def step(*inputs: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        try:
-            with torch._dynamo.config.patch(recompile_limit=_SHAPES):
-                return _compiled()(*inputs).clone()  # the next call of a CUDA graph overwrites its output
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            _warn_of_limit()
-            return _step(*inputs)
+        return _compiled(*inputs).clone()  # the next call of a CUDA graph overwrites its output
 
     return step
 
 
-@cache
-def _warn_of_limit() -> None:
-    """Say once that no further shape is compiled."""
-    log.warning("compiled steps of %d shapes; steps of other shapes are not compiled", _SHAPES)
-
-
-@cache
-def _compiled() -> Callable[..., Int[Tensor, "samples width"]]:
-    """The compiled step, one for all models."""
-    return torch.compile(_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+_compiled = compiled(_step, _SHAPES, mode="reduce-overhead")  # one for all models
 
 
 def _tensors(kept: Any) -> Iterator[Tensor]:

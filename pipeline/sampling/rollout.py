@@ -53,19 +53,19 @@ def roll_out(
     state = teacher.open(len(tokens), condition)
 
     def locate(where: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "T"], list[int]]:
-        return where.nonzero(as_tuple=True)[1].to(device), where.sum(1).tolist()
+        return where.nonzero(as_tuple=True)[1].to(device, non_blocking=True), where.sum(1).tolist()
 
     def reveal(where: Bool[Tensor, "B L"]) -> None:
-        index = by_rank(where, order).to(device)
+        index = by_rank(where, order).to(device, non_blocking=True)
         teacher.extend(state, canvas.view(-1)[index], index % where.shape[1], where.sum(1).tolist())
 
-    canvas = tokens.to(device, copy=True)
+    canvas = tokens.to(device, copy=True, non_blocking=True)
     reveal(~hidden)
     parts, rest = [], hidden & ~first
     if first.any():
         parts.append(teacher.hidden(state, *locate(first)))
-        drawn = draw_tokens(teacher.head, parts[0], noise[:, 1][first].to(device)).tokens
-        canvas.view(-1)[by_rank(first, None).to(device)] = drawn
+        drawn = draw_tokens(teacher.head, parts[0], noise[:, 1][first].to(device, non_blocking=True)).tokens
+        canvas.view(-1)[by_rank(first, None).to(device, non_blocking=True)] = drawn
         reveal(first)
     if rest.any():
         parts.append(teacher.hidden(state, *locate(rest)))
@@ -73,4 +73,4 @@ def roll_out(
         return teacher.head.weight.new_empty(0, teacher.head.weight.shape[1])
     # The parts hold the first step's positions, then the others: sort them back by row and position.
     by_step = first[hidden].long().argsort(descending=True, stable=True)
-    return torch.cat(parts)[by_step.argsort().to(device)]
+    return torch.cat(parts)[by_step.argsort().to(device, non_blocking=True)]

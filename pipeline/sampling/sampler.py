@@ -178,7 +178,7 @@ class _Rows:
         self.fixed = request.compile and device.type in fixed.DEVICES and model.foldable
         capacity = fixed.room(model.length) if self.fixed else None
         self._state = model.open(self._copies * rows, condition, request.refresh_every, capacity, extents)
-        self._unknown, self.tokens = unknown, tokens.to(device)
+        self._unknown, self.tokens = unknown, tokens.to(device, non_blocking=True)
         self.revealed_at = torch.zeros_like(tokens)
         if given.any():
             order = None
@@ -186,8 +186,8 @@ class _Rows:
                 ranks = draw_order([request.seed, 0, 1], indices, model.length, request.bos is not None)
                 order = torch.from_numpy(ranks)
             index = by_rank(given, order)
-            places = (index % model.length).to(device)
-            self._extend(tokens.flatten()[index].to(device), places, given.sum(1).tolist())
+            places = (index % model.length).to(device, non_blocking=True)
+            self._extend(tokens.flatten()[index].to(device, non_blocking=True), places, given.sum(1).tolist())
 
     def follow(self) -> Iterator[None]:
         """Reveal by plans that are made before the first step; yields after every step.
@@ -196,7 +196,9 @@ class _Rows:
         """
         plan, device = self._plan(), self.tokens.device
         cells = plan.rows * self.tokens.shape[1] + plan.positions
-        fields = [torch.from_numpy(x).to(device) for x in (plan.positions, cells, plan.noise)]
+        fields = [
+            torch.from_numpy(x).to(device, non_blocking=True) for x in (plan.positions, cells, plan.noise)
+        ]
         parts = zip(*(x.split(plan.counts.sum(1).tolist()) for x in fields), strict=True)
         for step, (lengths, (places, cell, uniform)) in enumerate(
             zip(plan.counts.tolist(), parts, strict=True)

@@ -22,6 +22,9 @@ from pipeline.models.denoiser import Denoiser
 # (parameter name, offset into the flattened parameter) -> float32 values from there on that this rank owns.
 Slices = dict[tuple[str, int], Tensor]
 
+log = logging.getLogger(__name__)
+
+COMPILED = ("cuda",)  # devices on which `train.compile` pays
 TAG = "zero"  # DeepSpeed's own folder inside a checkpoint
 NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch.compile gives functions back as they are, and imports nothing
 
@@ -119,6 +122,10 @@ class Engine:
         self._bf16 = train.precision == "bf16"
         model.to(device)
         model.recompute = train.activation_checkpointing
+        if train.compile and device.type in COMPILED:
+            model.compile_blocks()
+        elif train.compile and dist.get_rank() == 0:
+            log.warning("train.compile: true is ignored on a CPU, where it does not pay (docs/speed.md)")
         # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed first takes a step with zero gradients.
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay

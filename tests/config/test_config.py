@@ -198,6 +198,11 @@ class TestMistakes:
                 "data.streams: 8 does not divide train.batch 12; nearest that does: 6",
             ),
             ({"cluster": {"workers": 9}}, "cluster.workers: 9 workers for data.streams 8; expected at most"),
+            ({"train": {"compile": True, "zero_stage": 3}}, "train.compile: true at stage 3, which gathers"),
+            (
+                {"train": {"compile": True}, "data": {"wrap": "sentence"}},
+                "train.compile: true for rows with padding",
+            ),
             (
                 {"cluster": {"workers": {"min": 1, "max": 9}}},
                 "cluster.workers: 9 workers for data.streams 8; expected at most one worker a stream",

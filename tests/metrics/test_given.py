@@ -217,7 +217,7 @@ def test_keys_that_exclude_each_other() -> None:
 
 
 def run_config(storage: Path, name: str, **sampling: Any) -> RunConfig:
-    settings = {"num_samples": 3, "batch": 2, "seed": 5, **sampling}
+    settings = {"num_samples": 3, "batch": 3, "seed": 5, **sampling}
     tree = {"name": name, "cluster": {"storage": str(storage)}, "sampling": settings}
     return RunConfig.model_validate(tree)
 

@@ -29,7 +29,7 @@ def tiny(storage: Path, name: str, **changes: dict[str, object]) -> RunConfig:
         "train": {
             "steps": 8,
             "batch": 8,
-            "micro_batch": 2,
+            "micro_batch": 4,
             "precision": "fp32",
             "zero_stage": 1,
             "ema": 0.9,

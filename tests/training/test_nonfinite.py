@@ -91,9 +91,8 @@ def runs(run_storage: Path, groups: dict[int, Workers]) -> dict[str, tuple[RunCo
     config = quick(run_storage, "nan-gradients-of-all-steps", log_every=1)
     found["all-steps"] = config, groups[2](observed.train_one, config, False, nan_gradients), None
     for stage, precision in KINDS:
-        config = quick(
-            run_storage, f"nan-gradient-{stage}-{precision}", zero_stage=stage, precision=precision, steps=3
-        )
+        name, kind = f"nan-gradient-{stage}-{precision}", {"zero_stage": stage, "precision": precision}
+        config = quick(run_storage, name, steps=3, micro_batch=2, **kind)
         seen = groups[2](observed.train_one, config, False, NanGradient(4))  # step 2 of 2 micro-batches
         found[f"gradient-{stage}-{precision}"] = config, seen, None
     return found

@@ -21,7 +21,7 @@ def _configs(storage: Path) -> list[RunConfig]:
     """Accumulation of two micro-batches a worker; gradients of norm 1 and more are clipped to 0.1."""
 
     def run(name: str, dropout: float = 0.0, steps: int = STEPS, **train: object) -> RunConfig:
-        return observed.quick(storage, name, dropout, steps=steps, **train)
+        return observed.quick(storage, name, dropout, steps=steps, micro_batch=2, **train)
 
     found = []
     for stage in STAGES:

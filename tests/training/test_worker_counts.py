@@ -123,7 +123,10 @@ def test_ema_slices_of_any_workers_make_the_same_tensors(changed: dict[str, Seen
 @pytest.fixture(scope="module")
 def three(run_storage: Path) -> list[list[Seen]]:
     """Three workers serve four streams: two of them miss rows."""
-    configs = [quick(run_storage, f"three-stage-{stage}", steps=6, zero_stage=stage) for stage in (0, 1, 3)]
+    configs = [
+        quick(run_storage, f"three-stage-{stage}", steps=6, micro_batch=2, zero_stage=stage)
+        for stage in (0, 1, 3)
+    ]
     return run_workers(observed.train, 3, configs)
 
 
