@@ -11,6 +11,7 @@ from jaxtyping import Int64
 
 from pipeline.data.shards import ShardReader
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.batch import Roles
 
 MISSING = -1
 
@@ -132,13 +133,13 @@ class MicroBatch:
         tokens: the rows; missing ones repeat a row that exists.
         index: place of each row in the global batch; -1 for missing ones, whose weight must be 0.
         labels: classes of the rows, where they have one.
-        lengths: tokens of the rows, the others being padding; None where rows have no padding.
+        roles: given tokens and padding of the rows; None where rows have neither.
     """
 
     tokens: Int64[np.ndarray, "m L"]
     index: Int64[np.ndarray, "m"]
     labels: Int64[np.ndarray, "m"] | None = None
-    lengths: Int64[np.ndarray, "m"] | None = None
+    roles: Roles | None = None
 
 
 def batches(
@@ -167,9 +168,16 @@ def batches(
 
     def load(step: int) -> list[MicroBatch]:
         rows = order.rows_of_step(step)[np.where(served, slots, slots[0])]  # a worker has at least one stream
-        fields = [reader.rows(rows).astype(np.int64), slots, reader.labels(rows), reader.lengths(rows)]
-        split = ([None] * parts if field is None else np.split(field, parts) for field in fields)
-        return [MicroBatch(*part) for part in zip(*split, strict=True)]
+        tokens, labels, roles = reader.rows(rows).astype(np.int64), reader.labels(rows), reader.roles(rows)
+        return [
+            MicroBatch(
+                tokens[part],
+                slots[part],
+                None if labels is None else labels[part],
+                None if roles is None else roles.rows(part),
+            )
+            for part in np.split(np.arange(len(rows)), parts)
+        ]
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
         ahead = pool.submit(load, start_step)

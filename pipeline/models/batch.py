@@ -16,6 +16,55 @@ from pipeline.models.head import DistillTargets
 Labels = Int[Tensor, "B"] | None  # class labels of a batch's rows
 
 
+class Roles(NamedTuple):
+    """What the tokens of rows are: given ones, then targets, then padding.
+
+    Attributes:
+        given: number of tokens at the start of every row, BOS included, that are known from the start. Both groups
+            read them, and they are never targets. In a row of 0 a BOS is no target either, but of group 0 alone.
+        lengths: tokens of every row; the others are padding, which no token reads and nothing is computed for.
+
+    Source:
+        docs/method.md section 10.
+    """
+
+    given: Int[np.ndarray, "B"]
+    lengths: Int[np.ndarray, "B"]
+
+    def targets(self, length: int, bos: bool) -> Bool[np.ndarray, "B L"]:
+        """Find the positions that can be predicted.
+
+        Args:
+            length: L.
+            bos: position 0 holds BOS, which is no target.
+
+        Returns:
+            [B, L], True = neither given nor padding.
+        """
+        places = np.arange(length)
+        return (places >= self._starts(bos)[:, None]) & (places < self.lengths[:, None])
+
+    def counts(self, bos: bool) -> Int[np.ndarray, "B"]:
+        """Count the positions of every row that can be predicted.
+
+        Args:
+            bos: position 0 holds BOS, which is no target.
+        """
+        return self.lengths - self._starts(bos)
+
+    def rows(self, index: Int[np.ndarray, "m"] | slice) -> "Roles":
+        """Select the roles of some rows.
+
+        Args:
+            index: of the rows.
+        """
+        return Roles(self.given[index], self.lengths[index])
+
+    def _starts(self, bos: bool) -> Int[np.ndarray, "B"]:
+        """First position of every row that can be predicted."""
+        return np.maximum(self.given, int(bos))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of tokens split into two groups, and which of them are predicted.
@@ -33,8 +82,8 @@ class Batch:
         order: [B, L] distinct ranks by which the tokens of every row are revealed, which a causal encoder reads them
             in; None: ascending positions.
         distill_targets: a teacher's predictions, to be learned in place of the tokens.
-        lengths: [B] tokens of every row, the others being padding, which no token reads and nothing is computed
-            for; None: rows have no padding.
+        lengths: [B] tokens of every row, as in `Roles`; None: rows have no padding.
+        given: [B] given tokens of every row, as in `Roles`; None: rows have none.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -46,6 +95,7 @@ class Batch:
     order: Int[Tensor, "B L"] | None = None
     distill_targets: DistillTargets | None = None
     lengths: Int[Tensor, "B"] | None = None
+    given: Int[Tensor, "B"] | None = None
 
     @classmethod
     def of_arrays(
@@ -57,7 +107,7 @@ class Batch:
         *,
         labels: Int[np.ndarray, "B"] | None = None,
         order: Int[np.ndarray, "B L"] | None = None,
-        lengths: Int[np.ndarray, "B"] | None = None,
+        roles: Roles | None = None,
         device: torch.device,
     ) -> "Batch":
         """Make a batch of NumPy arrays.
@@ -69,14 +119,16 @@ class Batch:
             weights: loss weight of every position.
             labels: class labels, or None.
             order: ranks of revelation, or None.
-            lengths: tokens of every row, or None.
+            roles: given tokens and padding of the rows; None: neither.
             device: where the model computes.
 
         Returns:
             The batch, on the host.
         """
         tensor = torch.from_numpy
-        condition, ranks, extents = (None if x is None else tensor(x) for x in (labels, order, lengths))
+        given, lengths = roles or (None, None)
+        fields = (labels, order, lengths, given)
+        condition, ranks, *extents = (None if x is None else tensor(x) for x in fields)
         return cls(
             tensor(tokens),
             tensor(groups),
@@ -85,7 +137,8 @@ class Batch:
             condition,
             device,
             ranks,
-            lengths=extents,
+            None,
+            *extents,
         )
 
     @property
@@ -104,6 +157,13 @@ class Batch:
         if self.lengths is None:
             return torch.zeros_like(self.groups)
         return torch.arange(self.shape[1]) >= self.lengths[:, None]
+
+    @property
+    def known(self) -> Bool[Tensor, "B L"]:
+        """Which positions hold given tokens."""
+        if self.given is None:
+            return torch.zeros_like(self.groups)
+        return torch.arange(self.shape[1]) < self.given[:, None]
 
     @cached_property
     def target_index(self) -> Int[Tensor, "Q"]:

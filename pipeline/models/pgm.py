@@ -68,6 +68,9 @@ class PGM(CachedDenoiser):
     to the decoder state. Of the registers the first half is in group 1 and the second half in group 0, where
     sampling knows it from the start.
 
+    Given tokens stand in the segments of both groups, so that every prediction reads them; in the order of revelation
+    they come first.
+
     With `encoder: causal`, a clean token reads in the encoder only the clean tokens of its group that were revealed
     before it, and itself. So no encoder output ever changes, and sampling encodes every token once.
 
@@ -249,28 +252,29 @@ class PGM(CachedDenoiser):
         """
         rows, length = batch.shape
         cpu = torch.device("cpu")  # where batches are
-        in_group_1 = torch.arange(self.registers) < self.registers // 2
-        groups = torch.cat([in_group_1.expand(rows, -1), batch.groups], 1).long()  # [B, R + L]
+        in_group_1 = (torch.arange(self.registers) < self.registers // 2).expand(rows, -1)
+        in_group_1 = torch.cat([in_group_1, batch.groups], 1)  # [B, R + L]
         ids = torch.cat([self.register_ids(cpu).expand(rows, -1), batch.tokens], 1)
-        if batch.lengths is not None:
-            groups[:, self.registers :][batch.padding] = 2  # the last of every row, in no segment
-        width, targets = groups.shape[1], batch.targets.sum(1)
+        width, targets = ids.shape[1], batch.targets.sum(1)
         ones_targets = (batch.targets & batch.groups).sum(1)
         # Keys of row b: group 0, group 1. Queries: group 1, group 0. Query segment i reads key segment i.
-        sort_key = groups
-        if self.causal and batch.order is not None:
-            # Inside a group: registers, then tokens in the order of their revelation.
-            first = torch.full((rows, self.registers), -1)
-            sort_key = groups * (batch.order.amax() + 2) + torch.cat([first, batch.order], 1)
-        key_index = sort_key.argsort(dim=1, stable=True) + torch.arange(rows)[:, None] * width
-        key_lengths = torch.stack([(groups == 0).sum(1), (groups == 1).sum(1)], 1)
         query_lengths = torch.stack([ones_targets, targets - ones_targets], 1)
         sides = 2 if query_lengths[:, 1].any() else 1  # if all targets are in group 1, it need not be encoded
-        key_lengths, query_lengths = key_lengths[:, :sides], query_lengths[:, :sides]
-        key_index = key_index[torch.arange(width) < key_lengths.sum(1, keepdim=True)]
+        query_lengths = query_lengths[:, :sides]
+        keys_of = torch.stack([~in_group_1, in_group_1][:sides], 1)  # [B, sides, R + L]
+        ordinary = batch.lengths is None and batch.given is None
+        if not ordinary:
+            of_tokens = keys_of[..., self.registers :]
+            of_tokens |= batch.known[:, None]  # given tokens are keys of both groups
+            of_tokens &= ~batch.padding[:, None]
+        key_index = self._key_order(batch, width)  # [B, R + L]
+        in_segment = keys_of.gather(2, key_index[:, None].expand(-1, sides, -1))
+        key_lengths = in_segment.sum(2)
+        key_index = key_index + torch.arange(rows)[:, None] * width
+        key_index = key_index[:, None].expand(-1, sides, -1)[in_segment]
         per_row = int(targets[:1].sum())
         window = per_row if sides == 2 and per_row and bool((targets == per_row).all()) else None
-        whole = sides == 2 and batch.lengths is None  # the keys of a row fill a window
+        whole = sides == 2 and ordinary  # the keys of a row fill a window
         keys = Segments(key_lengths.flatten().tolist(), batch.device, window=width if whole else None)
         queries = Segments(query_lengths.flatten().tolist(), batch.device, window=window)
         tokens = batch.gather(ids, key_index)
@@ -280,6 +284,13 @@ class PGM(CachedDenoiser):
         encoded = self._encode(tokens, key_index % width, keys, Condition(vectors, key_index // width, whole))
         condition = Condition(vectors, target_index // length, window is not None)
         return self._decode(encoded, target_index % length, length, queries, condition)
+
+    def _key_order(self, batch: Batch, width: int) -> Int[Tensor, "B R_plus_L"]:
+        """The order in which a segment holds its tokens: registers, then by position or, if causal, as revealed."""
+        if not self.causal or batch.order is None:
+            return torch.arange(width).expand(batch.shape[0], -1)
+        registers = torch.arange(self.registers).expand(batch.shape[0], -1)
+        return torch.cat([registers, batch.order.argsort(1) + self.registers], 1)
 
     def _encode(
         self,

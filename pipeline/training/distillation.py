@@ -21,7 +21,7 @@ from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.head import DistillTargets
 from pipeline.run import Run
@@ -119,6 +119,7 @@ def teach(
     dt: float,
     labels: Int[np.ndarray, "B"] | None = None,
     order: Int[np.ndarray, "B L"] | None = None,
+    roles: Roles | None = None,
 ) -> Float[Tensor, "Q H"]:
     """Compute the teacher's vectors at all hidden positions, in the order of `Batch.target_index`.
 
@@ -132,6 +133,7 @@ def teach(
         dt: of the teacher's steps.
         labels: class of every row; None for an unconditional teacher.
         order: ranks by which the tokens of a row were revealed; None: ascending positions.
+        roles: given tokens and padding of the rows, which are never hidden; None: neither.
 
     Shape:
         B rows of L positions; Q hidden positions; H hidden size.
@@ -140,6 +142,8 @@ def teach(
         The vectors before the teacher's head.
     """
     count, length = sides.hidden.shape[1:]
+    condition = None if labels is None else torch.from_numpy(labels.repeat(count))
+    extents = None if roles is None else roles.lengths.repeat(count).tolist()
     return roll_out(
         teacher,
         torch.from_numpy(tokens.repeat(count, axis=0)),
@@ -147,8 +151,8 @@ def teach(
         time=torch.from_numpy(sides.time.reshape(-1)),
         dt=dt,
         noise=torch.from_numpy(noise[:, :count].reshape(-1, 2, length)),
-        condition=None if labels is None else torch.from_numpy(labels.repeat(count)),
         order=None if order is None else torch.from_numpy(order.repeat(count, axis=0)),
+        state=teacher.open(len(tokens) * count, condition, extents=extents),
     )
 
 
@@ -197,6 +201,17 @@ class Distillation(Task):
         self._sides = hidden_sides(self._draws, self._dt, self._distill.form, eps, self._bos)
         rows, length = self._shape
         self._noise = np.random.default_rng([seed, step, 2]).random((rows, 2, 2, length))
+        self._counts = self._sides.hidden.sum((0, 2))
+        if self._run.manifest.padded:
+            own = [self._hidden(micro, micro.index >= 0).hidden.sum((0, 2)) for micro in micros]
+            self._counts = self._total(np.sum(own, axis=0))
+
+    def _hidden(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Sides:
+        """Return what is hidden from the teacher in the rows of a micro-batch that count."""
+        hidden, time = self._sides.hidden[micro.index] & present[:, None, None], self._sides.time[micro.index]
+        if micro.roles is not None:
+            hidden &= micro.roles.targets(self._shape[1], self._bos)[:, None]
+        return Sides(hidden, time)
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started, with the teacher's vectors; see `Task.batch`."""
@@ -204,15 +219,22 @@ class Distillation(Task):
         tokens, labels = self._rows(micro, present)
         if self._bos:
             tokens[:, 0] = self._run.manifest.special.bos
-        sides = Sides(self._sides.hidden[index], self._sides.time[index])
+        sides = self._hidden(micro, np.ones_like(present))
         # The mean over the targets of a roll-out in the global batch, and the mean over the roll-outs.
-        counts = np.maximum(1, self._sides.hidden.sum((0, 2)))
+        counts = np.maximum(1, self._counts)
         weights = (sides.hidden / (len(counts) * counts[:, None])).sum(1) * present[:, None]
-        order = self._order(index) if self._teacher.causal else None
+        order = self._order(micro) if self._teacher.causal else None
+        noise, roles = self._noise[index], micro.roles
         with self._engine.assembled(self._teacher):
-            vectors = teach(self._teacher, tokens, sides, self._noise[index], self._dt, labels, order)
+            vectors = teach(
+                self._teacher, tokens, sides, noise, self._dt, labels=labels, order=order, roles=roles
+            )
         groups, targets = self._draws.groups[index], np.any(sides.hidden, axis=1)
-        batch = Batch.of_arrays(tokens, groups, targets, weights, labels=labels, order=order, device=device)
+        if roles is not None:  # given tokens are hidden on no side
+            groups = groups & roles.targets(self._shape[1], self._bos)
+        batch = Batch.of_arrays(
+            tokens, groups, targets, weights, labels=labels, order=order, roles=roles, device=device
+        )
         distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         return replace(batch, distill_targets=distill_targets)
 

@@ -60,9 +60,16 @@ class Task(ABC):
             The batch, on the device of the worker.
         """
 
-    def _order(self, index: Int[np.ndarray, "m"]) -> Int[np.ndarray, "m L"]:
-        """Draw the orders of revelation of some rows of the global batch, for models with a causal encoder."""
-        return partition.draw_order([self._config.seed, self._step, 3], index, self._shape[1], self._bos)
+    def _order(self, micro: MicroBatch) -> Int[np.ndarray, "m L"]:
+        """Draw the orders of revelation of the rows of a micro-batch, for models with a causal encoder."""
+        seed, given = [self._config.seed, self._step, 3], None if micro.roles is None else micro.roles.given
+        return partition.draw_order(seed, micro.index, self._shape[1], self._bos, given)
+
+    def _total(self, counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        """Sum counts of all workers."""
+        total = torch.from_numpy(counts).to(self._device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
 
     def _rows(
         self, micro: MicroBatch, present: Bool[np.ndarray, "m"]
@@ -95,15 +102,11 @@ class Pretraining(Task):
         self._draws = partition.draw(
             config.diffusion, seed=config.seed, step=step, shape=self._shape, bos=self._bos
         )
-        predicted = self._predicted(micros) if self._run.manifest.padded else None
+        predicted = None
+        if self._run.manifest.padded:
+            own = [micro.roles.counts(self._bos)[micro.index >= 0] for micro in micros if micro.roles]
+            predicted = max(1, int(self._total(np.concatenate(own).sum(keepdims=True))))
         self._divisor = self._objective.normaliser(self._draws.groups, predicted)
-
-    def _predicted(self, micros: Sequence[MicroBatch]) -> int:
-        """Count the tokens of the global batch that can be predicted, which are in the rows of all workers."""
-        own = [micro.lengths[micro.index >= 0] - self._bos for micro in micros if micro.lengths is not None]
-        total = torch.tensor(int(np.concatenate(own).sum()), device=self._device)
-        dist.all_reduce(total)
-        return max(1, int(total))
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
         """Make a micro-batch of the step that was started; see `Task.batch`."""
@@ -115,7 +118,7 @@ class Pretraining(Task):
             present,
             divisor=self._divisor,
             labels=labels,
-            order=self._order(micro.index) if self._causal else None,
-            lengths=micro.lengths,
+            order=self._order(micro) if self._causal else None,
+            roles=micro.roles,
             device=self._device,
         )
