@@ -369,8 +369,6 @@ class RunConfig(Section):
     def _distillation(self) -> Iterator[str]:
         if self.distill is None:
             return
-        if self.data.kind == "text" and self.data.wrap == "sentence":
-            yield "data.wrap: 'sentence' in a distillation, whose rows have no padding; expected none or bos_eos"
         rounds, steps, warmup = self.distill.rounds, self.train.steps, self.optim.warmup_steps
         first = self.distill.teacher_steps
         if steps % rounds:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64
 
 from pipeline.data.shards import Rows, ShardReader
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.batch import Roles
 
 T = TypeVar("T")
 
@@ -192,25 +193,23 @@ class MicroBatch:
         tokens: the rows; missing ones repeat a row that exists.
         index: place of each row in the global batch; -1 for missing ones, whose weight must be 0.
         labels: classes of the rows, where they have one.
-        lengths: tokens of the rows, the others being padding; None where rows have no padding.
+        roles: given tokens and padding of the rows; None where rows have neither.
     """
 
     tokens: Int64[np.ndarray, "m L"]
     index: Int64[np.ndarray, "m"]
     labels: Int64[np.ndarray, "m"] | None = None
-    lengths: Int64[np.ndarray, "m"] | None = None
+    roles: Roles | None = None
 
     @classmethod
     def of(cls, rows: Rows, index: Int64[np.ndarray, "m"]) -> "MicroBatch":
         """Make a micro-batch of rows of a shard.
 
         Args:
-            rows: with their labels and lengths, where they have any.
+            rows: with their labels and roles, where they have any.
             index: place of each row in the global batch.
         """
-        tokens, labels, lengths = (None if field is None else field.astype(np.int64) for field in rows)
-        assert tokens is not None
-        return cls(tokens, index, labels, lengths)
+        return cls(rows.tokens.astype(np.int64), index, rows.labels, rows.roles)
 
     def present(self, skipped: Collection[int]) -> Bool[np.ndarray, "m"]:
         """Return which rows count.
@@ -244,9 +243,7 @@ class _Windows:
             for stream in self._streams
             for window, piece in pieces
         ]
-        return Rows(
-            *(None if field[0] is None else np.concatenate(field) for field in zip(*parts, strict=True))
-        )
+        return Rows.concatenate(parts)
 
     def _window(self, epoch: int, stream: int, window: int) -> Rows:
         """Return a window, loaded in place of the stream's last one if that was another."""

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxtyping import Int64, Integer, UInt
 from pipeline import storage
 from pipeline.data.manifest import Manifest, ShardFile
 from pipeline.errors import DataError
+from pipeline.models.batch import Roles
 
 
 class Rows(NamedTuple):
@@ -22,12 +23,12 @@ class Rows(NamedTuple):
     Attributes:
         tokens: the rows.
         labels: their classes; None: rows have none.
-        lengths: tokens of every row, the others being padding; None: rows have no padding.
+        roles: their given tokens and padding; None: rows have neither.
     """
 
     tokens: UInt[np.ndarray, "n L"]
     labels: Integer[np.ndarray, "n"] | None = None
-    lengths: Integer[np.ndarray, "n"] | None = None
+    roles: Roles | None = None
 
     def take(self, chosen: Integer[np.ndarray, "m"] | slice) -> "Rows":
         """Select rows.
@@ -35,9 +36,26 @@ class Rows(NamedTuple):
         Args:
             chosen: indices, or a slice.
         """
-        tokens, labels, lengths = (None if field is None else field[chosen] for field in self)
-        assert tokens is not None
-        return Rows(tokens, labels, lengths)
+        tokens, labels, roles = self
+        return Rows(
+            tokens[chosen],
+            None if labels is None else labels[chosen],
+            None if roles is None else roles.rows(chosen),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Rows"]) -> "Rows":
+        """Join rows that have the same fields.
+
+        Args:
+            parts: one after the other.
+        """
+        tokens, labels, roles = zip(*parts, strict=True)
+        return cls(
+            np.concatenate(tokens),
+            None if labels[0] is None else np.concatenate(labels),
+            None if roles[0] is None else Roles(*map(np.concatenate, zip(*roles, strict=True))),
+        )
 
 
 def token_dtype(ids: int) -> np.dtype:
@@ -53,15 +71,14 @@ def encode_shard(rows: Rows) -> tuple[bytes, str]:
     """Encode rows as a Parquet file, whose bytes depend on the rows alone.
 
     Args:
-        rows: with their labels and lengths, where they have any.
+        rows: with their labels and roles, where they have any.
 
     Returns:
         The bytes and their SHA-256.
     """
-    tokens, labels, lengths = rows
+    tokens, labels, roles = rows
     columns = {"tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), tokens.shape[1])}
-    # No row has given tokens yet; the column is there so that data with some needs no other format.
-    given = None if lengths is None else np.zeros_like(lengths)
+    given, lengths = roles or (None, None)
     counts = {"label": labels, "given": given, "length": lengths}
     columns |= {name: pa.array(values.astype("<i4")) for name, values in counts.items() if values is not None}
     sink = pa.BufferOutputStream()
@@ -90,7 +107,7 @@ def publish_shard(name: str, path: str, work: str, make: Callable[[], Rows]) -> 
     rows = make()
     data, digest = encode_shard(rows)
     storage.publish_bytes(target, data)
-    histogram = None if rows.lengths is None else tuple(np.bincount(rows.lengths).tolist())
+    histogram = None if rows.roles is None else tuple(np.bincount(rows.roles.lengths).tolist())
     file = ShardFile(name=name, rows=len(rows.tokens), sha256=digest, row_lengths=histogram)
     storage.publish_text(record, file.model_dump_json())
     return file
@@ -134,7 +151,7 @@ class ShardReader:
             DataError: as `rows`.
             IndexError: as `rows`.
         """
-        return Rows(self.rows(indices), self.labels(indices), self.lengths(indices))
+        return Rows(self.rows(indices), self.labels(indices), self.roles(indices))
 
     def rows(self, indices: Integer[np.ndarray, "n"]) -> UInt[np.ndarray, "n L"]:
         """Read rows in any order.
@@ -166,20 +183,23 @@ class ShardReader:
         """
         return self._gather("label", indices, np.empty(len(indices), np.int64)) if self._labelled else None
 
-    def lengths(self, indices: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n"] | None:
-        """Read the number of tokens of rows, in any order.
+    def roles(self, indices: Integer[np.ndarray, "n"]) -> Roles | None:
+        """Read how many tokens of rows are given and how many are real, in any order.
 
         Args:
             indices: of the rows in the split.
 
         Returns:
-            The numbers in the order of the indices; None where rows have no padding.
+            The numbers in the order of the indices; None where rows have neither given tokens nor padding.
 
         Raises:
             DataError: as `rows`.
             IndexError: as `rows`.
         """
-        return self._gather("length", indices, np.empty(len(indices), np.int64)) if self._padded else None
+        if not self._padded:
+            return None
+        names = ("given", "length")
+        return Roles(*(self._gather(name, indices, np.empty(len(indices), np.int64)) for name in names))
 
     def _gather(self, name: str, indices: Integer[np.ndarray, "n"], out: np.ndarray) -> np.ndarray:
         """Fill `out` with the values of rows in a column."""

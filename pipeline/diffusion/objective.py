@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement, weight
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, Roles
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Objective:
 
         Args:
             groups: of the global batch.
-            predicted: tokens that can be predicted in the rows of the global batch, without padding; None: B L'.
+            predicted: number of tokens of the global batch that can be predicted, where rows have given tokens or
+                padding; None: B L'.
 
         Returns:
             For text and autoregressive models the number of target positions B L', doubled if the model learns from
@@ -87,7 +88,7 @@ class Objective:
         divisor: int,
         labels: Int[np.ndarray, "B"] | None = None,
         order: Int[np.ndarray, "B L"] | None = None,
-        lengths: Int[np.ndarray, "B"] | None = None,
+        roles: Roles | None = None,
         device: torch.device,
     ) -> Batch:
         """Build a micro-batch whose row losses, summed over the global batch, are the objective.
@@ -99,7 +100,7 @@ class Objective:
             divisor: `normaliser` of the global batch.
             labels: class labels, or None.
             order: ranks of revelation, for models with a causal encoder.
-            lengths: tokens of every row, the rest being padding; None: rows have no padding.
+            roles: given tokens and padding of these rows; None: neither.
             device: where the model computes.
 
         Returns:
@@ -109,13 +110,11 @@ class Objective:
             arXiv 2505.18883, equation 8 with its cases as in the text (docs/method.md section 2).
         """
         groups = np.ones_like(draws.groups) if self.left_to_right else draws.groups.copy()
-        places = np.arange(groups.shape[1])
-        predicted = places >= self.bos
-        if lengths is not None:
-            predicted = predicted & (places < lengths[:, None])
+        length = groups.shape[1]
+        predicted = np.arange(length) >= self.bos if roles is None else roles.targets(length, self.bos)
         groups &= predicted
         targets = np.broadcast_to(predicted, groups.shape).copy() if self.both_groups else groups.copy()
         weights = self.weights(draws) * targets * present[:, None] / divisor
         return Batch.of_arrays(
-            tokens, groups, targets, weights, labels=labels, order=order, lengths=lengths, device=device
+            tokens, groups, targets, weights, labels=labels, order=order, roles=roles, device=device
         )

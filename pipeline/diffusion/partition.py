@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.schedule import hidden_share
+from pipeline.models.batch import Roles
 
 
 class StepDraws(NamedTuple):
@@ -103,7 +104,11 @@ def draw(
 
 
 def draw_order(
-    seed: Sequence[int], rows: Iterable[SupportsInt], length: int, bos: bool
+    seed: Sequence[int],
+    rows: Iterable[SupportsInt],
+    length: int,
+    bos: bool,
+    given: Int[np.ndarray, "m"] | None = None,
 ) -> Int[np.ndarray, "m L"]:
     """Draw uniform random orders of revelation, each as a function of (seed, row).
 
@@ -112,6 +117,7 @@ def draw_order(
         rows: whose orders are drawn, m of them.
         length: L.
         bos: position 0 holds BOS, which comes first.
+        given: number of given tokens of every row, which come next, in an order of their own; None: none.
 
     Returns:
         [m, L] rank of every position, from 0.
@@ -120,7 +126,9 @@ def draw_order(
         docs/method.md section 9.
     """
     uniforms = np.stack([np.random.default_rng([*seed, row]).random(length) for row in map(int, rows)])
-    uniforms[:, :bos] = -1
+    if given is not None:
+        uniforms -= np.arange(length) < given[:, None]
+    uniforms[:, :bos] = -2
     return uniforms.argsort(axis=1).argsort(axis=1)
 
 
@@ -161,7 +169,7 @@ def draw_subset(
     counts: Int[np.ndarray, "B"],
     length: int,
     bos: bool,
-    extents: Int[np.ndarray, "B"] | None = None,
+    roles: Roles | None = None,
 ) -> Bool[np.ndarray, "B L"]:
     """Draw a uniform random subset of positions in every row.
 
@@ -170,13 +178,13 @@ def draw_subset(
         counts: number of positions in every row's subset.
         length: L.
         bos: position 0 holds BOS, which is in no subset.
-        extents: tokens of every row, the others being padding, which is in no subset; None: L.
+        roles: given tokens and padding of the rows, which are in no subset; None: neither.
 
     Returns:
         [B, L], True = in the subset.
     """
     noise = rng.random((len(counts), length))
     noise[:, :bos] = np.inf
-    if extents is not None:
-        noise[np.arange(length) >= extents[:, None]] = np.inf
+    if roles is not None:
+        noise[~roles.targets(length, bos)] = np.inf
     return noise.argsort(axis=1).argsort(axis=1) < counts[:, None]

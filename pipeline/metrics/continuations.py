@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from pipeline.diffusion.partition import draw_subset, stratified
 from pipeline.errors import ConfigError
 from pipeline.models.autoregressive import AR
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.head import CHUNK_LOGITS, chunk_rows
 from pipeline.seeds import text_seed
@@ -43,13 +43,14 @@ def score_continuations(
     bos: int | None = None,
     batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    whole: bool = False,
 ) -> list[Continuation]:
     """Compute the `count` bound of continuations given prompts (the exact value for AR).
 
     The prompt is known in all draws; n tokens of the continuation are hidden, n uniform and stratified over the
-    draws; positions behind the continuation are unknown to the model. The masks depend only on the ids of the
-    continuation and the seed: a score does not depend on other pairs, and several prompts of one continuation compare
-    with less noise.
+    draws; positions behind the continuation are unknown to the model, or padding. The masks depend only on the ids of
+    the continuation and the seed: a score does not depend on other pairs, and several prompts of one continuation
+    compare with less noise.
 
     Args:
         model: in eval mode.
@@ -59,6 +60,8 @@ def score_continuations(
         bos: id of the token at position 0, if rows begin with one.
         batch: rows of a forward pass.
         progress: called with (pairs done, pairs) after every few of them.
+        whole: rows end behind the continuation, as the answers do that a model was fine-tuned on; False: they go on,
+            unknown to the model.
 
     Raises:
         ConfigError: an empty continuation, or a pair longer than a row.
@@ -69,7 +72,7 @@ def score_continuations(
     scores = []
     for first in range(0, len(pairs), portion):
         part = pairs[first : first + portion]
-        batches = _masked_rows(model, part, draws, seed, bos, batch)
+        batches = _masked_rows(model, part, draws, seed, bos=bos, batch=batch, whole=whole)
         nats = torch.cat([model(rows).double().cpu() for rows in batches]).view(len(part), draws)
         for (_, continuation), values in zip(part, nats, strict=True):
             stderr = float(values.std()) / math.sqrt(draws) if draws > 1 else unknown
@@ -81,7 +84,7 @@ def score_continuations(
 
 @torch.inference_mode()
 def greedy_matches(
-    model: Denoiser, pairs: Sequence[Pair], bos: int | None = None, batch: int = 32
+    model: Denoiser, pairs: Sequence[Pair], bos: int | None = None, batch: int = 32, whole: bool = False
 ) -> list[bool]:
     """Tell whether every token of a continuation is the model's most likely one, in one pass.
 
@@ -93,6 +96,7 @@ def greedy_matches(
         pairs: ids of prompts and continuations.
         bos: id of the token at position 0, if rows begin with one.
         batch: rows of a forward pass.
+        whole: as in `score_continuations`.
 
     Raises:
         ConfigError: an empty continuation, or a pair longer than a row.
@@ -106,11 +110,12 @@ def greedy_matches(
         continuations = [continuation for _, continuation in part]
         lengths = [*map(len, continuations)]
         if isinstance(model, AR):
-            (rows,) = _masked_rows(model, part, 1, 0, bos, len(part))
+            (rows,) = _masked_rows(model, part, 1, 0, bos=bos, batch=len(part), whole=whole)
             hidden = model.target_vectors(rows)
         else:
             starts = [*map(len, prompts)]
-            state = model.open(len(part), capacity=max(starts))
+            ends = [start + n for start, n in zip(starts, lengths, strict=True)]
+            state = model.open(len(part), capacity=max(starts), extents=ends if whole else None)
             places = [list(range(n)) for n in starts]
             if model.causal:  # in a random order, as in training; BOS stays first
                 begin = int(bos is not None)
@@ -160,10 +165,18 @@ def _check(model: Denoiser, pairs: Sequence[Pair], bos: int | None) -> None:
 
 
 def _masked_rows(
-    model: Denoiser, pairs: Sequence[Pair], draws: int, seed: int, bos: int | None, batch: int
+    model: Denoiser,
+    pairs: Sequence[Pair],
+    draws: int,
+    seed: int,
+    *,
+    bos: int | None,
+    batch: int,
+    whole: bool,
 ) -> list[Batch]:
     """Mask every pair `draws` times: some tokens of its continuation, which are targets, and all behind it."""
     start, length = int(bos is not None), model.length
+    given, ends = np.zeros((2, len(pairs), draws), np.int64)
     tokens = np.zeros((len(pairs), draws, length), np.int64)
     groups = np.ones((len(pairs), draws, length), bool)
     # A row's order of revelation is that of its keys.
@@ -173,6 +186,7 @@ def _masked_rows(
         tokens[pair, :, start:end] = [*prompt, *continuation]
         tokens[pair, :, :start] = bos or 0
         groups[pair, :, :end] = False
+        given[pair], ends[pair] = begin, end
         if model.left_to_right:
             groups[pair, :, begin:end], weights[pair, :, begin:end] = True, 1
             continue
@@ -184,12 +198,15 @@ def _masked_rows(
         keys[pair, :, begin:end] = 2 + rng.random((draws, len(continuation)))  # after the prompt
         keys[pair, :, start:begin] = 1 + rng.random((draws, len(prompt)))
     order = keys.argsort(axis=-1).argsort(axis=-1)
-    flat = [torch.from_numpy(x.reshape(-1, length)).split(batch) for x in (tokens, groups, weights, order)]
-    device = model.head.weight.device
-    return [
-        Batch(t, g, w > 0, w.float(), device=device, order=ranks)
-        for t, g, w, ranks in zip(*flat, strict=True)
-    ]
+    fields = [x.reshape(-1, length) for x in (tokens, groups, weights > 0, weights, order)]
+    roles, device = Roles(given.reshape(-1), ends.reshape(-1)), model.head.weight.device
+    batches = []
+    for first in range(0, len(fields[0]), batch):
+        rows = slice(first, first + batch)
+        *values, ranks = (x[rows] for x in fields)
+        own = roles.rows(rows) if whole else None
+        batches.append(Batch.of_arrays(*values, order=ranks, roles=own, device=device))
+    return batches
 
 
 def _packed(rows: Iterable[Sequence[int]], device: torch.device) -> Int[torch.Tensor, "T"]:

@@ -132,7 +132,7 @@ class _LikelihoodActor:
         masking: likelihood.Masking,
         tokens: UInt[np.ndarray, "R L"],
         labels: Int[np.ndarray, "R"] | None,
-        lengths: Int[np.ndarray, "R"] | None,
+        roles: Roles | None,
         share: tuple[int, int],
     ) -> Float64[np.ndarray, "R"]:
         """Sum every row's estimates over its draws in this part."""
@@ -141,7 +141,7 @@ class _LikelihoodActor:
             self._folder = model
         labels = None if self._model.classes is None else labels
         batches = likelihood.masked_batches(
-            masking, tokens, labels, lengths=lengths, share=share, device=self._device
+            masking, tokens, labels, roles=roles, share=share, device=self._device
         )
         return likelihood.row_sums(self._model, batches, len(tokens)).numpy()
 
@@ -158,15 +158,15 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[likelihoo
         for case in cases:
             reader = case.corpus.reader("validation")
             tokens = ray.put(reader.rows(case.rows))
-            labels, lengths = ray.put(reader.labels(case.rows)), reader.lengths(case.rows)
+            labels, roles = ray.put(reader.labels(case.rows)), reader.roles(case.rows)
             sums = torch.zeros(len(case.rows), dtype=torch.float64)
             progress = Progress("measured the likelihood of", "parts", case.parts, "rows")
-            fields = (case.model, case.masking, tokens, labels, ray.put(lengths))
+            fields = (case.model, case.masking, tokens, labels, ray.put(roles))
             tasks = [(*fields, (part, case.parts)) for part in range(case.parts)]
             for part in in_order(actors, "sums", tasks):
                 sums += torch.from_numpy(part.copy())
                 progress.add(round(len(case.rows) / case.parts))
-            results.append(likelihood.summarise(sums, case.masking, lengths))
+            results.append(likelihood.summarise(sums, case.masking, roles))
             log.info("%s: %s", case.corpus.key, results[-1])
     return results
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from pipeline.config.schema import RunConfig
 from pipeline.diffusion.partition import draw_order, draw_subset, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.reports.tables import two_decimals
 
@@ -43,7 +43,7 @@ class Masking:
         bos: whether every row begins with a token that is never hidden.
         batch: rows of a forward pass.
 
-    Source: docs/method.md, "Validation"; L' is the number of positions without BOS.
+    Source: docs/method.md, "Validation"; L' is the number of positions without BOS, given tokens and padding.
     """
 
     estimator: Estimator
@@ -127,7 +127,7 @@ def masked_batches(
     masking: Masking,
     tokens: Int[np.ndarray, "R L"],
     labels: Int[np.ndarray, "R"] | None = None,
-    lengths: Int[np.ndarray, "R"] | None = None,
+    roles: Roles | None = None,
     share: tuple[int, int] = (0, 1),
     device: torch.device = CPU,
 ) -> Batches:
@@ -141,7 +141,7 @@ def masked_batches(
         masking: how rows are hidden.
         tokens: the rows.
         labels: the rows' classes, for models that are conditioned on them.
-        lengths: tokens of every row, the others being padding; None: rows have no padding.
+        roles: given tokens and padding of the rows; None: neither.
         share: index of the worker and the number of workers.
         device: where the batches are put.
 
@@ -157,13 +157,13 @@ def masked_batches(
         real = pairs < num_pairs
         pairs = np.where(real, pairs, 0)
         rows = pairs // masking.draws
-        extents = np.full(batch, length) if lengths is None else lengths[rows]
-        predicted = (extents - bos)[:, None]
+        own = None if roles is None else roles.rows(rows)
+        predicted = (np.full(batch, length - bos) if own is None else own.counts(bos))[:, None]
         rng = np.random.default_rng([masking.seed, masking.draws, first])
         weights: np.ndarray = 1 / predicted
         if masking.estimator == "count":
             n = 1 + np.floor(levels[pairs] * predicted[:, 0]).astype(np.int64)
-            groups, weights = draw_subset(rng, n, length, bos, extents), 1 / n[:, None]
+            groups, weights = draw_subset(rng, n, length, bos, own), 1 / n[:, None]
         elif masking.estimator == "exact":
             groups = np.ones((batch, length), bool)
         else:
@@ -172,8 +172,10 @@ def masked_batches(
             t = masking.eps + (1 - masking.eps) * levels[pairs]
             weights = (np.pi / 2 if schedule == "arccos" else weight(t)[:, None]) / predicted
         groups[:, :bos] = False
-        groups &= np.arange(length) < extents[:, None]
-        order = draw_order([masking.seed, masking.draws, 0, 1], pairs, length, bos)
+        if own is not None:
+            groups &= own.targets(length, bos)
+        seed, given = [masking.seed, masking.draws, 0, 1], None if own is None else own.given
+        order = draw_order(seed, pairs, length, bos, given)
         ids, weighted = tokens[rows].astype(np.int64), weights * groups * real[:, None]
         classes = None if labels is None else labels[rows]
         part = Batch.of_arrays(
@@ -183,7 +185,7 @@ def masked_batches(
             weighted,
             labels=classes,
             order=order,
-            lengths=None if lengths is None else extents,
+            roles=own,
             device=device,
         )
         yield np.where(real, rows, -1), part
@@ -225,23 +227,21 @@ def estimator_for(
     return ("arccos" if schedule == "arccos" else estimator), draws
 
 
-def summarise(
-    sums: Float[torch.Tensor, "R"], masking: Masking, lengths: Int[np.ndarray, "R"] | None = None
-) -> Likelihood:
+def summarise(sums: Float[torch.Tensor, "R"], masking: Masking, roles: Roles | None = None) -> Likelihood:
     """Average the row sums of all workers; the standard error is over rows, each averaged over its draws.
 
-    Rows with padding weigh as many tokens as they have, so that the result is nats per token of all rows together;
-    its standard error is then that of a ratio (delta method).
+    Rows with given tokens or padding weigh as many tokens as they have to predict, so that the result is nats per
+    token of all rows together; its standard error is then that of a ratio (delta method).
 
     Args:
         sums: of the estimates of every row over its draws.
         masking: that they were measured with.
-        lengths: tokens of every row, the others being padding; None: rows have no padding.
+        roles: given tokens and padding of the rows; None: neither.
     """
     per_row, rows = sums / masking.draws, len(sums)
     weights = torch.ones_like(sums)
-    if lengths is not None:
-        weights = torch.from_numpy(lengths - masking.bos).double()
+    if roles is not None:
+        weights = torch.from_numpy(roles.counts(masking.bos)).double()
         weights = weights / weights.mean()
     nats = float((weights * per_row).mean())
     spread = weights * (per_row - nats)

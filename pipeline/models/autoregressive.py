@@ -84,14 +84,13 @@ class AR(CachedDenoiser):
                 "expected the exact likelihood (or next-token training), not a masked estimate"
             )
         rows, length = batch.shape
-        ids = self._ids(batch.tokens.to(batch.device, non_blocking=True))[:, :-1]  # [B, P + L - 1]
+        ids = self._ids(batch.send(batch.tokens))[:, :-1]  # [B, P + L - 1]
         vectors = self.class_vectors(batch.condition, rows)
         # 0, or -1 without a start vector, where a row has a slot less than tokens.
         shift = self.prefix - 1 - self.registers
         extents = batch.extents and [extent + shift for extent in batch.extents]
         x = self.run_rows(self.blocks, ids, vectors, extents)
-        index = batch.target_index.to(batch.device, non_blocking=True)
-        row = index // length
+        index, row = batch.sent.index, batch.sent.rows
         slots = self.row_starts(row, length + shift, extents) + index % length + shift
         return self.final(x[slots], Condition(vectors, row))
 

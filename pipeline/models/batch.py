@@ -1,9 +1,8 @@
 """What models are given: a batch of rows for training and likelihoods, or the state of rows that are being drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +12,57 @@ from torch import Tensor
 from pipeline.models.attention import CacheAppend
 from pipeline.models.head import DistillTargets
 
+T = TypeVar("T")
 Labels = Int[Tensor, "B"] | None  # class labels of a batch's rows
+
+
+class Roles(NamedTuple):
+    """What the tokens of rows are: given ones, then targets, then padding.
+
+    Attributes:
+        given: number of tokens at the start of every row, BOS included, that are known from the start. Both groups
+            read them, and they are never targets. In a row of 0 a BOS is no target either, but of group 0 alone.
+        lengths: tokens of every row; the others are padding, which no token reads and nothing is computed for.
+
+    Source:
+        docs/method.md section 10.
+    """
+
+    given: Int[np.ndarray, "B"]
+    lengths: Int[np.ndarray, "B"]
+
+    def targets(self, length: int, bos: bool) -> Bool[np.ndarray, "B L"]:
+        """Find the positions that can be predicted.
+
+        Args:
+            length: L.
+            bos: position 0 holds BOS, which is no target.
+
+        Returns:
+            [B, L], True = neither given nor padding.
+        """
+        places = np.arange(length)
+        return (places >= self._starts(bos)[:, None]) & (places < self.lengths[:, None])
+
+    def counts(self, bos: bool) -> Int[np.ndarray, "B"]:
+        """Count the positions of every row that can be predicted.
+
+        Args:
+            bos: position 0 holds BOS, which is no target.
+        """
+        return self.lengths - self._starts(bos)
+
+    def rows(self, index: Int[np.ndarray, "m"] | slice) -> "Roles":
+        """Select the roles of some rows.
+
+        Args:
+            index: of the rows.
+        """
+        return Roles(self.given[index], self.lengths[index])
+
+    def _starts(self, bos: bool) -> Int[np.ndarray, "B"]:
+        """First position of every row that can be predicted."""
+        return np.maximum(self.given, int(bos))
 
 
 @dataclass(frozen=True)
@@ -33,8 +82,9 @@ class Batch:
         order: [B, L] distinct ranks by which the tokens of every row are revealed, which a causal encoder reads them
             in; None: ascending positions.
         distill_targets: a teacher's predictions, to be learned in place of the tokens.
-        lengths: [B] tokens of every row, the others being padding, which no token reads and nothing is computed
-            for; None: rows have no padding.
+        lengths: [B] tokens of every row, as in `Roles`; None: rows have no padding.
+        given: [B] given tokens of every row, as in `Roles`; None: rows have none.
+        computed: what `once` keeps.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -46,6 +96,8 @@ class Batch:
     order: Int[Tensor, "B L"] | None = None
     distill_targets: DistillTargets | None = None
     lengths: Int[Tensor, "B"] | None = None
+    given: Int[Tensor, "B"] | None = None
+    computed: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of_arrays(
@@ -57,7 +109,7 @@ class Batch:
         *,
         labels: Int[np.ndarray, "B"] | None = None,
         order: Int[np.ndarray, "B L"] | None = None,
-        lengths: Int[np.ndarray, "B"] | None = None,
+        roles: Roles | None = None,
         device: torch.device,
     ) -> "Batch":
         """Make a batch of NumPy arrays.
@@ -69,14 +121,16 @@ class Batch:
             weights: loss weight of every position.
             labels: class labels, or None.
             order: ranks of revelation, or None.
-            lengths: tokens of every row, or None.
+            roles: given tokens and padding of the rows; None: neither.
             device: where the model computes.
 
         Returns:
             The batch, on the host.
         """
         tensor = torch.from_numpy
-        condition, ranks, extents = (None if x is None else tensor(x) for x in (labels, order, lengths))
+        given, lengths = roles or (None, None)
+        fields = (labels, order, lengths, given)
+        condition, ranks, *extents = (None if x is None else tensor(x) for x in fields)
         return cls(
             tensor(tokens),
             tensor(groups),
@@ -85,7 +139,8 @@ class Batch:
             condition,
             device,
             ranks,
-            lengths=extents,
+            None,
+            *extents,
         )
 
     @property
@@ -105,12 +160,59 @@ class Batch:
             return torch.zeros_like(self.groups)
         return torch.arange(self.shape[1]) >= self.lengths[:, None]
 
-    @cached_property
+    @property
+    def known(self) -> Bool[Tensor, "B L"]:
+        """Which positions hold given tokens."""
+        if self.given is None:
+            return torch.zeros_like(self.groups)
+        return torch.arange(self.shape[1]) < self.given[:, None]
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Compute something once for this batch and its copies by `replace`, perhaps ahead (`Denoiser.prepare`).
+
+        Args:
+            key: what it is.
+            make: computes it.
+        """
+        if key not in self.computed:
+            self.computed[key] = make()
+        return self.computed[key]
+
+    @property
     def target_index(self) -> Int[Tensor, "Q"]:
         """Flat indices of the targets: row by row, group 1 before group 0, then by position."""
+        return self.once("target_index", self._target_index)
+
+    @property
+    def sent(self) -> "SentTargets":
+        """The targets on the batch's device."""
+        return self.once("sent", self._sent)
+
+    @property
+    def on_device(self) -> Iterator[Tensor]:
+        """The tensors that were computed ahead on a GPU."""
+        for value in self.computed.values():
+            for part in value if isinstance(value, tuple) else [value]:
+                if isinstance(part, Tensor) and part.is_cuda:
+                    yield part
+
+    def _target_index(self) -> Int[Tensor, "Q"]:
+        """Compute `target_index`."""
         key = torch.where(self.targets, (~self.groups).long(), 2)  # 0: group 1, 1: group 0, 2: no target
         order = key.argsort(dim=1, stable=True) + torch.arange(self.shape[0])[:, None] * self.shape[1]
         return order[torch.arange(self.shape[1]) < self.targets.sum(1, keepdim=True)]
+
+    def _sent(self) -> "SentTargets":
+        """Send the targets to the device."""
+        index = self.target_index
+        values = self.gather(self.tokens, index), self.gather(self.weights, index)
+        return SentTargets(self.send(index), self.send(index // self.shape[1]), *values)
+
+    def send(self, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """Copy a tensor from the host to the batch's device, without waiting for either."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()  # from other memory, the host waits for the copy
+        return values.to(self.device, non_blocking=True)
 
     def gather(self, values: Shaped[Tensor, "B _"], index: Int[Tensor, "T"]) -> Shaped[Tensor, "T"]:
         """Select entries of a field.
@@ -122,7 +224,7 @@ class Batch:
         Returns:
             [T] entries, on the batch's device.
         """
-        return values.flatten()[index].to(self.device, non_blocking=True)
+        return self.send(values.flatten()[index])
 
     def row_sums(self, values: Float[Tensor, "Q"]) -> Float[Tensor, "B"]:
         """Sum values of the targets over every row.
@@ -133,10 +235,25 @@ class Batch:
         Returns:
             [B] float32.
         """
-        rows = (self.target_index // self.shape[1]).to(self.device, non_blocking=True)
         # float64: added one by one in float32, a thousand equal terms drift by 1e-5.
         sums = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
-        return sums.index_add(0, rows, values.double()).float()
+        return sums.index_add(0, self.sent.rows, values.double()).float()
+
+
+class SentTargets(NamedTuple):
+    """The targets of a batch on its device, in the order of `Batch.target_index`.
+
+    Attributes:
+        index: `Batch.target_index`.
+        rows: of the targets.
+        tokens: their ids.
+        weights: their loss weights.
+    """
+
+    index: Int[Tensor, "Q"]
+    rows: Int[Tensor, "Q"]
+    tokens: Int[Tensor, "Q"]
+    weights: Float[Tensor, "Q"]
 
 
 @dataclass

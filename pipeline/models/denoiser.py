@@ -259,8 +259,18 @@ class Denoiser(nn.Module, ABC):
         possible = self.both_groups or self.left_to_right or not (batch.targets & ~batch.groups).any()
         assert possible, "a masked model predicts masked tokens only"
         hidden = self.target_vectors(batch)
-        targets = batch.distill_targets or batch.gather(batch.tokens, batch.target_index)
-        return batch.row_sums(self.head(hidden, targets, batch.gather(batch.weights, batch.target_index)))
+        targets = batch.distill_targets or batch.sent.tokens
+        return batch.row_sums(self.head(hidden, targets, batch.sent.weights))
+
+    def prepare(self, batch: Batch) -> None:
+        """Compute what the forward pass needs of a batch on the host, and send it to the device.
+
+        The forward pass does so itself if nobody has done it, ahead and in another thread.
+
+        Args:
+            batch: which keeps it.
+        """
+        batch.sent  # noqa: B018  computed once
 
     @abstractmethod
     def target_vectors(self, batch: Batch) -> Float[Tensor, "Q H"]:

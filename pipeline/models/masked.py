@@ -18,8 +18,8 @@ class MDLM(Denoiser):
     """Masked tokens are replaced by a mask token, id V, and predicted by a bidirectional transformer.
 
     The complementary form learns from a row under both of its maskings, group 1 hidden and group 0 hidden, in
-    one doubled batch: what PGM learns from a row, without its architecture. With classes and registers this is
-    the network of MaskGIT.
+    one doubled batch: what PGM learns from a row, without its architecture. Given tokens are never masked. With
+    classes and registers this is the network of MaskGIT.
 
     Args:
         config: sizes, and whether the model is complementary.
@@ -55,13 +55,14 @@ class MDLM(Denoiser):
         index, length = batch.target_index, batch.shape[1]
         in_group_0 = ~batch.groups.flatten()[index]
         if in_group_0.any():
-            canvas = torch.cat([canvas, torch.where(batch.groups, batch.tokens, self.mask)])
+            seen = batch.groups | batch.known
+            canvas = torch.cat([canvas, torch.where(seen, batch.tokens, self.mask)])
             labels = None if labels is None else torch.cat([labels, labels])
             extents = extents and extents * 2
             index = index + in_group_0 * batch.tokens.numel()
         vectors = self.class_vectors(labels, len(canvas))
-        x = self._trunk(canvas.to(batch.device, non_blocking=True), vectors, extents)
-        index = index.to(batch.device, non_blocking=True)
+        x = self._trunk(batch.send(canvas), vectors, extents)
+        index = batch.send(index)
         rows = index // length
         return self.final(
             x[self.row_starts(rows, length, extents) + index % length], Condition(vectors, rows)

@@ -17,6 +17,24 @@ from pipeline.models.denoiser import CachedDenoiser
 from pipeline.models.layers import ClassVectors, Condition, FoldedNorm, Rotary, rotary, rotate
 
 
+class Packing(NamedTuple):
+    """The tokens of a batch, packed by row and group.
+
+    Attributes:
+        tokens: rows of the embedding of all keys, registers among them.
+        index: of the keys in rows of R + L.
+        rows: of the keys.
+        keys: segments of the keys: of every row group 0, then group 1.
+        queries: segments of the targets: of every row group 1, then group 0.
+    """
+
+    tokens: Int[Tensor, "Tk"]
+    index: Int[Tensor, "Tk"]
+    rows: Int[Tensor, "Tk"]
+    keys: Segments
+    queries: Segments
+
+
 @dataclass
 class EncoderCache:
     """Encoder outputs that are kept between predictions, in which old tokens never read newer ones.
@@ -67,6 +85,9 @@ class PGM(CachedDenoiser):
     With `swap.every_block`, every decoder block but the first has one more swap before it, whose output is added
     to the decoder state. Of the registers the first half is in group 1 and the second half in group 0, where
     sampling knows it from the start.
+
+    Given tokens stand in the segments of both groups, so that every prediction reads them; in the order of revelation
+    they come first.
 
     With `encoder: causal`, a clean token reads in the encoder only the clean tokens of its group that were revealed
     before it, and itself. So no encoder output ever changes, and sampling encodes every token once.
@@ -247,39 +268,60 @@ class PGM(CachedDenoiser):
         Returns:
             [Q, H], in the order of `batch.target_index`.
         """
-        rows, length = batch.shape
+        length, (tokens, index, rows, keys, queries) = batch.shape[1], self._packing(batch)
+        width = self.registers + length
+        vectors = self.class_vectors(batch.condition, batch.shape[0])
+        encoded = self._encode(tokens, index % width, keys, Condition(vectors, rows, keys.window is not None))
+        condition = Condition(vectors, batch.sent.rows, queries.window is not None)
+        return self._decode(encoded, batch.sent.index % length, length, queries, condition)
+
+    def prepare(self, batch: Batch) -> None:
+        """Sort the tokens of a batch by their group as well; see `Denoiser.prepare`."""
+        super().prepare(batch)
+        self._packing(batch)
+
+    def _packing(self, batch: Batch) -> Packing:
+        """Return how `target_vectors` packs a batch; another model may pack it otherwise."""
+        return batch.once(self, lambda: self._pack(batch))
+
+    def _pack(self, batch: Batch) -> Packing:
+        """Sort the tokens of a batch by their group, on the host."""
+        rows = batch.shape[0]
         cpu = torch.device("cpu")  # where batches are
-        in_group_1 = torch.arange(self.registers) < self.registers // 2
-        groups = torch.cat([in_group_1.expand(rows, -1), batch.groups], 1).long()  # [B, R + L]
+        in_group_1 = (torch.arange(self.registers) < self.registers // 2).expand(rows, -1)
+        in_group_1 = torch.cat([in_group_1, batch.groups], 1)  # [B, R + L]
         ids = torch.cat([self.register_ids(cpu).expand(rows, -1), batch.tokens], 1)
-        if batch.lengths is not None:
-            groups[:, self.registers :][batch.padding] = 2  # the last of every row, in no segment
-        width, targets = groups.shape[1], batch.targets.sum(1)
+        width, targets = ids.shape[1], batch.targets.sum(1)
         ones_targets = (batch.targets & batch.groups).sum(1)
         # Keys of row b: group 0, group 1. Queries: group 1, group 0. Query segment i reads key segment i.
-        sort_key = groups
-        if self.causal and batch.order is not None:
-            # Inside a group: registers, then tokens in the order of their revelation.
-            first = torch.full((rows, self.registers), -1)
-            sort_key = groups * (batch.order.amax() + 2) + torch.cat([first, batch.order], 1)
-        key_index = sort_key.argsort(dim=1, stable=True) + torch.arange(rows)[:, None] * width
-        key_lengths = torch.stack([(groups == 0).sum(1), (groups == 1).sum(1)], 1)
         query_lengths = torch.stack([ones_targets, targets - ones_targets], 1)
         sides = 2 if query_lengths[:, 1].any() else 1  # if all targets are in group 1, it need not be encoded
-        key_lengths, query_lengths = key_lengths[:, :sides], query_lengths[:, :sides]
-        key_index = key_index[torch.arange(width) < key_lengths.sum(1, keepdim=True)]
+        query_lengths = query_lengths[:, :sides]
+        keys_of = torch.stack([~in_group_1, in_group_1][:sides], 1)  # [B, sides, R + L]
+        ordinary = batch.lengths is None and batch.given is None
+        if not ordinary:
+            of_tokens = keys_of[..., self.registers :]
+            of_tokens |= batch.known[:, None]  # given tokens are keys of both groups
+            of_tokens &= ~batch.padding[:, None]
+        key_index = self._key_order(batch, width)  # [B, R + L]
+        in_segment = keys_of.gather(2, key_index[:, None].expand(-1, sides, -1))
+        key_lengths = in_segment.sum(2)
+        key_index = key_index + torch.arange(rows)[:, None] * width
+        key_index = key_index[:, None].expand(-1, sides, -1)[in_segment]
         per_row = int(targets[:1].sum())
         window = per_row if sides == 2 and per_row and bool((targets == per_row).all()) else None
-        whole = sides == 2 and batch.lengths is None  # the keys of a row fill a window
+        whole = sides == 2 and ordinary  # the keys of a row fill a window
         keys = Segments(key_lengths.flatten().tolist(), batch.device, window=width if whole else None)
         queries = Segments(query_lengths.flatten().tolist(), batch.device, window=window)
         tokens = batch.gather(ids, key_index)
-        key_index = key_index.to(batch.device, non_blocking=True)
-        target_index = batch.target_index.to(batch.device, non_blocking=True)
-        vectors = self.class_vectors(batch.condition, rows)
-        encoded = self._encode(tokens, key_index % width, keys, Condition(vectors, key_index // width, whole))
-        condition = Condition(vectors, target_index // length, window is not None)
-        return self._decode(encoded, target_index % length, length, queries, condition)
+        return Packing(tokens, batch.send(key_index), batch.send(key_index // width), keys, queries)
+
+    def _key_order(self, batch: Batch, width: int) -> Int[Tensor, "B R_plus_L"]:
+        """The order in which a segment holds its tokens: registers, then by position or, if causal, as revealed."""
+        if not self.causal or batch.order is None:
+            return torch.arange(width).expand(batch.shape[0], -1)
+        registers = torch.arange(self.registers).expand(batch.shape[0], -1)
+        return torch.cat([registers, batch.order.argsort(1) + self.registers], 1)
 
     def _encode(
         self,

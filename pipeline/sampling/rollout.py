@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.diffusion.partition import by_rank
+from pipeline.models.batch import State
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.logits import draw_tokens
 
@@ -18,8 +19,8 @@ def roll_out(
     time: Float[Tensor, "B"],
     dt: float,
     noise: Float[Tensor, "B 2 L"],
-    condition: Int[Tensor, "B"] | None = None,
     order: Int[Tensor, "B L"] | None = None,
+    state: State | None = None,
 ) -> Float[Tensor, "Q H"]:
     """Compute the teacher's vectors at all hidden positions, each from the step that reveals the position.
 
@@ -31,13 +32,14 @@ def roll_out(
     Args:
         teacher: in eval mode.
         tokens: ids.
-        hidden: positions that the teacher does not know; it knows all others.
+        hidden: positions that the teacher does not know; it knows all others but padding.
         time: at which the rows are hidden, at least 2 dt.
         dt: length of a step.
         noise: float64 uniforms in [0, 1): the first of each row decide what the first step reveals, from the second
             tokens are drawn.
-        condition: class labels, or None.
         order: ranks by which the tokens of a row are revealed; None: ascending positions.
+        state: of the teacher, opened with classes and lengths of the rows, without known tokens; None: they have
+            neither.
 
     Shape:
         tokens, hidden, order: [B, L]; time: [B]; noise: [B, 2, L]; all on the host.
@@ -50,7 +52,10 @@ def roll_out(
     """
     device = teacher.head.weight.device
     first = hidden & (noise[:, 0] < dt / time[:, None])
-    state = teacher.open(len(tokens), condition)
+    state = state or teacher.open(len(tokens))
+    known = ~hidden
+    if state.extents is not None:
+        known &= torch.arange(tokens.shape[1]) < torch.tensor(state.extents)[:, None]
 
     def locate(where: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "T"], list[int]]:
         return where.nonzero(as_tuple=True)[1].to(device, non_blocking=True), where.sum(1).tolist()
@@ -60,7 +65,7 @@ def roll_out(
         teacher.extend(state, canvas.view(-1)[index], index % where.shape[1], where.sum(1).tolist())
 
     canvas = tokens.to(device, copy=True, non_blocking=True)
-    reveal(~hidden)
+    reveal(known)
     parts, rest = [], hidden & ~first
     if first.any():
         parts.append(teacher.hidden(state, *locate(first)))

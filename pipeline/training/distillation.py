@@ -21,7 +21,7 @@ from pipeline.diffusion.partition import StepDraws
 from pipeline.diffusion.schedule import complement
 from pipeline.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from pipeline.models import model_folder
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.head import DistillTargets
 from pipeline.run import Run
@@ -52,6 +52,20 @@ class Sides(NamedTuple):
 
     hidden: Bool[np.ndarray, "B S L"]
     time: Float[np.ndarray, "B S"]
+
+
+class RollOut(NamedTuple):
+    """What the teacher is given beside a batch.
+
+    Attributes:
+        sides: what is hidden from it.
+        noise: uniforms, as `teach` takes them.
+        roles: given tokens and padding of the rows; None: neither.
+    """
+
+    sides: Sides
+    noise: Float[np.ndarray, "B 2 2 L"]
+    roles: Roles | None
 
 
 def time_step(config: DistillConfig, done: int) -> float:
@@ -119,6 +133,7 @@ def teach(
     dt: float,
     labels: Int[np.ndarray, "B"] | None = None,
     order: Int[np.ndarray, "B L"] | None = None,
+    roles: Roles | None = None,
 ) -> Float[Tensor, "Q H"]:
     """Compute the teacher's vectors at all hidden positions, in the order of `Batch.target_index`.
 
@@ -132,6 +147,7 @@ def teach(
         dt: of the teacher's steps.
         labels: class of every row; None for an unconditional teacher.
         order: ranks by which the tokens of a row were revealed; None: ascending positions.
+        roles: given tokens and padding of the rows, which are never hidden; None: neither.
 
     Shape:
         B rows of L positions; Q hidden positions; H hidden size.
@@ -140,6 +156,8 @@ def teach(
         The vectors before the teacher's head.
     """
     count, length = sides.hidden.shape[1:]
+    condition = None if labels is None else torch.from_numpy(labels.repeat(count))
+    extents = None if roles is None else roles.lengths.repeat(count).tolist()
     return roll_out(
         teacher,
         torch.from_numpy(tokens.repeat(count, axis=0)),
@@ -147,8 +165,8 @@ def teach(
         time=torch.from_numpy(sides.time.reshape(-1)),
         dt=dt,
         noise=torch.from_numpy(noise[:, :count].reshape(-1, 2, length)),
-        condition=None if labels is None else torch.from_numpy(labels.repeat(count)),
         order=None if order is None else torch.from_numpy(order.repeat(count, axis=0)),
+        state=teacher.open(len(tokens) * count, condition, extents=extents),
     )
 
 
@@ -166,10 +184,9 @@ class Distillation(Task):
     """
 
     def __init__(self, run: Run, engine: Engine, ema: EMA, session: Session) -> None:
-        super().__init__(run, session.device, sums=True)
+        super().__init__(run, engine.model, session.device, sums=True)
         self._distill, self._engine, self._ema, self._session = run.distill, engine, ema, session
         self._every = run.config.train.steps // run.distill.rounds
-        self._causal = engine.model.causal  # as its teacher
         self._round: int | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -182,7 +199,10 @@ class Distillation(Task):
         done = step // self._every
         dt, form, eps = time_step(self._distill, done), self._distill.form, self._config.diffusion.eps
         draws = [self._draw(DiffusionConfig(eps=eps), step, micro, least=2 * dt) for micro in micros]
-        sides = [hidden_sides(drawn, dt, form, eps, self._bos) for drawn in draws]
+        sides = [
+            self._without_roles(micro, hidden_sides(drawn, dt, form, eps, self._bos))
+            for micro, drawn in zip(micros, draws, strict=True)
+        ]
         own = sum(
             side.hidden[micro.index >= 0].sum((0, 2)) for micro, side in zip(micros, sides, strict=True)
         )
@@ -192,6 +212,12 @@ class Distillation(Task):
             self._prepare(step, micro, groups, side, divisors, micro.present(skipped))
             for micro, (_, groups), side in zip(micros, draws, sides, strict=True)
         ]
+
+    def _without_roles(self, micro: MicroBatch, sides: Sides) -> Sides:
+        """Hide neither given tokens nor padding."""
+        if micro.roles is None:
+            return sides
+        return sides._replace(hidden=sides.hidden & micro.roles.targets(self._shape[1], self._bos)[:, None])
 
     def _prepare(
         self,
@@ -207,14 +233,16 @@ class Distillation(Task):
         if self._bos:
             tokens[:, 0] = self._run.manifest.special.bos
         weights = (sides.hidden / divisors[:, None]).sum(1) * present[:, None]
-        order = self._order(step, micro) if self._causal else None
-        targets = np.any(sides.hidden, axis=1)
+        order = self._order(step, micro) if self._model.causal else None  # as its teacher
+        targets, roles = np.any(sides.hidden, axis=1), micro.roles
+        if roles is not None:  # given tokens are hidden on no side
+            groups = groups & roles.targets(self._shape[1], self._bos)
         batch = Batch.of_arrays(
-            tokens, groups, targets, weights, labels=labels, order=order, device=self._device
+            tokens, groups, targets, weights, labels=labels, order=order, roles=roles, device=self._device
         )
         rng = np.random.default_rng([self._config.seed, step, 2])
         noise = partition.uniforms_of_rows(rng, self._places(micro), (2, 2, tokens.shape[1]))
-        return Prepared(micro.index, batch, (sides, noise))
+        return self._ahead(micro.index, batch, RollOut(sides, noise, roles))
 
     def reads_weights(self, step: int) -> bool:
         """Return whether a round begins; see `Task.reads_weights`."""
@@ -233,10 +261,13 @@ class Distillation(Task):
 
     def batch(self, prepared: Prepared) -> Batch:
         """Add the teacher's vectors to a micro-batch; see `Task.batch`."""
-        batch, (sides, noise) = prepared.batch, prepared.roll_out
+        batch, (sides, noise, roles) = super().batch(prepared), prepared.roll_out
         labels, order = (None if x is None else x.numpy() for x in (batch.condition, batch.order))
+        tokens = batch.tokens.numpy()
         with self._engine.assembled(self._teacher):
-            vectors = teach(self._teacher, batch.tokens.numpy(), sides, noise, self._dt, labels, order)
+            vectors = teach(
+                self._teacher, tokens, sides, noise, self._dt, labels=labels, order=order, roles=roles
+            )
         distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
         return replace(batch, distill_targets=distill_targets)
 

@@ -25,12 +25,14 @@ class Prepared(NamedTuple):
     Attributes:
         index: place of each row in the global batch; -1 for missing ones, whose weight is 0.
         batch: on the host.
-        roll_out: what is hidden from a distillation's teacher and its uniforms, as `teach` takes them.
+        roll_out: what a distillation's teacher is given beside the batch.
+        sent: recorded behind the copies to the GPU; None: the device is none.
     """
 
     index: Int[np.ndarray, "m"]
     batch: Batch
     roll_out: Any = None
+    sent: torch.cuda.Event | None = None
 
 
 class Task(ABC):
@@ -41,12 +43,14 @@ class Task(ABC):
 
     Args:
         run: with its manifest.
+        model: that is trained.
         device: that computes on the batches.
         sums: whether `prepare` sums anything over the ranks.
     """
 
-    def __init__(self, run: Run, device: torch.device, sums: bool):
-        self._run, self._config, self._device = run, run.config, device
+    def __init__(self, run: Run, model: Denoiser, device: torch.device, sums: bool):
+        self._run, self._config, self._model, self._device = run, run.config, model, device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._shape = (run.config.train.batch, run.manifest.length)
         self._bos = run.manifest.special.bos is not None
         self._group: Any = dist.new_group(backend="gloo") if sums else None
@@ -62,7 +66,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:
-        """Make the micro-batches of a step on the host.
+        """Make the micro-batches of a step, and send them to the device.
 
         Args:
             step: counted from 0.
@@ -94,7 +98,18 @@ class Task(ABC):
         Returns:
             The batch.
         """
+        if prepared.sent is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(prepared.sent)
+            for tensor in prepared.batch.on_device:
+                tensor.record_stream(stream)  # made for another stream, it must outlive its use in this one
         return prepared.batch
+
+    def _ahead(self, index: Int[np.ndarray, "m"], batch: Batch, roll_out: Any = None) -> Prepared:
+        """Let the model prepare a batch; on a GPU its copies run beside what the GPU computes."""
+        with torch.cuda.stream(self._copies):  # does nothing without a stream
+            self._model.prepare(batch)
+        return Prepared(index, batch, roll_out, self._copies.record_event() if self._copies else None)
 
     def _sum(self, counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
         """Sum numbers over all ranks."""
@@ -122,9 +137,8 @@ class Task(ABC):
 
     def _order(self, step: int, micro: MicroBatch) -> Int[np.ndarray, "m L"]:
         """Draw the orders of revelation of the rows of a micro-batch, for models with a causal encoder."""
-        return partition.draw_order(
-            [self._config.seed, step, 3], self._places(micro), self._shape[1], self._bos
-        )
+        seed, given = [self._config.seed, step, 3], None if micro.roles is None else micro.roles.given
+        return partition.draw_order(seed, self._places(micro), self._shape[1], self._bos, given)
 
     def _rows(
         self, step: int, micro: MicroBatch, present: Bool[np.ndarray, "m"]
@@ -151,8 +165,7 @@ class Pretraining(Task):
         bos = run.manifest.special.bos is not None
         self._objective = Objective(run.config.diffusion, bos, model.both_groups, model.left_to_right)
         self._sums = run.manifest.padded or self._objective.counts_groups
-        super().__init__(run, device, self._sums)
-        self._causal = model.causal
+        super().__init__(run, model, device, self._sums)
 
     def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:
         """Draw times, groups and dropped classes of a step; see `Task.prepare`."""
@@ -175,11 +188,11 @@ class Pretraining(Task):
             present,
             divisor=divisor,
             labels=labels,
-            order=self._order(step, micro) if self._causal else None,
-            lengths=micro.lengths,
+            order=self._order(step, micro) if self._model.causal else None,
+            roles=micro.roles,
             device=self._device,
         )
-        return Prepared(micro.index, batch)
+        return self._ahead(micro.index, batch)
 
     def _divisor(self, micros: Sequence[MicroBatch], draws: Sequence[StepDraws]) -> int:
         """Return the normaliser of the global batch: a constant, or a sum over the ranks."""
@@ -188,6 +201,6 @@ class Pretraining(Task):
         own = 0
         for micro, drawn in zip(micros, draws, strict=True):
             there = micro.index >= 0
-            lengths = None if micro.lengths is None else micro.lengths[there] - self._bos
-            own += self._objective.count(drawn.groups[there], None if lengths is None else int(lengths.sum()))
+            predicted = None if micro.roles is None else int(micro.roles.counts(self._bos)[there].sum())
+            own += self._objective.count(drawn.groups[there], predicted)
         return max(1, int(self._sum(np.array(own))))

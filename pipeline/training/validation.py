@@ -82,16 +82,16 @@ def validate(
     labels = reader.labels(rows) if config.model.classes is not None else None
     masking = likelihood.Masking.of(config, engine.model, bos is not None)
     share = (session.rank, session.workers)
-    lengths = reader.lengths(rows)
+    roles = reader.roles(rows)
     batches = likelihood.masked_batches(
-        masking, reader.rows(rows), labels, lengths=lengths, share=share, device=session.device
+        masking, reader.rows(rows), labels, roles=roles, share=share, device=session.device
     )
     with engine.weights(ema.slices) as model:
         sums = likelihood.row_sums(model, batches, len(rows)).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
         tokens, classes, revealed = draw(run, model)
-    bound = likelihood.summarise(sums.cpu(), masking, lengths)
+    bound = likelihood.summarise(sums.cpu(), masking, roles)
     metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
     bits = run.manifest.bits_per_byte(bound.nats) if metric == "perplexity" else None

@@ -14,7 +14,7 @@ from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws, draw, draw_order
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.metrics.likelihood import Masking, masked_batches, row_sums, summarise
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.row_ends import RowEnds, cut_rows, sample_rows
 from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample
@@ -22,6 +22,7 @@ from tests.support.small_models import CAUSAL, MDLM, PGM, randomised
 
 V, L, BOS, EOT, PAD = 11, 12, 8, 9, 10
 LENGTHS = np.array([12, 3, 7, 5, 2])
+ROLES = Roles(np.zeros_like(LENGTHS), LENGTHS)
 EXACT = {"atol": 1e-10, "rtol": 0}  # in float64
 CONFIGS: dict[str, ModelConfig] = {
     "pgm": PGM,
@@ -73,7 +74,7 @@ def training_batches(model: Denoiser) -> tuple[Batch, list[Batch]]:
         np.ones(len(tokens), bool),
         divisor=divisor,
         order=order,
-        lengths=LENGTHS,
+        roles=ROLES,
         device=device,
     )
     return together, alone
@@ -144,7 +145,7 @@ def test_bounds_are_those_of_the_rows_alone(name: str, estimator: str) -> None:
         padded_rows(),
         Masking(estimator, 4, 0, bos=True, batch=5),
     )
-    for index, batch in masked_batches(masking, tokens, lengths=LENGTHS):
+    for index, batch in masked_batches(masking, tokens, roles=ROLES):
         assert not (batch.targets & batch.padding).any()
         assert batch.targets.any()
         found = model(batch)
@@ -158,12 +159,12 @@ def test_bounds_are_those_of_the_rows_alone(name: str, estimator: str) -> None:
 @torch.no_grad()
 def test_the_exact_likelihood_counts_every_token_once() -> None:
     model, tokens, masking = model_of(CONFIGS["ar"]), padded_rows(), Masking("exact", 1, 0, bos=True)
-    sums = row_sums(model, masked_batches(masking, tokens, lengths=LENGTHS), len(tokens))
+    sums = row_sums(model, masked_batches(masking, tokens, roles=ROLES), len(tokens))
     total = 0.0
     for row, n in zip(tokens, LENGTHS, strict=True):
         (alone,) = row_sums(model, masked_batches(masking, row[None, :n]), 1)
         total += float(alone) * (n - 1)
-    assert summarise(sums, masking, LENGTHS).nats == pytest.approx(total / (LENGTHS - 1).sum(), rel=1e-6)
+    assert summarise(sums, masking, ROLES).nats == pytest.approx(total / (LENGTHS - 1).sum(), rel=1e-6)
 
 
 def test_the_interval_of_unequal_rows_covers_the_truth() -> None:
@@ -173,7 +174,7 @@ def test_the_interval_of_unequal_rows_covers_the_truth() -> None:
     for _ in range(400):
         lengths = rng.integers(1, 21, 300)
         per_row = 1 + lengths / 10 + rng.normal(0, 1, 300)
-        bound = summarise(torch.from_numpy(per_row), masking, lengths)
+        bound = summarise(torch.from_numpy(per_row), masking, Roles(np.zeros_like(lengths), lengths))
         truth = np.mean(np.arange(1, 21) * (1 + np.arange(1, 21) / 10)) / np.mean(np.arange(1, 21))
         assert bound.interval
         covered += bound.interval[0] <= truth <= bound.interval[1]

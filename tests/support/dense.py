@@ -56,21 +56,32 @@ def swap(module: GroupSwap, read: Tensor, mask: Tensor) -> Tensor:
     return module.out(attention(turn(q), turn(k), v, mask))
 
 
-def pgm_logits(model: PGM, tokens: Tensor, groups: Tensor) -> Tensor:
-    """[L] ids, [L] groups -> [L, V]."""
+def pgm_logits(
+    model: PGM, tokens: Tensor, groups: Tensor, given: int = 0, order: Tensor | None = None
+) -> Tensor:
+    """[L] ids, [L] groups -> [L, V]; both groups read the first `given` tokens, a causal encoder in `order`."""
     registers = torch.arange(model.registers)
     ids = torch.cat([model.register_ids(torch.device("cpu")), tokens])
     groups = torch.cat([registers < model.registers // 2, groups])
-    same = groups[:, None] == groups
-    read = model.embedding(ids)
-    for block in model.encoder:
-        read = self_block(block, read, same)
-    x = swap(model.swap, read, ~same)
-    for index, block in enumerate(model.decoder):
-        if index and model.later_swaps:
-            x = x + swap(model.later_swaps[index - 1], read, ~same)
-        x = cross_block(block, x, read, ~same)
-    return model.head(model.final(x))[model.registers :]
+    known = (torch.arange(len(ids)) >= model.registers) & (torch.arange(len(ids)) < model.registers + given)
+    ranks = torch.arange(len(ids))
+    if order is not None:
+        ranks[model.registers :] = model.registers + order
+    logits = []
+    for side in (False, True):  # of the tokens that are read
+        keys = (groups == side) | known
+        mask = (keys[:, None] & keys).logical_and((ranks[:, None] >= ranks) | (not model.causal))
+        reads = keys.expand(len(ids), -1)
+        read = model.embedding(ids)
+        for block in model.encoder:
+            read = self_block(block, read, mask)
+        x = swap(model.swap, read, reads)
+        for index, block in enumerate(model.decoder):
+            if index and model.later_swaps:
+                x = x + swap(model.later_swaps[index - 1], read, reads)
+            x = cross_block(block, x, read, reads)
+        logits.append(model.head(model.final(x)))
+    return torch.where(groups[:, None], *logits)[model.registers :]
 
 
 def trunk_logits(model: MDLM | AR, ids: Tensor, causal: bool) -> Tensor:

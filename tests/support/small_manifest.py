@@ -7,6 +7,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.data.manifest import Manifest, ShardFile
 from pipeline.data.shards import Rows, encode_shard
+from pipeline.models.batch import Roles
 
 
 def write_shard(
@@ -14,7 +15,7 @@ def write_shard(
     name: str,
     tokens: np.ndarray,
     labels: np.ndarray | None = None,
-    lengths: np.ndarray | None = None,
+    roles: Roles | None = None,
 ) -> ShardFile:
     """Write one shard.
 
@@ -23,9 +24,9 @@ def write_shard(
         name: of the file: its split, "-" and its number.
         tokens: [n, L].
         labels: [n], or None.
-        lengths: [n], or None.
+        roles: of the rows, or None.
     """
-    data, digest = encode_shard(Rows(tokens, labels, lengths))
+    data, digest = encode_shard(Rows(tokens, labels, roles))
     storage.publish_bytes(storage.join(folder, name), data)
     return ShardFile(name=name, rows=len(tokens), sha256=digest)
 

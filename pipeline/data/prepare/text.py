@@ -30,6 +30,7 @@ from pipeline.data.reading_order import permutation
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from pipeline.errors import DataError
+from pipeline.models.batch import Roles
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +316,7 @@ def _padded_rows(
     rows[:, 0] = special.bos
     for row, text in zip(rows, texts, strict=True):
         row[1 : 1 + len(text)], row[1 + len(text)] = text, special.eot
-    return Rows(rows, lengths=lengths)
+    return Rows(rows, roles=Roles(np.zeros_like(lengths), lengths))
 
 
 def _read_ends(file: IO[bytes], tokens: int, dtype: np.dtype, documents: tuple[int, int]) -> list[int]:

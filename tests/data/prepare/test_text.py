@@ -110,8 +110,10 @@ def test_a_row_of_every_sentence(ray_cluster: None, tmp_path: Path) -> None:
         manifests.append(ensure(config))
         rows.append({split: all_rows(config, manifests[-1], split) for split in ("train", "validation")})
         reader = ShardReader(data_path(config), manifests[-1], "train")
-        lengths = reader.lengths(np.arange(len(reader)))
-        assert lengths is not None
+        roles = reader.roles(np.arange(len(reader)))
+        assert roles is not None
+        given, lengths = roles
+        assert not given.any()
         expected = [min(len(text.encode()), 38) + 2 for text in texts[:70]]
         assert lengths.tolist() == expected
         assert manifests[-1].splits["train"].tokens == sum(expected)
