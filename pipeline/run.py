@@ -1,12 +1,15 @@
 """A run: the config of a job and everything that follows from it, resolved once at the head of the job."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from pipeline import storage, tracking, trained
+from pipeline.config.load import flatten
 from pipeline.config.schema import DistillConfig, RunConfig
 from pipeline.data.manifest import TOKENIZER, Manifest
 from pipeline.data.prepare import prepare
@@ -173,6 +176,23 @@ class Run:
         spill = Path(folder) if local else storage.node_folder() / "untracked" / digest
         spill.mkdir(parents=True, exist_ok=True)
         return tracking.Tracker(self.tracking_uri, self.run_id, spill / "untracked.jsonl", system_metrics)
+
+    @contextmanager
+    def in_mlflow(self) -> Iterator[Self]:
+        """Give a copy of the run with the MLflow run of its folder; one is opened, and ended, where there is none.
+
+        Raises:
+            ConfigError: a new MLflow run is needed and the store cannot be reached.
+        """
+        if recorded := tracking.recorded_run(self.folder):
+            yield self.replace(run_id=recorded[0])
+            return
+        config, uri = self.config, self.tracking_uri
+        params = flatten(config.model_dump(mode="json"))
+        experiment = config.tracking.experiment
+        run_id = tracking.open_recorded_run(self.folder, uri, experiment, config.name, params, {})
+        with tracking.ending(uri, run_id):
+            yield self.replace(run_id=run_id)
 
     def __getstate__(self) -> dict[str, Any]:
         """Derive everything that depends on the driver's environment before the run goes to another process."""

@@ -1,14 +1,16 @@
 """A trained model as an object: logits, predictions, and rows of sampled tokens."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypedDict, Unpack, cast
 
+import numpy as np
 import torch
 import yaml
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline import arguments
+from pipeline import arguments, storage
 from pipeline.config.model import ModelConfig
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import ConfigError
@@ -17,9 +19,10 @@ from pipeline.metrics.class_names import class_ids
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.models.vq import ImageTokenizer
 from pipeline.reports.tables import aligned, table_of
+from pipeline.reports.view import ROWS, Revealed, names_of
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
-from pipeline.sampling.row_ends import RowEnds, sample_rows
+from pipeline.sampling.row_ends import RowEnds, cut_rows, sample_rows
 from pipeline.sampling.sampler import MOST_SAMPLES, Known, SamplingRequest, known_tokens
 
 Labels = Int[Tensor, "B"] | Sequence[int | str] | None
@@ -42,6 +45,16 @@ class SamplingOptions(TypedDict, total=False):
     refresh_every: int
     guidance: float
     compile: bool
+
+
+class ViewOptions(SamplingOptions, total=False):
+    """Further keyword arguments of `Model.sample` alone.
+
+    Attributes:
+        view: HTML file to write, by path or URL, which shows step by step how the first 80 rows were revealed.
+    """
+
+    view: str | Path
 
 
 class TokenModel:
@@ -280,7 +293,7 @@ class TokenModel:
         progress: Progress = False,
         known: Known | None = None,
         length: int | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ViewOptions],
     ) -> Int[Tensor, "B L"]:
         """Draw rows of tokens.
 
@@ -296,7 +309,8 @@ class TokenModel:
             known: given tokens: `{position: token}` for all samples, a list of one for each, or (tokens, mask), both
                 [num_samples, L]. They are kept, and everything else is drawn around them.
             length: tokens of every row, for a model of padded rows; None: drawn from those of its training rows.
-            **options: `filters`, `refresh_every`, `guidance` and `compile`, see `SamplingOptions`.
+            **options: `filters`, `refresh_every`, `guidance` and `compile`, see `SamplingOptions`; and `view`, a file
+                for a page that shows step by step how the rows were revealed.
 
         Returns:
             [num_samples, L] ids, BOS included; of a model of padded rows with an end of text and padding.
@@ -313,6 +327,9 @@ class TokenModel:
             torch.Size([2, 64])
         """
         arguments.integer("num_samples", num_samples, 1, MOST_SAMPLES)
+        view = options.pop("view", None)
+        if view is not None:
+            arguments.instance("view", view, str, Path)
         tokens = known_tokens(known, num_samples, self.denoiser.length)
         if steps is None:
             unknown = self.denoiser.length - int(self.bos is not None)
@@ -329,7 +346,42 @@ class TokenModel:
             known=tokens,
             **options,
         )
-        return sample_rows(self.denoiser, request, self.ends, length, progress_bar(progress, "steps"))
+        bar, shape = progress_bar(progress, "steps"), (num_samples, self.denoiser.length)
+        revealed_at = None if view is None else torch.zeros(shape, dtype=torch.int64)
+        rows = sample_rows(self.denoiser, request, self.ends, length, bar, revealed_at)
+        if view is not None and revealed_at is not None:
+            self._write_view(view, request, rows.cpu().numpy(), revealed_at.numpy())
+        return rows
+
+    def _write_view(
+        self,
+        file: str | Path,
+        request: SamplingRequest,
+        rows: Int[np.ndarray, "B L"],
+        revealed_at: Int[np.ndarray, "B L"],
+    ) -> None:
+        """Write the page of sampled rows."""
+        labels = None if request.condition is None else request.condition.tolist()
+        order, images, ends = request.order, None, self.ends
+        if isinstance(self.tokenizer, ImageTokenizer):
+            images = self.tokenizer.decode(rows[:ROWS, int(self.bos is not None) :])
+        page = Revealed(
+            cut_rows(rows, ends and ends.eot, ends and ends.pad),
+            revealed_at,
+            request.steps,
+            self.bos,
+            self.tokenizer,
+            images,
+            names_of(labels, self.class_names),
+        )
+        facts = {
+            "model": self.config.kind,
+            "samples": len(rows),
+            "order": order if isinstance(order, str) else order.name,
+            "steps": request.steps,
+            "seed": request.seed,
+        }
+        storage.publish_text(str(file), page.to_html(facts))
 
     def _labels(self, condition: Labels) -> Int[Tensor, "B"] | None:
         """Class labels as a tensor; a list may name them."""

@@ -42,6 +42,7 @@ class SamplingConfig(Section):
         refresh_every: Steps between two full encodings of the known tokens (bidirectional PGM); 1 is exact.
         precision: Precision of the blocks; `bf16` enables flash attention on GPUs. Draws are float64 in both.
         compile: Compiles steps of fixed shape on CUDA, for AR and for causal PGM without pooled swaps.
+        view: Writes a page that shows step by step how the first 80 rows were revealed (`jobs.sample`).
         batch: Rows that one worker samples together.
         seed: Seed of the samples.
     """
@@ -66,6 +67,7 @@ class SamplingConfig(Section):
     refresh_every: PositiveInt = 1
     precision: Precision = "fp32"
     compile: bool = False
+    view: bool = False
     batch: PositiveInt = 16
     seed: Seed = 0
 

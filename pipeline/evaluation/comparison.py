@@ -12,7 +12,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import convergence, frontier
 from pipeline.evaluation.drawn_text import TextEvaluator
-from pipeline.evaluation.evaluate import Evaluator, evaluator_of, log_files, mlflow_run
+from pipeline.evaluation.evaluate import Evaluator, evaluator_of, log_files
 from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, likelihood_groups, open_model
 from pipeline.logs import shown
 from pipeline.metrics.corpora import Corpus
@@ -66,7 +66,7 @@ def compare(config: RunConfig) -> Comparison:
     refuse(config.sampling, "a comparison")
     models = [_open(run, name, spec) for name, spec in config.evaluation.models.items()]
     claim = claims.held(folder, "cluster.storage", f"the comparison {config.name!r}", "made")
-    with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
+    with claim, run.in_mlflow() as run, joined_cluster(config.cluster):
         run = run.replace(given_resources=available_resources(config.cluster)).with_data()
         corpus = Corpus("validation", run.data_path, run.manifest)
         if "train" not in run.manifest.splits and config.evaluation.scorer is None:

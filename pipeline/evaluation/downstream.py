@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.api import load_model
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mean, kind_and_line
-from pipeline.evaluation.evaluate import log_files, mlflow_run
+from pipeline.evaluation.evaluate import log_files
 from pipeline.evaluation.evaluated_model import EvaluatedModel, open_models
 from pipeline.logs import Progress
 from pipeline.metrics.likelihood import NORMAL_95
@@ -87,7 +87,7 @@ def downstream(config: RunConfig) -> Downstream:
     _check_tasks(settings.tasks, settings.tasks_path)
     models = open_models(run)
     claim = claims.held(folder, "cluster.storage", f"run {config.name!r}", "evaluated")
-    with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
+    with claim, run.in_mlflow() as run, joined_cluster(config.cluster):
         resources = available_resources(config.cluster)
         limits = (settings.draws, settings.batch, config.seed, settings.tasks_path, settings.task_limit)
         pairs = [(model, task) for model in models for task in settings.tasks]

@@ -1,11 +1,9 @@
 """Evaluation of a model: likelihood, and metrics of its samples, in one report."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline import storage, tracking
-from pipeline.config.load import flatten
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.drawn_images import ImageEvaluator
 from pipeline.evaluation.drawn_text import TextEvaluator
@@ -59,7 +57,7 @@ def evaluate(config: RunConfig) -> Evaluation:
     check_sampling(config, model.config)
     others = open_corpora(config.evaluation.data)
     claim = claims.held(folder, "cluster.storage", f"run {config.name!r}", "evaluated")
-    with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
+    with claim, run.in_mlflow() as run, joined_cluster(config.cluster):
         run = run.replace(given_resources=available_resources(config.cluster)).with_data()
         corpora = [Corpus("validation", run.data_path, run.manifest), *others]
         for corpus in corpora:
@@ -106,23 +104,6 @@ def evaluator_of(run: Run, corpus: Corpus, model: EvaluatedModel) -> Evaluator:
     return (
         TextEvaluator(run, corpus, model) if run.config.data.kind == "text" else ImageEvaluator(run, corpus)
     )
-
-
-@contextmanager
-def mlflow_run(run: Run) -> Iterator[Run]:
-    """Give the run the MLflow run of its folder; one is opened, and ended, where the folder has none.
-
-    Args:
-        run: of the evaluation.
-    """
-    if recorded := tracking.recorded_run(run.folder):
-        yield run.replace(run_id=recorded[0])
-        return
-    config, uri = run.config, run.tracking_uri
-    params = flatten(config.model_dump(mode="json"))
-    run_id = tracking.open_recorded_run(run.folder, uri, config.tracking.experiment, config.name, params, {})
-    with tracking.ending(uri, run_id):
-        yield run.replace(run_id=run_id)
 
 
 def log_files(tracker: tracking.Tracker, folder: str, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import ConfigError
-from pipeline.evaluation.evaluate import log_files, mlflow_run
+from pipeline.evaluation.evaluate import log_files
 from pipeline.evaluation.evaluated_model import EvaluatedModel, by_estimator, likelihood_groups, open_model
 from pipeline.metrics.corpora import Corpus, check_fits
 from pipeline.reports.measures import Group, Report
@@ -63,7 +63,7 @@ def zero_shot(config: RunConfig) -> ZeroShot:
         raise ConfigError("evaluation.zero_shot: texts, but data.kind is image; expected no texts")
     model = open_model(run, config.name)
     claim = claims.held(folder, "cluster.storage", f"run {config.name!r}", "evaluated")
-    with claim, mlflow_run(run) as run, joined_cluster(config.cluster):
+    with claim, run.in_mlflow() as run, joined_cluster(config.cluster):
         run = run.replace(given_resources=available_resources(config.cluster))
         corpora = [_prepared(run, model, name, text) for name, text in sets.items()]
         # A list per estimator with a group per text, turned into one per text with a group per estimator.

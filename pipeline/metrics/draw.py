@@ -25,12 +25,13 @@ from pipeline.metrics.given import Given
 from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.reports.pictures import sample_grid
+from pipeline.reports.view import ROWS, VIEW, Revealed, names_of
 from pipeline.runtime.actors import Resources, in_order, own_device, started
-from pipeline.sampling.row_ends import RowEnds, sample_rows, texts_of
+from pipeline.sampling.row_ends import RowEnds, cut_rows, sample_rows, texts_of
 from pipeline.sampling.sampler import SamplingRequest, known_tokens
 
 GRID = "samples.png"
-GRID_IMAGES = 80  # images of the overview, at most
+GRID_IMAGES = ROWS  # images of the overview, at most
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class DrawnBatch:
     Attributes:
         tokens: the rows.
         seconds: that it took to draw them.
+        revealed_at: the step at which every position was drawn; empty unless `sampling.view` shows it.
     """
 
     tokens: Int[np.ndarray, "n L"]
     seconds: float
+    revealed_at: Int[np.ndarray, "m L"]
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,10 @@ class Sampler:
         model, facts = self._models[folder, settings.precision]
         settings = with_class_ids(settings, facts.class_names)
         began = time.perf_counter()
-        tokens = draw_rows(model, settings, facts, (first, count), known=known).cpu().numpy()
-        return DrawnBatch(tokens, time.perf_counter() - began)
+        revealed_at = torch.zeros(count if settings.view else 0, model.length, dtype=torch.int64)
+        steps = revealed_at if settings.view else None
+        tokens = draw_rows(model, settings, facts, (first, count), steps, known).cpu().numpy()
+        return DrawnBatch(tokens, time.perf_counter() - began, revealed_at.numpy())
 
     def decode(self, folder: str, tokens: Int[np.ndarray, "n L"]) -> UInt8[np.ndarray, "n S S 3"]:
         """Turn rows into images with the tokenizer of a model's folder.
@@ -194,7 +199,8 @@ def generate(
         model: consolidated folder that every node can read.
         settings: how to draw.
         resources: of the actors, which draw batches at the same time.
-        into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`.
+        into: folder for `tokens.npy`, `samples.jsonl`, and `samples.txt` or `images/` and `samples.png`; `view.html`
+            where the settings ask for it.
         given: what the samples are drawn around; None: nothing.
     """
     local, parts = storage.fetch(model), batches_of(settings)
@@ -207,13 +213,13 @@ def generate(
         progress = Progress("sampled", "batches", len(parts), "tokens")
         began, drawn = time.perf_counter(), []
         for batch in in_order(samplers, "draw", [(model, settings, *part, known) for part in parts]):
-            drawn.append(batch.tokens)
+            drawn.append(batch)
             progress.add(batch.tokens.size)
         seconds = time.perf_counter() - began
-        images = in_order(samplers, "decode", [(model, rows) for rows in drawn])
-        tokens = np.concatenate(drawn)
+        images = in_order(samplers, "decode", [(model, batch.tokens) for batch in drawn])
+        tokens = np.concatenate([batch.tokens for batch in drawn])
         labels = None if classes is None else labels_of(settings, classes, 0, len(tokens))
-        end, texts = None if given is None else given.end, []
+        end, texts, pictures = None if given is None else given.end, [], None
         if isinstance(tokenizer, Tokenizer):
             texts = texts_of(tokens[:, :end], facts.eot, facts.pad, tokenizer.decode)
         with storage.scratch() as folder:
@@ -230,7 +236,17 @@ def generate(
                 blocks += [f"--- sample {i}\n{text}\n" for i, text in enumerate(texts)]
                 (folder / "samples.txt").write_text("\n".join(blocks), encoding="utf-8")
             elif tokenizer is not None:
-                _write_images(images, labels, folder)
+                pictures = _write_images(images, labels, folder)
+            if settings.view:
+                rows = cut_rows(tokens[:, :end], facts.eot, facts.pad)
+                revealed_at = np.concatenate([batch.revealed_at for batch in drawn])
+                names = names_of(labels, facts.class_names)
+                shown = Revealed(rows, revealed_at, settings.steps, facts.bos, tokenizer, pictures, names)
+                name = model_folder.read_background(local).run.get("name", config.kind)
+                about = {"model": name} | describe(settings, len(tokens))
+                if given is not None and given.text:
+                    about["given"] = given.text
+                (folder / VIEW).write_text(shown.to_html(about), encoding="utf-8")
             if given is not None and given.picture is not None:
                 Image.fromarray(given.picture).save(folder / "given.png")
             storage.publish_folder(folder, into)
@@ -263,8 +279,8 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
 
 def _write_images(
     batches: Iterable[UInt8[np.ndarray, "n S S 3"]], labels: list[int] | None, into: Path
-) -> None:
-    """Write a PNG of every image, and an overview of the first ones."""
+) -> UInt8[np.ndarray, "m S S 3"]:
+    """Write a PNG of every image, and an overview of the first ones, which are returned."""
     (into / "images").mkdir()
     overview: list[np.ndarray] = []
     for index, image in enumerate(chain.from_iterable(batches)):
@@ -272,3 +288,4 @@ def _write_images(
         if index < GRID_IMAGES:
             overview.append(image)
     sample_grid(np.stack(overview), labels and labels[:GRID_IMAGES]).savefig(into / GRID)
+    return np.stack(overview)

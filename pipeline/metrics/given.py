@@ -230,7 +230,7 @@ def read_file(key: str, path: str | Path) -> bytes:
 
 
 def refuse(settings: SamplingConfig, job: str) -> None:
-    """Refuse keys that say what samples are drawn around, which has a meaning in `jobs.sample` alone.
+    """Refuse keys that have a meaning in `jobs.sample` alone.
 
     Args:
         settings: of the sampling.
@@ -243,3 +243,5 @@ def refuse(settings: SamplingConfig, job: str) -> None:
         raise ConfigError(
             f"sampling.{key}: {getattr(settings, key)!r} is for jobs.sample; {job} expects null"
         )
+    if settings.view:
+        raise ConfigError(f"sampling.view: true is for jobs.sample; {job} expects false")

@@ -109,18 +109,23 @@ class Page:
         return list(files)
 
     def _render(self, template: str) -> str:
-        """Fill a template of this package in; HTML is escaped."""
-        environment = Environment(
-            loader=PackageLoader("pipeline.reports", "."),
-            autoescape=select_autoescape(["html.jinja"]),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
+        """Fill a template of this package in."""
+        environment = templates()
         environment.tests["numeric"] = is_number
         environment.filters |= {"markdown": markdown, "fenced": _fenced}
         return environment.get_template(template).render(page=self)
+
+
+def templates() -> Environment:
+    """Make the environment of this package's templates; values in HTML are escaped."""
+    return Environment(
+        loader=PackageLoader("pipeline.reports", "."),
+        autoescape=select_autoescape(["html.jinja"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def picture(name: str, figure: Figure, caption: str) -> Picture:

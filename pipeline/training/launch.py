@@ -1,8 +1,9 @@
 """Pretraining, distillation and sampling from a config to their results."""
 
 import hashlib
+import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from pipeline import storage, tracking
 from pipeline.config.load import dump, flatten
@@ -13,12 +14,15 @@ from pipeline.metrics import draw
 from pipeline.metrics.class_names import with_class_ids
 from pipeline.metrics.given import given_by, refuse
 from pipeline.models import model_folder
+from pipeline.reports.view import VIEW
 from pipeline.run import Run
 from pipeline.runtime import claims
 from pipeline.runtime.ray_cluster import available_resources, check_visible, joined_cluster, stoppable
 from pipeline.training import distillation, resume
 from pipeline.training.finish import RunResult, finish
 from pipeline.training.worker_group import run_group
+
+log = logging.getLogger(__name__)
 
 
 def pretrain(config: RunConfig) -> RunResult:
@@ -139,8 +143,14 @@ def sample(config: RunConfig) -> draw.Samples:
         # One token a step is the most, and what an autoregressive model takes.
         settings = settings.model_copy(update={"steps": min(settings.steps, given.unknown)})
     into = storage.join(run.folder, "samples", name)
-    with joined_cluster(config.cluster):
-        return draw.generate(model, settings, available_resources(config.cluster), into, given)
+    with run.in_mlflow() if settings.view else nullcontext(run) as run, joined_cluster(config.cluster):
+        samples = draw.generate(model, settings, available_resources(config.cluster), into, given)
+        if settings.view:
+            page = storage.join(into, VIEW)
+            with run.tracker(into) as tracker:
+                tracker.log_artifact(storage.fetch(page), f"samples/{name}")
+            log.info("page of the steps: %s, in MLflow run %s as samples/%s/%s", page, run.run_id, name, VIEW)
+        return samples
 
 
 def _open_mlflow_run(run: Run, tags: dict[str, str]) -> str:

@@ -46,6 +46,7 @@ def test_images_with_their_labels(image_model: str, tmp_path: Path, ray_cluster:
     assert np.array_equal(seen[0].tokens, seen[1].tokens)
     assert seen[0].labels == [2, 0, 2, 0, 2]
     out = tmp_path / "out-5"
+    assert {file.name for file in out.iterdir()} == {"tokens.npy", "samples.jsonl", "samples.png", "images"}
     assert np.array_equal(np.load(out / "tokens.npy"), seen[0].tokens)
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert lines == [{"index": i, "label": label} for i, label in enumerate(seen[0].labels)]

@@ -214,6 +214,10 @@ def test_keys_that_exclude_each_other() -> None:
         ConfigError, match=r"sampling\.prompt: 'a' is for jobs\.sample; training expects null"
     ):
         refuse(SamplingConfig(prompt="a"), "training")
+    with pytest.raises(
+        ConfigError, match=r"sampling\.view: true is for jobs\.sample; training expects false"
+    ):
+        refuse(SamplingConfig(view=True), "training")
 
 
 def run_config(storage: Path, name: str, **sampling: Any) -> RunConfig:

@@ -1,5 +1,6 @@
 """One run through Ray Train, and everything it must leave behind."""
 
+import json
 import math
 from pathlib import Path
 
@@ -103,16 +104,30 @@ def test_folder_tells_what_ran(outcome: RunResult, config: RunConfig):
     assert len(outcome.samples) == 2
 
 
-def test_sampling_job_with_actors(outcome: RunResult, config: RunConfig):
-    wanted = config.model_copy(
-        update={"sampling": config.sampling.model_copy(update={"num_samples": 5, "batch": 2, "steps": 3})}
-    )
-    samples = launch.sample(wanted)
+def test_sampling_job_with_actors(
+    outcome: RunResult,
+    config: RunConfig,
+    run: MlflowRun,
+    client: MlflowClient,
+    caplog: pytest.LogCaptureFixture,
+):
+    changes = {"num_samples": 5, "batch": 2, "steps": 3, "view": True}
+    wanted = config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
+    with caplog.at_level("INFO"):
+        samples = launch.sample(wanted)
     assert samples.tokens.shape == (5, 16)
     assert (samples.tokens >= 0).all()
     assert (samples.tokens < 257).all()
     assert len(samples.texts) == 5
-    assert {p.name for p in Path(samples.folder).iterdir()} == {"tokens.npy", "samples.jsonl", "samples.txt"}
+    files = {"tokens.npy", "samples.jsonl", "samples.txt", "view.html"}
+    assert {p.name for p in Path(samples.folder).iterdir()} == files
+    page = (Path(samples.folder) / "view.html").read_text()
+    rows = json.loads(page.split('type="application/json">')[1].split("</script>")[0])["rows"]
+    assert ["".join(text for text, _ in row["pieces"]) for row in rows] == samples.texts
+    assert {step for row in rows for step in row["at"]} == {1, 2, 3}
+    assert f"{samples.folder}/view.html" in caplog.text
+    logged = client.download_artifacts(run.info.run_id, "samples/uniform-3-steps-seed-0/view.html")
+    assert Path(logged).read_text() == page
     # Drawn two by two on two actors, and all at once here: the same samples.
     assert load_model(outcome.model).sample(5, steps=3, seed=0).numpy().tolist() == samples.tokens.tolist()
 
