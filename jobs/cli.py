@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def command(
     module, arguments = sys.modules["__main__"], sys.argv[1:]
     wants_help = arguments[:1] in (["-h"], ["--help"])
     if len(arguments) < least or wants_help:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         name = module.__spec__.name if module.__spec__ else "jobs"
         print(f"{(module.__doc__ or '').strip()}\n\nusage: python -m {name} {usage}")
         if config:

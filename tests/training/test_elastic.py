@@ -84,6 +84,7 @@ def test_a_worker_has_its_cpus_and_its_gpu_on_one_node() -> None:
     assert places(nodes, 3, use_gpu=False) == 1 + 5 + 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU that there is")
 def test_a_machine_with_one_gpu(run_storage: Path) -> None:
     """Ray takes our word that there is one; torch does not."""

@@ -154,6 +154,7 @@ def test_a_spoilt_image_is_fatal(ray_cluster: None, tmp_path: Path) -> None:
         prepare(make_config(tmp_path, **{**settings, "classes": 4}))
 
 
+@pytest.mark.slow
 def test_spoilt_images_are_skipped_and_a_network_encodes_the_others(
     ray_cluster: None, tmp_path: Path
 ) -> None:
