@@ -31,8 +31,9 @@ from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
-from pipeline.training.engine import Engine, fill
+from pipeline.training.engine import Engine
 from pipeline.training.pretraining import Prepared, Pretraining, Task
+from pipeline.training.slices import fill
 from pipeline.training.throughput import Throughput
 from pipeline.training.validation import validate
 
