@@ -25,6 +25,7 @@ OPTIMIZER = "optimizer"  # start of the names of a checkpoint's files with weigh
 WEIGHTS = "weight:"  # before the names of their slices
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
+BUCKET_BYTES = 25_000_000  # of gradients that are summed together while the backward pass goes on
 TAG = "zero"  # DeepSpeed's own folder inside a checkpoint of earlier versions
 NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch.compile gives functions back as they are, and imports nothing
 
@@ -122,6 +123,9 @@ class Engine:
         zero: dict[str, Any] = {
             "stage": train.zero_stage,
             "stage3_param_persistence_threshold": train.persistent_parameters,
+            # By default one bucket holds all gradients, which then wait for the whole backward pass.
+            "overlap_comm": self.device.type == "cuda",
+            "reduce_bucket_size": BUCKET_BYTES // (2 if self._bf16 else 4),
         }
         if train.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
@@ -133,7 +137,8 @@ class Engine:
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled for minutes first
             "checkpoint": {"load_universal": universal},
-            "bf16": {"enabled": self._bf16},
+            # The loop reads the norm itself, later; this check would wait for the device in every step.
+            "bf16": {"enabled": self._bf16, "check_grad_overflow": False},
             # At stage 0 in bf16 DeepSpeed divides gradients by fp16's loss scale, 2^16, which nothing put in.
             "fp16": {"enabled": False, "loss_scale": 1.0},
             "steps_per_print": 2**31,
