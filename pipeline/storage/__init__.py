@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401  these imports are the package's interface
 
-from pipeline.storage.cache import fetch, node_lock, read_cached
+from pipeline.storage.cache import fetch, node_lock, read_cached, read_ranges
 from pipeline.storage.files import (
     COMPLETE,
     check_writable,

@@ -15,8 +15,9 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
@@ -154,6 +155,33 @@ def fetch(path: str, needed: Callable[[str], bool] | None = None) -> Path:
             raise
         raise DataError(f"{path}: cannot be copied to {target}: {error.strerror or error}") from error
     return target
+
+
+@retry
+def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Read parts of a file, of a remote one without the rest.
+
+    Args:
+        path: the file.
+        ranges: first byte of every part, and the byte behind its last one; parts end where the file does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: the store refuses access.
+    """
+    fs, inner = files.filesystem(path)
+    with files.explained(path):
+        if files.is_local(path):
+            with open(inner, "rb") as file:
+                return [_read_at(file, *part) for part in ranges]
+        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+        return fs.cat_ranges([inner] * len(ranges), starts, stops, on_error="raise")
+
+
+def _read_at(file: IO[bytes], start: int, stop: int) -> bytes:
+    """Read a part of an open file."""
+    file.seek(start)
+    return file.read(stop - start)
 
 
 @retry

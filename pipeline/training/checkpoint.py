@@ -1,7 +1,7 @@
 """Checkpoints: folders `step_N` that are used only when complete; fallback, pruning and consolidation.
 
 step_00001000/
-  zero/                    DeepSpeed's shards of model and optimiser, one set per rank
+  optimizer_00000.safetensors  slices of the weights and moments that rank 0 owns, and so on
   ema_00000.safetensors    EMA slices of rank 0, and so on
   files_00000.json         rank 0's files with sizes and SHA-256, and those of the other ranks; a checkpoint is
                            complete when all ranks' lists and files exist
@@ -31,8 +31,9 @@ from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.run import Run
-from pipeline.training.ema import EMA, read_averages
-from pipeline.training.engine import Engine
+from pipeline.training.ema import AVERAGE, EMA, read_averages
+from pipeline.training.engine import OPTIMIZER, Engine
+from pipeline.training.slices import Index, index_of
 
 log = logging.getLogger(__name__)
 AnyTokenizer = Tokenizer | ImageTokenizer
@@ -100,9 +101,9 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
     """
     try:
         into.mkdir(parents=True, exist_ok=True)
-        engine.save(into)
         if engine.stage > 0 or rank == 0:  # replicated at stage 0
-            ema.save(into / f"ema_{rank:05d}.safetensors")
+            engine.save(into / f"{OPTIMIZER}_{rank:05d}.safetensors")
+            ema.save(into / f"{AVERAGE}_{rank:05d}.safetensors")
         if rank == 0:
             (into / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         files: Files = {
@@ -112,9 +113,12 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
         }
         listing: dict[str, Any] = {"workers": state.workers, "step": state.step, "files": files}
         gathered: list[Any] = [None] * state.workers
-        dist.gather_object(files, gathered if rank == 0 else None)
+        slices = [(*key, values.numel()) for key, values in ema.slices.items()]
+        dist.gather_object((files, slices), gathered if rank == 0 else None)
         if rank == 0:  # whoever reads it need not read a list of every rank
-            listing["others"] = {name: facts for part in gathered[1:] for name, facts in part.items()}
+            listing["others"] = {name: facts for part, _ in gathered[1:] for name, facts in part.items()}
+            writers = gathered if engine.stage > 0 else gathered[:1]
+            listing["slices"] = index_of([part for _, part in writers])
         (into / _list_name(rank)).write_text(json.dumps(listing), encoding="utf-8")
     except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError
         free = shutil.disk_usage(into.parent).free / 2**20
@@ -127,7 +131,7 @@ def save(into: Path, engine: Engine, ema: EMA, state: TrainState, rank: int) -> 
 
 def is_average(name: str) -> bool:
     """Return whether a file of a checkpoint holds EMA slices, given its path in the checkpoint."""
-    return name.startswith("ema_")
+    return name.startswith(f"{AVERAGE}_")
 
 
 def _list_name(rank: int) -> str:
@@ -208,6 +212,15 @@ def _parallel(function: Callable[[str], Any], items: Sequence[str]) -> list[Any]
     """Call a function that mostly waits for files, on all items in a few threads."""
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         return list(pool.map(function, items))
+
+
+def slices_of(path: str) -> Index | None:
+    """Read which rank stored which slices of a complete checkpoint; None: an earlier version wrote it.
+
+    Args:
+        path: folder of the checkpoint.
+    """
+    return storage.read_json(storage.join(path, _list_name(0))).get("slices")
 
 
 def read_state(path: str) -> TrainState:

@@ -29,9 +29,10 @@ from pipeline.runtime.session import Session
 from pipeline.sampling.rollout import roll_out
 from pipeline.training import checkpoint
 from pipeline.training.ema import EMA
-from pipeline.training.engine import Engine, fill
+from pipeline.training.engine import Engine
 from pipeline.training.pretraining import Prepared, Task
 from pipeline.training.resume import differences
+from pipeline.training.slices import fill
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,14 @@
 """Exponential moving average of the float32 master weights, each rank its own slices."""
 
-from collections import defaultdict
-from operator import itemgetter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import storage
-from pipeline.training.engine import Slices
+from pipeline.training import slices
+from pipeline.training.slices import Slices
+
+AVERAGE = "ema"  # start of the names of files in a checkpoint
 
 
 class EMA:
@@ -43,10 +42,7 @@ class EMA:
 
     def save(self, file: Path) -> None:
         """Write this rank's slices as safetensors with keys `name@offset`."""
-        save_file(
-            {f"{name}@{offset}": v.cpu().contiguous() for (name, offset), v in self.slices.items()}, file
-        )
-        storage.follow_umask(file)
+        slices.save(file, {"": self.slices})
 
 
 def read_averages(folder: Path) -> dict[str, Tensor]:
@@ -58,13 +54,4 @@ def read_averages(folder: Path) -> dict[str, Tensor]:
     Returns:
         A flat float32 tensor for every parameter name; it ends where the first slice is missing.
     """
-    pieces: list[tuple[str, int, Tensor]] = []
-    for file in folder.glob("ema_*.safetensors"):
-        for key, values in load_file(file).items():
-            name, _, start = key.rpartition("@")
-            pieces.append((name, int(start), values))
-    parts: defaultdict[str, list[Tensor]] = defaultdict(lambda: [torch.empty(0)])
-    for name, offset, values in sorted(pieces, key=itemgetter(0, 1)):
-        if offset == sum(part.numel() for part in parts[name]):
-            parts[name].append(values)
-    return {name: torch.cat(whole) for name, whole in parts.items()}
+    return slices.read_whole(folder, AVERAGE)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,35 +18,16 @@ from pipeline.config.schema import OptimConfig, RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
+from pipeline.training import slices
+from pipeline.training.slices import Index, Slices, fill
 
-# (parameter name, offset into the flattened parameter) -> float32 values from there on that this rank owns.
-Slices = dict[tuple[str, int], Tensor]
+OPTIMIZER = "optimizer"  # start of the names of a checkpoint's files with weights and moments
+WEIGHTS = "weight:"  # before the names of their slices
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
-log = logging.getLogger(__name__)
-
-COMPILED = ("cuda",)  # devices on which `train.compile` pays
-TAG = "zero"  # DeepSpeed's own folder inside a checkpoint
+BUCKET_BYTES = 25_000_000  # of gradients that are summed together while the backward pass goes on
+TAG = "zero"  # DeepSpeed's own folder inside a checkpoint of earlier versions
 NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch.compile gives functions back as they are, and imports nothing
-
-
-@torch.no_grad()
-def fill(slices: Slices, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into slices.
-
-    Args:
-        slices: of this rank, which are overwritten.
-        weights: full weights by parameter name, in any shape.
-
-    Raises:
-        CheckpointError: a value of a slice is not among the weights.
-    """
-    for (name, offset), values in slices.items():
-        stored = weights.get(name, values[:0]).flatten()[offset : offset + values.numel()]
-        if stored.numel() != values.numel():
-            raise CheckpointError(
-                f"weights of {name!r}: {stored.numel()} of {values.numel()} values from {offset} on are stored"
-            )
-        values.copy_(stored)
 
 
 def learning_rate(step: int, optim: OptimConfig, steps: int, fresh: int = 0) -> float:
@@ -102,7 +83,7 @@ class Engine:
         config: of the run; its sections `optim` and `train` are used.
         parts: micro-batches of a step on one worker (gradient accumulation).
         device: where this worker computes.
-        universal: whether `load` will be given a universal checkpoint (of another number of workers).
+        universal: whether `load_earlier` will be given a converted checkpoint.
 
     Attributes:
         stage: of ZeRO.
@@ -142,6 +123,9 @@ class Engine:
         zero: dict[str, Any] = {
             "stage": train.zero_stage,
             "stage3_param_persistence_threshold": train.persistent_parameters,
+            # By default one bucket holds all gradients, which then wait for the whole backward pass.
+            "overlap_comm": self.device.type == "cuda",
+            "reduce_bucket_size": BUCKET_BYTES // (2 if self._bf16 else 4),
         }
         if train.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
@@ -153,7 +137,8 @@ class Engine:
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled for minutes first
             "checkpoint": {"load_universal": universal},
-            "bf16": {"enabled": self._bf16},
+            # The loop reads the norm itself, later; this check would wait for the device in every step.
+            "bf16": {"enabled": self._bf16, "check_grad_overflow": False},
             # At stage 0 in bf16 DeepSpeed divides gradients by fp16's loss scale, 2^16, which nothing put in.
             "fp16": {"enabled": False, "loss_scale": 1.0},
             "steps_per_print": 2**31,
@@ -217,30 +202,55 @@ class Engine:
         Returns:
             Flat views by parameter name and offset.
         """
+        return {owned.key: owned.view(owned.tensor) for owned in self._owned()}
+
+    def moments(self) -> dict[str, Slices]:
+        """Return live views of the optimiser's state for the weights that this rank owns; zeros before a step.
+
+        Returns:
+            Flat views by parameter name and offset, by the names of Adam's moments.
+        """
+        moments: dict[str, Slices] = {name: {} for name in MOMENTS}
+        for owned in self._owned():
+            state = self._state_of(owned.tensor)
+            for name in MOMENTS:
+                moments[name][owned.key] = owned.view(state[name])
+        return moments
+
+    def _state_of(self, master: Tensor) -> dict[str, Tensor]:
+        """Return the optimiser's state for one of its tensors, made as AdamW makes it if there is none."""
+        state = self._engine.optimizer.state[master]
+        if not state:
+            fused = self._engine.optimizer.param_groups[0].get("fused")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
+            state |= {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
+        return state
+
+    def _owned(self) -> Iterator["_Owned"]:
+        """Give the parts of parameters that this rank owns, and where the optimiser has them."""
+        optimiser, rank = self._engine.optimizer, dist.get_rank()
         named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
         if self.stage == 3:
-            rank, slices = dist.get_rank(), {}
             for name, parameter in named:
                 share = parameter.ds_tensor.numel()
-                owned = min(share, max(0, parameter.ds_numel - rank * share))  # the last share is padded
-                if owned:
-                    # `safe_get_local_fp32_param` gives a copy if the optimiser is not on the device.
-                    values, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False)
-                    slices[name, rank * share] = values.detach()[:owned]
-            return slices
-        if self.stage > 0:
-            return {
-                (name, part.lp_fragment_address.start): part.hp_fragment.detach()
-                for name, parameter in named
-                if (part := getattr(parameter, "_hp_mapping", None)) is not None
-            }
-        if self._plain:
-            return {(name, 0): p.detach().view(-1) for name, p in named}
-        optimiser = self._engine.optimizer  # bf16
-        masters: dict[int, Tensor] = {}
-        for low, high in zip(optimiser.fp16_groups, optimiser.fp32_groups, strict=True):
-            masters |= dict(zip(map(id, low), high, strict=True))
-        return {(name, 0): masters[id(p)].detach().view(-1) for name, p in named}
+                count = min(share, max(0, parameter.ds_numel - rank * share))  # the last share is padded
+                if count:
+                    group, start, _ = optimiser.grad_position[optimiser.get_param_id(parameter)]
+                    master = optimiser.fp32_partitioned_groups_flat[group]
+                    yield _Owned((name, rank * share), master, start, count)
+        elif self.stage > 0:
+            for name, parameter in named:
+                if (part := getattr(parameter, "_hp_mapping", None)) is not None:
+                    master = optimiser.single_partition_of_fp32_groups[part.param_group_index]
+                    place = part.hp_fragment_address
+                    yield _Owned((name, part.lp_fragment_address.start), master, place.start, place.numel)
+        else:
+            masters: dict[int, Tensor] = {}
+            if not self._plain:  # bf16
+                for low, high in zip(optimiser.fp16_groups, optimiser.fp32_groups, strict=True):
+                    masters |= dict(zip(map(id, low), high, strict=True))
+            for name, parameter in named:
+                yield _Owned((name, 0), masters.get(id(parameter), parameter), 0, parameter.numel())
 
     def _full(self, slices: Slices) -> Iterator[tuple[str, Any, Tensor]]:
         """Give every parameter with its whole float32 values from the slices of all ranks together."""
@@ -355,12 +365,35 @@ class Engine:
         """Release model, optimiser and hooks, before another engine is made in this process."""
         self._engine.destroy()
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of model and optimiser into a folder; all ranks call it together."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def save(self, file: Path) -> None:
+        """Write the weights and moments that this rank owns into a file.
 
-    def load(self, folder: Path) -> None:
-        """Read a checkpoint of the same number of ranks and the same stage, or its universal form.
+        Args:
+            file: of safetensors.
+        """
+        steps = {int(self._state_of(owned.tensor)["step"]) for owned in self._owned()}
+        kinds = {f"{name}:": values for name, values in self.moments().items()}
+        slices.save(file, {WEIGHTS: self.masters(), **kinds}, {"updates": str(max(steps, default=0))})
+
+    def load(self, folder: str, index: Index) -> None:
+        """Read weights and moments that any number of ranks saved; all ranks call it together.
+
+        Args:
+            folder: of the checkpoint, local or remote.
+            index: which rank saved what.
+
+        Raises:
+            CheckpointError: something is not stored.
+        """
+        masters = self.masters()
+        kinds = {f"{name}:": values for name, values in self.moments().items()}
+        facts = slices.read(folder, OPTIMIZER, index, {WEIGHTS: masters, **kinds})
+        for owned in self._owned():
+            self._state_of(owned.tensor)["step"].fill_(int(facts.get("updates", 0)))
+        self.install(masters)
+
+    def load_earlier(self, folder: Path) -> None:
+        """Read a checkpoint of earlier versions, of the same number of ranks and the same stage, or converted.
 
         Args:
             folder: of the checkpoint, or of its universal form.
@@ -371,3 +404,23 @@ class Engine:
         path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in its folder {TAG!r}")
+
+
+class _Owned(NamedTuple):
+    """A part of a parameter that a rank owns.
+
+    Attributes:
+        key: name of the parameter, and where the part begins in it.
+        tensor: of the optimiser, which holds the part.
+        start: where the part begins in that tensor.
+        count: number of values.
+    """
+
+    key: tuple[str, int]
+    tensor: Tensor
+    start: int
+    count: int
+
+    def view(self, tensor: Tensor) -> Float[Tensor, "n"]:
+        """Return the part of the tensor, or of one that lies as it does."""
+        return tensor.detach().view(-1)[self.start : self.start + self.count]

@@ -31,8 +31,9 @@ from pipeline.training import checkpoint
 from pipeline.training import resume as resuming
 from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
-from pipeline.training.engine import Engine, fill
+from pipeline.training.engine import Engine
 from pipeline.training.pretraining import Prepared, Pretraining, Task
+from pipeline.training.slices import fill
 from pipeline.training.throughput import Throughput
 from pipeline.training.validation import validate
 
@@ -142,10 +143,10 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             closing(batches(reader, order, start, rank, session.workers, settings.micro_batch, prepare))
         )
 
-        def settle(taken: _Taken) -> None:
+        def settle(taken: _Taken, running: int | None = None) -> None:
             """Read the figures of a step that was taken, average its weights, and log it.
 
-            The next update must not have begun.
+            The next update must not have begun. Logging is not part of the time of the step that is `running`.
             """
             nonlocal losses, seconds, waited, clock, metrics, stopping, notice
             loss, stop, saving, check_notice, norm = taken.figures()
@@ -153,6 +154,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 _report_nonfinite(run, session, order, taken, skipped)
                 raise _NonfiniteStep
             ema.update(masters)
+            hang.end()
             losses.append(loss)
             now = time.perf_counter()
             seconds, times["training"], clock = seconds + now - clock, times["training"] + now - clock, now
@@ -182,6 +184,8 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             notice = (session.notice() if check_notice else None) or notice
             if saving and not notice:
                 notice = "the group of workers is about to change"
+            if running is not None:
+                hang.begin(running)
 
         times["set-up"] = time.perf_counter() - began_attempt
         clock = time.perf_counter()
@@ -193,7 +197,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             micros = next(stream)
             waited += time.perf_counter() - began
             if taken and task.reads_weights(step):
-                settle(taken)
+                settle(taken, running=step)
                 taken = None
 
             # Gradients of the global batch.
@@ -212,7 +216,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
 
             # The update. Its figures are read while the device computes the next gradients.
             if taken:
-                settle(taken)
+                settle(taken, running=step)
             engine.step(step)
             places = np.concatenate([micro.index for micro in micros])
             taken = _Taken(step, places, row_losses, torch.cat([shared, engine.gradient_norm()[None]]))

@@ -26,10 +26,11 @@ from pipeline.models import model_folder
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.released import conversion
 from pipeline.run import Run
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, slices
 from pipeline.training.checkpoint import TrainState
-from pipeline.training.ema import EMA, read_averages
-from pipeline.training.engine import TAG, Engine, fill, import_deepspeed
+from pipeline.training.ema import AVERAGE, EMA, read_averages
+from pipeline.training.engine import OPTIMIZER, TAG, WEIGHTS, Engine, import_deepspeed
+from pipeline.training.slices import Index, fill
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,6 @@ SKIPPED = "skipped.json"
 FREE_SECTIONS = ("train.", "sampling.", "evaluation.", "tracking.", "cluster.")
 FIXED_KEYS = {"train.batch", "train.precision", "train.class_drop", "train.init_from", "train.ema"}
 
-_PART = re.compile(r"zero_pp_rank_(\d+)_")  # in the names of files that DeepSpeed reads on one rank only
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_|_(\d{5,})\.")  # in the names of files that one rank wrote
 
@@ -52,11 +52,13 @@ class Resume:
     Attributes:
         path: folder of the checkpoint.
         state: its state.
-        universal: whether DeepSpeed reads the form for another number of workers.
+        slices: which rank stored which slices; None: an earlier version wrote it.
+        universal: whether DeepSpeed reads a converted form of a checkpoint of an earlier version.
     """
 
     path: str
     state: TrainState
+    slices: Index | None
     universal: bool
 
     def load(self, engine: Engine, ema: EMA, rank: int) -> None:
@@ -67,23 +69,34 @@ class Resume:
             ema: of its weights.
             rank: of this worker.
         """
-        local = storage.fetch(self.path, checkpoint.is_average if self.universal else needed_by(rank))
-        engine.load(storage.fetch(checkpoint.universal_path(self.path)) if self.universal else local)
+        if self.slices is not None:
+            writer, folder = slices.writer(self.slices, ema.slices), self.path
+            if writer is not None:  # whole files, which `agree` may have copied to this node
+                folder = str(storage.fetch(self.path, needed_by(writer)))
+            engine.load(folder, self.slices)
+            slices.read(folder, AVERAGE, self.slices, {"": ema.slices})
+            return
+        own = needed_by(rank)
+        local = storage.fetch(
+            self.path, lambda name: checkpoint.is_average(name) or (own(name) and not self.universal)
+        )
+        engine.load_earlier(storage.fetch(checkpoint.universal_path(self.path)) if self.universal else local)
         fill(ema.slices, read_averages(local))
 
 
 def needed_by(rank: int) -> Callable[[str], bool]:
-    """Return a function that tells whether a rank reads a file of a checkpoint by as many ranks as wrote it.
+    """Return a function that tells whether a file of a checkpoint was written by a rank, or for all.
 
     Args:
-        rank: of the worker.
+        rank: of a worker.
     """
+    return lambda name: _writer_of(name) in (rank, None)
 
-    def needed(name: str) -> bool:
-        part = _PART.search(name)
-        return part is None or int(part[1]) == rank
 
-    return needed
+def _writer_of(name: str) -> int | None:
+    """Return the rank that wrote a file of a checkpoint, by its name; None: all ranks read it."""
+    part = _RANK.search(name)
+    return int(part[1] or part[2]) if part else None
 
 
 def agree(run: Run, rank: int, workers: int) -> tuple[Resume | None, Skipped]:
@@ -105,7 +118,7 @@ def agree(run: Run, rank: int, workers: int) -> tuple[Resume | None, Skipped]:
     """
 
     def damages(path: str, files: checkpoint.Files) -> list[str]:
-        own = {name: facts for name, facts in files.items() if _rank_of(name) % workers == rank}
+        own = {name: facts for name, facts in files.items() if (_writer_of(name) or 0) % workers == rank}
         gathered: list[Any] = [None] * workers
         dist.all_gather_object(gathered, checkpoint.damages(path, own))
         return [flaw for part in gathered for flaw in part]
@@ -127,12 +140,6 @@ def agree(run: Run, rank: int, workers: int) -> tuple[Resume | None, Skipped]:
         if message[1] is not None:
             return message[1]
         damages(*message[0])
-
-
-def _rank_of(name: str) -> int:
-    """Return the rank that wrote a file of a checkpoint, by its name; 0 if all ranks read it."""
-    part = _RANK.search(name)
-    return int(part[1] or part[2]) if part else 0
 
 
 def plan_resume(
@@ -160,12 +167,13 @@ def plan_resume(
     if path is None or state is None:
         return None
     old, new = state.config["train"]["zero_stage"], run.config.train.zero_stage
+    slices = checkpoint.slices_of(path)
     # Stage 0 is whole on every worker; the others are cut by the number of workers and by the stage.
-    universal = new > 0 and (state.workers != workers or old != new)
+    universal = slices is None and new > 0 and (state.workers != workers or old != new)
     if universal:
         _convert(path)
     log.info("resuming from %s", path)
-    return Resume(path, state, universal)
+    return Resume(path, state, slices, universal)
 
 
 def precheck(run: Run) -> None:
@@ -247,7 +255,7 @@ def check_same(old: dict[str, Any], config: RunConfig, path: str) -> None:
 
 
 def _convert(path: str) -> None:
-    """Convert a checkpoint to DeepSpeed's universal form, once, whole or not at all.
+    """Convert a checkpoint of an earlier version to DeepSpeed's universal form, once, whole or not at all.
 
     Raises:
         CheckpointError: the form cannot be made or written.
@@ -303,7 +311,7 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
         return None
     origin = f"train.init_from: {source!r}"
     local, _ = run.find_model("train.init_from", source, f"{trained.KINDS}, a checkpoint")
-    if (local / TAG).is_dir():
+    if (local / checkpoint.STATE).is_file():
         if flaws := checkpoint.problems(str(local)):
             raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))
         average = read_averages(local)
@@ -325,6 +333,8 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
 
 def _raw_weights(local: Path) -> dict[str, Tensor]:
     """Read the full float32 weights of a checkpoint of this project, of any ZeRO stage."""
+    if not (local / TAG).is_dir():
+        return slices.read_whole(local, OPTIMIZER, WEIGHTS)
     state = checkpoint.read_state(str(local))
     if state.config["train"]["zero_stage"] > 0:
         import_deepspeed()

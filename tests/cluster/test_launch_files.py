@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -48,7 +49,7 @@ RAY_JOB = {
     "submissionMode": str,
 }
 POD = {"serviceAccountName", "terminationGracePeriodSeconds", "containers", "volumes", "tolerations"}
-CONTAINER = {"name", "image", "env", "ports", "resources", "volumeMounts"}
+CONTAINER = {"name", "image", "env", "ports", "resources", "volumeMounts", "lifecycle"}
 
 
 def launch_file(name: str) -> Any:
@@ -91,7 +92,7 @@ def test_ray_accepts(name: str) -> None:
     ("name", "spoil", "says"),
     [
         ("aws", {"idle_timeout": 3}, "idle_timeout"),
-        ("gcp", {"max_workers": 1}, "max_workers"),
+        ("gcp", {"max_workers": "many"}, "many"),
         ("onprem", {"file_mounts": ["a"]}, "array|object"),
     ],
 )
@@ -159,9 +160,32 @@ def test_kuberay_fields_exist_and_have_the_right_types() -> None:
             check(wrong, RAY_CLUSTER["workerGroupSpecs"][0], "w")
 
 
+@pytest.mark.parametrize(("name", "cloud"), [("aws", "ec2"), ("gcp", "gce")])
+def test_spot_workers_watch_for_the_notice(name: str, cloud: str) -> None:
+    config = launch_file(name)
+    assert config["file_mounts"]["~/spot_notice.py"] == "cluster/spot_notice.py"
+    assert (CLUSTER / "spot_notice.py").exists()
+    assert f"~/spot_notice.py {cloud} " in config["worker_start_ray_commands"][-1]
+    assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
+    assert "," not in config["provider"]["availability_zone"]
+
+
+def test_pods_drain_before_they_end() -> None:
+    """The hook ends before the pod is killed, and leaves a run time for a checkpoint."""
+    head, worker = pods(manifests("kuberay")["RayCluster"]["spec"])
+    assert "lifecycle" not in head["containers"][0]
+    shell = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    words = re.findall(r"--[a-z-]+", shell)
+    source = (Path(ray.__file__).parent / "scripts" / "scripts.py").read_text(encoding="utf-8")
+    known = source.partition("\ndef drain_node(")[0].rpartition("@cli.command")[2]
+    assert len(words) == 3
+    assert all(f'"{word}"' in known for word in words)
+    seconds = [int(found) for found in re.findall(r"\d+", shell)]
+    assert 60 <= seconds[-1] < seconds[0] < worker["terminationGracePeriodSeconds"]
+
+
 def test_flags_exist() -> None:
     """Of `ray start` and `mlflow server`, wherever a launch file or the guide calls them."""
-    import ray
     from mlflow.cli import server
 
     # Read, not imported: Ray's command line brings Ray Serve with it.

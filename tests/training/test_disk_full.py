@@ -47,21 +47,6 @@ def starts(
     return config, where, calls
 
 
-def test_a_conversion_that_cannot_be_written(run_storage: Path, groups: dict[int, Workers]) -> None:
-    """Another number of workers takes the run over, on a full disk, and then with room."""
-    short = quick(run_storage, "full-conversion", steps=4)
-    config = short.model_copy(update={"train": short.train.model_copy(update={"steps": 8})})
-    assert groups[2](observed.train_one, short)[0].error is None
-    full = groups[1](train_on_a_full_disk, config, "local")[0]
-    path = f"{Run(config).folder}/step_00000004"
-    assert full.error is not None
-    assert full.error.startswith(f"CheckpointError: {path} cannot be converted for this number of workers: ")
-    assert not Path(checkpoint.universal_path(path)).exists()
-    again = groups[1](observed.train_one, config)[0]
-    assert again.error is None
-    assert list(again.losses) == [5, 6, 7, 8]
-
-
 def test_the_error_names_path_and_cause(starts: tuple[RunConfig, str, list[Seen]]) -> None:
     config, where, (_, full, _, _) = starts
     assert full.error is not None

@@ -14,7 +14,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import check_fits
 from pipeline.models import model_folder
 from pipeline.run import Run
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, resume
 from tests.support import observed
 from tests.support.workers import Workers
 
@@ -51,6 +51,23 @@ def test_training_goes_on_from_the_checkpoint(groups: dict[int, Workers], config
     average = checkpoint.ema_weights(path, config.model, manifest)
     for name, value in model_folder.read_weights(EARLIER / "model").items():
         torch.testing.assert_close(average[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_workers_go_on_from_the_checkpoint_of_one(groups: dict[int, Workers], config: RunConfig) -> None:
+    """Checkpoints of earlier versions are converted for another number of workers, once."""
+    path = f"{Run(config).folder}/{STEP}"
+    alone = groups[1](observed.train_one, config)[0]
+    shutil.rmtree(f"{Run(config).folder}/{checkpoint.name_of(4)}")
+    seen = groups[2](observed.train_one, config)[0]
+    assert seen.error is alone.error is None
+    assert seen.losses == pytest.approx(alone.losses, abs=1e-5, rel=0)
+    converted = Path(checkpoint.universal_path(path))
+    assert converted.is_dir()
+    before = converted.stat().st_mtime_ns
+    resume._convert(path)
+    assert converted.stat().st_mtime_ns == before
+    checkpoint.prune(Run(config).folder, keep=1)
+    assert not converted.exists()
 
 
 def test_model_folder_loads() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from pipeline.config.schema import OptimConfig
 from pipeline.errors import CheckpointError
 from pipeline.training.ema import EMA, read_averages
-from pipeline.training.engine import fill, learning_rate
+from pipeline.training.engine import learning_rate
+from pipeline.training.slices import fill
 
 
 def test_warm_up_then_constant() -> None:

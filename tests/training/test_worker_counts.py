@@ -8,7 +8,7 @@ import pytest
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.run import Run
-from pipeline.training import checkpoint, resume
+from pipeline.training import checkpoint
 from pipeline.training.ema import read_averages
 from tests.support import observed, plain
 from tests.support.observed import Seen, quick
@@ -90,21 +90,13 @@ def test_run_goes_on_as_if_nothing_had_changed(
         assert float((average[name] - value).abs().max()) < 10 * near, name
 
 
-def test_converted_checkpoint_is_made_once_and_goes_with_its_original(
-    changed: dict[str, Seen], run_storage: Path
-) -> None:
-    change = Change(1, 2, 3, 3)
-    run = Run(config_of(run_storage, change, STEPS, 3)).folder
-    path = f"{run}/{checkpoint.name_of(CHANGE)}"
-    converted = Path(checkpoint.universal_path(path))
-    assert converted.is_dir()
-    assert sum(line.startswith("converting") for line in changed[change.name].log) == 1
-    before = converted.stat().st_mtime_ns
-    resume._convert(path)
-    assert converted.stat().st_mtime_ns == before
-    checkpoint.prune(run, keep=1)
-    assert checkpoint.steps(run) == [STEPS]
-    assert not converted.exists()
+def test_nothing_is_converted(changed: dict[str, Seen], run_storage: Path) -> None:
+    for change in CHANGES:
+        assert not any(line.startswith("converting") for line in changed[change.name].log)
+        path = (
+            f"{Run(config_of(run_storage, change, STEPS, change.stage)).folder}/{checkpoint.name_of(CHANGE)}"
+        )
+        assert not Path(checkpoint.universal_path(path)).exists()
 
 
 def test_ema_slices_of_any_workers_make_the_same_tensors(changed: dict[str, Seen], run_storage: Path) -> None:
@@ -138,6 +130,29 @@ def test_workers_that_do_not_divide_the_streams(
     expected = {step: reference.losses[step] for step in range(1, 7)}
     for rank in range(3):
         assert three[rank][index].losses == pytest.approx(expected, abs=1e-5, rel=0)
+
+
+@pytest.fixture(scope="module")
+def shrunk(run_storage: Path) -> list[Seen]:
+    """Three workers take over from four, at every stage."""
+    configs = [
+        quick(run_storage, f"four-stage-{stage}", steps=steps, zero_stage=stage)
+        for steps in (CHANGE, STEPS)
+        for stage in range(4)
+    ]
+    first = run_workers(observed.train, 4, configs[:4])[0]
+    second = run_workers(observed.train, 3, configs[4:])[0]
+    return [
+        replace(after, losses={**before.losses, **after.losses}, error=before.error or after.error)
+        for before, after in zip(first, second, strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_three_workers_take_over_from_four(shrunk: list[Seen], reference: plain.Plain, stage: int) -> None:
+    assert shrunk[stage].error is None
+    assert shrunk[stage].losses == pytest.approx(reference.losses, abs=1e-5, rel=0)
 
 
 @pytest.mark.slow

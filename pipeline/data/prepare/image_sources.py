@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -136,12 +136,41 @@ def open_images(data: ImageDataConfig) -> ImageSource:
     return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
 
 
-def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
+def list_file(path: str, data: ImageDataConfig) -> list[Ref | Problem]:
+    """List the images of a tar file, all of which is read, or of a Parquet file.
+
+    Args:
+        path: of the file.
+        data: the data section of the config.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    return list(_list_tar(path, data) if is_a(path, TAR) else _list_parquet(path, data))
+
+
+def list_here(paths: Sequence[str], data: ImageDataConfig) -> list[list[Ref | Problem]]:
+    """List the images of several files in this process; see `list_file`.
+
+    Args:
+        paths: of the files.
+        data: the data section of the config.
+    """
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda path: list_file(path, data), paths))
+
+
+def list_images(
+    source: ImageSource,
+    data: ImageDataConfig,
+    list_files: Callable[[Sequence[str], ImageDataConfig], list[list[Ref | Problem]]] = list_here,
+) -> Listing:
     """List every image of a source in order.
 
     Args:
         source: the files.
         data: the data section of the config.
+        list_files: calls `list_file` for several files, on several nodes perhaps.
 
     Raises:
         DataError: a column is missing, or the number of class folders is not `data.classes`.
@@ -150,10 +179,7 @@ def list_images(source: ImageSource, data: ImageDataConfig) -> Listing:
     names: tuple[str, ...] | None = None
     problems: list[Problem] = []
     if is_a(first, TAR + PARQUET):
-        list_file = _list_tar if is_a(first, TAR) else _list_parquet
-        with ThreadPoolExecutor(_READERS) as pool:
-            lists = pool.map(lambda file: list(list_file(file.path, data)), source.files)
-            items = list(itertools.chain(*lists))
+        items = list(itertools.chain(*list_files([file.path for file in source.files], data)))
         refs = [item for item in items if isinstance(item, Ref)]
         problems = [item for item in items if isinstance(item, Problem)]
     else:

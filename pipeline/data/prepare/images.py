@@ -36,7 +36,14 @@ from pipeline.data.manifest import (
     tokenizer_key,
 )
 from pipeline.data.prepare import workflow
-from pipeline.data.prepare.image_sources import ImageSource, Listing, Ref, list_images, read_images
+from pipeline.data.prepare.image_sources import (
+    ImageSource,
+    Listing,
+    Ref,
+    list_file,
+    list_images,
+    read_images,
+)
 from pipeline.data.prepare.source_files import Problem, leave_out, reached
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.errors import DataError
@@ -337,7 +344,7 @@ def _list(data: ImageDataConfig, source: ImageSource) -> Listing:
     """List all images; raise what is wrong with the source."""
     log.info("listing %s", data.source)
     with reached(data.source):
-        listing = list_images(source, data)
+        listing = list_images(source, data, _list_in_tasks)
     for problem in listing.problems:
         log.warning("skipped %s", leave_out(problem, data))
     workflow.check_held_out(data, "images", len(listing.refs), data.validation_images)
@@ -369,6 +376,15 @@ def _fit(data: ImageDataConfig, refs: Sequence[Ref]) -> "ImageTokenizer":
     log.info("fitting %d codes on up to %d images", data.codes, data.fit_images)
     images, _ = read_spread(train, data, data.fit_images)
     return fit_patches(images, data.codes, data.factor, seed=_FIT_SEED)
+
+
+def _list_in_tasks(paths: Sequence[str], data: ImageDataConfig) -> list[list[Ref | Problem]]:
+    """List the images of several files by tasks of the whole cluster, since tar files are read to their ends."""
+    task: Any = ray.remote(num_cpus=1)(list_file)
+    try:
+        return ray.get([task.remote(path, data) for path in paths])
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause or error) from None
 
 
 def _encode_units(units: ray.data.Dataset, data: ImageDataConfig, images: int, work: str) -> ray.data.Dataset:

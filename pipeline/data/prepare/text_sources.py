@@ -288,7 +288,10 @@ def _open_hub(data: TextDataConfig) -> TextSource:
         try:
             shards = _load_hub(data, split, revision).num_shards
         except Exception as error:  # errors of several libraries; their message names splits and subsets
-            raise DataError(f"data.source: {data.source!r} cannot be opened: {first_line(error)}") from error
+            why = first_line(error)
+            if "script" in why:  # which `datasets` ran before version 4
+                why += "; expected a dataset of data files, such as a copy in Parquet"
+            raise DataError(f"data.source: {data.source!r} cannot be opened: {why}") from error
         units += [(Piece(data.source, shard, shards, split, version),) for shard in range(shards)]
     return TextSource(tuple(units), source_files.describe(data, parts, revision))
 

@@ -1,7 +1,9 @@
 """Image preparation on Ray: the same bytes however it is run or killed, and pictures back from shards."""
 
+import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from pipeline.config.load import parse
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest, check_fits
 from pipeline.data.prepare.image_sources import list_images, open_images
-from pipeline.data.prepare.images import held_out, read_pixels
+from pipeline.data.prepare.images import _list_in_tasks, held_out, read_pixels
 from pipeline.data.shards import ShardReader
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.vq import load_image_tokenizer
@@ -54,6 +56,25 @@ def all_bytes(config: RunConfig) -> dict[str, bytes]:
 
 def units_of(config: RunConfig) -> list[Path]:
     return list(Path(data_path(config)).glob("_work-*/unit-*.json"))
+
+
+def test_tasks_list_files_as_one_process_does(ray_cluster: None, tmp_path: Path) -> None:
+    """One of the files is no tar file."""
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i in range(3):
+                for suffix, content in (("png", b"x"), ("cls", str(i).encode())):
+                    info = tarfile.TarInfo(f"{name}{i}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "c.tar").write_bytes(b"no tar file")
+    data = make_config(tmp_path, source=str(tmp_path / "*.tar"), classes=3).data
+    assert data.kind == "image"
+    source = open_images(data)
+    listing = list_images(source, data, _list_in_tasks)
+    assert [ref.label for ref in listing.refs] == [0, 1, 2, 0, 1, 2]
+    assert len(listing.problems) == 1
+    assert listing == list_images(source, data)
 
 
 @pytest.mark.slow

@@ -34,6 +34,14 @@ def test_pydoc() -> None:
     assert documents == everything("pydoc")
 
 
+def test_a_dataset_with_a_loading_script_is_refused(tmp_path: Path) -> None:
+    """As OpenWebText had one; `datasets` runs none from version 4 on."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "corpus.py").write_text("raise AssertionError('the script ran')")
+    with pytest.raises(DataError, match=r"data\.source: 'hf:.*corpus.py; expected a dataset of data files"):
+        everything(f"hf:{tmp_path / 'corpus'}")
+
+
 def test_entropy_of_the_known_source_is_that_of_its_documents() -> None:
     documents = [str(document) for document in everything("markov")]
     assert documents == everything("markov")
