@@ -209,8 +209,9 @@ class Distillation(Task):
     def _hidden(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Sides:
         """Return what is hidden from the teacher in the rows of a micro-batch that count."""
         hidden, time = self._sides.hidden[micro.index] & present[:, None, None], self._sides.time[micro.index]
-        if micro.roles is not None:
-            hidden &= micro.roles.targets(self._shape[1], self._bos)[:, None]
+        roles = self._roles(micro)
+        if roles is not None:
+            hidden &= roles.targets(self._shape[1], self._bos)[:, None]
         return Sides(hidden, time)
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
@@ -224,7 +225,7 @@ class Distillation(Task):
         counts = np.maximum(1, self._counts)
         weights = (sides.hidden / (len(counts) * counts[:, None])).sum(1) * present[:, None]
         order = self._order(micro) if self._teacher.causal else None
-        noise, roles = self._noise[index], micro.roles
+        noise, roles = self._noise[index], self._roles(micro)
         with self._engine.assembled(self._teacher):
             vectors = teach(
                 self._teacher, tokens, sides, noise, self._dt, labels=labels, order=order, roles=roles

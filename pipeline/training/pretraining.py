@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from pipeline.data.reading_order import MicroBatch
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 
@@ -65,6 +65,16 @@ class Task(ABC):
         seed, given = [self._config.seed, self._step, 3], None if micro.roles is None else micro.roles.given
         return partition.draw_order(seed, micro.index, self._shape[1], self._bos, given)
 
+    def _roles(self, micro: MicroBatch) -> Roles | None:
+        """Return the roles of the rows of a micro-batch; for a masked model, answers end with a random block."""
+        block = self._run.manifest.answer_block
+        if micro.roles is None or block is None or self._config.model.kind != "mdlm":
+            return micro.roles
+        seed, batch = self._config.seed, self._shape[0]
+        return partition.cut_answers(
+            micro.roles, micro.index, seed=seed, step=self._step, batch=batch, block=block
+        )
+
     def _total(self, counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
         """Sum counts of all workers."""
         total = torch.from_numpy(counts).to(self._device)
@@ -104,8 +114,9 @@ class Pretraining(Task):
         )
         predicted = None
         if self._run.manifest.padded:
-            own = [micro.roles.counts(self._bos)[micro.index >= 0] for micro in micros if micro.roles]
-            predicted = max(1, int(self._total(np.concatenate(own).sum(keepdims=True))))
+            pairs = [(self._roles(micro), micro.index >= 0) for micro in micros]
+            own = [roles.counts(self._bos)[served] for roles, served in pairs if roles is not None]
+            predicted = max(1, int(self._total(np.asarray(np.concatenate(own).sum()))))
         self._divisor = self._objective.normaliser(self._draws.groups, predicted)
 
     def batch(self, micro: MicroBatch, present: Bool[np.ndarray, "m"]) -> Batch:
@@ -119,6 +130,6 @@ class Pretraining(Task):
             divisor=self._divisor,
             labels=labels,
             order=self._order(micro) if self._causal else None,
-            roles=micro.roles,
+            roles=self._roles(micro),
             device=self._device,
         )
