@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pipeline import arguments
 from pipeline.api.tokens import Labels, Progress, SamplingOptions, TokenModel
+from pipeline.data.templates import Message, prompt_text
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.logs import progress_bar
-from pipeline.metrics.continuations import Continuation, score_continuations
+from pipeline.metrics.continuations import Continuation, Pair, as_answers, score_continuations
 from pipeline.metrics.given import filled, painted, prompted, read_file
 from pipeline.models.vq import ImageTokenizer
 from pipeline.sampling.orders import Order
@@ -94,12 +95,15 @@ class Model(TokenModel):
     ) -> list[str]:
         """Continue a prompt to `length` tokens or to the end of the text, also beyond L.
 
+        A model of prompts and answers writes its answer behind the prompt, up to the end of text; see `answer`.
+
         Args:
             prompt: beginning of every text.
             num_samples: number of texts.
             length: tokens, BOS and prompt included; None: L. A model of padded rows ends its texts within L.
             stride: new tokens of every window after the first; None: half of L.
-            steps: forward passes of a full window; None: 64, or one for each token of an autoregressive model.
+            steps: forward passes of a full window, or of a block of an answer; None: 64, or one for each token of an
+                autoregressive model.
             seed: text i depends on (seed, i) only.
             order: as in `sample`.
             progress: as in `sample`.
@@ -120,7 +124,8 @@ class Model(TokenModel):
             True
         """
         tokenizer, window = self._text_tokenizer, self.denoiser.length
-        given = prompted(prompt, tokenizer, window, self.bos)
+        template = "plain" if self.ends is None else self.ends.template
+        given = prompted(prompt, tokenizer, window, self.bos, template=template)
         least = window - given.unknown + 1
         length = window if length is None else arguments.integer("length", length, least, 10**9)
         stride = window // 2 if stride is None else arguments.integer("stride", stride, 1)
@@ -143,6 +148,48 @@ class Model(TokenModel):
             self.denoiser, request, length=longest, stride=stride, stop=tokenizer.eot, progress=bar
         )
         return self.decode(rows[:, :length])
+
+    def answer(
+        self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, **options: Any
+    ) -> list[str]:
+        """Answer prompts with a model that was trained on prompts and answers.
+
+        Args:
+            prompts: to be answered, as in the training data, without what the template adds.
+            steps: forward passes of a block; None: one for each token.
+            seed: the answer to prompt i depends on (seed, i) only.
+            **options: further arguments of `sample`.
+
+        Returns:
+            An answer to every prompt, up to the end of text or of the row.
+
+        Raises:
+            ConfigError: no prompts, a prompt that fills its row, or as in `sample`.
+            CapabilityError: the model was not trained on prompts and answers.
+
+        Examples:
+            >>> model = load_model("runs/finetune_exercises/model")
+            >>> model.answer(["reverse lemon:"])
+            ['nomel']
+        """
+        tokenizer = self._text_tokenizer
+        if self.ends is None or self.ends.block is None:
+            raise CapabilityError(
+                "answer: the model was not trained on prompts and answers; `write` continues a text"
+            )
+        arguments.instance("prompts", prompts, list, tuple)
+        given = [
+            prompted(prompt, tokenizer, self.length, self.bos, f"prompts[{number}]", self.ends.template).known
+            for number, prompt in enumerate(prompts)
+        ]
+        bos = {} if self.bos is None else {0: self.bos}
+        steps = self.ends.block if steps is None else steps
+        rows = self.sample(len(prompts), steps, seed=seed, known=[bos | known for known in given], **options)
+        answers = []
+        for row, known in zip(rows.tolist(), given, strict=True):
+            ids = row[len(bos) + len(known) :]
+            answers.append(tokenizer.decode(ids[: ids.index(self.ends.eot)] if self.ends.eot in ids else ids))
+        return answers
 
     def infill(self, template: str, num_samples: int = 1, **options: Any) -> list[str]:
         """Fill in the blanks of a text.
@@ -224,6 +271,8 @@ class Model(TokenModel):
     ) -> list[Continuation]:
         """Bound -log p(continuation | prompt) of texts in nats; exact for an autoregressive model.
 
+        A model of prompts and answers scores a continuation as a whole answer, with the end of text that follows it.
+
         Args:
             pairs: (prompt, continuation).
             draws: random draws that a bound averages over.
@@ -250,11 +299,19 @@ class Model(TokenModel):
         arguments.integer("draws", draws, 1, 10**6)
         arguments.integer("seed", seed, 0)
         texts = [arguments.text("pairs", text) for pair in pairs for text in pair]
+        whole = self.ends is not None and self.ends.block is not None
+        if self.ends is not None and whole:
+            template = self.ends.template
+            texts[::2] = [prompt_text([Message("user", prompt)], template) for prompt in texts[::2]]
         ids = self._text_tokenizer.encode_batch(texts)
         rows = [list(map(int, row)) for row in ids]
-        tokens = list(zip(rows[::2], rows[1::2], strict=True))
+        tokens: list[Pair] = list(zip(rows[::2], rows[1::2], strict=True))
+        if self.ends is not None and whole:
+            tokens = as_answers(tokens, self.ends, self.length - (self.bos is not None))
         bar = progress_bar(progress, "pairs")
-        return score_continuations(self.denoiser, tokens, draws=draws, seed=seed, bos=self.bos, progress=bar)
+        return score_continuations(
+            self.denoiser, tokens, draws=draws, seed=seed, bos=self.bos, progress=bar, whole=whole
+        )
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:
         """Decode rows of ids to texts.

@@ -38,7 +38,20 @@ class DataConfig(Section):
     shuffle_window: PositiveInt = 4096
 
 
+TemplateName = Literal["plain", "chat", "instruction"]
 TextFilter = Literal["ptb", "wikitext", "lm1b", "lambada", "ag_news", "arxiv", "pubmed", "text8"]
+
+
+class MixedSource(Section):
+    """One source of a mixture.
+
+    Attributes:
+        source: As `data.source`.
+        weight: Share of the rows of training, relative to the weights of the others.
+    """
+
+    source: Location
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 class TextDataConfig(DataConfig):
@@ -48,7 +61,15 @@ class TextDataConfig(DataConfig):
         kind: Selects text; may be left out.
         source: `pydoc` (embedded), `markov` (embedded, of known entropy), `hf:OWNER/NAME`, or a file, folder or glob
             of .txt, .jsonl (also .gz, .zst) or .parquet.
+        mix: Sources in place of `source`, with the share of each; all other keys hold for every source.
         text_field: Column of .jsonl, .parquet and Hugging Face data that holds the document.
+        prompt_field: Column that holds a prompt, beside `answer_field`: the model learns to answer.
+        answer_field: Column that holds the answer to a prompt.
+        messages_field: Column that holds a chat in place of these two: a list of messages with `role` and `content`,
+            of which the last is the answer.
+        template: How prompts and messages become text: `plain` adds nothing, `chat` and `instruction` say who speaks.
+        answer_block: An answer goes on with end of text up to a multiple of so many tokens; sampling fills one block
+            after the other.
         text_filter: What every document goes through before it is tokenised, such as the detokeniser of a corpus;
             null leaves documents as they are.
         tokenizer: `bytes`, `text8`, an encoding of tiktoken such as `gpt2`, `bpe:N` (byte-level BPE of N entries,
@@ -65,7 +86,13 @@ class TextDataConfig(DataConfig):
 
     kind: Literal["text"] = "text"
     source: Location = "pydoc"
+    mix: tuple[MixedSource, ...] | None = None
     text_field: str = "text"
+    prompt_field: str | None = None
+    answer_field: str | None = None
+    messages_field: str | None = None
+    template: TemplateName = "plain"
+    answer_block: PositiveInt = 16
     text_filter: TextFilter | None = None
     tokenizer: str = "bytes"
     length: Annotated[int, Field(ge=2)] = 1024
@@ -88,6 +115,35 @@ class TextDataConfig(DataConfig):
             raise ValueError(f"length {self.length} leaves no token between BOS and EOS; expected at least 3")
         if self.wrap == "sentence" and not self.end_of_text:
             raise ValueError("end_of_text False with wrap 'sentence', whose rows end with it; expected true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_answers(self) -> "TextDataConfig":
+        if (self.prompt_field is None) != (self.answer_field is None):
+            missing, other = ("prompt_field", "answer_field")[:: 1 if self.prompt_field is None else -1]
+            raise ValueError(
+                f"{missing} null with {other} {getattr(self, other)!r}; expected both or neither"
+            )
+        if self.messages_field is not None and self.answer_field is not None:
+            raise ValueError(
+                f"messages_field {self.messages_field!r} and answer_field {self.answer_field!r} both say where "
+                "answers are; expected one of them"
+            )
+        if not self.answers:
+            if self.template != "plain":
+                raise ValueError(
+                    f"template {self.template!r} without prompts; expected messages_field, or prompt_field and "
+                    "answer_field"
+                )
+            return self
+        if self.wrap != "sentence":
+            raise ValueError(
+                f"wrap {self.wrap!r} with prompts and answers, each pair a row; expected sentence"
+            )
+        if self.answer_block > (most := self.length - 2):
+            raise ValueError(
+                f"answer_block {self.answer_block} for rows of {self.length} tokens; expected at most {most}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -117,6 +173,46 @@ class TextDataConfig(DataConfig):
                 "leaves none; expected the folder of a model, which holds its tokenizer"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> "TextDataConfig":
+        if self.mix is None:
+            return self
+        sources = [part.source for part in self.mix]
+        if twice := [source for source in sources if sources.count(source) > 1]:
+            raise ValueError(
+                f"mix: source {twice[0]!r} twice; expected every source once, with its whole weight"
+            )
+        if not sources:
+            raise ValueError("mix: []; expected at least one source, or null")
+        if self.fitted is not None:
+            raise ValueError(
+                f"tokenizer {self.tokenizer!r} is trained on one source, and a mix has several; expected the folder "
+                "of a model, which holds its tokenizer, or another tokenizer"
+            )
+        if self.validation_documents == "all":
+            raise ValueError("mix with validation_documents 'all', which leaves nothing to train on")
+        return self
+
+    @property
+    def parts(self) -> list["TextDataConfig"]:
+        """The section of every source of a mixture alone."""
+        return [
+            self.model_copy(update={"source": part.source, "mix": None, "path": None})
+            for part in self.mix or ()
+        ]
+
+    @property
+    def answers(self) -> bool:
+        """Whether a document is a prompt and its answer."""
+        return self.answer_field is not None or self.messages_field is not None
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The columns that are read, by key of the config."""
+        keys = ("messages_field", "prompt_field", "answer_field")
+        set_ = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+        return set_ or {"text_field": self.text_field}
 
     @property
     def fitted(self) -> int | None:

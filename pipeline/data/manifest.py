@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
-from pipeline.config.data import ImageDataConfig, TextDataConfig
+from pipeline.config.data import ImageDataConfig, TemplateName, TextDataConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import ConfigError, DataError, did_you_mean
@@ -19,6 +19,7 @@ from pipeline.models.model_folder import DataFacts
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"  # folder beside the shards
+_BESIDE = "../"
 
 
 class _Frozen(BaseModel):
@@ -86,7 +87,7 @@ class ShardFile(_Frozen):
     """One Parquet file.
 
     Attributes:
-        name: in the folder of the shards.
+        name: in the folder of the shards; "../FOLDER/NAME" in a folder beside it.
         rows: number of rows.
         sha256: of the file's bytes.
         row_lengths: number of rows of every length from 0 on; None where rows have no padding.
@@ -123,6 +124,20 @@ class Split(_Frozen):
         return tuple(map(sum, zip_longest(*counts, fillvalue=0)))
 
 
+class MixedPart(_Frozen):
+    """A source of a mixture.
+
+    Attributes:
+        name: `source` of the part.
+        weight: share of the rows of training, relative to the other parts.
+        shards: number of its training shards, which follow those of the parts before it.
+    """
+
+    name: str
+    weight: float
+    shards: int
+
+
 class Skipped(_Frozen):
     """Documents or rests of files that could not be read (`data.on_error: skip`).
 
@@ -155,6 +170,12 @@ class Manifest(_Frozen):
         classes: C of labelled images, whose rows have a label in 0..C-1.
         class_names: by label, where the source has them.
         grid: side of the grid of codes behind the BOS; None for text.
+        rows_cut: number of rows whose answer is cut.
+        rows_full: number of documents that are left out because their prompt fills the row.
+        answer_block: answers go on with end of text up to a multiple of so many tokens; None: rows are no prompts and
+            answers.
+        template: `data.template` of the prompts.
+        mix: the sources of a mixture, whose shards lie in folders of their own; None: there is one source.
     """
 
     length: int
@@ -173,6 +194,11 @@ class Manifest(_Frozen):
     classes: int | None = None
     class_names: tuple[str, ...] | None = None
     grid: int | None = None
+    rows_cut: int = 0
+    rows_full: int = 0
+    answer_block: int | None = None
+    template: TemplateName = "plain"
+    mix: tuple[MixedPart, ...] | None = None
 
     @classmethod
     def read(cls, path: str) -> "Manifest":
@@ -195,6 +221,17 @@ class Manifest(_Frozen):
                 f"{file}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
                 "remove the folder and prepare it again"
             ) from None
+
+    def shard_path(self, path: str, file: ShardFile) -> str:
+        """Return the path of a shard.
+
+        Args:
+            path: folder of the manifest.
+            file: the shard.
+        """
+        if file.name.startswith(_BESIDE):
+            return storage.join(path.rpartition("/")[0], file.name.removeprefix(_BESIDE))
+        return storage.join(path, file.name)
 
     def publish(self, path: str) -> None:
         """Write the manifest, which completes the folder of the shards.
@@ -225,6 +262,8 @@ class Manifest(_Frozen):
             pad=self.special.pad,
             row_lengths=self.split("train").row_lengths if self.padded else None,
             class_names=self.class_names,
+            answer_block=self.answer_block,
+            template=None if self.answer_block is None else self.template,
         )
 
     def split(self, name: str) -> Split:
@@ -265,6 +304,25 @@ class Manifest(_Frozen):
             split: name of the split.
         """
         return sum(file.rows for file in self.split(split).files)
+
+    def beside(self, path: str) -> dict[str, Split]:
+        """Return the splits, with the shards named as from a folder beside this one.
+
+        Args:
+            path: folder of the manifest.
+        """
+        folder = path.rpartition("/")[2]
+        return {
+            name: split.model_copy(
+                update={
+                    "files": tuple(
+                        file.model_copy(update={"name": f"{_BESIDE}{folder}/{file.name}"})
+                        for file in split.files
+                    )
+                }
+            )
+            for name, split in self.splits.items()
+        }
 
     def rows_per_shard(self, split: str) -> list[int]:
         """Return the number of rows of every shard of a split, in order.

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -13,8 +13,6 @@ from jaxtyping import Bool, Int64
 from pipeline.data.shards import Rows, ShardReader
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.batch import Roles
-
-T = TypeVar("T")
 
 MISSING = -1
 
@@ -93,6 +91,15 @@ class ReadingOrder:
                 for window, piece in pieces
             ]
         )
+
+    def feed(self, reader: ShardReader, streams: range) -> Callable[[int], Rows]:
+        """Return a function that reads the rows of a global batch that some streams hold.
+
+        Args:
+            reader: of the split.
+            streams: that a worker serves.
+        """
+        return _Windows(reader, self, streams).rows
 
     def pieces(self, step: int) -> list[tuple[int, slice]]:
         """Return what a global batch takes of every stream: windows, and the part of each.
@@ -262,8 +269,8 @@ def batches(
     rank: int,
     workers: int,
     micro_batch: int,
-    prepare: Callable[[int, list[MicroBatch]], T],
-) -> Generator[T, None, None]:
+    prepare: Callable[[int, list[MicroBatch]], Any] = lambda _, micros: micros,
+) -> Generator[Any, None, None]:
     """Read what a worker trains on, step after step without end; the next step is read ahead in a thread.
 
     An error while reading ahead is raised when its step is requested. Closing the iterator ends the thread.
@@ -279,7 +286,7 @@ def batches(
             the same number of rows.
 
     Returns:
-        What `prepare` returns, for every step.
+        What `prepare` returns, for every step; by default the micro-batches.
     """
     slots = order.slots(rank, workers)
     parts = -(-len(slots) // micro_batch)
@@ -288,10 +295,10 @@ def batches(
     index = np.split(slots, parts)
     # A missing row repeats the first one: a worker has at least one stream.
     chosen = np.split(np.where(slots >= 0, slots - slots[0], 0), parts)
-    windows = _Windows(reader, order, order.streams_of(rank, workers))
+    read = order.feed(reader, order.streams_of(rank, workers))
 
-    def load(step: int) -> T:
-        rows = windows.rows(step)
+    def load(step: int) -> Any:
+        rows = read(step)
         return prepare(step, [MicroBatch.of(rows.take(c), i) for c, i in zip(chosen, index, strict=True)])
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:

@@ -124,7 +124,7 @@ class ShardReader:
     """
 
     def __init__(self, path: str, manifest: Manifest, split: str, cache_bytes: int = 1 << 30) -> None:
-        self._path = path
+        self._path, self._manifest = path, manifest
         self.length = manifest.length
         self._labelled, self._padded = manifest.classes is not None, manifest.padded
         self._dtype = token_dtype(manifest.ids)
@@ -228,7 +228,7 @@ class ShardReader:
 
     def _load(self, file: ShardFile, verify: bool) -> pa.Table:
         """Read and decode a shard, with its hash compared to the manifest's if `verify` is set."""
-        path = storage.join(self._path, file.name)
+        path = self._manifest.shard_path(self._path, file)
         try:
             data = storage.read_cached(path, file.sha256)
         except FileNotFoundError:

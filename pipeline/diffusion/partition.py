@@ -164,6 +164,29 @@ def draw_dropped(seed: int, step: int, batch: int, rate: float) -> Bool[np.ndarr
     return np.random.default_rng([seed, step, 1]).random(batch) < rate
 
 
+def cut_answers(
+    roles: Roles, index: Int[np.ndarray, "m"], *, seed: int, step: int, batch: int, block: int
+) -> Roles:
+    """Let the answers of some rows of a global batch end with a random one of their blocks.
+
+    A masked model reads how many tokens are hidden, so it must learn to fill a block without knowing of later ones.
+
+    Args:
+        roles: of the rows.
+        index: of the rows in the global batch.
+        seed: of the run.
+        step: updates before this one.
+        batch: rows of the global batch.
+        block: tokens of a block.
+
+    Returns:
+        The roles of the shorter rows.
+    """
+    uniforms = np.random.default_rng([seed, step, 4]).random(batch)[index]
+    blocks = 1 + np.floor(uniforms * -(-roles.counts(False) // block)).astype(np.int64)
+    return roles._replace(lengths=np.minimum(roles.lengths, roles.given + blocks * block))
+
+
 def draw_subset(
     rng: np.random.Generator,
     counts: Int[np.ndarray, "B"],

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation.answers import answers_group
 from pipeline.evaluation.drawn_images import ImageEvaluator
 from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, likelihood_groups, open_model
@@ -68,6 +69,8 @@ def evaluate(config: RunConfig) -> Evaluation:
         how = describe(config.sampling, len(samples.tokens)) | evaluator.notes
         (drawn, *real), blocks = evaluator.report(samples, how)
         groups = [*likelihoods, replace(drawn, measures=[*drawn.measures, _speed(samples, run)]), *real]
+        if run.manifest.answer_block is not None and model.facts.answer_block is not None:
+            groups.append(answers_group(run, corpora[0], model))
         about = {"kind": model.config.kind, "parameters": f"{model.parameters:,}", "step": model.step}
         report = Report(config.sampling.model or model.folder, about, groups)
         page = Page(

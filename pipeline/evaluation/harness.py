@@ -17,12 +17,20 @@ from lm_eval.api.model import LM
 from pipeline import arguments
 from pipeline.api import Model
 from pipeline.config.evaluation import MOST_STEPS
+from pipeline.data.templates import Message, prompt_text
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CapabilityError
-from pipeline.metrics.continuations import Pair, greedy_matches, score_continuations, windows
+from pipeline.metrics.continuations import (
+    Pair,
+    as_answers,
+    greedy_matches,
+    score_continuations,
+    windows,
+)
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.orders import Order
-from pipeline.sampling.sampler import SamplingRequest, ragged_known, sample
+from pipeline.sampling.row_ends import sample_rows
+from pipeline.sampling.sampler import SamplingRequest, ragged_known
 from pipeline.seeds import text_seed
 
 T = TypeVar("T")
@@ -75,6 +83,8 @@ class DenoiserLM(LM):
         self._settings, self._device = settings, model.device  # lm-eval gathers its counts on the device
         self._room = model.denoiser.length - (model.bos is not None)
         self._prefix = [self._tokenizer.eot] if model.bos is None else []
+        # Of a model of prompts and answers: contexts are prompts, and continuations whole answers.
+        self._answers = model.ends if model.ends is not None and model.ends.block is not None else None
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Compute bounds on log p(continuation | context).
@@ -85,9 +95,10 @@ class DenoiserLM(LM):
         Returns:
             Bounds, and whether the continuation consists of the model's most likely tokens.
         """
-        pairs = [self._pair(*request.args) for request in requests]
+        pairs = self._ended([self._pair(*request.args) for request in requests])
         pieces = [windows(*pair, self._room) for pair in pairs]
-        greedy = greedy_matches(self._model, [*chain(*pieces)], self._bos, self._settings.rows)
+        rows, whole = self._settings.rows, self._answers is not None
+        greedy = greedy_matches(self._model, [*chain(*pieces)], self._bos, rows, whole)
         matches = map(all, _by_example(greedy, pieces))
         answers = [(-nats, match) for nats, match in zip(self._nats(pieces), matches, strict=True)]
         self._cache("loglikelihood", requests, answers)
@@ -100,7 +111,8 @@ class DenoiserLM(LM):
             requests: texts.
         """
         texts = self._encode([request.args[0] for request in requests])
-        pieces = [windows(self._prefix, ids, self._room) for ids in texts]
+        pairs = self._ended([(self._prefix, ids) for ids in texts])
+        pieces = [windows(*pair, self._room) for pair in pairs]
         answers = [-nats for nats in self._nats(pieces)]
         self._cache("loglikelihood_rolling", requests, answers)
         return answers
@@ -142,15 +154,38 @@ class DenoiserLM(LM):
 
     def _pair(self, context: str, continuation: str) -> Pair:
         """Encode; spaces between the two belong to the continuation, as in lm-eval's own models."""
+        if self._answers is not None:
+            prompt, answer = self._encode([self._prompt(context), continuation])
+            return prompt, answer
         if not context:
             return self._prefix, self._encode([continuation])[0]
         whole, prompt = self._encode([context + continuation, context.rstrip()])
         return prompt, whole[len(prompt) :]
 
+    def _prompt(self, context: str) -> str:
+        """Return a context as the template writes prompts."""
+        return (
+            context
+            if self._answers is None
+            else prompt_text([Message("user", context)], self._answers.template)
+        )
+
+    def _ended(self, pairs: list[Pair]) -> list[Pair]:
+        """Let continuations end as answers do, where the model was trained on answers."""
+        return pairs if self._answers is None else as_answers(pairs, self._answers, self._room)
+
     def _nats(self, pieces: Sequence[Sequence[Pair]]) -> list[float]:
         """Sum the bounds of every example's pieces."""
         own = self._settings
-        scores = score_continuations(self._model, [*chain(*pieces)], own.draws, own.seed, self._bos, own.rows)
+        scores = score_continuations(
+            self._model,
+            [*chain(*pieces)],
+            own.draws,
+            own.seed,
+            bos=self._bos,
+            batch=own.rows,
+            whole=self._answers is not None,
+        )
         return [sum(score.nats for score in example) for example in _by_example(scores, pieces)]
 
     def _generate(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
@@ -163,7 +198,7 @@ class DenoiserLM(LM):
             order, filters = Order(), Filters(temperature, options.get("top_k"), options.get("top_p"))
         if self._model.left_to_right:
             order = Order("left_to_right")
-        prompts = [ids or self._prefix for ids in self._encode(contexts)]
+        prompts = [ids or self._prefix for ids in self._encode([*map(self._prompt, contexts)])]
         seed = self._settings.seed
         seeds = [text_seed(seed, ids) for ids in prompts]
         written: list[list[int]] = [[] for _ in prompts]
@@ -180,11 +215,11 @@ class DenoiserLM(LM):
             request = SamplingRequest(
                 len(known), steps, seed, order, self._bos, known=given, filters=filters, indices=indices
             )
-            filled = sample(self._model, request)[:, start:].tolist()
+            filled = sample_rows(self._model, request, self._answers)[:, start:].tolist()
             for row, prompt, ids in zip(open_rows, known, filled, strict=True):
                 written[row] = [*written[row], *ids[len(prompt) :]][:max_new]
             shorter = [row for row in open_rows if len(written[row]) < max_new]
-            open_rows = [row for row in shorter if not self._ended(written[row], until)]
+            open_rows = [row for row in shorter if not self._stops(written[row], until)]
         return [_cut(self._text(ids), until) for ids in written]
 
     def _text(self, ids: list[int]) -> str:
@@ -192,7 +227,7 @@ class DenoiserLM(LM):
         eot = self._tokenizer.eot
         return self._tokenizer.decode(ids[: ids.index(eot)] if eot in ids else ids)
 
-    def _ended(self, ids: list[int], until: Sequence[str]) -> bool:
+    def _stops(self, ids: list[int], until: Sequence[str]) -> bool:
         text = self._text(ids)
         return self._tokenizer.eot in ids or any(stop in text for stop in until)
 

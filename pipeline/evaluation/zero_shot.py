@@ -96,6 +96,7 @@ def _prepared(run: Run, model: EvaluatedModel, name: str, text: ZeroShotSet) -> 
     tokenizer, keys = model.tokenizer, text.model_dump()
     assert isinstance(run.config.data, TextDataConfig)
     keys |= {"path": None, "validation_documents": "all", "validation_split": None}
+    keys |= {"prompt_field": None, "answer_field": None, "messages_field": None, "template": "plain"}
     keys["end_of_text"] |= run.config.data.wrap == "sentence"  # whose rows end with it
     if isinstance(tokenizer, Tokenizer):
         keys["tokenizer"] = model.folder

@@ -14,6 +14,7 @@ from pipeline.models.autoregressive import AR
 from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.head import CHUNK_LOGITS, chunk_rows
+from pipeline.sampling.row_ends import RowEnds
 from pipeline.seeds import text_seed
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its continuation
@@ -130,6 +131,27 @@ def greedy_matches(
         hits = greedy == _packed(continuations, device)
         matches += [bool(row.all()) for row in hits.split(lengths)]
     return matches
+
+
+def as_answers(pairs: Sequence[Pair], ends: RowEnds, room: int) -> list[Pair]:
+    """Let continuations end as the answers do that a model was trained on: with end of text to the end of a block.
+
+    Args:
+        pairs: ids of prompts and answers.
+        ends: how answers end.
+        room: tokens of a row, without BOS.
+
+    Returns:
+        The pairs; an answer that leaves no room for its end has none.
+    """
+    assert ends.block is not None
+    whole = []
+    for prompt, answer in pairs:
+        blocks = -(-(len(answer) + 1) // ends.block)
+        filled = [*answer, *[ends.eot] * (blocks * ends.block - len(answer))]
+        # What does not fit at all is left to who checks or cuts pairs.
+        whole.append((prompt, filled[: max(room - len(prompt), len(answer))]))
+    return whole
 
 
 def windows(prompt: Sequence[int], continuation: Sequence[int], room: int) -> list[Pair]:

@@ -21,6 +21,7 @@ from pipeline.errors import DataError
 from pipeline.logs import Progress
 from pipeline.metrics import likelihood
 from pipeline.models import model_folder
+from pipeline.models.batch import Roles
 from pipeline.reports.measures import Group, Measure
 from pipeline.runtime.actors import Resources, in_order, own_device, started
 

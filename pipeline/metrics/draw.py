@@ -28,7 +28,7 @@ from pipeline.reports.pictures import sample_grid
 from pipeline.reports.view import ROWS, VIEW, Revealed, names_of
 from pipeline.runtime.actors import Resources, in_order, own_device, started
 from pipeline.sampling.row_ends import RowEnds, cut_rows, sample_rows, texts_of
-from pipeline.sampling.sampler import SamplingRequest, known_tokens
+from pipeline.sampling.sampler import Known, SamplingRequest, known_tokens
 
 GRID = "samples.png"
 GRID_IMAGES = ROWS  # images of the overview, at most
@@ -74,7 +74,7 @@ def draw_rows(
     facts: model_folder.DataFacts,
     batch: tuple[int, int],
     revealed_at: Int[torch.Tensor, "n L"] | None = None,
-    known: dict[int, int] | None = None,
+    known: Known | None = None,
 ) -> Int[torch.Tensor, "n L"]:
     """Draw a batch of rows in this process.
 
@@ -84,7 +84,7 @@ def draw_rows(
         facts: how rows of the model begin and end.
         batch: index of the first row, and the number of rows. A row depends on its index, not on the batch.
         revealed_at: receives the step at which every position was drawn.
-        known: given tokens of every row by position; None: none.
+        known: given tokens, as `known_tokens` takes them; None: none.
 
     Returns:
         Rows of ids, BOS and padding included.
@@ -131,7 +131,7 @@ class Sampler:
         settings: SamplingConfig,
         first: int,
         count: int,
-        known: dict[int, int] | None = None,
+        known: Known | None = None,
     ) -> DrawnBatch:
         """Draw rows `first` to `first + count - 1` from a model; loading it is not part of the time.
 
@@ -140,7 +140,7 @@ class Sampler:
             settings: how to draw.
             first: index of the first row.
             count: number of rows.
-            known: given tokens of every row by position; None: none.
+            known: given tokens of these rows, as `known_tokens` takes them; None: none.
         """
         self.load(folder, settings.precision)
         model, facts = self._models[folder, settings.precision]

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from pipeline import arguments, storage
 from pipeline.config.evaluation import SamplingConfig
+from pipeline.data.templates import Message, prompt_text
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mean, first_line
 from pipeline.models import model_folder
@@ -40,21 +41,30 @@ class Given:
     picture: UInt8[np.ndarray, "S S 3"] | None = None
 
 
-def prompted(text: str, tokenizer: Tokenizer, length: int, bos: int | None, key: str = "prompt") -> Given:
+def prompted(
+    text: str,
+    tokenizer: Tokenizer,
+    length: int,
+    bos: int | None,
+    key: str = "prompt",
+    template: str = "plain",
+) -> Given:
     """Give the beginning of a text.
 
     Args:
-        text: the beginning.
+        text: the beginning, or the prompt that an answer is drawn to.
         tokenizer: of the model.
         length: L.
         bos: id at position 0, or None.
         key: that the text comes from, for messages.
+        template: of the prompts that the model was trained on.
 
     Raises:
         ConfigError: the text fills the row.
     """
     start = int(bos is not None)
-    ids = tokenizer.encode_batch([arguments.text(key, text)])[0]
+    text = prompt_text([Message("user", arguments.text(key, text))], template)
+    ids = tokenizer.encode_batch([text])[0]
     room = length - start - 1
     if len(ids) > room:
         raise ConfigError(f"{key}: {len(ids)} tokens; expected at most {room} for rows of {length}")
@@ -188,7 +198,8 @@ def given_by(settings: SamplingConfig, folder: Path) -> Given | None:
         )
     if isinstance(tokenizer, Tokenizer):
         if keys == ["prompt"]:
-            return prompted(value, tokenizer, facts.length, facts.bos, key)
+            template = facts.template or "plain"
+            return prompted(value, tokenizer, facts.length, facts.bos, key, template)
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:

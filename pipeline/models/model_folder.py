@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.config.data import TemplateName
 from pipeline.config.load import check, parse_section
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import ImportConfig
@@ -42,6 +43,9 @@ class DataFacts:
         pad: id behind the tokens of a row, or None where rows have no padding.
         row_lengths: number of training rows of every length from 0 on, or None where rows have no padding.
         class_names: by label, where the data names its classes.
+        answer_block: answers to prompts go on with end of text up to a multiple of so many tokens; None where rows
+            are no prompts and answers.
+        template: how prompts become text (`data.template`), or None.
     """
 
     vocab_size: int
@@ -51,6 +55,8 @@ class DataFacts:
     pad: int | None = None
     row_lengths: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    answer_block: int | None = None
+    template: TemplateName | None = None
 
 
 class _Facts(Section):
@@ -63,6 +69,8 @@ class _Facts(Section):
     pad: NonNegativeInt | None = None
     row_lengths: tuple[NonNegativeInt, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    answer_block: PositiveInt | None = None
+    template: TemplateName | None = None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from pipeline import arguments
+from pipeline.config.data import TemplateName
 from pipeline.errors import CapabilityError, ConfigError
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.model_folder import DataFacts
 from pipeline.sampling.sampler import Progress, SamplingRequest, sample
+from pipeline.seeds import mix_seed
 
 
 class RowEnds(NamedTuple):
@@ -23,11 +25,16 @@ class RowEnds(NamedTuple):
         eot: id of the end of text.
         pad: id of padding.
         lengths: number of training rows of every length from 0 on.
+        block: rows are prompts and answers, which go on with end of text up to a multiple of so many tokens; None:
+            they are not.
+        template: of the prompts.
     """
 
     eot: int
     pad: int
     lengths: tuple[int, ...]
+    block: int | None = None
+    template: TemplateName = "plain"
 
     @classmethod
     def of(cls, facts: DataFacts) -> Optional["RowEnds"]:
@@ -38,7 +45,8 @@ class RowEnds(NamedTuple):
         """
         if facts.pad is None or facts.eot is None or not facts.row_lengths:
             return None
-        return cls(facts.eot, facts.pad, facts.row_lengths)
+        template = facts.template or "plain"
+        return cls(facts.eot, facts.pad, facts.row_lengths, facts.answer_block, template)
 
 
 def sample_rows(
@@ -52,7 +60,8 @@ def sample_rows(
     """Draw rows as `sample` does, each with a length of its own where a model was trained on padded rows.
 
     A row of n tokens has the end of text at position n - 1, which is given, and padding from n on. An autoregressive
-    model draws whole rows, and ends each at its first end of text.
+    model draws whole rows, and ends each at its first end of text. A model of prompts and answers draws as
+    `sample_answers` does.
 
     Args:
         model: in eval mode.
@@ -70,12 +79,14 @@ def sample_rows(
         ConfigError: a length that rows of the model cannot have; see also `sample`.
         CapabilityError: a length for rows without padding or for an autoregressive model.
     """
-    if length is not None and (ends is None or model.left_to_right):
+    if length is not None and (ends is None or ends.block or model.left_to_right):
         reason = "was trained on rows without padding" if ends is None else "decides itself where a text ends"
         raise CapabilityError(f"length: {length}, but the model {reason}; expected none")
     if ends is None:
         return sample(model, request, progress, revealed_at)
     arguments.integer("seed", request.seed, 0)
+    if ends.block is not None:
+        return sample_answers(model, request, ends, progress, revealed_at)
     start, places = int(request.bos is not None), torch.arange(model.length)
     if model.left_to_right:
         rows = sample(model, request, progress, revealed_at)
@@ -99,6 +110,83 @@ def sample_rows(
     request = replace(request, known=(tokens, given), extents=extents.tolist())
     rows = sample(model, request, progress, revealed_at)
     return rows.masked_fill((places > last).to(rows.device), ends.pad)
+
+
+def sample_answers(
+    model: Denoiser,
+    request: SamplingRequest,
+    ends: RowEnds,
+    progress: Progress | None = None,
+    revealed_at: Int[Tensor, "B L"] | None = None,
+) -> Int[Tensor, "B L"]:
+    """Draw answers block after block, until a block holds the end of text.
+
+    The given tokens at the start of a row are its prompt. While a block is drawn, later ones are in no segment.
+    Training has seen what a block holds behind the end of text: there, an answer goes on with end of text to the end
+    of its last block. If further tokens are given behind the prompt, the first block reaches up to the last of them.
+
+    Args:
+        model: in eval mode.
+        request: what to sample; `steps` are those of a block, one for each token at most. An autoregressive model
+            takes one for each.
+        ends: how answers end.
+        progress: called with (steps done, steps if no answer ends early) after every step, and once more at the end.
+        revealed_at: as in `sample`.
+
+    Returns:
+        [num_samples, L] ids: prompt, answer, end of text, and padding.
+
+    Raises:
+        ConfigError, CapabilityError: as `sample`.
+    """
+    count, length, block = request.num_samples, model.length, ends.block or 1
+    places, blank = torch.arange(length), torch.zeros(count, length, dtype=torch.int64)
+    tokens, known = (x.cpu().clone() for x in request.known or (blank, blank.bool()))
+    if request.bos is not None:
+        tokens[:, 0], known[:, 0] = request.bos, True
+    starts = known.long().cumprod(1).sum(1)
+    behind = torch.maximum((known * (places + 1)).amax(1), starts)  # where the end of text may stand first
+    reach = torch.maximum(behind - starts, (starts < length).long())
+    extents = (starts + -(-reach // block) * block).clamp(max=length)
+    steps = torch.zeros_like(tokens)
+    indices = list(range(count)) if request.indices is None else [*request.indices]
+    open_rows, done, number = (starts < length).nonzero()[:, 0], 0, 0
+    while len(open_rows):
+        inside = places < extents[open_rows, None]
+        unknown = int((inside & ~known[open_rows]).sum(1).max())
+        part = replace(
+            request,
+            num_samples=len(open_rows),
+            steps=unknown if model.left_to_right else max(1, min(request.steps, unknown)),
+            seed=mix_seed(request.seed, number) if number else request.seed,
+            known=(tokens[open_rows], known[open_rows]),
+            condition=None if request.condition is None else request.condition[open_rows],
+            indices=[indices[row] for row in open_rows.tolist()],
+            extents=extents[open_rows].tolist(),
+        )
+        revealed = torch.zeros_like(tokens[open_rows])
+        left = -(-(length - int(extents[open_rows].min())) // block)
+        total = done + part.steps * (1 + left)
+        report = None if progress is None else _shifted(progress, done, total)
+        drawn = sample(model, part, report, revealed).cpu()
+        steps[open_rows] += torch.where(revealed > 0, revealed + done, 0)
+        tokens[open_rows], known[open_rows] = torch.where(inside, drawn, 0), inside
+        done, number = done + part.steps, number + 1
+        ended = ((tokens == ends.eot) & known & (places >= behind[:, None])).any(1)
+        open_rows = open_rows[~ended[open_rows] & (extents[open_rows] < length)]
+        extents[open_rows] = (extents[open_rows] + block).clamp(max=length)
+    if progress is not None and done:
+        progress(done, done)
+    if revealed_at is not None:
+        revealed_at.copy_(steps)
+    over = ((tokens == ends.eot) & known & (places >= behind[:, None])).cummax(1).values
+    tokens = tokens.masked_fill(over.roll(1, 1) & (places > behind[:, None]), ends.pad)
+    return tokens.to(model.head.weight.device)
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Progress:
+    """Report the steps of a block as those of all blocks."""
+    return lambda done, _: progress(before + done, total)
 
 
 def _draw_lengths(

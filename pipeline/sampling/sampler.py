@@ -157,7 +157,7 @@ class _Rows:
             extents *= self._copies
         length = model.length - (request.bos is not None)
         # A short row among longer ones reveals nothing in the last steps, so any row may have fewer tokens.
-        most = int(unknown.sum(1).max()) if extents is None else length
+        most = int(unknown.sum(1).max()) if extents is None or model.left_to_right else length
         orders.check(self.order, request.steps, most, length)
         if model.left_to_right and request.steps != most:
             raise CapabilityError(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.manifest import Manifest
+from pipeline.data.mixture import order_of
 from pipeline.data.reading_order import MicroBatch, ReadingOrder, batches
 from pipeline.data.shards import ShardReader
 from pipeline.errors import TrainingError
@@ -84,9 +85,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     # Data: the rows of each step, and those of this worker.
     run = run.replace(given_manifest=Manifest.read(run.data_path))
     manifest = run.manifest
-    order = ReadingOrder(
-        manifest.rows_per_shard("train"), settings.batch, data.streams, data.shuffle_window, config.seed
-    )
+    order = order_of(manifest, settings.batch, data, config.seed)
     parts = -(-len(order.slots(rank, session.workers)) // settings.micro_batch)
 
     # Where to start: rank 0 decides, since ranks may see different states of the storage.

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.data.reading_order import MicroBatch
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws
-from pipeline.models.batch import Batch
+from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 
@@ -117,6 +118,19 @@ class Task(ABC):
         dist.all_reduce(total, group=self._group)
         return total.numpy()
 
+    def _with_roles(self, step: int, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Set the roles of a step's rows; for a masked model, answers end with a random block."""
+        block, kind = self._run.manifest.answer_block, self._config.model.kind
+
+        def roles(micro: MicroBatch) -> Roles | None:
+            if micro.roles is None or block is None or kind != "mdlm":
+                return micro.roles
+            seed, batch = self._config.seed, self._shape[0]
+            places = self._places(micro)
+            return partition.cut_answers(micro.roles, places, seed=seed, step=step, batch=batch, block=block)
+
+        return [replace(micro, roles=roles(micro)) for micro in micros]
+
     def _places(self, micro: MicroBatch) -> Int[np.ndarray, "m"]:
         """Return the places in the global batch whose draws rows get; missing rows get those of the last one."""
         return micro.index % self._shape[0]
@@ -169,6 +183,7 @@ class Pretraining(Task):
 
     def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:
         """Draw times, groups and dropped classes of a step; see `Task.prepare`."""
+        micros = self._with_roles(step, micros)
         draws = [self._draw(self._config.diffusion, step, micro) for micro in micros]
         divisor = self._divisor(micros, draws)
         return [

@@ -167,13 +167,13 @@ def plan_resume(
     if path is None or state is None:
         return None
     old, new = state.config["train"]["zero_stage"], run.config.train.zero_stage
-    slices = checkpoint.slices_of(path)
+    index = checkpoint.slices_of(path)
     # Stage 0 is whole on every worker; the others are cut by the number of workers and by the stage.
-    universal = slices is None and new > 0 and (state.workers != workers or old != new)
+    universal = index is None and new > 0 and (state.workers != workers or old != new)
     if universal:
         _convert(path)
     log.info("resuming from %s", path)
-    return Resume(path, state, slices, universal)
+    return Resume(path, state, index, universal)
 
 
 def precheck(run: Run) -> None:

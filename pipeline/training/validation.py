@@ -20,6 +20,7 @@ from pipeline.reports.pictures import sample_grid, unmasking_order
 from pipeline.run import Run
 from pipeline.runtime.session import Session
 from pipeline.sampling.row_ends import texts_of
+from pipeline.sampling.sampler import Known
 from pipeline.tracking import Tracker
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
@@ -90,7 +91,7 @@ def validate(
         sums = likelihood.row_sums(model, batches, len(rows)).to(session.device)
         dist.all_reduce(sums)
         # All ranks draw the same samples: under ZeRO-3 no rank can run the model alone.
-        tokens, classes, revealed = draw(run, model)
+        tokens, classes, revealed = draw(run, model, prompts_of(run, reader))
     bound = likelihood.summarise(sums.cpu(), masking, roles)
     metric = config.validation_metric
     value = bound.nats if metric == "loss" else bound.perplexity
@@ -116,14 +117,32 @@ def validate(
     return value, texts
 
 
+def prompts_of(run: Run, reader: ShardReader) -> Known | None:
+    """Return the prompts of the first held-out rows, to be answered; None where rows have none.
+
+    Args:
+        run: with its manifest.
+        reader: of the held-out rows.
+    """
+    if run.manifest.answer_block is None:
+        return None
+    rows = np.arange(min(TEXTS, len(reader)))
+    rows = np.resize(rows, TEXTS)
+    roles, tokens = reader.roles(rows), reader.rows(rows).astype(np.int64)
+    assert roles is not None
+    given = np.arange(tokens.shape[1]) < roles.given[:, None]
+    return torch.from_numpy(tokens), torch.from_numpy(given)
+
+
 def draw(
-    run: Run, model: Denoiser
+    run: Run, model: Denoiser, known: Known | None = None
 ) -> tuple[Int[torch.Tensor, "B L"], list[int] | None, Int[torch.Tensor, "B L"]]:
     """Draw a few samples as the `sampling` section says.
 
     Args:
         run: with its manifest.
         model: to draw from.
+        known: given tokens of the samples; None: none.
 
     Shape:
         B samples of L tokens.
@@ -145,5 +164,5 @@ def draw(
     else:
         settings = SamplingConfig(num_samples=TEXTS, steps=min(64, settings.steps), seed=settings.seed)
     revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
-    tokens = draw_rows(model, settings, manifest.facts, (0, settings.num_samples), revealed)
+    tokens = draw_rows(model, settings, manifest.facts, (0, settings.num_samples), revealed, known)
     return tokens.cpu(), None if config.model.classes is None else labels, revealed

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.data import reading_order
 from pipeline.data.manifest import ShardFile
-from pipeline.data.reading_order import MISSING, MicroBatch, ReadingOrder, batches
+from pipeline.data.reading_order import MISSING, ReadingOrder, batches
 from pipeline.data.shards import ShardReader
 from pipeline.errors import ConfigError, DataError
 from tests.support.data_helpers import SIZES, L, make_shards
@@ -31,10 +31,6 @@ RECORDED = {
 
 def make_order(seed: int = 0, window: int = 6) -> ReadingOrder:
     return ReadingOrder(SIZES, batch=24, streams=8, window=window, seed=seed)
-
-
-def as_read(step: int, micros: list[MicroBatch]) -> list[MicroBatch]:
-    return micros
 
 
 def make_reader(path: Path) -> ShardReader:
@@ -153,7 +149,7 @@ def test_refusals() -> None:
 @pytest.mark.parametrize(("workers", "micro"), [(1, 7), (2, 4), (3, 4), (8, 2)])
 def test_batches(workers: int, micro: int, tmp_path: Path) -> None:
     reader, order = make_reader(tmp_path), make_order()
-    streams = [batches(reader, order, 5, rank, workers, micro, as_read) for rank in range(workers)]
+    streams = [batches(reader, order, 5, rank, workers, micro) for rank in range(workers)]
     for step in range(5, 9):
         parts = [next(stream) for stream in streams]
         assert len({len(part) for part in parts}) == 1
@@ -188,7 +184,7 @@ def test_a_shard_is_decoded_at_most_once_a_step_on_average(
 
     monkeypatch.setattr(reader, "_load", counted)
     steps = order.steps_per_epoch - 1  # the next epoch is not begun
-    feed = batches(reader, order, 0, 0, 1, 64, as_read)
+    feed = batches(reader, order, 0, 0, 1, 64)
     for step in range(steps):
         tokens = np.concatenate([micro.tokens for micro in next(feed)])
         if step % 50 == 0:
@@ -210,7 +206,7 @@ def test_labels_go_with_their_rows(tmp_path: Path) -> None:
         assert part.labels is not None
         np.testing.assert_array_equal(part.labels, part.tokens[:, 0] % 7)
         assert part.labels.dtype == np.int64
-    unlabelled = batches(make_reader(tmp_path / "x"), make_order(), 0, 0, 1, 24, as_read)
+    unlabelled = batches(make_reader(tmp_path / "x"), make_order(), 0, 0, 1, 24)
     assert next(unlabelled)[0].labels is None
     unlabelled.close()
 
@@ -218,10 +214,10 @@ def test_labels_go_with_their_rows(tmp_path: Path) -> None:
 def test_an_error_while_reading_ahead_reaches_the_consumer(tmp_path: Path) -> None:
     manifest, order = make_shards(tmp_path, SIZES), make_order()
     reader = ShardReader(str(tmp_path), manifest, "train")
-    good = len(list(islice(batches(reader, order, 0, 0, 8, 3, as_read), 2)))
+    good = len(list(islice(batches(reader, order, 0, 0, 8, 3), 2)))
     assert good == 2
     (tmp_path / "train-00002.parquet").unlink()
     fresh = ShardReader(str(tmp_path), manifest, "train")
     with pytest.raises(DataError, match=r"train-00002.parquet: shard is missing"):
-        list(islice(batches(fresh, order, 0, 0, 1, 24, as_read), 7))
+        list(islice(batches(fresh, order, 0, 0, 1, 24), 7))
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]

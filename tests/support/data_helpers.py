@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.config.data import MixedSource
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare as preparation
@@ -114,5 +115,29 @@ def sentences(config: RunConfig) -> RunConfig:
         "length": 48,
         "path": str(folder.with_name("sentences")),
         "validation_documents": 40,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def answers(config: RunConfig) -> RunConfig:
+    """The same run on prompts and answers of two sources, which are mixed 3 to 1."""
+    folder = Path(config.data.path or "")
+    names = ("answers_a", "answers_b")
+    for number, file in enumerate(folder.with_name(f"{name}.jsonl") for name in names):
+        words = [f"{i * 7 + number:x}" for i in range(60)]
+        rows = [{"prompt": f"{number}{word}:", "answer": word[::-1] * (1 + number)} for word in words]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    update = {
+        "mix": tuple(
+            MixedSource(source=str(folder.with_name(f"{name}.jsonl")), weight=weight)
+            for name, weight in zip(names, (3, 1), strict=True)
+        ),
+        "prompt_field": "prompt",
+        "answer_field": "answer",
+        "answer_block": 4,
+        "wrap": "sentence",
+        "length": 16,
+        "path": str(folder.with_name("answers")),
+        "validation_documents": 10,
     }
     return config.model_copy(update={"data": config.data.model_copy(update=update)})

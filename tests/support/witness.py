@@ -32,15 +32,16 @@ def install(folder: Path) -> None:
     original = loop.batches
 
     def batches(
-        reader: Any, order: Any, start: int, rank: int, workers: int, micro: int
+        reader: Any, order: Any, start: int, rank: int, workers: int, micro: int, prepare: Any
     ) -> Generator[Any, None, None]:
         file = folder / f"{os.getpid()}-from-{start}-{rank}-of-{workers}.jsonl"
         with file.open("a", buffering=1) as out:
-            for step, micros in enumerate(original(reader, order, start, rank, workers, micro), start):
+            prepared = original(reader, order, start, rank, workers, micro, prepare)
+            for step, micros in enumerate(prepared, start):
                 rows = {
                     int(place): hashlib.sha256(row.tobytes()).hexdigest()
                     for part in micros
-                    for place, row in zip(part.index, part.tokens, strict=True)
+                    for place, row in zip(part.index, part.batch.tokens.numpy(), strict=True)
                     if place >= 0
                 }
                 out.write(json.dumps([step, rows]) + "\n")

@@ -1,5 +1,7 @@
 """Every kind of model trains: on two workers whose parameters are all cut up as on one that has them whole."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.config.schema import RunConfig
 from pipeline.run import Run
 from tests.support import observed
-from tests.support.data_helpers import sentences
+from tests.support.data_helpers import answers, sentences
 from tests.support.workers import Workers
 
 SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0}
@@ -24,7 +26,8 @@ MODELS = {
     "pgm-classes-registers": PGMConfig(encoder_blocks=1, decoder_blocks=1, classes=3, registers=2, **SIZE),
 }
 PADDED = {f"{name}-padded": MODELS[name] for name in ("ar", "complementary", "pgm-causal")}
-MODELS |= PADDED
+ANSWERS = {f"{name}-answers": MODELS[name] for name in ("ar", "complementary", "pgm-causal")}
+MODELS |= PADDED | ANSWERS
 STEPS = 5
 Runs = dict[str, tuple[observed.Seen, observed.Seen]]
 
@@ -40,14 +43,16 @@ def _configs(storage: Path, stage: int, again: bool) -> list[RunConfig]:
             zero_stage=stage,
             activation_checkpointing=again,
         ).model_copy(update={"model": model, "sampling": SamplingConfig(steps=3)})
-        configs.append(sentences(config) if name in PADDED else config)
+        config = sentences(config) if name in PADDED else config
+        configs.append(answers(config) if name in ANSWERS else config)
     return configs
 
 
 @pytest.fixture(scope="module")
 def runs(run_storage: Path, groups: dict[int, Workers]) -> Runs:
     """What rank 0 saw: alone with whole parameters, and with a second worker under stage 3, recomputing."""
-    Run(sentences(observed.quick(run_storage, "sentences"))).with_data()
+    for prepared in (sentences, answers):
+        Run(prepared(observed.quick(run_storage, "any"))).with_data()
     alone = groups[1](observed.train, _configs(run_storage, 0, False))[0]
     shared = groups[2](observed.train, _configs(run_storage, 3, True))[0]
     return {name: pair for name, *pair in zip(MODELS, alone, shared, strict=True)}
@@ -61,6 +66,17 @@ def test_stage_3_on_two_workers_is_plain_training(runs: Runs, name: str) -> None
     assert shared.losses == pytest.approx(alone.losses, abs=2e-5, rel=0)
     assert shared.norms == pytest.approx(alone.norms, rel=1e-4)
     assert alone.losses[STEPS] < alone.losses[1] - 0.05
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_validation_answers_held_out_prompts(runs: Runs, run_storage: Path, name: str) -> None:
+    (file,) = [
+        file
+        for file in run_storage.glob(f"runs/{name}-stage-0/step_*/state.json")
+        if file.parent.name.endswith("5")
+    ]
+    for text in json.loads(file.read_text())["samples"]:
+        assert re.match("[01][0-9a-f]+:", text)
 
 
 @pytest.mark.parametrize("name", MODELS)

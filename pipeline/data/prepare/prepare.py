@@ -15,9 +15,10 @@ from typing import Any
 import ray
 
 from pipeline import storage
-from pipeline.config.data import AnyDataConfig
-from pipeline.data.manifest import MANIFEST, Manifest, differences, hash_content
-from pipeline.data.prepare import images, text
+from pipeline.config.data import AnyDataConfig, TextDataConfig
+from pipeline.data import mixture
+from pipeline.data.manifest import MANIFEST, TOKENIZER, Manifest, differences, hash_content
+from pipeline.data.prepare import images, text, workflow
 from pipeline.data.prepare.image_sources import ImageSource, open_images
 from pipeline.data.prepare.source_files import HUB
 from pipeline.data.prepare.text_sources import TextSource, open_source
@@ -57,6 +58,8 @@ def ensure(data: AnyDataConfig, path: str) -> Manifest:
         DataError: the folder holds other data, or the preparation failed.
         ConfigError: the folder cannot be written, or the tokenizer does not exist.
     """
+    if data.kind == "text" and data.mix is not None:
+        return _mixed(data, path, ensure)
     manifest = _prepared(data, path)
     if manifest is None:
         return prepare(data, path)
@@ -83,6 +86,8 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
         DataError: the source is empty, unreadable or changed, or the folder holds other data.
         ConfigError: the folder cannot be written, or the tokenizer does not exist.
     """
+    if data.kind == "text" and data.mix is not None:
+        return _mixed(data, path, prepare)
     manifest = _prepared(data, path)
     source = _open(data)
     if manifest is not None:
@@ -93,6 +98,26 @@ def prepare(data: AnyDataConfig, path: str) -> Manifest:
     with claims.held(path, key, f"the data in {path}", "prepared", wait=True):
         manifest = _prepared(data, path)  # by the job that this one has waited for
         return _make(data, source, path) if manifest is None else _known(data, source, path, manifest)
+
+
+def _mixed(data: TextDataConfig, path: str, prepared: Callable[[AnyDataConfig, str], Manifest]) -> Manifest:
+    """Prepare every source of a mixture in a folder of its own beside `path`, where only a manifest is written.
+
+    A source's folder is that of a run on this source alone, so that runs share it.
+    """
+    manifest = _prepared(data, path)
+    folders = [storage.join(path.rpartition("/")[0], _folder_name(part)) for part in data.parts]
+    parts = [prepared(part, folder) for part, folder in zip(data.parts, folders, strict=True)]
+    if manifest is None:
+        manifest = mixture.manifest_of(data, _content(data), folders, parts)
+        derived = data.path is None or path.endswith(f"/data/{_folder_name(data)}")
+        key = "cluster.storage" if derived else "data.path"
+        with claims.held(path, key, f"the data in {path}", "prepared", wait=True):
+            tokenizer = text.cached_tokenizer(storage.join(folders[0], TOKENIZER))
+            workflow.save_tokenizer(tokenizer, storage.join(path, TOKENIZER))
+            manifest.publish(path)
+        log.info("%s mixes %d sources", path, len(parts))
+    return manifest
 
 
 def _known(data: AnyDataConfig, source: TextSource | ImageSource, path: str, manifest: Manifest) -> Manifest:
@@ -132,13 +157,19 @@ def _make(data: AnyDataConfig, source: TextSource | ImageSource, path: str) -> M
 def _folder_name(data: AnyDataConfig) -> str:
     """Return the name of the folder where `data.path` gives none, derived from what determines its contents."""
     extent = data.length if data.kind == "text" else data.size
-    names = (data.source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
+    source = "mix" if data.kind == "text" and data.mix is not None else data.source
+    names = (source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
     slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names)
     return f"{slug}-{hash_content(_content(data))[:10]}"
 
 
 def _content(data: AnyDataConfig) -> dict[str, Any]:
     """Return every setting that determines what the shards hold."""
+    if data.kind == "text" and data.mix is not None:
+        contents = [text.content(part) for part in data.parts]
+        return {
+            "mix": [content | {"weight": m.weight} for content, m in zip(contents, data.mix, strict=True)]
+        }
     return text.content(data) if data.kind == "text" else images.content(data)
 
 
@@ -181,6 +212,9 @@ def _report(path: str, manifest: Manifest) -> None:
     kind = "documents" if manifest.grid is None else "images"
     counts = (manifest.documents, kind, manifest.skipped.count, manifest.documents_empty)
     log.info("prepared %s: %d %s, besides %d that cannot be read and %d empty ones", path, *counts)
+    if manifest.answer_block is not None:
+        cut, full = manifest.rows_cut, manifest.rows_full
+        log.info("%d answers are cut to the row; %d prompts fill theirs and are left out", cut, full)
     for name, split in manifest.splits.items():
         rows, dropped = manifest.rows(name), split.tokens_dropped
         log.info("%s: %d rows of %d tokens, %d tokens dropped", name, rows, manifest.length, dropped)

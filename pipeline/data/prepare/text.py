@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from operator import methodcaller
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,10 @@ from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import TOKENIZER, Manifest, SpecialIds, Split, TokenizerInfo, hash_content
 from pipeline.data.prepare import workflow
+from pipeline.data.prepare.documents import answer_rows, encoder, read_ends
 from pipeline.data.prepare.source_files import Problem, leave_out, reached
 from pipeline.data.prepare.text_filters import text_filter
-from pipeline.data.prepare.text_sources import Piece, TextSource, read
+from pipeline.data.prepare.text_sources import Document, Piece, TextSource, read
 from pipeline.data.reading_order import permutation
 from pipeline.data.shards import Rows, token_dtype
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
@@ -47,7 +48,8 @@ cached_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
 class TextUnit(workflow.Unit):
     """The record of one tokenised unit.
 
-    Its file (`bin`) holds the tokens, then as int64 the documents' ends in tokens and in bytes.
+    Its file (`bin`) holds the tokens, then as int64 the documents' ends in tokens and in bytes. A prompt and its
+    answer are a whole row without its padding; the numbers of given tokens of all rows follow.
 
     Attributes:
         split: of the source, to which the unit belongs.
@@ -55,6 +57,8 @@ class TextUnit(workflow.Unit):
         bytes: number of UTF-8 bytes of the documents.
         documents: number of documents with any text.
         empty: number of documents without text, which are left out.
+        cut: number of rows whose answer is cut.
+        full: number of documents that are left out because their prompt fills the row.
     """
 
     split: str = ""
@@ -62,6 +66,8 @@ class TextUnit(workflow.Unit):
     bytes: int = 0
     documents: int = 0
     empty: int = 0
+    cut: int = 0
+    full: int = 0
 
     @property
     def amount(self) -> int:
@@ -82,6 +88,9 @@ def content(data: TextDataConfig) -> dict[str, Any]:
     later = {key: getattr(data, key) for key in ("text_filter", "validation_split")}
     values |= {key: value for key, value in later.items() if value is not None}
     values |= {} if data.end_of_text else {"end_of_text": False}
+    if data.answers:
+        del values["text_field"]
+        values |= data.fields | {"template": data.template, "answer_block": data.answer_block}
     tokenizer = data.tokenizer if data.fitted is not None else cached_tokenizer(data.tokenizer).hash
     return {**values, "tokenizer": tokenizer, "format": FORMAT}
 
@@ -170,6 +179,10 @@ def describe(
         documents_empty=sum(unit.empty for unit in units),
         tokens=sum(unit.tokens for unit in units),
         skipped=workflow.skipped(units),
+        rows_cut=sum(unit.cut for unit in units),
+        rows_full=sum(unit.full for unit in units),
+        answer_block=data.answer_block if data.answers else None,
+        template=data.template,
     )
 
 
@@ -197,30 +210,30 @@ def _tokenise(index: int, pieces: Sequence[Piece], data: TextDataConfig, work: s
     tokenizer = cached_tokenizer(data.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
     problems: list[str] = []
-    clean, lengths, sizes, empty = text_filter(data.text_filter), array("q"), array("q"), 0
-
-    def encode(text: str) -> tuple[np.ndarray, int]:
-        text = clean(text)
-        return tokenizer.encode(text), len(text.encode())
-
+    encode = encoder(data, tokenizer)
+    lengths, sizes, given = array("q"), array("q"), array("q")
+    empty = cut = full = 0
     with storage.scratch() as folder:
         local = folder / "unit"
         with local.open("wb") as file:
             for item in (item for piece in pieces for item in read(piece, data, encode)):
                 if isinstance(item, Problem):
                     problems.append(leave_out(item, data))
-                    continue
-                ids, size = item
-                if len(ids):
-                    ids = np.append(ids, [tokenizer.eot] * data.end_of_text)
-                    file.write(ids.astype(dtype).tobytes())
-                    lengths.append(len(ids))
-                    sizes.append(size)
-                else:
+                elif item.full:
+                    full += 1
+                elif not len(item.ids):
                     empty += 1
+                else:
+                    file.write(item.ids.astype(dtype).tobytes())
+                    lengths.append(len(item.ids))
+                    sizes.append(item.bytes)
+                    given.append(item.given)
+                    cut += item.cut
             file.write(np.cumsum([lengths, sizes], axis=1, dtype="<i8").tobytes())
+            file.write(np.array(given if data.answers else [], "<i8").tobytes())
         storage.publish_file(local, workflow.unit_path(work, index, "bin"))
     counts = {"tokens": sum(lengths), "bytes": sum(sizes), "documents": len(lengths), "empty": empty}
+    counts |= {"cut": cut, "full": full}
     return TextUnit(index=index, problems=problems, split=pieces[0].split, **counts).publish(work)
 
 
@@ -273,6 +286,9 @@ def row_maker(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> Cal
     """
     tokenizer = cached_tokenizer(data.tokenizer)
     special, dtype = SpecialIds.of_text(data, tokenizer), token_dtype(tokenizer.vocab_size)
+    if data.answers:
+        sizes = {unit.index: (unit.tokens, unit.documents) for unit in units}
+        return partial(answer_rows, work=work, length=data.length, pad=special.pad, sizes=sizes, dtype=dtype)
     if data.wrap == "sentence":
         tokens = {unit.index: unit.tokens for unit in units}
         return partial(
@@ -306,7 +322,7 @@ def _padded_rows(
     texts = []
     for unit, start, stop in shard.pieces.tolist():
         with storage.open_read(workflow.unit_path(work, unit, "bin")) as file:
-            ends = [0, *_read_ends(file, tokens[unit], dtype, documents=(start, stop))][-1 - (stop - start) :]
+            ends = read_ends(file, tokens[unit], dtype, documents=(start, stop))
             file.seek(ends[0] * dtype.itemsize)
             ids = np.frombuffer(file.read((ends[-1] - ends[0]) * dtype.itemsize), dtype)
         cuts = pairwise(ends)
@@ -317,13 +333,6 @@ def _padded_rows(
     for row, text in zip(rows, texts, strict=True):
         row[1 : 1 + len(text)], row[1 + len(text)] = text, special.eot
     return Rows(rows, roles=Roles(np.zeros_like(lengths), lengths))
-
-
-def _read_ends(file: IO[bytes], tokens: int, dtype: np.dtype, documents: tuple[int, int]) -> list[int]:
-    """Read where the documents `start - 1` (if there is one) to `stop - 1` of a unit end, in tokens."""
-    start, stop = max(documents[0] - 1, 0), documents[1]
-    file.seek(tokens * dtype.itemsize + start * 8)
-    return np.frombuffer(file.read((stop - start) * 8), "<i8").tolist()
 
 
 def _payload(data: TextDataConfig) -> int:
@@ -406,7 +415,11 @@ def _training_end(data: TextDataConfig, source: TextSource) -> tuple[int, int]:
 def _texts(pieces: Sequence[Piece], data: TextDataConfig) -> list[str]:
     """Read the documents of a unit that have any text."""
     clean = text_filter(data.text_filter)
-    items = [item for piece in pieces for item in read(piece, data, clean)]
+
+    def whole(document: Document) -> str:
+        return clean(document) if isinstance(document, str) else "".join(map(clean, document))
+
+    items = [item for piece in pieces for item in read(piece, data, whole)]
     for item in items:
         if isinstance(item, Problem):
             leave_out(item, data)

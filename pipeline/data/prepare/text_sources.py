@@ -10,7 +10,7 @@ import gzip
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import SourceInfo
-from pipeline.data.prepare import markov, source_files
+from pipeline.data.prepare import exercises, markov, source_files
 from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, fault_of_data, is_a
+from pipeline.data.templates import Exchange, Message, checked_text, exchange_of, messages_of
 from pipeline.errors import DataError, did_you_mean, first_line, kind_and_line
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -31,9 +32,10 @@ UNIT_FILES = 64
 _BLOCK = 1 << 20
 
 T = TypeVar("T")
+Document = str | Exchange
 # What a reader yields: the number of a document (WHOLE: the file is one), and the function that gives its text or
 # raises what is wrong with it.
-Numbered = Iterator[tuple[int, Callable[[], str]]]
+Numbered = Iterator[tuple[int, Callable[[], Document]]]
 WHOLE = -1
 
 
@@ -88,7 +90,8 @@ def open_source(data: TextDataConfig) -> TextSource:
             raise DataError(
                 f"data.validation_split: {data.source!r} has no splits; expected data.validation_documents"
             )
-        return TextSource(((Piece(data.source),),), source_files.describe(data, EMBEDDED[data.source]()))
+        parts = map(str, EMBEDDED[data.source]())
+        return TextSource(((Piece(data.source),),), source_files.describe(data, parts))
     if data.source.startswith(HUB):
         return _open_hub(data)
     files = source_files.find(data.source, SUFFIXES, *EMBEDDED)
@@ -112,8 +115,10 @@ def open_source(data: TextDataConfig) -> TextSource:
     return TextSource(tuple(map(tuple, units)), info)
 
 
-def read(piece: Piece, data: TextDataConfig, convert: Callable[[str], T] = str) -> Iterator[T | Problem]:  # type: ignore[assignment]
-    """Read the documents of a piece, in order.
+def read(
+    piece: Piece, data: TextDataConfig, convert: Callable[[Any], T] = lambda document: document
+) -> Iterator[T | Problem]:
+    """Read the documents of a piece, in order; those of data with prompts are `Exchange`s.
 
     Args:
         piece: of `data.source`.
@@ -124,7 +129,9 @@ def read(piece: Piece, data: TextDataConfig, convert: Callable[[str], T] = str) 
         What `convert` makes of the documents, and in place of those that cannot be read what is wrong with them.
     """
     if piece.path in EMBEDDED:
-        yield from map(convert, EMBEDDED[piece.path]())
+        for document in EMBEDDED[piece.path]():
+            plain = isinstance(document, str) and not data.answers
+            yield convert(document if plain else document_of(document, data))
         return
     kinds = {HUB: _read_hub, ".txt": _read_txt, ".parquet": _read_parquet}
     kind = HUB if piece.path.startswith(HUB) else next((end for end in kinds if is_a(piece.path, (end,))), "")
@@ -167,7 +174,11 @@ def _pydoc() -> list[str]:
     return [topics[key] for key in sorted(topics)]
 
 
-EMBEDDED: dict[str, Callable[[], list[str]]] = {"pydoc": _pydoc, "markov": markov.documents}
+EMBEDDED: dict[str, Callable[[], Sequence[str | dict[str, str]]]] = {
+    "pydoc": _pydoc,
+    "markov": markov.documents,
+    "exercises": exercises.documents,
+}
 
 
 def _split(file: SourceFile) -> Iterable[tuple[Piece, int]]:
@@ -187,9 +198,10 @@ def _split(file: SourceFile) -> Iterable[tuple[Piece, int]]:
     return [(replace(piece, start=start, stop=stop), weight) for start, stop in itertools.pairwise(edges)]
 
 
-def _read_txt(piece: Piece, _: TextDataConfig) -> Numbered:
+def _read_txt(piece: Piece, data: TextDataConfig) -> Numbered:
     """Yield a file as one document, its line ends untouched."""
-    yield WHOLE, partial(storage.read_bytes(piece.path).decode, "utf-8-sig")
+    decode = partial(storage.read_bytes(piece.path).decode, "utf-8-sig")
+    yield WHOLE, (lambda: document_of(decode(), data)) if data.answers else decode
 
 
 def _read_jsonl(piece: Piece, data: TextDataConfig) -> Numbered:
@@ -212,28 +224,35 @@ def _read_jsonl(piece: Piece, data: TextDataConfig) -> Numbered:
                 return
             position += len(line)
             if line.removeprefix(codecs.BOM_UTF8).strip():  # files with such a mark may have been joined
-                yield number, partial(_parse, line, data.text_field)
+                yield number, partial(_parse, line, data)
 
 
-def _parse(line: bytes, field: str) -> str:
+def _parse(line: bytes, data: TextDataConfig) -> Document:
     """Return the document of a line."""
     try:
-        return _text(json.loads(line.decode("utf-8-sig")), field)
+        return document_of(json.loads(line.decode("utf-8-sig")), data)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: {error.reason} at byte {error.start} of the line") from None
 
 
-def _text(row: Any, field: str) -> str:
-    """Return the document in a field of a row; raise what is wrong with it."""
+def document_of(row: Any, data: TextDataConfig) -> Document:
+    """Return the document in the fields of a row; raise what is wrong with it."""
+    fields = data.fields
     if not isinstance(row, dict):
-        raise DataError(f"a {type(row).__name__}; expected an object with the field {field!r}")
-    if field not in row:
-        known = f"{', '.join(map(str, row))}{did_you_mean(field, row)}"
-        raise DataError(f"no field {field!r} (data.text_field); fields: {known}")
-    if not isinstance(row[field], str):
-        raise DataError(f"{field!r} holds a {type(row[field]).__name__}; expected text")
-    row[field].encode("utf-8")  # JSON can spell half of a surrogate pair, which UTF-8 cannot
-    return row[field]
+        names = " and ".join(map(repr, fields.values()))
+        raise DataError(
+            f"a {type(row).__name__}; expected an object with the field{'s' * (len(fields) > 1)} {names}"
+        )
+    for key, field in fields.items():
+        if field not in row:
+            known = f"{', '.join(map(str, row))}{did_you_mean(field, row)}"
+            raise DataError(f"no field {field!r} (data.{key}); fields: {known}")
+    if data.messages_field is not None:
+        return exchange_of(messages_of(row[data.messages_field]), data.template)
+    texts = [checked_text(repr(field), row[field]) for field in fields.values()]
+    if not data.answers:
+        return texts[0]
+    return exchange_of([Message("user", texts[0]), Message("assistant", texts[1])], data.template)
 
 
 def _lines_before(piece: Piece) -> int:
@@ -247,28 +266,29 @@ def _lines_before(piece: Piece) -> int:
 
 def _read_parquet(piece: Piece, data: TextDataConfig) -> Numbered:
     """Yield the rows as documents; of a group of rows that is damaged, the first row says so."""
-    field = data.text_field
+    fields = [*data.fields.values()]
     with storage.open_read(piece.path) as raw:
         file = pq.ParquetFile(raw)
-        if field not in file.schema_arrow.names:
-            yield WHOLE, partial(_text, dict.fromkeys(file.schema_arrow.names), field)
+        if not {*fields} <= {*file.schema_arrow.names}:
+            yield WHOLE, partial(document_of, dict.fromkeys(file.schema_arrow.names), data)
             return
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         ends = [0, *itertools.accumulate(sizes)]
         for group in range(piece.start, len(sizes) if piece.stop < 0 else piece.stop):
             number = ends[group]
             try:
-                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[field]):
-                    for value in batch.column(0):
-                        yield number, partial(_cell, value, field)
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=fields):
+                    columns = [batch.column(field) for field in fields]
+                    for values in zip(*columns, strict=True):
+                        yield number, partial(_cells, values, fields, data)
                         number += 1
             except Exception as error:
                 yield number, partial(_lost, ends[group + 1], fault_of_data(error))
 
 
-def _cell(value: pa.Scalar, field: str) -> str:
-    """Return the document in a cell."""
-    return _text({field: value.as_py()}, field)
+def _cells(values: Sequence[pa.Scalar], fields: Sequence[str], data: TextDataConfig) -> Document:
+    """Return the document in the cells of a row."""
+    return document_of({field: value.as_py() for field, value in zip(fields, values, strict=True)}, data)
 
 
 def _lost(end: int, fault: str) -> str:
@@ -309,4 +329,4 @@ def _read_hub(piece: Piece, data: TextDataConfig) -> Numbered:
     """Yield the rows of a shard of a dataset as documents."""
     rows = _load_hub(data, piece.split, piece.version).shard(num_shards=piece.stop, index=piece.start)
     for number, row in enumerate(rows):
-        yield number, partial(_text, row, data.text_field)
+        yield number, partial(document_of, row, data)
