@@ -32,6 +32,7 @@ from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine, fill
 from pipeline.training.pretraining import Pretraining, Task
+from pipeline.training.profile import profiled
 from pipeline.training.throughput import Throughput
 from pipeline.training.validation import validate
 
@@ -130,6 +131,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             requests = stack.enter_context(closing(Requests(run.folder)))
             if run.run_id:
                 tracker = stack.enter_context(run.tracker(system_metrics=config.tracking.system_metrics))
+        traced = stack.enter_context(profiled(run, rank, tracker))
         hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
         stack.callback(hang.end)
         stack.callback(engine.close)
@@ -175,6 +177,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 _report_nonfinite(run, session, order, step, bad, skipped)
                 raise _NonfiniteStep
             ema.update(masters)
+            traced()
             losses.append(loss)
             step_seconds = time.perf_counter() - began
             seconds += step_seconds
