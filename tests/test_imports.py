@@ -13,6 +13,7 @@ ORDER = [
     "arguments",
     "logs",
     "seeds",
+    "compiling",
     "config",
     "storage",
     "tracking",

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline import storage, tracking
 from pipeline.benchmarks.preparation import data_wait, measure_preparation
 from pipeline.benchmarks.report import SpeedReport, machine
-from pipeline.benchmarks.speed import first_step, measure
+from pipeline.benchmarks.speed import first_step, measure, place_of
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import flatten
 from pipeline.config.schema import ClusterConfig, RunConfig
@@ -40,12 +40,12 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
         The report, its folder and its MLflow run.
 
     Raises:
-        ConfigError: the tokenizer is not available, or the MLflow store cannot be reached.
+        ConfigError: there is no GPU, the tokenizer is not available, or the MLflow store cannot be reached.
     """
     folder = storage.join(config.storage, "benchmarks", config.name)
     cluster = ClusterConfig(storage=config.storage)
     uri = tracking.tracking_uri(RunConfig(name=config.name, tracking=config.tracking, cluster=cluster))
-    params, tags = flatten(config.model_dump(mode="json")), machine()
+    params, tags = flatten(config.model_dump(mode="json")), machine(place_of(config).device)
     run_id = tracking.open_run(uri, config.tracking.experiment, name=config.name, params=params, tags=tags)
     with tracking.ending(uri, run_id):
         preparation = waited = None
@@ -53,10 +53,10 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult:
         if config.preparation is not None:
             preparation = measure_preparation(config.preparation, config)
         traces = Path(storage.resolve(folder), "traces")
-        results, peaks = measure(config, traces if config.trace else None)
+        measured = measure(config, traces if config.trace else None)
         if preparation is not None and config.training:
             waited = data_wait(first_step(config), config)
-        report = SpeedReport(config, tags, results, peaks, preparation, waited)
+        report = SpeedReport(config, tags, measured, preparation, waited)
         figures = {"benchmark.png": report.picture(), "steps.png": report.steps_picture()}
         with tracking.Tracker(uri, run_id) as tracker:
             tracker.log_metrics(report.metrics(), 0)

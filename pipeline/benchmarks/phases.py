@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.pgm import PGM
 
-PHASES = ("batch", "embedding", "attention", "MLP", "head + loss", "draw", "optimiser")
+PHASES = ("batch", "embedding", "attention", "MLP", "head + loss", "draw", "model", "optimiser")
 
 
 class PhaseTimer:
@@ -22,16 +22,23 @@ class PhaseTimer:
     Args:
         model: hooks are registered in it; they cost microseconds, and do nothing before `start`.
         now: the clock.
+        parts: give the parts of the model phases of their own. Else there are no marks inside of it, at each of which
+            a clock that waits for a GPU would take time.
 
     Attributes:
         seconds: by phase, since `start`.
     """
 
-    def __init__(self, model: Denoiser, now: Callable[[], float]):
+    def __init__(self, model: Denoiser, now: Callable[[], float], parts: bool = True):
         self._now, self._running = now, False
         self._last, self._phase = 0.0, ""
         self._stamps: list[str] = []  # phases that the stamps of this forward pass end, in its order
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        if parts:
+            self._add_marks(model)
+
+    def _add_marks(self, model: Denoiser) -> None:
+        """Mark the ends of the model's parts."""
         model.embedding.register_forward_pre_hook(
             lambda *_: self.mark("batch" if torch.is_grad_enabled() else "draw")
         )

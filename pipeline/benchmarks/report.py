@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from pipeline.benchmarks.phases import PHASES
 from pipeline.benchmarks.preparation import PIPELINE, PreparationSpeed
-from pipeline.benchmarks.speed import CaseResult
+from pipeline.benchmarks.speed import CaseResult, Measured, place_of
 from pipeline.config.benchmark import BenchmarkConfig, Ratio, SamplingCase
 from pipeline.reports.tables import markdown, table_of, to_csv
 
-_COLORS = ("#c9ced4", "#7a828c", "#2563a8", "#7fa8d6", "#c2452d", "#e2a093", "#22262b")
+_COLORS = ("#c9ced4", "#7a828c", "#2563a8", "#7fa8d6", "#c2452d", "#e2a093", "#5b8c5a", "#22262b")
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,31 @@ class SpeedReport:
     Attributes:
         config: what was measured.
         machine: processor and versions.
-        results: one per case.
-        peaks: FLOP/s of the 2048-cube product, one per turn.
+        measured: times of all cases, and the rates of the device.
         preparation: speed of text preparation, or None.
         data_wait: share of the first training case's time in which it waited for rows, or None.
     """
 
     config: BenchmarkConfig
     machine: Mapping[str, str]
-    results: Sequence[CaseResult]
-    peaks: Sequence[float]
+    measured: Measured
     preparation: PreparationSpeed | None = None
     data_wait: float | None = None
 
     @property
+    def results(self) -> Sequence[CaseResult]:
+        """One per case."""
+        return self.measured.results
+
+    @property
     def peak(self) -> float:
-        """Median FLOP/s of the 2048-cube product."""
-        return statistics.median(self.peaks)
+        """Median FLOP/s of the large matrix product."""
+        return statistics.median(self.measured.peaks)
+
+    @property
+    def copies(self) -> float:
+        """Median bytes/s of the large copy."""
+        return statistics.median(self.measured.copies)
 
     def ratio(self, ratio: Ratio) -> list[float]:
         """Return the sequences per second of one case over another's, turn by turn."""
@@ -84,7 +92,7 @@ class SpeedReport:
 
     def metrics(self) -> dict[str, float]:
         """Return all figures by MLflow's metric names."""
-        metrics = {"matmul_gflops": self.peak / 1e9}
+        metrics = {"matmul_gflops": self.peak / 1e9, "copy_gb_per_s": self.copies / 1e9}
         for _, row in self.table().iterrows():
             for column, value in row.dropna().drop("case").items():
                 name = str(column).replace("/", "_per_").replace(",", "")
@@ -107,14 +115,17 @@ class SpeedReport:
         """Write the machine, the cases, their phases, the ratios and the data."""
         config, table = self.config, self.table()
         shares = self.split().map("{:.1%}".format, na_action="ignore").fillna("")
+        where = f"{config.threads} threads" if config.device == "cpu" else "one GPU"
+        cube = place_of(config).cube
         clock = "wall clock" if config.clock == "wall" else "CPU seconds of the process"
         blocks = [
             f"# Benchmark {config.name}",
             ", ".join(f"{key} {value}" for key, value in self.machine.items()),
             f"L {config.length}, V {config.vocabulary}, batch {config.batch}, {config.steps} sampling steps, "
-            f"float32, draws in float64, {config.threads} threads, {clock}. Times are medians over "
+            f"{config.precision}, draws in float64, {where}, {clock}. Times are medians over "
             f"{config.repetitions} (training) and {config.sampling_repetitions} (sampling) turns; in a turn every "
-            f"case runs once. 2048-cube product: {self.peak / 1e9:.0f} GFLOP/s.",
+            f"case runs once. Product of two {cube}-square matrices: {self.peak / 1e12:.3g} TFLOP/s; copy: "
+            f"{self.copies / 1e9:.3g} GB/s.",
             markdown(table.map(_cell)),
             "Needed FLOP are those of matrix products and attention; the backward pass needs twice those of the "
             "forward pass. The roofline is the sum of every product, attention, GELU and norm of the same shapes, "
@@ -188,14 +199,20 @@ class SpeedReport:
         }
 
 
-def machine() -> dict[str, str]:
-    """Return processor, cores, instruction set and versions of this machine."""
+def machine(device: torch.device) -> dict[str, str]:
+    """Return processor, cores, instruction set, versions and the GPU that is measured.
+
+    Args:
+        device: that is measured.
+    """
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     model = names[0] if names else platform.processor() or platform.machine()
     packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "datasets", "tokenizers")}
     facts = {"CPU": model, "cores": str(os.cpu_count()), "Python": platform.python_version()}
+    if device.type == "cuda":
+        facts["GPU"] = torch.cuda.get_device_name(device)
     return {**facts, **packages, "instructions": torch.backends.cpu.get_cpu_capability()}
 
 

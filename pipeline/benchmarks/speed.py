@@ -15,15 +15,16 @@ from torch import Tensor
 
 from pipeline.benchmarks.dense_baseline import dense_loss, sample_every_hidden, sample_every_position
 from pipeline.benchmarks.phases import PhaseTimer
-from pipeline.benchmarks.roofline import clock, matmul_peak, roofline
+from pipeline.benchmarks.roofline import Place, clock, copy_rate, matmul_peak, roofline
 from pipeline.config.benchmark import BenchmarkConfig, SamplingCase, TrainingCase
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import draw_order
+from pipeline.errors import ConfigError
 from pipeline.models import build
 from pipeline.models.batch import Batch
-from pipeline.models.denoiser import Denoiser
+from pipeline.models.denoiser import DTYPES, Denoiser
 from pipeline.models.flops import Work, flops, sampling_work, training_work
 from pipeline.models.pgm import PGM
 from pipeline.sampling.orders import step_counts
@@ -48,8 +49,8 @@ class CaseResult:
         seconds: of a step, or of a sampling run.
         phases: seconds by phase.
         roofline: seconds of its operations, each alone.
-        share_of_peak: needed FLOP/s over those of the 2048-cube product of the same turn.
-        peak_mib: growth of the process by one step or run, MiB.
+        share_of_peak: needed FLOP/s over those of the large matrix product of the same turn.
+        peak_mib: growth of the process, or on a GPU of its allocated memory, by one step or run, MiB.
         peak_mib_large: the same with the larger vocabulary.
     """
 
@@ -98,24 +99,57 @@ class _Runner:
     warm_up: Callable[[], object]
     work: Work | None
     backward: bool
+    place: Place
     result: CaseResult
 
     def take_turn(self, peak: float, now: Callable[[], float]) -> None:
         """Time the case and its roofline once.
 
         Args:
-            peak: FLOP/s of the 2048-cube product in this turn.
+            peak: FLOP/s of the large matrix product in this turn.
             now: the clock.
         """
         result = self.result
         result.phases.append(self.run())
         result.seconds.append(sum(result.phases[-1].values()))
         if self.work is not None and result.flops is not None:
-            result.roofline.append(roofline(self.work, self.backward, now))
+            result.roofline.append(roofline(self.work, self.backward, now, self.place))
             result.share_of_peak.append(result.flops / result.seconds[-1] / peak)
 
 
-def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[CaseResult], list[float]]:
+@dataclass
+class Measured:
+    """Everything that was timed.
+
+    Attributes:
+        results: one per case.
+        peaks: FLOP/s of the large matrix product, one per turn.
+        copies: bytes/s of the large copy, one per turn.
+    """
+
+    results: list[CaseResult] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    copies: list[float] = field(default_factory=list)
+
+
+def place_of(config: BenchmarkConfig) -> Place:
+    """Find the device to measure.
+
+    Args:
+        config: device and precision.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if config.device == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: 'gpu', but torch finds no CUDA device on this machine; expected a GPU with its driver and a "
+            "CUDA build of torch, or device cpu"
+        )
+    return Place(torch.device("cuda" if config.device == "gpu" else "cpu"), DTYPES[config.precision])
+
+
+def measure(config: BenchmarkConfig, traces: Path | None = None) -> Measured:
     """Time all cases of a config in turn.
 
     Args:
@@ -123,12 +157,15 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[C
         traces: folder for profiler traces, or None.
 
     Returns:
-        The result of every case, and the FLOP/s of the 2048-cube product in every turn.
+        The result of every case, and the rates of the device in every turn.
+
+    Raises:
+        ConfigError: there is no GPU.
     """
     torch.set_num_threads(config.threads)
-    now = clock(config.clock)
-    results: list[CaseResult] = []
-    peaks: list[float] = []
+    place = place_of(config)
+    now, measured = clock(config.clock, place.device), Measured()
+    results = measured.results
     training, sampling = (config.training, config.repetitions), (config.sampling, config.sampling_repetitions)
     for cases, turns in (training, sampling):
         models = {case.model: _build(config, case.model) for case in cases}
@@ -136,9 +173,10 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[C
         for runner in runners:
             runner.warm_up()
         for turn in range(turns if cases else 0):
-            peaks.append(matmul_peak(now))
+            measured.peaks.append(matmul_peak(now, place))
+            measured.copies.append(copy_rate(now, place))
             for runner in runners:
-                runner.take_turn(peaks[-1], now)
+                runner.take_turn(measured.peaks[-1], now)
                 seconds = runner.result.seconds[-1]
                 log.info("turn %d of %d: %s %.3g s", turn + 1, turns, runner.result.label, seconds)
         results += [runner.result for runner in runners]
@@ -150,13 +188,14 @@ def measure(config: BenchmarkConfig, traces: Path | None = None) -> tuple[list[C
         if isinstance(case, TrainingCase):
             large = config.model_copy(update={"vocabulary": config.memory_vocabulary})
             result.peak_mib_large = _peak_memory(large, case)
-    return results, peaks
+    return measured
 
 
 def first_step(config: BenchmarkConfig) -> Callable[[], object]:
     """Build the training step of the first training case."""
     case = config.training[0]
-    return _training_step(config, case, _build(config, case.model), clock(config.clock))
+    now = clock(config.clock, place_of(config).device)
+    return _training_step(config, case, _build(config, case.model), now)
 
 
 def _build(config: BenchmarkConfig, name: str) -> Denoiser:
@@ -166,7 +205,10 @@ def _build(config: BenchmarkConfig, name: str) -> Denoiser:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
+    place = place_of(config)
+    if config.compile:
+        model.compile_blocks()
+    return model.to(place.device, place.dtype)
 
 
 def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[[], float]) -> _Runner:
@@ -187,7 +229,8 @@ def _runner(config: BenchmarkConfig, case: Case, model: Denoiser, now: Callable[
     parameters = sum(p.numel() for p in model.parameters())
     needed = None if work is None else flops(work, backward)
     result = CaseResult(case.label, parameters, config.batch, config.batch * config.length, needed)
-    return _Runner(run, warm_up, work=work, backward=backward, result=result)
+    place = place_of(config)
+    return _Runner(run, warm_up, work=work, backward=backward, place=place, result=result)
 
 
 def _draws(config: BenchmarkConfig) -> partition.StepDraws:
@@ -200,9 +243,10 @@ def _training_step(
     config: BenchmarkConfig, case: TrainingCase, model: Denoiser, now: Callable[[], float]
 ) -> Callable[[], dict[str, float]]:
     """Build a step as the loop takes it, from rows and groups to new weights, without communication."""
-    timer = PhaseTimer(model, now)
+    device, on_cpu = model.head.weight.device, config.device == "cpu"
+    timer = PhaseTimer(model, now, parts=on_cpu)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    draws, cpu = _draws(config), torch.device("cpu")
+    draws = _draws(config)
     tokens = np.random.default_rng(SEED).integers(config.vocabulary, size=draws.groups.shape)
     objective = Objective(
         DiffusionConfig(), bos=False, both_groups=model.both_groups, left_to_right=model.left_to_right
@@ -217,9 +261,9 @@ def _training_step(
     def run() -> dict[str, float]:
         model.train()
         timer.start()
-        batch = objective.batch(tokens, draws, present, divisor=divisor, order=order, device=cpu)
+        batch = objective.batch(tokens, draws, present, divisor=divisor, order=order, device=device)
         losses(batch).sum().backward()
-        timer.mark("embedding")
+        timer.mark("embedding" if on_cpu else "model")
         optimiser.step()
         optimiser.zero_grad()
         return timer.stop("optimiser")
@@ -231,11 +275,15 @@ def _sampling_run(
     config: BenchmarkConfig, case: SamplingCase, model: Denoiser, now: Callable[[], float]
 ) -> Callable[..., dict[str, float]]:
     """Build the sampling of a batch of rows, a function of the number of steps and of what is known."""
-    timer = PhaseTimer(model, now)
+    on_cpu = config.device == "cpu"
+    timer = PhaseTimer(model, now, parts=on_cpu)
+    compiles = config.compile and case.form == "own" and config.models[case.model].fixed_steps
 
     def run(steps: int, known: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
         every = case.refresh_every
-        request = SamplingRequest(config.batch, steps, SEED, case.order, known=known, refresh_every=every)
+        request = SamplingRequest(
+            config.batch, steps, SEED, case.order, known=known, refresh_every=every, compile=compiles
+        )
         model.eval()
         timer.start()
         if case.form == "own":
@@ -243,7 +291,7 @@ def _sampling_run(
         else:
             plainer = sample_every_position if case.form == "plain" else sample_every_hidden
             plainer(model, config.batch, steps, SEED)
-        return timer.stop("draw")
+        return timer.stop("draw" if on_cpu else "model")
 
     return run
 
@@ -258,17 +306,21 @@ def _known(config: BenchmarkConfig, unknown: int) -> tuple[Tensor, Tensor]:
 def _peak_memory(config: BenchmarkConfig, case: Case) -> float:
     """Measure how much a fresh process grows in one training step, or in sampling up to its largest step, MiB.
 
-    Weights exist before; gradients and optimiser states count.
+    Weights exist before; gradients and optimiser states count. On a GPU it is the memory that this process allocates.
     """
+    if config.device == "gpu":
+        return _growth(config, case)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_growth, config, case).result()
 
 
 def _growth(config: BenchmarkConfig, case: Case) -> float:
-    """Run in the fresh process."""
+    """Run what is measured, on a CPU in the fresh process."""
     torch.set_num_threads(config.threads)
-    model = _build(config, case.model)
-    before = _status_kib("VmRSS")
+    model, on_cpu = _build(config, case.model), config.device == "cpu"
+    if not on_cpu:
+        torch.cuda.reset_peak_memory_stats()
+    before = _status_kib("VmRSS") if on_cpu else torch.cuda.memory_allocated() / 1024
     if isinstance(case, TrainingCase):
         _training_step(config, case, model, clock("wall"))()
     else:
@@ -277,7 +329,8 @@ def _growth(config: BenchmarkConfig, case: Case) -> float:
             run(steps)
         else:  # the last step, which knows most; the plainer forms ignore what is known
             run(1, _known(config, -(-config.length // steps)))
-    return (_status_kib("VmHWM") - before) / 1024
+    peak = _status_kib("VmHWM") if on_cpu else torch.cuda.max_memory_allocated() / 1024
+    return (peak - before) / 1024
 
 
 def _status_kib(name: str) -> int:
@@ -290,6 +343,6 @@ def _trace(runners: list[_Runner], folder: Path) -> None:
     """Write a profiler trace of every case."""
     folder.mkdir(parents=True, exist_ok=True)
     for runner in runners:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with torch.profiler.profile() as profiler:  # of the CPU, and of the GPU where there is one
             runner.warm_up()
         profiler.export_chrome_trace(str(folder / f"{runner.result.label.replace(' ', '_')}.json.gz"))

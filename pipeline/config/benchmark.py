@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
+from pipeline.config.evaluation import Precision
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import TrackingConfig
 from pipeline.config.section import Name, PositiveFloat, Section
@@ -96,9 +97,12 @@ class BenchmarkConfig(Section):
         ratios: Pairs of cases to compare.
         repetitions: Timed repetitions of all training cases, of which medians are reported; one more warms up.
         sampling_repetitions: Timed repetitions of all sampling cases.
+        device: `gpu` times whole steps on the GPU of this machine, without their phases.
+        precision: Precision of the weights and of what the blocks compute. Draws are float64 in both.
+        compile: Compiles training steps, as `train.compile`, and the sampling of models with steps of fixed shape.
         threads: CPU threads.
         clock: `wall` time, or `cpu` time of this process for machines that others use.
-        memory: Measures peak memory, each case in a process of its own.
+        memory: Measures peak memory, on CPUs each case in a process of its own.
         memory_vocabulary: Size of the vocabulary in a second measurement of training's memory.
         preparation: Settings of the text preparation benchmark; null leaves it out.
         trace: Writes profiler traces, for chrome://tracing or Perfetto.
@@ -117,6 +121,9 @@ class BenchmarkConfig(Section):
     ratios: tuple[Ratio, ...] = ()
     repetitions: PositiveInt = 5
     sampling_repetitions: PositiveInt = 3
+    device: Literal["cpu", "gpu"] = "cpu"
+    precision: Precision = "fp32"
+    compile: bool = False
     threads: PositiveInt = 2
     clock: Literal["wall", "cpu"] = "wall"
     memory: bool = True
@@ -139,6 +146,10 @@ class BenchmarkConfig(Section):
         """Yield the problems between models, cases and ratios, as `key: message` lines."""
         for case in self.cases:
             yield from self._case_conflicts(case)
+        if self.device == "gpu" and self.clock == "cpu":
+            yield "clock: cpu for device gpu, which does not work in CPU time; expected wall"
+        if self.compile and self.device == "cpu":
+            yield "compile: true for device cpu, where it does not pay; expected false, or device gpu"
         labels = [case.label for case in self.cases]
         for label in [label for ratio in self.ratios for label in (ratio.of, ratio.over)]:
             if label not in labels:

@@ -65,6 +65,7 @@ class TrainConfig(Section):
         offload_optimizer: Keeps the optimiser's state in host memory (stages 1 to 3).
         activation_checkpointing: Recomputes every block in the backward pass to save memory.
         compile: Compiles what blocks compute before and after attention. CPUs, which it would slow down, ignore it.
+        profile_steps: Steps that are traced by torch's profiler, after the first ten of a start (docs/speed.md).
         class_drop: Share of rows that a model with classes sees without their class, for guidance.
         init_from: Weights to start from: a model folder, a checkpoint, released weights, `models:/NAME@ALIAS` or
             `hf:OWNER/NAME/FILE`.
@@ -86,6 +87,7 @@ class TrainConfig(Section):
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
+    profile_steps: NonNegativeInt = 0
     class_drop: Rate = 0.1
     init_from: ModelName | None = None
     on_nonfinite: Literal["skip", "stop"] = "skip"
@@ -280,6 +282,9 @@ class RunConfig(Section):
             yield "train.compile: true at stage 3, which gathers module by module; expected train.zero_stage 0 to 2"
         if train.compile and getattr(self.data, "wrap", "none") == "sentence":
             yield "train.compile: true for rows with padding, whose batches differ in shape; expected false"
+        if train.profile_steps and train.profile_steps > train.steps - 10:
+            most = f"expected at most {max(0, train.steps - 10)} behind the first ten of {train.steps} steps"
+            yield f"train.profile_steps: {train.profile_steps}; {most}"
         if self.optim.warmup_steps >= train.steps:
             yield f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {train.steps}"
 

@@ -1,16 +1,16 @@
 """Transformer blocks over packed segments: self-attention (encoder, masked models) and cross-attention."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache, partial, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from functools import partial, wraps
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from pipeline.compiling import P, R, compiled
 from pipeline.config.model import SwapConfig, TrunkConfig
 from pipeline.models.attention import Cache, CacheAppend, Segments, attend
 from pipeline.models.layers import (
@@ -27,8 +27,6 @@ from pipeline.models.layers import (
     sinusoid,
     upcast,
 )
-
-log = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
@@ -74,41 +72,8 @@ class Stored(NamedTuple):
     queries: Float[Tensor, "places H"] | None = None
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
 # Combinations of shapes that a part of a block is compiled for: encoder and decoder, whole and last micro-batches.
 _SHAPES = 16
-
-
-def compiled(function: Callable[P, R], most: int, **options: Any) -> Callable[P, R]:
-    """Compile a function when it is first called, for static shapes.
-
-    Args:
-        function: of tensors; a method of a module is compiled once for all modules of its class.
-        most: combinations of shapes to compile for; with others the function runs as it is.
-        **options: of `torch.compile`.
-
-    Returns:
-        What computes the same.
-    """
-
-    @cache
-    def fast() -> Callable[P, R]:
-        return torch.compile(function, fullgraph=True, dynamic=False, recompile_limit=most, **options)
-
-    @cache
-    def warn() -> None:
-        log.warning("%s: compiled for %d shapes; with others it runs as it is", function.__qualname__, most)
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return fast()(*args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            warn()
-            return function(*args, **kwargs)
-
-    return run
 
 
 def part(method: Callable[P, R]) -> Callable[P, R]:

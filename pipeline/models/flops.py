@@ -76,16 +76,28 @@ def training_work(config: ModelConfig, vocab_size: int, groups: Bool[np.ndarray,
     """
     rows, length = groups.shape
     ones, width = groups.sum(1).tolist(), length + config.registers
+    final = head_work(config, vocab_size, training_targets(config, groups))
     if isinstance(config, PGMConfig):
         half = config.registers // 2
         known = [n for one in ones for n in (width - one - half, one + half)]
         targets = [n for one in ones for n in (one, length - one)]
-        return _pgm(config, known, known, targets, width) + _final(config, vocab_size, rows * length)
+        return _pgm(config, known, known, targets, width) + final
     both = config.kind == "mdlm" and config.complementary
     widths = [width] * rows * (2 if both else 1)
-    predicted = rows * length if both or config.kind == "ar" else sum(ones)
     block = _self_block(config, widths, widths, causal=config.kind == "ar")
-    return _times(block, config.blocks) + _final(config, vocab_size, predicted)
+    return _times(block, config.blocks) + final
+
+
+def training_targets(config: ModelConfig, groups: Bool[np.ndarray, "B L"]) -> int:
+    """Count the positions that a training step predicts.
+
+    Args:
+        config: the model.
+        groups: as in `training_work`.
+    """
+    if config.kind == "mdlm" and not config.complementary:
+        return int(groups.sum())
+    return groups.size
 
 
 def sampling_work(
@@ -122,7 +134,7 @@ def sampling_work(
             stored = config.encoder == "causal" or refresh_every > 1
             work += _pgm(config, new, read, targets, width, (0 if step else width) if stored else None)
             encoded = filled
-        work += _final(config, vocab_size, rows * count)
+        work += head_work(config, vocab_size, rows * count)
         known += count
     return work
 
@@ -173,8 +185,14 @@ def _mlp(rows: int, hidden: int) -> Work:
     return work + Counter({Op("gelu", (rows, 4 * hidden)): min(rows, 1)})
 
 
-def _final(config: TrunkConfig, vocab_size: int, rows: int) -> Work:
-    """Final norm and head, whose logits are computed in chunks of rows."""
+def head_work(config: TrunkConfig, vocab_size: int, rows: int) -> Work:
+    """List the operations of the final norm and the head, whose logits are computed in chunks of rows.
+
+    Args:
+        config: the model.
+        vocab_size: V.
+        rows: vectors that the head maps.
+    """
     chunk = max(1, CHUNK_LOGITS["cpu"] // vocab_size)
     work = _norms(rows, config.hidden) + _modulation(config, 2, rows)
     work += _products(chunk, config.hidden, vocab_size, rows // chunk)

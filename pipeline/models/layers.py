@@ -97,6 +97,9 @@ class _Rotation(torch.autograd.Function):
 def _rotate_halves(x: Float[Tensor, "T N D"], code: Float[Tensor, "T 2 1 half"], sign: int) -> Tensor:
     """Rotate entries i and i + D/2 of every head by the angles or by minus the angles."""
     (cos, sin), halves = code.unbind(1), x.unflatten(-1, (2, -1))
+    if torch.compiler.is_compiling():  # one kernel
+        signs = (2 * torch.arange(2, device=x.device) - 1)[:, None] * sign
+        return (halves * cos[:, :, None] + halves.flip(2) * (sin[:, :, None] * signs)).to(x.dtype).flatten(-2)
     rotated = torch.empty(halves.shape, dtype=x.dtype, device=x.device)  # float32 inside the kernels
     torch.mul(halves, cos[:, :, None], out=rotated)
     rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-sign)

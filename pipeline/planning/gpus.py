@@ -17,6 +17,10 @@ class GPU:
         fp32: rate without TF32, as torch computes by default, TFLOP/s.
         link: to another GPU of the same server, in one direction, GB/s: half of the published NVLink rate, or
             half of the rate of PCIe 4.0 x16 for types without NVLink.
+        products: share of the rate that matrix products reach. This and the next two are assumptions, from what such
+            kernels usually reach.
+        attention: share of the bf16 rate that attention reaches.
+        reached: share of the bandwidth that kernels reach.
     """
 
     memory: float
@@ -24,6 +28,9 @@ class GPU:
     bf16: float
     fp32: float
     link: float
+    products: float = 0.60
+    attention: float = 0.30
+    reached: float = 0.80
 
 
 # Source: NVIDIA's data sheets of the L4, A10, L40S, A100 (SXM), H100 (SXM), H200 (SXM) and HGX B200, and the Ada
@@ -33,8 +40,8 @@ GPUS = {
     "a10": GPU(24, 600, 125, 31.2, 32),
     "rtx4090": GPU(24, 1008, 165, 82.6, 32),
     "l40s": GPU(48, 864, 362, 91.6, 32),
-    "a100-40gb": GPU(40, 1555, 312, 19.5, 300),
-    "a100-80gb": GPU(80, 2039, 312, 19.5, 300),
+    "a100-40gb": GPU(40, 1555, 312, 19.5, 300, products=0.72, attention=0.48),
+    "a100-80gb": GPU(80, 2039, 312, 19.5, 300, products=0.72, attention=0.48),
     "h100": GPU(80, 3350, 989, 67, 450),
     "h200": GPU(141, 4800, 989, 67, 450),
     "b200": GPU(180, 8000, 2250, 80, 900),

@@ -1,10 +1,11 @@
 """Predict what a run needs before it starts: parameters, memory of a GPU, arithmetic and time.
 
 Nothing is measured and nothing is written. Parameters are counted on the model itself, built without storage for
-them. Model states follow from how DeepSpeed lays them out, activations from `pipeline.planning.memory`.
+them. Model states follow from how DeepSpeed lays them out, activations from `pipeline.planning.memory`, times from
+`pipeline.planning.step_time`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -20,11 +21,11 @@ from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.flops import flops, training_work
 from pipeline.models.model_folder import DataFacts
+from pipeline.planning import step_time
 from pipeline.planning.gpus import GPU
 from pipeline.planning.memory import Activations, Memory, activations, sampling_caches, states
 from pipeline.reports.tables import aligned, table_of
 
-SHARE_OF_PEAK = 0.35  # of the dense peak that a step is assumed to reach
 RESERVE = 0.9  # share of a GPU's memory that tensors can have; the rest is CUDA's and fragmentation
 _ROWS = 512  # rows whose groups are drawn for mean sizes of segments
 
@@ -115,6 +116,21 @@ def step_flops(config: RunConfig, facts: DataFacts) -> float:
     return config.train.batch * (row_flops(config, facts) + again)
 
 
+def step_work(config: RunConfig, facts: DataFacts) -> Callable[[float], step_time.MicroBatch]:
+    """Count what the forward and the backward pass of micro-batches ask of a GPU, with mean sizes of segments.
+
+    The teacher of a distillation is not counted.
+
+    Args:
+        config: the run's config.
+        facts: vocabulary and length of its data.
+
+    Returns:
+        A function from the rows of a micro-batch to its operations, bytes and launches.
+    """
+    return step_time.count(config.model, facts.vocab_size, _groups(config, facts), config.train)
+
+
 def step_activations(config: RunConfig, facts: DataFacts) -> Activations:
     """Count what the backward pass of the run's micro-batches needs.
 
@@ -182,6 +198,9 @@ def report(
     counts = parameters(config, facts)
     micro_batches = -(-train.batch // (workers * train.micro_batch))
     needed_flops = step_flops(config, facts)
+    work = step_work(config, facts)(train.batch / (workers * micro_batches))
+    # The teacher of a distillation takes two forward passes more.
+    repeated = micro_batches * (5 / 3 if config.distill is not None else 1)
     by_stage = [memory(config, facts, stage) for stage in (0, 1, 2, 3)]
     needed = by_stage[train.zero_stage].total / 2**30
     memories = [
@@ -192,12 +211,15 @@ def report(
     times = []
     for name, gpu in gpus.items():
         peak = 1e12 * (gpu.bf16 if train.precision == "bf16" else gpu.fp32)
-        seconds = needed_flops / (workers * SHARE_OF_PEAK * peak)
+        parts = work.seconds(gpu)
+        seconds = sum(parts.values()) * repeated
         times.append(
             {
                 "GPU": name,
                 "s per step": f"{seconds:.3g}",
                 "hours": f"{seconds * train.steps / 3600:.3g}",
+                "of peak": f"{train.batch * row_flops(config, facts) / (workers * peak * seconds):.0%}",
+                "longest part": max(parts, key=parts.__getitem__),
                 "GiB needed": f"{needed:.1f}",
                 "GiB": f"{gpu.memory:g}",
                 "memory": "fits" if needed <= RESERVE * gpu.memory else "DOES NOT FIT",
@@ -211,11 +233,12 @@ def report(
         f"workers      {workers}, each with {micro_batches} micro-batches of up to {train.micro_batch} rows per "
         f"step; {config.data.streams} data streams",
         f"compute      {needed_flops:.3g} FLOP per step, {needed_flops * train.steps:.3g} FLOP in total",
+        f"micro-batch  {work.moved / 1e9:,.3g} GB read and written in {work.launches:,.0f} kernels",
         "",
         f"memory per GPU, GiB, {train.precision} (* is the run's ZeRO stage)",
         aligned(table_of(memories)),
         "",
-        f"time on {workers} GPUs at {SHARE_OF_PEAK:.0%} of their dense {train.precision} peak",
+        f"predicted time on {workers} GPUs, without communication and optimiser (nothing was measured)",
         aligned(table_of(times)),
         "",
     ]

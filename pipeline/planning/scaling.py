@@ -1,12 +1,11 @@
 """Predict step time, memory and communication of training on 1 to 1,024 GPUs.
 
-`python -m pipeline.planning.scaling` prints the tables of docs/scaling.md. They follow from the operations of a step,
-published rates of GPUs and links, and one measured number: the share of a GPU's peak that training reaches. Nothing
-was run on that many GPUs.
+`python -m pipeline.planning.scaling` prints the tables of docs/scaling.md. They follow from the operations, bytes and
+launches of a step and from published rates of GPUs and links. Nothing was run on a GPU.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +16,12 @@ from pipeline.models.released.architecture import GPT2_VOCABULARY
 from pipeline.planning import plan
 from pipeline.planning.gpus import GPU, GPUS
 from pipeline.planning.memory import Activations, states
+from pipeline.planning.step_time import MicroBatch
 from pipeline.reports.tables import markdown, table_of
 
 Stage = Literal[0, 1, 2, 3]
 
+TRAIN = TrainConfig(precision="bf16")
 HOP = 10e-6  # seconds of a message to the next GPU, an assumption; matters for small models on many GPUs only
 
 
@@ -57,41 +58,49 @@ class Workload:
         parameters: number of parameters.
         row_flops: floating-point operations of a row's forward and backward pass.
         activations: memory of a micro-batch.
-        rows_per_second: measured throughput of one A100.
+        micro_batch: what a micro-batch of so many rows asks of a GPU.
+        published: rows per second of the authors' code on one A100.
     """
 
     name: str
     parameters: int
     row_flops: float
     activations: Activations
-    rows_per_second: float
+    micro_batch: Callable[[float], MicroBatch]
+    published: float
 
-    @property
-    def share(self) -> float:
-        """Share of a GPU's peak rate that training reaches."""
-        return self.rows_per_second * self.row_flops / (A100.gpu.bf16 * 1e12)
+    def seconds(self, gpu: GPU, rows: float) -> float:
+        """Predict the forward and backward passes of a GPU's rows, in micro-batches of at most 32.
+
+        Args:
+            gpu: its rates.
+            rows: rows per step.
+        """
+        parts = math.ceil(rows / TRAIN.micro_batch)
+        return parts * sum(self.micro_batch(rows / parts).seconds(gpu).values())
 
 
 def paper_workloads() -> tuple[Workload, Workload]:
-    """Describe PGM 8/8 and PGM 6/6, with the throughput of the authors' code at batch 32.
+    """Describe PGM 8/8 and PGM 6/6, with the throughput that the authors report for their code at batch 32.
 
     Source:
         arXiv 2505.18883.
     """
-    return _workload(8, 768, 12, rows_per_second=68.0), _workload(6, 1024, 16, rows_per_second=62.9)
+    return _workload(8, 768, 12, published=68.0), _workload(6, 1024, 16, published=62.9)
 
 
-def _workload(blocks: int, hidden: int, heads: int, rows_per_second: float) -> Workload:
+def _workload(blocks: int, hidden: int, heads: int, published: float) -> Workload:
     """Count parameters, operations and activations of a PGM on OpenWebText in GPT-2 tokens."""
     model = PGMConfig(encoder_blocks=blocks, decoder_blocks=blocks, hidden=hidden, heads=heads)
-    config = RunConfig(name="scaling", model=model, train=TrainConfig(precision="bf16"))
+    config = RunConfig(name="scaling", model=model, train=TRAIN)
     facts = DataFacts(GPT2_VOCABULARY, 1024, None, None)
     return Workload(
         name=f"PGM {blocks}/{blocks}, H {hidden}",
         parameters=sum(plan.parameters(config, facts).values()),
         row_flops=3 * plan.forward_flops(config, facts),
         activations=plan.step_activations(config, facts),
-        rows_per_second=rows_per_second,
+        micro_batch=plan.step_work(config, facts),
+        published=published,
     )
 
 
@@ -100,7 +109,7 @@ class Prediction:
     """One training step; times in seconds.
 
     Attributes:
-        compute: forward and backward pass at the reached share of the peak.
+        compute: forward and backward passes.
         communication: gradients and weights, not overlapped with anything.
         optimiser: reading and writing a GPU's part of the optimiser's state.
         memory: bytes per GPU.
@@ -144,13 +153,13 @@ def predict(workload: Workload, server: Server, gpus: int, rows: float, stage: S
     Returns:
         Times and memory of one GPU.
     """
-    train = TrainConfig(precision="bf16", zero_stage=stage)
+    train = TRAIN.model_copy(update={"zero_stage": stage})
     collectives = 3 * math.ceil(rows / train.micro_batch) if stage == 3 else 2
     link = 1e9 * (server.gpu.link if gpus <= server.size else server.network)
     moved = 2 * workload.parameters * (gpus - 1) / gpus
     held = states(workload.parameters, train, gpus)
     return Prediction(
-        compute=rows * workload.row_flops / (server.gpu.bf16 * 1e12 * workload.share),
+        compute=workload.seconds(server.gpu, rows),
         communication=collectives * (moved / link + math.log2(gpus) * HOP),
         optimiser=2 * (held.optimiser + held.ema) / (server.gpu.bandwidth * 1e9),
         memory=held.total + workload.activations.peak(min(rows, train.micro_batch)),
@@ -166,10 +175,17 @@ def break_even(workload: Workload, server: Server, gpus: int) -> float:
         gpus: number of GPUs.
 
     Returns:
-        The number of rows, in general not whole.
+        The number of rows, in general not whole, and at most 1,000; 0 where communication is always shorter, since
+        computing takes at least as long as its launches.
     """
-    prediction = predict(workload, server, gpus, rows=1.0)
-    return prediction.communication / prediction.compute
+    communication = predict(workload, server, gpus, rows=1.0).communication
+    low, high = 1e-3, 1e3
+    if workload.seconds(server.gpu, low) >= communication:
+        return 0.0
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if workload.seconds(server.gpu, middle) < communication else (low, middle)
+    return low
 
 
 def report() -> str:
@@ -180,8 +196,11 @@ def report() -> str:
             "Model": work.name,
             "Parameters, M": f"{work.parameters / 1e6:.1f}",
             "TFLOP per row": f"{work.row_flops / 1e12:.2f}",
-            "Sequences/s, A100": f"{work.rows_per_second}",
-            "Share of peak": f"{work.share:.0%}",
+            "Sequences/s, A100, published": f"{work.published}",
+            "Predicted, A100": f"{32 / work.seconds(A100.gpu, 32):.0f}",
+            "Predicted, H100": f"{32 / work.seconds(H100.gpu, 32):.0f}",
+            "Share of peak, A100": f"{_share(work, A100.gpu):.0%}",
+            "Share of peak, H100": f"{_share(work, H100.gpu):.0%}",
             "Activations, GB per row": f"{work.activations.per_row / 1e9:.2f}",
         }
         for work in workloads
@@ -208,11 +227,14 @@ def report() -> str:
     )
     for work, server, batch, stage in tables:
         spread = f"{batch} rows per step" if batch else "32 rows per GPU"
-        blocks.append(
-            f"### {work.name} on {server.name}, {spread}, ZeRO {stage}, {work.share:.0%} of the peak"
-        )
+        blocks.append(f"### {work.name} on {server.name}, {spread}, ZeRO {stage}")
         blocks.append(markdown(table_of(_steps(work, server, batch=batch, stage=stage))))
     return "\n\n".join(blocks)
+
+
+def _share(workload: Workload, gpu: GPU) -> float:
+    """Share of a GPU's peak rate that micro-batches of 32 rows reach."""
+    return 32 * workload.row_flops / (workload.seconds(gpu, 32) * gpu.bf16 * 1e12)
 
 
 def _steps(workload: Workload, server: Server, batch: int | None, stage: Stage) -> Iterator[dict[str, str]]:

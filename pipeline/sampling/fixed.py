@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from pipeline.compiling import compiled
 from pipeline.errors import CapabilityError
 from pipeline.models.batch import NewTokens, State
-from pipeline.models.blocks import compiled
 from pipeline.models.denoiser import CachedDenoiser, Denoiser
 from pipeline.models.layers import ClassVectors
 from pipeline.sampling.logits import Filters, Guidance, draw_tokens

@@ -14,14 +14,15 @@ from pipeline.data.prepare import markov
 from pipeline.data.shards import ShardReader
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics import ngram, step_quality
-from pipeline.models import model_folder
+from pipeline.metrics.draw import Sampler
 from pipeline.reports.figures import loss_curve, png, quality_against_steps
 from pipeline.reports.pictures import sample_grid
 from pipeline.run import Run
+from pipeline.runtime.actors import in_order, started
 from pipeline.sampling.row_ends import cut_rows
 from pipeline.training import checkpoint
 from pipeline.training.distillation import sampling_steps, teacher_folder
-from pipeline.training.validation import draw, image_tokenizer, validation_rows
+from pipeline.training.validation import image_tokenizer, pictures_shown, validation_rows
 
 log = logging.getLogger(__name__)
 
@@ -181,10 +182,12 @@ def _quality(run: Run) -> list[step_quality.Quality]:
 
 
 def _grid(run: Run) -> Figure:
-    """Draw a grid of samples of the finished model, and write it to the run's folder."""
-    denoiser, _, _ = model_folder.read(storage.fetch(run.model_folder))
-    tokens, classes, _ = draw(run, denoiser)
-    figure = sample_grid(image_tokenizer(run, batch=len(tokens)).decode(tokens[:, 1:].numpy()), classes)
+    """Draw a grid of samples of the finished model on a device of the run, and write it to the run's folder."""
+    settings, classes = pictures_shown(run)
+    with started(Sampler, (run.resources.cpus,), replace(run.resources, actors=1), tasks=1) as samplers:
+        (batch,) = in_order(samplers, "draw", [(run.model_folder, settings, 0, settings.num_samples)])
+        (pictures,) = in_order(samplers, "decode", [(run.model_folder, batch.tokens)])
+    figure = sample_grid(pictures, classes)
     storage.publish_bytes(storage.join(run.folder, GRID), png(figure))
     return figure
 

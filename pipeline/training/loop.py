@@ -34,6 +34,7 @@ from pipeline.training.distillation import Distillation
 from pipeline.training.ema import EMA
 from pipeline.training.engine import Engine
 from pipeline.training.pretraining import Prepared, Pretraining, Task
+from pipeline.training.profile import profiled
 from pipeline.training.slices import fill
 from pipeline.training.throughput import Throughput
 from pipeline.training.validation import validate
@@ -129,6 +130,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             requests = stack.enter_context(closing(Requests(run.folder)))
             if run.run_id:
                 tracker = stack.enter_context(run.tracker(system_metrics=config.tracking.system_metrics))
+        traced = stack.enter_context(profiled(run, rank, tracker))
         hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
         stack.callback(hang.end)
         stack.callback(engine.close)
@@ -153,6 +155,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                 _report_nonfinite(run, session, order, taken, skipped)
                 raise _NonfiniteStep
             ema.update(masters)
+            traced()
             hang.end()
             losses.append(loss)
             now = time.perf_counter()

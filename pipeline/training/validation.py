@@ -151,13 +151,9 @@ def draw(
         Tokens, class of every sample (None for an unconditional model), and the step that revealed each token.
     """
     config, manifest = run.config, run.manifest
-    settings, bos = config.sampling, manifest.special.bos
-    labels = None
+    settings, bos, labels = config.sampling, manifest.special.bos, None
     if config.data.kind == "image":
-        chosen = class_ids(settings.labels or range(config.model.classes or 1), manifest.class_names)
-        shown = chosen[:CLASSES_SHOWN]
-        labels = [label for label in shown for _ in range(PICTURES_A_CLASS)]
-        settings = settings.model_copy(update={"labels": tuple(labels), "num_samples": len(labels)})
+        settings, labels = pictures_shown(run)
     elif model.left_to_right:
         steps = manifest.length - (bos is not None)
         settings = SamplingConfig(num_samples=TEXTS, steps=steps, order="left_to_right", seed=settings.seed)
@@ -165,4 +161,20 @@ def draw(
         settings = SamplingConfig(num_samples=TEXTS, steps=min(64, settings.steps), seed=settings.seed)
     revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
     tokens = draw_rows(model, settings, manifest.facts, (0, settings.num_samples), revealed, known)
-    return tokens.cpu(), None if config.model.classes is None else labels, revealed
+    return tokens.cpu(), labels, revealed
+
+
+def pictures_shown(run: Run) -> tuple[SamplingConfig, list[int] | None]:
+    """Choose the images that show an image model: a few of each of the first classes.
+
+    Args:
+        run: with its manifest.
+
+    Returns:
+        How they are drawn, and the class of every one (None for an unconditional model).
+    """
+    settings, classes = run.config.sampling, run.config.model.classes
+    chosen = class_ids(settings.labels or range(classes or 1), run.manifest.class_names)[:CLASSES_SHOWN]
+    labels = [label for label in chosen for _ in range(PICTURES_A_CLASS)]
+    settings = settings.model_copy(update={"labels": tuple(labels), "num_samples": len(labels)})
+    return settings, None if classes is None else labels

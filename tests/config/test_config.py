@@ -200,6 +200,10 @@ class TestMistakes:
             ({"cluster": {"workers": 9}}, "cluster.workers: 9 workers for data.streams 8; expected at most"),
             ({"train": {"compile": True, "zero_stage": 3}}, "train.compile: true at stage 3, which gathers"),
             (
+                {"train": {"steps": 12, "profile_steps": 3}, "optim": {"warmup_steps": 1}},
+                "train.profile_steps: 3; expected at most 2 behind the first ten of 12 steps",
+            ),
+            (
                 {"train": {"compile": True}, "data": {"wrap": "sentence"}},
                 "train.compile: true for rows with padding",
             ),
@@ -408,6 +412,8 @@ def test_every_config_loads(file: Path) -> None:
     config = load(file)
     assert isinstance(config, RunConfig)
     assert file.read_text().startswith("#"), "a header says command, hardware, hours and expected figure"
+    if config.cluster.accelerator == "gpu":
+        assert config.train.precision == config.sampling.precision == "bf16"
 
 
 def test_the_configs_are_there() -> None:

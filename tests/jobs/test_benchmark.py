@@ -4,17 +4,19 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 
 from pipeline.benchmarks.benchmark import BenchmarkResult, benchmark
+from pipeline.benchmarks.speed import measure
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.load import parse_section, read_tree
 from pipeline.errors import ConfigError
 from pipeline.models import build
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "benchmark"
-TINY, CPU = CONFIGS / "tiny.yaml", CONFIGS / "cpu.yaml"
+TINY, CPU, GPU = CONFIGS / "tiny.yaml", CONFIGS / "cpu.yaml", CONFIGS / "gpu.yaml"
 
 
 def load(path: Path, *overrides: str) -> BenchmarkConfig:
@@ -114,11 +116,29 @@ def test_the_two_models_of_the_size_to_compare_have_equal_parameters() -> None:
         ("models.pgm.hiden=8", "hiden: no such key .*did you mean 'hidden'"),
         ("steps=65", "steps 65 for rows of 64"),
         ("clock=sun", "'sun' is not one of wall, cpu"),
+        ("compile=true", "compile: true for device cpu, where it does not pay"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(override: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(TINY, override)
+
+
+def test_half_precision_is_measured() -> None:
+    words = ["precision=bf16", "training=[{model: pgm}]", "sampling=[{model: causal}]", "ratios=[]"]
+    measured = measure(load(TINY, *words))
+    assert [result.label for result in measured.results] == ["training pgm", "sampling causal"]
+    assert all(len(result.roofline) == 2 and result.median > 0 for result in measured.results)
+    assert min(measured.copies) > 1e7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_started(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device: 'gpu', but torch finds no CUDA device"):
+        benchmark(load(GPU, f"storage={tmp_path}", "tracking.uri=null"))
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(ConfigError, match="clock: cpu for device gpu"):
+        load(GPU, "clock=cpu")
 
 
 def test_configs_name_their_command() -> None:

@@ -3,6 +3,7 @@
 The device exists in processes that `run_with_device` starts. Tensors of the host stay real.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,11 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parents[2]
 # Ops that need a value on the host, or whose result has a shape that depends on values.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+# Ops without a kernel, beside views.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "lift_fresh"}
+# Ops that read or write some entries of their first input.
+GATHERS = {"embedding", "index_select", "index", "gather"}
+SCATTERS = {"index_put", "_index_put_impl", "index_copy", "index_add", "scatter"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "addmv", "mv", "dot"}
 
 
@@ -46,12 +52,12 @@ def run_with_device(module: str, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One op on the device: its name, the dtypes and shapes of its inputs and results, and the line that calls it."""
+    """One launch: its op, the dtypes and dimensions of inputs and results, and the bytes of both, once each."""
 
     op: str
-    inputs: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
-    outputs: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
-    line: str
+    inputs: tuple[tuple[torch.dtype, int], ...]
+    outputs: tuple[tuple[torch.dtype, int], ...]
+    moved: int
 
     @property
     def is_product(self) -> bool:
@@ -69,7 +75,7 @@ class Record(TorchDispatchMode):
     """Everything that the block asks of the device, forward and backward.
 
     Attributes:
-        kernels: all ops, views and allocations included.
+        kernels: of all ops, without views, allocations and copies from the host.
         mixed: ops that read tensors of the host beside tensors of the device, as `op: line`.
         waits: ops for which the host waits until the device is done, as `op: line`.
     """
@@ -103,7 +109,12 @@ class Record(TorchDispatchMode):
         with self.fake:
             out = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self.kernels.append(Kernel(op, _kinds(there), _kinds(outputs), line))
+        aliases = [result.alias_info for result in func._schema.returns]
+        viewed = any(alias is not None and not alias.is_write for alias in aliases)
+        if not (viewed or op in FREE or (copies and here)) and any(x.numel() for x in outputs):
+            written = [x for x in tree_leaves(kwargs.get("out")) if isinstance(x, Tensor)]
+            read = [x for x in there if not any(x is other for other in written)]
+            self.kernels.append(Kernel(op, _kinds(there), _kinds(outputs), _moved(op, read, outputs)))
         return out
 
 
@@ -146,7 +157,7 @@ def _attention(
 @contextmanager
 def recording() -> Iterator[Record]:
     """Record what a block asks of the device. Its values may not be read."""
-    torch.cuda._lazy_init = lambda: None  # which asks for a driver
+    torch.cuda._lazy_init = torch.cuda.synchronize = lambda *_: None  # which ask for a driver
     torch.cuda.get_device_capability = lambda *_: (8, 0)  # type: ignore[assignment]  # has flash kernels
     record = Record()
     with record, _HostCalls(record):
@@ -165,9 +176,28 @@ def on_device(model: torch.nn.Module, record: Record, dtype: torch.dtype) -> Non
             module.register_parameter(name, torch.nn.Parameter(moved(parameter)))
 
 
-def _kinds(tensors: list[Tensor]) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
-    """Dtypes and shapes."""
-    return tuple((x.dtype, tuple(x.shape)) for x in tensors)
+def _kinds(tensors: list[Tensor]) -> tuple[tuple[torch.dtype, int], ...]:
+    """Dtypes and numbers of dimensions."""
+    return tuple((x.dtype, x.dim()) for x in tensors)
+
+
+def _moved(op: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Bytes that are read and written, each once."""
+    if op in GATHERS:  # as many as are given out, and the indices
+        return 2 * sum(map(_size, outputs)) + sum(map(_size, inputs[1:]))
+    if op in SCATTERS:
+        return 2 * _size(inputs[-1]) + sum(map(_size, inputs[1:-1]))
+    if op == "copy":
+        return _size(outputs[0]) + _size(inputs[-1])
+    if op.endswith("_like") or op in ("fill", "zero"):
+        return sum(map(_size, outputs))
+    return sum(map(_size, [*inputs, *outputs]))
+
+
+def _size(x: Tensor) -> int:
+    """Bytes of a tensor in memory, where an expanded axis counts once."""
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return x.element_size() * math.prod(n for n, step in sizes if step) if x.numel() else 0
 
 
 def _line() -> str:

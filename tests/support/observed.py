@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 from pipeline.runtime.session import PlainSession
-from pipeline.training import loop
+from pipeline.training import engine, loop
 from tests.support.tiny_runs import tiny
 
 Weights = dict[str, Tensor]
@@ -57,6 +58,14 @@ class Seen:
 def train(rank: int, workers: int, configs: list[RunConfig], average: bool = False) -> list[Seen]:
     """Train one run after the other."""
     return [train_one(rank, workers, config, average) for config in configs]
+
+
+def train_compiled(rank: int, workers: int, configs: list[RunConfig]) -> list[Seen]:
+    """Train one run after the other with compiled blocks, although the device is a CPU."""
+    with patch.object(engine, "COMPILED", ("cpu",)):
+        seen = train(rank, workers, configs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return seen
 
 
 def train_one(

@@ -1,5 +1,7 @@
 """ZeRO stages 0 to 3 on two workers against each other and against plain training in one process."""
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,9 @@ def _configs(storage: Path) -> list[RunConfig]:
     found = []
     for stage in STAGES:
         # Validation in the middle computes with other weights for a while, and must leave no trace.
-        found.append(run(f"stage-{stage}", zero_stage=stage, validate_every=7, checkpoint_every=STEPS))
+        # The last two steps of stage 1 are traced.
+        often = {"validate_every": 7, "checkpoint_every": STEPS, "profile_steps": 2 * (stage == 1)}
+        found.append(run(f"stage-{stage}", zero_stage=stage, **often))
         found.append(run(f"stage-{stage}-bf16", zero_stage=stage, precision="bf16", steps=HALF))
     found.append(run("stage-3-persistent", zero_stage=3, persistent_parameters=100_000, steps=SHORT))
     for stage in (1, 2, 3):
@@ -119,3 +123,27 @@ def test_recomputed_activations_change_nothing(runs: Runs, stage: int) -> None:
     kept, again = runs[f"stage-{stage}-kept"][1], runs[f"stage-{stage}-recomputed"][1]
     assert again.losses == pytest.approx(kept.losses, abs=1e-6, rel=0)
     assert abs(kept.losses[SHORT] - runs["stage-1"][1].losses[SHORT]) > 1e-4  # dropout was on
+
+
+def test_steps_are_traced(runs: Runs) -> None:
+    file = Path(Run(runs["stage-1"][0]).folder, "profile", "trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
+    assert len(names) == 2
+    assert any("layer_norm" in event["name"] for event in events)
+    assert not Path(Run(runs["stage-2"][0]).folder, "profile").exists()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(
+    run_storage: Path, groups: dict[int, Workers], reference: plain.Plain
+) -> None:
+    """Under stages 0 to 2, which the key goes with."""
+    configs = [
+        observed.quick(run_storage, f"compiled-{stage}", zero_stage=stage, compile=True, steps=SHORT)
+        for stage in (0, 1, 2)
+    ]
+    for seen in groups[2](observed.train_compiled, configs)[0]:
+        assert seen.error is None
+        assert seen.losses == pytest.approx(first(SHORT, reference.losses), abs=1e-4, rel=0)
+        assert seen.norms == pytest.approx(first(SHORT, reference.norms), rel=1e-4)
