@@ -90,7 +90,7 @@ class AR(CachedDenoiser):
         shift = self.prefix - 1 - self.registers
         extents = batch.extents and [extent + shift for extent in batch.extents]
         x = self.run_rows(self.blocks, ids, vectors, extents)
-        index, row = batch.sent.index, batch.sent.rows
+        index, row = batch.sent.places, batch.sent.rows
         slots = self.row_starts(row, length + shift, extents) + index % length + shift
         return self.final(x[slots], Condition(vectors, row))
 

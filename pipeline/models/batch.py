@@ -130,7 +130,7 @@ class Batch:
         tensor = torch.from_numpy
         given, lengths = roles or (None, None)
         fields = (labels, order, lengths, given)
-        condition, ranks, *extents = (None if x is None else tensor(x) for x in fields)
+        condition, ranks, extents, known = (None if x is None else tensor(x) for x in fields)
         return cls(
             tensor(tokens),
             tensor(groups),
@@ -139,8 +139,8 @@ class Batch:
             condition,
             device,
             ranks,
-            None,
-            *extents,
+            lengths=extents,
+            given=known,
         )
 
     @property
@@ -244,13 +244,13 @@ class SentTargets(NamedTuple):
     """The targets of a batch on its device, in the order of `Batch.target_index`.
 
     Attributes:
-        index: `Batch.target_index`.
+        places: `Batch.target_index`.
         rows: of the targets.
         tokens: their ids.
         weights: their loss weights.
     """
 
-    index: Int[Tensor, "Q"]
+    places: Int[Tensor, "Q"]
     rows: Int[Tensor, "Q"]
     tokens: Int[Tensor, "Q"]
     weights: Float[Tensor, "Q"]

@@ -22,14 +22,14 @@ class Packing(NamedTuple):
 
     Attributes:
         tokens: rows of the embedding of all keys, registers among them.
-        index: of the keys in rows of R + L.
+        places: of the keys in rows of R + L.
         rows: of the keys.
         keys: segments of the keys: of every row group 0, then group 1.
         queries: segments of the targets: of every row group 1, then group 0.
     """
 
     tokens: Int[Tensor, "Tk"]
-    index: Int[Tensor, "Tk"]
+    places: Int[Tensor, "Tk"]
     rows: Int[Tensor, "Tk"]
     keys: Segments
     queries: Segments
@@ -268,12 +268,14 @@ class PGM(CachedDenoiser):
         Returns:
             [Q, H], in the order of `batch.target_index`.
         """
-        length, (tokens, index, rows, keys, queries) = batch.shape[1], self._packing(batch)
+        length, (tokens, places, rows, keys, queries) = batch.shape[1], self._packing(batch)
         width = self.registers + length
         vectors = self.class_vectors(batch.condition, batch.shape[0])
-        encoded = self._encode(tokens, index % width, keys, Condition(vectors, rows, keys.window is not None))
+        encoded = self._encode(
+            tokens, places % width, keys, Condition(vectors, rows, keys.window is not None)
+        )
         condition = Condition(vectors, batch.sent.rows, queries.window is not None)
-        return self._decode(encoded, batch.sent.index % length, length, queries, condition)
+        return self._decode(encoded, batch.sent.places % length, length, queries, condition)
 
     def prepare(self, batch: Batch) -> None:
         """Sort the tokens of a batch by their group as well; see `Denoiser.prepare`."""

@@ -21,10 +21,12 @@ from pipeline.models.denoiser import Denoiser
 from pipeline.training import slices
 from pipeline.training.slices import Index, Slices, fill
 
+log = logging.getLogger(__name__)
+
+COMPILED = ("cuda",)  # devices on which `train.compile` pays
 OPTIMIZER = "optimizer"  # start of the names of a checkpoint's files with weights and moments
 WEIGHTS = "weight:"  # before the names of their slices
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-
 BUCKET_BYTES = 25_000_000  # of gradients that are summed together while the backward pass goes on
 TAG = "zero"  # DeepSpeed's own folder inside a checkpoint of earlier versions
 NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch.compile gives functions back as they are, and imports nothing
@@ -413,14 +415,14 @@ class _Owned(NamedTuple):
         key: name of the parameter, and where the part begins in it.
         tensor: of the optimiser, which holds the part.
         start: where the part begins in that tensor.
-        count: number of values.
+        size: number of values.
     """
 
     key: tuple[str, int]
     tensor: Tensor
     start: int
-    count: int
+    size: int
 
     def view(self, tensor: Tensor) -> Float[Tensor, "n"]:
         """Return the part of the tensor, or of one that lies as it does."""
-        return tensor.detach().view(-1)[self.start : self.start + self.count]
+        return tensor.detach().view(-1)[self.start : self.start + self.size]

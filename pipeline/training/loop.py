@@ -144,6 +144,8 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             closing(batches(reader, order, start, rank, session.workers, settings.micro_batch, prepare))
         )
 
+        clock = time.perf_counter()
+
         def settle(taken: _Taken, running: int | None = None) -> None:
             """Read the figures of a step that was taken, average its weights, and log it.
 

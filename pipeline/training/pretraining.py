@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from pipeline.models.denoiser import Denoiser
 from pipeline.run import Run
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True)
+class Prepared:
     """A micro-batch, made while the step before it is trained on.
 
     Attributes:

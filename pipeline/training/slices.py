@@ -110,14 +110,14 @@ class _Piece(NamedTuple):
         key: of the stored slice, without its kind.
         start: first value of the part in the stored slice.
         place: first value of the part in this rank's slice.
-        count: number of values.
+        size: number of values.
         into: this rank's slice, by its key.
     """
 
     key: str
     start: int
     place: int
-    count: int
+    size: int
     into: tuple[str, int]
 
 
@@ -167,10 +167,10 @@ def read(folder: str, stem: str, index: Index, kinds: Mapping[str, Slices]) -> d
             for piece in wanted[rank]
         ]
         parts.sort(key=lambda part: part[0])
-        ranges = [(start, start + _BYTES * piece.count) for start, _, piece in parts]
+        ranges = [(start, start + _BYTES * piece.size) for start, _, piece in parts]
         for data, (_, kind, piece) in zip(_read_joined(file, ranges), parts, strict=True):
             values = torch.frombuffer(bytearray(data), dtype=torch.float32)
-            kinds[kind][piece.into][piece.place : piece.place + piece.count].copy_(values)
+            kinds[kind][piece.into][piece.place : piece.place + piece.size].copy_(values)
         return header.get("__metadata__", {})
 
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:

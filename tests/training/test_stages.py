@@ -10,7 +10,7 @@ import torch
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.run import Run
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, engine
 from tests.support import observed, plain
 from tests.support.workers import Workers
 
@@ -147,3 +147,22 @@ def test_compiled_blocks_train_alike(
         assert seen.error is None
         assert seen.losses == pytest.approx(first(SHORT, reference.losses), abs=1e-4, rel=0)
         assert seen.norms == pytest.approx(first(SHORT, reference.norms), rel=1e-4)
+
+
+def in_small_buckets(rank: int, workers: int, configs: list[RunConfig]) -> list[observed.Seen]:
+    """Train while gradients take many buckets, some smaller than a weight, as those of large models do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "BUCKET_BYTES", 2000)
+        return observed.train(rank, workers, configs)
+
+
+def test_buckets_change_nothing(
+    run_storage: Path, groups: dict[int, Workers], reference: plain.Plain
+) -> None:
+    configs = [
+        observed.quick(run_storage, f"buckets-{stage}", zero_stage=stage, steps=3) for stage in (1, 2, 3)
+    ]
+    for seen in groups[2](in_small_buckets, configs)[0]:
+        assert seen.error is None
+        assert seen.losses == pytest.approx(first(3, reference.losses), abs=1e-5, rel=0)
+        assert seen.norms == pytest.approx(first(3, reference.norms), rel=1e-5)
