@@ -114,7 +114,8 @@ class SpeedReport:
     def to_markdown(self) -> str:
         """Write the machine, the cases, their phases, the ratios and the data."""
         config, table = self.config, self.table()
-        shares = self.split().map("{:.1%}".format, na_action="ignore").fillna("")
+        phases = self.split().dropna(axis=1, how="all")
+        shares = phases.map("{:.1%}".format, na_action="ignore").fillna("")
         where = f"{config.threads} threads" if config.device == "cpu" else "one GPU"
         cube = place_of(config).cube
         clock = "wall clock" if config.clock == "wall" else "CPU seconds of the process"
