@@ -218,7 +218,7 @@ def row_lengths(rows: Integer[np.ndarray, "n L"], eot: int) -> Int[np.ndarray, "
 
 
 def cut_rows(
-    rows: Integer[np.ndarray, "n L"], eot: int | None, pad: int | None
+    rows: Integer[np.ndarray, "n L"], eot: int | None, pad: int | None, start: int = 0
 ) -> Collection[Integer[np.ndarray, "length"]]:
     """Leave the padding of rows out.
 
@@ -226,13 +226,14 @@ def cut_rows(
         rows: token ids.
         eot: id of the end of text, or None.
         pad: id of padding; None: the rows have none.
+        start: first position that is kept, such as the one behind BOS.
 
     Returns:
-        The rows, each up to its end of text; the array itself where rows have no padding.
+        The rows, each up to its end of text; an array where rows have no padding.
     """
     if pad is None or eot is None:
-        return rows
-    return [row[:length] for row, length in zip(rows, row_lengths(rows, eot).tolist(), strict=True)]
+        return rows[:, start:]
+    return [row[start:length] for row, length in zip(rows, row_lengths(rows, eot).tolist(), strict=True)]
 
 
 def texts_of(
