@@ -49,6 +49,19 @@ class RowEnds(NamedTuple):
         return cls(facts.eot, facts.pad, facts.row_lengths, facts.answer_block, template)
 
 
+def with_end(answer: Sequence[int], eot: int, block: int, room: int) -> list[int]:
+    """Return an answer with its end: end of text up to a multiple of a block.
+
+    Args:
+        answer: ids.
+        eot: id of the end of text.
+        block: tokens of a block.
+        room: tokens at most; an answer that leaves no room for an end of text has none.
+    """
+    blocks = -(-(len(answer) + 1) // block)
+    return [*answer, *[eot] * (blocks * block - len(answer))][:room]
+
+
 def sample_rows(
     model: Denoiser,
     request: SamplingRequest,
