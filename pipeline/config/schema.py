@@ -308,10 +308,11 @@ class RunConfig(Section):
             bidirectional = "expected 1; only a pgm with model.encoder bidirectional can encode less often"
             yield f"sampling.refresh_every: {sampling.refresh_every}; {bidirectional}"
         if sampling.length is not None and sampling.model is None:
-            if getattr(self.data, "wrap", "none") != "sentence" or self.model.kind == "ar":
+            padded = getattr(self.data, "wrap", "none") == "sentence"
+            if not padded or self.model.kind == "ar" or getattr(self.data, "answers", False):
                 yield (
                     f"sampling.length: {sampling.length}; expected null, since only rows with padding (data.wrap "
-                    "sentence) have a length, and ar ends them itself"
+                    "sentence) have a length, and ar and answers to prompts end themselves"
                 )
             elif sampling.length > self.data.length:
                 yield f"sampling.length: {sampling.length}; expected at most data.length {self.data.length}"

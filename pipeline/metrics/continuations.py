@@ -14,7 +14,7 @@ from pipeline.models.autoregressive import AR
 from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.head import CHUNK_LOGITS, chunk_rows
-from pipeline.sampling.row_ends import RowEnds
+from pipeline.sampling.row_ends import RowEnds, with_end
 from pipeline.seeds import text_seed
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of its continuation
@@ -145,13 +145,11 @@ def as_answers(pairs: Sequence[Pair], ends: RowEnds, room: int) -> list[Pair]:
         The pairs; an answer that leaves no room for its end has none.
     """
     assert ends.block is not None
-    whole = []
-    for prompt, answer in pairs:
-        blocks = -(-(len(answer) + 1) // ends.block)
-        filled = [*answer, *[ends.eot] * (blocks * ends.block - len(answer))]
-        # What does not fit at all is left to who checks or cuts pairs.
-        whole.append((prompt, filled[: max(room - len(prompt), len(answer))]))
-    return whole
+    # What does not fit at all is left to who checks or cuts pairs.
+    return [
+        (prompt, with_end(answer, ends.eot, ends.block, max(room - len(prompt), len(answer))))
+        for prompt, answer in pairs
+    ]
 
 
 def windows(prompt: Sequence[int], continuation: Sequence[int], room: int) -> list[Pair]:

@@ -8,11 +8,13 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config.evaluation import SamplingConfig
+from pipeline.data.manifest import SpecialIds
 from pipeline.metrics.draw import Sampler, batches_of
 from pipeline.metrics.ngram import Perplexity, Rows
 from pipeline.metrics.text import unigram_entropy
 from pipeline.reports.tables import markdown
 from pipeline.runtime.actors import Resources, in_order, started
+from pipeline.sampling.row_ends import cut_rows
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def compare(
     models: Mapping[str, str],
     counts: Sequence[int],
     settings: SamplingConfig,
-    bos: bool,
+    special: SpecialIds,
     perplexity: Perplexity,
     resources: Resources,
 ) -> list[Quality]:
@@ -70,7 +72,7 @@ def compare(
         models: folders that every node can read, by name.
         counts: numbers of steps.
         settings: how to draw.
-        bos: whether rows begin with BOS.
+        special: ids with a meaning of their own.
         perplexity: from `ngram.bigram_model`.
         resources: of the actors that draw.
     """
@@ -84,8 +86,10 @@ def compare(
     with started(Sampler, (resources.cpus,), resources, len(tasks)) as samplers:
         drawn = in_order(samplers, "draw", tasks)
         rows = [np.concatenate([batch.tokens for batch in islice(drawn, len(parts))]) for _ in points]
+    start = int(special.bos is not None)
     return [
-        measure(*point, tokens[:, int(bos) :], perplexity) for point, tokens in zip(points, rows, strict=True)
+        measure(*point, cut_rows(tokens, special.eot, special.pad, start), perplexity)
+        for point, tokens in zip(points, rows, strict=True)
     ]
 
 

@@ -49,6 +49,19 @@ class RowEnds(NamedTuple):
         return cls(facts.eot, facts.pad, facts.row_lengths, facts.answer_block, template)
 
 
+def with_end(answer: Sequence[int], eot: int, block: int, room: int) -> list[int]:
+    """Return an answer with its end: end of text up to a multiple of a block.
+
+    Args:
+        answer: ids.
+        eot: id of the end of text.
+        block: tokens of a block.
+        room: tokens at most; an answer that leaves no room for an end of text has none.
+    """
+    blocks = -(-(len(answer) + 1) // block)
+    return [*answer, *[eot] * (blocks * block - len(answer))][:room]
+
+
 def sample_rows(
     model: Denoiser,
     request: SamplingRequest,
@@ -218,7 +231,7 @@ def row_lengths(rows: Integer[np.ndarray, "n L"], eot: int) -> Int[np.ndarray, "
 
 
 def cut_rows(
-    rows: Integer[np.ndarray, "n L"], eot: int | None, pad: int | None
+    rows: Integer[np.ndarray, "n L"], eot: int | None, pad: int | None, start: int = 0
 ) -> Collection[Integer[np.ndarray, "length"]]:
     """Leave the padding of rows out.
 
@@ -226,13 +239,14 @@ def cut_rows(
         rows: token ids.
         eot: id of the end of text, or None.
         pad: id of padding; None: the rows have none.
+        start: first position that is kept, such as the one behind BOS.
 
     Returns:
-        The rows, each up to its end of text; the array itself where rows have no padding.
+        The rows, each up to its end of text; an array where rows have no padding.
     """
     if pad is None or eot is None:
-        return rows
-    return [row[:length] for row, length in zip(rows, row_lengths(rows, eot).tolist(), strict=True)]
+        return rows[:, start:]
+    return [row[start:length] for row, length in zip(rows, row_lengths(rows, eot).tolist(), strict=True)]
 
 
 def texts_of(

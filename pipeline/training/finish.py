@@ -166,19 +166,21 @@ def _log_results(
 
 def _quality(run: Run) -> list[step_quality.Quality]:
     """Score samples of the teacher and of every round's student by a bigram model of the training rows."""
-    config, manifest = run.config, run.manifest
-    distill, bos = run.distill, manifest.special.bos is not None
+    config, manifest, special = run.config, run.manifest, run.manifest.special
+    if manifest.answer_block is not None:  # rows drawn without a prompt say nothing of the models
+        return []
+    distill, bos = run.distill, special.bos is not None
     models = {"teacher": teacher_folder(run.folder, 0)}
     models |= {f"round {done}": teacher_folder(run.folder, done) for done in range(1, distill.rounds)}
     models[f"round {distill.rounds}"] = run.model_folder
     counts = step_quality.step_counts(distill.teacher_steps, distill.rounds, manifest.length - bos)
     log.info("sampling from the teacher and %d students in %s steps", distill.rounds, counts)
     train = ShardReader(run.data_path, manifest, "train")
-    rows = train.rows(np.arange(min(len(train), NGRAM_ROWS)))[:, int(bos) :]
+    rows = cut_rows(train.rows(np.arange(min(len(train), NGRAM_ROWS))), special.eot, special.pad, int(bos))
     perplexity = ngram.bigram_model([rows], manifest.vocabulary)
     # Nodes may have gone since the start, but the workers that training needs were there until now.
     resources = replace(run.resources, actors=config.cluster.least)
-    return step_quality.compare(models, counts, config.sampling, bos, perplexity, resources)
+    return step_quality.compare(models, counts, config.sampling, special, perplexity, resources)
 
 
 def _grid(run: Run) -> Figure:
@@ -195,6 +197,8 @@ def _grid(run: Run) -> Figure:
 def _references(run: Run) -> dict[str, float]:
     """Compute perplexities of n-gram models, fitted on the training rows, on the same validation rows."""
     config, manifest = run.config, run.manifest
+    if manifest.answer_block is not None:  # the model's perplexity is that of answers alone
+        return {}
     train, validation = (ShardReader(run.data_path, manifest, split) for split in ("train", "validation"))
     ids = manifest.special.eot, manifest.special.pad
     seen = cut_rows(train.rows(np.arange(min(len(train), NGRAM_ROWS))), *ids)
@@ -203,6 +207,6 @@ def _references(run: Run) -> dict[str, float]:
         "unigram": ngram.unigram_perplexity([seen], [held_out], manifest.vocabulary),
         "bigram": ngram.bigram_perplexity([seen], [held_out], manifest.vocabulary),
     }
-    if config.data.source == "markov":
+    if config.data.source == "markov" and manifest.mix is None:
         references["source"] = math.exp(markov.embedded().entropy(manifest.length))
     return references

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from pipeline.config.data import TextDataConfig
-from pipeline.data import mixture
+from pipeline.data.manifest import Manifest
 from pipeline.data.mixture import MixedOrder, order_of
-from pipeline.data.prepare import text
+from pipeline.data.prepare import prepare as preparation
 from pipeline.data.reading_order import batches
 from pipeline.data.shards import ShardReader
+from pipeline.errors import DataError
 from tests.support.messy_text import prepare_here
 
 SIZES = [[30, 20], [7], [64, 64, 5]]
@@ -74,15 +75,16 @@ def test_workers_read_the_plan_from_the_folders_of_the_sources(tmp_path: Path) -
         validation_documents=8,
         shard_rows=16,
     )
-    folders = [str(tmp_path / "data" / name) for name in names]
-    parts = []
-    for part, folder in zip(data.parts, folders, strict=True):
-        assert text.content(part)["source"] == part.source
-        parts.append(prepare_here(part, Path(folder)))
-    manifest = mixture.manifest_of(data, {"mix": []}, folders, parts)
+    paths = [preparation.data_path(part, str(tmp_path)) for part in data.parts]
+    for part, folder in zip(data.parts, paths, strict=True):
+        prepare_here(part, Path(folder)).publish(folder)
+    path = preparation.data_path(data, str(tmp_path))
+    manifest = preparation.ensure(data, path)  # of sources that other runs have prepared
+    assert preparation.ensure(data, path) == Manifest.read(path) == manifest
+    assert [*Path(path).glob("*.parquet")] == []
     assert manifest.rows("train") == 64
     assert manifest.rows("validation") == 16
-    reader = ShardReader(str(tmp_path / "data" / "mix"), manifest, "train")
+    reader = ShardReader(path, manifest, "train")
     order = order_of(manifest, 8, data, seed=3)
     assert isinstance(order, MixedOrder)
 
@@ -104,6 +106,12 @@ def test_workers_read_the_plan_from_the_folders_of_the_sources(tmp_path: Path) -
     assert read(7, 12, workers=3) == whole[7:]
     counts = [sum(row[1] == ord(name) for step in whole for row in step) for name in names]
     assert counts == [72, 24]
+    files = Manifest.read(paths[1]).splits["train"].files
+    Path(paths[1], "manifest.json").write_text(
+        Path(paths[1], "manifest.json").read_text().replace(files[0].sha256, "0" * 64)
+    )
+    with pytest.raises(DataError, match=r"data\.mix: the sources are not what they were when"):
+        preparation.ensure(data, path)
 
 
 def test_mixtures_that_cannot_be_made() -> None:

@@ -27,6 +27,8 @@ from lm_eval.api.instance import Instance
 
 from pipeline.api import Model
 from pipeline.evaluation.harness import DenoiserLM, HarnessSettings
+from pipeline.sampling.logits import Filters
+from pipeline.sampling.row_ends import RowEnds
 
 L, LETTERS = 16, "abcdefgh"
 PGM = PGMConfig(hidden=32, heads=2, encoder_blocks=1, decoder_blocks=1, dropout=0)
@@ -159,3 +161,24 @@ def test_writing_and_first_choices(repeats: Denoiser) -> None:
 def test_settings_outside_their_bounds(settings: dict[str, int], says: str) -> None:
     with pytest.raises(ConfigError, match=f"{says}; expected an integer"):
         HarnessSettings(**settings)
+
+
+@pytest.mark.parametrize("config", [PGM, KINDS[3]], ids=["pgm", "ar"])
+def test_a_model_of_prompts_and_answers(config: PGMConfig | ARConfig) -> None:
+    """Contexts are prompts in the model's template; continuations are whole answers, with their end."""
+    denoiser, ends = randomised(config, 257, 64), RowEnds(256, 256, (0,) * 64 + (1,), 4, "instruction")
+    with torch.no_grad():
+        denoiser.head.bias[256] += 3  # so that answers end
+    model = Model(denoiser, 256, ByteTokenizer(), None, ends)
+    lm = DenoiserLM(model, HarnessSettings(draws=3, seed=5, steps=4, rows=7))
+    pairs = [("ab", "cde"), ("", "xy")]
+    scores = model.score(pairs, draws=3, seed=5)
+    assert [score.tokens for score in scores] == [4, 4]
+    found = lm.loglikelihood(requests(*pairs))
+    assert [-nats for nats, _ in found] == pytest.approx([score.nats for score in scores], rel=1e-5)
+    texts = lm.generate_until(requests(*((prompt, {"max_gen_toks": 20}) for prompt, _ in pairs)))
+    assert all(len(text) <= 20 for text in texts)
+    if model.denoiser.left_to_right:  # without randomness
+        answers = model.answer([prompt for prompt, _ in pairs], filters=Filters(top_k=1))
+        assert texts == answers
+        assert all(answers)

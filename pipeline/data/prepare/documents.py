@@ -16,6 +16,7 @@ from pipeline.data.prepare.text_sources import Document
 from pipeline.data.shards import Rows
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.models.batch import Roles
+from pipeline.sampling.row_ends import with_end
 
 
 class Encoded(NamedTuple):
@@ -25,7 +26,7 @@ class Encoded(NamedTuple):
         ids: its tokens; none of a document without text.
         bytes: number of UTF-8 bytes of its text.
         given: number of tokens at the start that are given.
-        cut: its answer does not fit in the row, and is cut.
+        cut: its answer does not fit in the row with an end of text, and is cut.
         full: its prompt leaves no room for an answer.
     """
 
@@ -60,25 +61,10 @@ def encoder(data: TextDataConfig, tokenizer: Tokenizer) -> Callable[[Document], 
         given, room = 1 + len(asked), length - 1 - len(asked)
         if not answered or room < 1:
             return Encoded(np.empty(0, np.int64), size, full=bool(answered))
-        targets = answer_targets(answered, tokenizer.eot, data.answer_block, room)
-        return Encoded(
-            np.array([special.bos, *asked, *targets]), size, given, cut=len(answered) >= room and room > 0
-        )
+        targets = with_end(answered, tokenizer.eot, data.answer_block, room)
+        return Encoded(np.array([special.bos, *asked, *targets]), size, given, cut=len(answered) >= room)
 
     return encode
-
-
-def answer_targets(answer: list[int], eot: int, block: int, room: int) -> list[int]:
-    """Return an answer with its end: end of text up to a multiple of a block.
-
-    Args:
-        answer: ids.
-        eot: id of the end of text.
-        block: tokens of a block.
-        room: tokens at most; an answer that leaves no room for an end of text has none.
-    """
-    blocks = -(-(len(answer) + 1) // block)
-    return [*answer, *[eot] * (blocks * block - len(answer))][:room]
 
 
 def answer_rows(

@@ -108,16 +108,21 @@ def _mixed(data: TextDataConfig, path: str, prepared: Callable[[AnyDataConfig, s
     manifest = _prepared(data, path)
     folders = [storage.join(path.rpartition("/")[0], _folder_name(part)) for part in data.parts]
     parts = [prepared(part, folder) for part, folder in zip(data.parts, folders, strict=True)]
+    fresh = mixture.manifest_of(data, _content(data), folders, parts)
     if manifest is None:
-        manifest = mixture.manifest_of(data, _content(data), folders, parts)
         derived = data.path is None or path.endswith(f"/data/{_folder_name(data)}")
         key = "cluster.storage" if derived else "data.path"
         with claims.held(path, key, f"the data in {path}", "prepared", wait=True):
             tokenizer = text.cached_tokenizer(storage.join(folders[0], TOKENIZER))
             workflow.save_tokenizer(tokenizer, storage.join(path, TOKENIZER))
-            manifest.publish(path)
+            fresh.publish(path)
         log.info("%s mixes %d sources", path, len(parts))
-    return manifest
+    elif manifest.splits != fresh.splits:
+        raise DataError(
+            f"data.mix: the sources are not what they were when {path} was made of them; remove that folder, or set "
+            "data.path to another one"
+        )
+    return fresh
 
 
 def _known(data: AnyDataConfig, source: TextSource | ImageSource, path: str, manifest: Manifest) -> Manifest:
@@ -180,7 +185,8 @@ def _open(data: AnyDataConfig) -> TextSource | ImageSource:
 
 def _prepared(data: AnyDataConfig, path: str) -> Manifest | None:
     """Return the manifest of the data in `path`, or None if there is none yet; refuse other data."""
-    names = [name for name in storage.listing(path) if name != claims.FOLDER]
+    # A mixture that was interrupted has left its tokenizer.
+    names = [name for name in storage.listing(path) if name not in (claims.FOLDER, TOKENIZER)]
     if MANIFEST in names:
         manifest, wants = Manifest.read(path), _content(data)
         has = manifest.content
