@@ -1,6 +1,7 @@
 """Slices of flat tensors in files of safetensors: written by one group of workers, read in part by any other."""
 
 import json
+import math
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from pipeline.errors import CheckpointError
 # (parameter name, offset into the flattened parameter) -> float32 values from there on that this rank owns.
 Slices = dict[tuple[str, int], Tensor]
 Index = dict[str, list[tuple[int, int, int]]]  # parameter name -> (rank, offset, number of values), by offset
+
+SHAPES = "shapes"  # of the parameters by name, among the facts of a file, as JSON
 
 _HEADER = 1 << 16  # bytes that hold most headers, read at once
 _BYTES = 4  # of a float32
@@ -70,10 +73,13 @@ def read_whole(folder: Path, stem: str, kind: str = "") -> dict[str, Tensor]:
         kind: what stands before the names of the slices.
 
     Returns:
-        A flat float32 tensor for every parameter name; it ends where the first slice is missing.
+        A float32 tensor for every parameter name, flat if its shape is not among the facts; it ends where the first
+        slice is missing.
     """
     pieces: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
+    shapes: dict[str, list[int]] = {}
     for file in folder.glob(f"{stem}_*.safetensors"):
+        shapes |= json.loads(_read_header(str(file))[0].get("__metadata__", {}).get(SHAPES, "{}"))
         for key, values in load_file(file).items():
             if key.startswith(kind):
                 name, _, start = key.removeprefix(kind).rpartition("@")
@@ -84,7 +90,9 @@ def read_whole(folder: Path, stem: str, kind: str = "") -> dict[str, Tensor]:
         for offset in sorted(parts):
             if offset == sum(part.numel() for part in joined):
                 joined.append(parts[offset])
-        whole[name] = torch.cat(joined)
+        flat = torch.cat(joined)
+        shape = shapes.get(name, [-1])
+        whole[name] = flat.view(shape) if -1 in shape or math.prod(shape) == len(flat) else flat
     return whole
 
 
