@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import storage
@@ -79,11 +80,12 @@ def read_whole(folder: Path, stem: str, kind: str = "") -> dict[str, Tensor]:
     pieces: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
     shapes: dict[str, list[int]] = {}
     for file in folder.glob(f"{stem}_*.safetensors"):
-        shapes |= json.loads(_read_header(str(file))[0].get("__metadata__", {}).get(SHAPES, "{}"))
-        for key, values in load_file(file).items():
-            if key.startswith(kind):
-                name, _, start = key.removeprefix(kind).rpartition("@")
-                pieces[name][int(start)] = values
+        with safe_open(file, framework="pt") as opened:
+            shapes |= json.loads((opened.metadata() or {}).get(SHAPES, "{}"))
+            for key in opened.keys():  # noqa: SIM118  it is no mapping
+                if key.startswith(kind):
+                    name, _, start = key.removeprefix(kind).rpartition("@")
+                    pieces[name][int(start)] = opened.get_tensor(key)
     whole = {}
     for name, parts in pieces.items():
         joined: list[Tensor] = [torch.empty(0)]
