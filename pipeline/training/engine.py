@@ -1,5 +1,6 @@
 """DeepSpeed behind one class: backward, step, float32 master weights, exchange of weights, save and load."""
 
+import json
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ from pipeline.errors import CheckpointError
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
 from pipeline.training import slices
-from pipeline.training.slices import Index, Slices, fill
+from pipeline.training.slices import SHAPES, Index, Slices, fill
 
 log = logging.getLogger(__name__)
 
@@ -375,7 +376,10 @@ class Engine:
         """
         steps = {int(self._state_of(owned.tensor)["step"]) for owned in self._owned()}
         kinds = {f"{name}:": values for name, values in self.moments().items()}
-        slices.save(file, {WEIGHTS: self.masters(), **kinds}, {"updates": str(max(steps, default=0))})
+        named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
+        shapes = {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
+        facts = {"updates": str(max(steps, default=0)), SHAPES: json.dumps(shapes)}
+        slices.save(file, {WEIGHTS: self.masters(), **kinds}, facts)
 
     def load(self, folder: str, index: Index) -> None:
         """Read weights and moments that any number of ranks saved; all ranks call it together.

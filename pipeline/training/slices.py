@@ -1,6 +1,7 @@
 """Slices of flat tensors in files of safetensors: written by one group of workers, read in part by any other."""
 
 import json
+import math
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import storage
@@ -18,6 +20,8 @@ from pipeline.errors import CheckpointError
 # (parameter name, offset into the flattened parameter) -> float32 values from there on that this rank owns.
 Slices = dict[tuple[str, int], Tensor]
 Index = dict[str, list[tuple[int, int, int]]]  # parameter name -> (rank, offset, number of values), by offset
+
+SHAPES = "shapes"  # of the parameters by name, among the facts of a file, as JSON
 
 _HEADER = 1 << 16  # bytes that hold most headers, read at once
 _BYTES = 4  # of a float32
@@ -70,21 +74,27 @@ def read_whole(folder: Path, stem: str, kind: str = "") -> dict[str, Tensor]:
         kind: what stands before the names of the slices.
 
     Returns:
-        A flat float32 tensor for every parameter name; it ends where the first slice is missing.
+        A float32 tensor for every parameter name, flat if its shape is not among the facts; it ends where the first
+        slice is missing.
     """
     pieces: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
+    shapes: dict[str, list[int]] = {}
     for file in folder.glob(f"{stem}_*.safetensors"):
-        for key, values in load_file(file).items():
-            if key.startswith(kind):
-                name, _, start = key.removeprefix(kind).rpartition("@")
-                pieces[name][int(start)] = values
+        with safe_open(file, framework="pt") as opened:
+            shapes |= json.loads((opened.metadata() or {}).get(SHAPES, "{}"))
+            for key in opened.keys():  # noqa: SIM118  it is no mapping
+                if key.startswith(kind):
+                    name, _, start = key.removeprefix(kind).rpartition("@")
+                    pieces[name][int(start)] = opened.get_tensor(key)
     whole = {}
     for name, parts in pieces.items():
         joined: list[Tensor] = [torch.empty(0)]
         for offset in sorted(parts):
             if offset == sum(part.numel() for part in joined):
                 joined.append(parts[offset])
-        whole[name] = torch.cat(joined)
+        flat = torch.cat(joined)
+        shape = shapes.get(name, [-1])
+        whole[name] = flat.view(shape) if -1 in shape or math.prod(shape) == len(flat) else flat
     return whole
 
 

@@ -196,9 +196,7 @@ def test_a_shard_is_decoded_at_most_once_a_step_on_average(
 def test_labels_go_with_their_rows(tmp_path: Path) -> None:
     """Also in missing rows, which repeat one that exists."""
     reader = ShardReader(str(tmp_path), make_shards(tmp_path, SIZES, classes=7), "train")
-    stream = batches(
-        reader, make_order(), 0, 2, 3, 4, as_read
-    )  # 8 streams for 3 workers: the last one has fewer
+    stream = batches(reader, make_order(), 0, 2, 3, 4)  # 8 streams for 3 workers: the last one has fewer
     parts = next(stream)
     stream.close()
     assert any((part.index == MISSING).any() for part in parts)

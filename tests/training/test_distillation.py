@@ -249,9 +249,9 @@ def shares(rank: int, workers: int, config: RunConfig) -> tuple[int, int, int]:
     def size(model: Denoiser) -> int:
         return sum(p.nbytes for p in model.parameters())
 
-    def watched(teacher: Denoiser, *arguments: Any) -> torch.Tensor:
+    def watched(teacher: Denoiser, *arguments: Any, **named: Any) -> torch.Tensor:
         seen.append((teacher, size(teacher)))
-        return original(teacher, *arguments)
+        return original(teacher, *arguments, **named)
 
     distillation.teach = watched  # type: ignore[assignment]
     try:
