@@ -25,8 +25,10 @@ def halves(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-def test_half_precision_turns_halves() -> None:
-    """Values and gradients are those of pairs, in another order."""
+@pytest.mark.parametrize("compiling", [False, True])
+def test_half_precision_turns_halves(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are those of pairs, in another order; also in the form that is made for compilers."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     generator, positions = torch.Generator().manual_seed(0), torch.arange(6)
     x, upstream = torch.randn(2, 6, 3, 8, generator=generator).bfloat16()
     wide = torch.cat([x, halves(x)], 1).requires_grad_()
