@@ -169,8 +169,9 @@ class Model(TokenModel):
 
         Examples:
             >>> model = load_model("runs/finetune_exercises/model")
-            >>> model.answer(["reverse lemon:"])
-            ['nomel']
+            >>> answers = model.answer(["reverse lomen:", "sort lomen:"], steps=4)
+            >>> len(answers)
+            2
         """
         tokenizer = self._text_tokenizer
         if self.ends is None or self.ends.block is None:

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from pipeline import api, load_model
 from pipeline.api import Model, TokenModel
 from pipeline.config.load import load
+from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.data.tokenizers.fast import train_bpe
 from pipeline.models import build, model_folder
 from pipeline.models.model_folder import DataFacts
@@ -32,13 +33,15 @@ NAMES = {"np": np, "torch": torch, "load_model": load_model, "Filters": Filters}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models of both quickstarts' sizes and tokenizers, untrained."""
+    """A folder with models of the sizes and tokenizers of both quickstarts, and of the exercises, untrained."""
     root = tmp_path_factory.mktemp("quickstarts")
     pixels = load_digits().images[:500].astype(np.uint8) * 15
     bpe, patches = train_bpe(1024, topics.values()), fit_patches(np.stack([pixels] * 3, -1), 128, 2, seed=0)
+    answers = DataFacts(257, 64, 256, 256, 256, (0,) * 64 + (1,), answer_block=8, template="plain")
     for path, tokenizer, facts in (
         ("text/quickstart", bpe, DataFacts(bpe.vocab_size, 64, bpe.eot, bpe.eot)),
         ("image/quickstart", patches, DataFacts(128, 16, None, None)),
+        ("text/finetune_exercises", ByteTokenizer(), answers),
     ):
         config = load(ROOT / f"configs/{path}.yaml")
         weights = shake(build(config.model, facts.vocab_size, facts.length, facts.bos)).state_dict()
