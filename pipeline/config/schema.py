@@ -273,6 +273,11 @@ class RunConfig(Section):
             yield f"cluster.workers: {most} workers for data.streams {streams}; {expected}"
         if train.offload_optimizer and train.zero_stage == 0:
             yield "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
+        if self.model.lora is not None:
+            if train.init_from is None:
+                yield "model.lora: without train.init_from; expected the model that is adapted there"
+            if self.distill is not None:
+                yield "model.lora: together with distill; expected null, since a student trains all weights"
         if self.optim.warmup_steps >= train.steps:
             yield f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {train.steps}"
 

@@ -119,9 +119,9 @@ class Engine:
         model.to(device)
         model.recompute = train.activation_checkpointing
         # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed first takes a step with zero gradients.
-        optimiser = torch.optim.AdamW(
-            model.parameters(), lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._adapts = config.model.lora is not None  # frozen weights are no part of checkpoints
+        optimiser = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay)
         self._engine: Any = deepspeed.initialize(
             model=model, optimizer=optimiser, config=self._settings(universal), dist_init_required=False
         )[0]
@@ -200,7 +200,7 @@ class Engine:
         return float(self._norm if self._plain else self._engine.get_global_grad_norm())
 
     def masters(self) -> Slices:
-        """Return live views of the float32 weights that this rank owns.
+        """Return live views of the float32 weights that this rank owns and trains.
 
         At stage 0 a rank owns all of them, at stages 1 and 2 a partition of the flattened weights, and at stage 3
         a share of every parameter.
@@ -208,7 +208,7 @@ class Engine:
         Returns:
             Flat views by parameter name and offset.
         """
-        named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
+        named = self._trained()
         if self.stage == 3:
             rank, slices = dist.get_rank(), {}
             for name, parameter in named:
@@ -233,13 +233,16 @@ class Engine:
             masters |= dict(zip(map(id, low), high, strict=True))
         return {(name, 0): masters[id(p)].detach().view(-1) for name, p in named}
 
+    def _trained(self) -> list[tuple[str, Any]]:
+        """Trained parameters by name, to which DeepSpeed adds attributes."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
     def _full(self, slices: Slices) -> Iterator[tuple[str, Any, Tensor]]:
-        """Give every parameter with its whole float32 values from the slices of all ranks together."""
+        """Give every trained parameter with its whole float32 values from the slices of all ranks together."""
         by_name: dict[str, list[tuple[int, Tensor]]] = {}
         for (name, offset), values in slices.items():
             by_name.setdefault(name, []).append((offset, values))
-        parameter: Any
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             full = torch.zeros(parameter.ds_shape if self.stage == 3 else parameter.shape, device=self.device)
             for offset, values in by_name.get(name, ()):
                 full.view(-1)[offset : offset + values.numel()] = values
@@ -348,7 +351,9 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of model and optimiser into a folder; all ranks call it together."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._adapts
+        )
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint of the same number of ranks and the same stage, or its universal form.
@@ -359,6 +364,6 @@ class Engine:
         Raises:
             CheckpointError: DeepSpeed finds no checkpoint in the folder.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._adapts)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in its folder {TAG!r}")
