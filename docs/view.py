@@ -16,7 +16,7 @@ from pipeline import load_model
 from tests.support.browser import chromium, opened
 
 PICTURE = Path(__file__).parent / "view.png"
-WIDTH, HEIGHTS = 1140, (550, 700)
+WIDTH, HEIGHTS = 1140, (550, 720)
 
 
 def main(text: str, images: str) -> None:

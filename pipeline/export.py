@@ -39,7 +39,7 @@ def export_model(source: str | Path, destination: str, words: Sequence[str] = ()
             f"destination {destination!r} holds {', '.join(names[:5])}; expected a new folder or a model's"
         )
     keys = {word: word.partition("=")[0].partition(".")[0] for word in words}
-    known = [*ExportConfig.model_fields, *ImportConfig.model_fields]
+    known = [*ExportConfig.model_fields, *ImportConfig.model_fields, "base"]
     for word, key in keys.items():
         if key not in known:
             raise ConfigError(f"{word!r}: no such key{did_you_mean(key, known)}; known: {', '.join(known)}")

@@ -92,6 +92,11 @@ class Run:
         return storage.join(self.folder, "model")
 
     @property
+    def adapter_folder(self) -> str:
+        """Folder of the adapter that a finished run with `model.lora` leaves beside the model."""
+        return storage.join(self.folder, "adapter")
+
+    @property
     def distill(self) -> DistillConfig:
         """The `distill` section of a distillation."""
         assert self.config.distill is not None

@@ -3,17 +3,22 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from pipeline import storage, tracking
 from pipeline.config.location import HUB
 from pipeline.config.model import ModelConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
 from pipeline.errors import CheckpointError, ConfigError, did_you_mean
-from pipeline.models import model_folder
+from pipeline.models import build, model_folder
+from pipeline.models.adapters.folder import read_base
+from pipeline.models.adapters.lora import adapt, merged
 from pipeline.models.denoiser import Denoiser
-from pipeline.models.model_folder import CONFIG, HUB_CONFIG, WEIGHTS, Background, DataFacts
+from pipeline.models.model_folder import ADAPTER, CONFIG, HUB_CONFIG, WEIGHTS, Background, DataFacts
 from pipeline.models.released import conversion
 from pipeline.models.vq import ImageTokenizer
 from pipeline.storage import hub
@@ -21,7 +26,7 @@ from pipeline.storage import hub
 log = logging.getLogger(__name__)
 
 REGISTERED = "models:/"
-KINDS = "a model folder, released weights"
+KINDS = "a model folder, an adapter folder, released weights"
 
 
 @dataclass(frozen=True)
@@ -101,19 +106,24 @@ def find(name: str, uri: str, key: str = "model", kinds: str = KINDS) -> tuple[P
 
 def _whole(local: Path) -> Path:
     """Return a model's folder for its weights file, and the weights file of a folder of released weights."""
-    if local.name == WEIGHTS and (local.parent / CONFIG).is_file():
+    if local.name in (WEIGHTS, ADAPTER) and (local.parent / CONFIG).is_file():
         return local.parent
     if (local / WEIGHTS).is_file() and (local / HUB_CONFIG).is_file() and not (local / CONFIG).is_file():
         return local / WEIGHTS
     return local
 
 
-def read(local: Path, overrides: Sequence[str] = ()) -> TrainedModel:
-    """Read a model folder or a file of released weights.
+def read(local: Path, overrides: Sequence[str] = (), uri: str | None = None) -> TrainedModel:
+    """Read a model folder, an adapter folder or a file of released weights.
 
     Args:
         local: from `find`.
-        overrides: for files, `key=value` words over what the file says.
+        overrides: for files, `key=value` words over what the file says; for adapter folders `base=MODEL`.
+        uri: of the MLflow store that has registered models, for an adapter of one; None: that of runs with default
+            settings.
+
+    Returns:
+        The model; an adapter is part of its weights.
 
     Raises:
         CheckpointError: a file is missing or damaged, or not one of a model.
@@ -126,6 +136,8 @@ def read(local: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         tokenizer = _tokenizer(config.tokenizer, facts.vocab_size, chosen)
         missing = config.tokenizer is not None and tokenizer is None
         return TrainedModel(denoiser, config.model, facts, tokenizer, Background(), missing)
+    if (local / ADAPTER).is_file():
+        return _read_adapter(local, overrides, uri)
     if overrides:
         raise ConfigError(
             f"override {overrides[0]!r}: {local}: overrides apply only to released weight files; the config.yaml "
@@ -133,6 +145,32 @@ def read(local: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         )
     denoiser, model, facts = model_folder.read(local)
     return TrainedModel(denoiser, model, facts, saved_tokenizer(local), model_folder.read_background(local))
+
+
+def _read_adapter(local: Path, overrides: Sequence[str], uri: str | None) -> TrainedModel:
+    """Read an adapter folder and the model that it belongs to, and add the adapter to the weights."""
+    if unknown := [word for word in overrides if not word.startswith("base=")]:
+        raise ConfigError(
+            f"override {unknown[0]!r}: {local}: expected base=MODEL for the folder of an adapter"
+        )
+    (config, facts), base = model_folder.read_config(local), read_base(local)
+    if config.lora is None:
+        raise CheckpointError(f"{local / CONFIG} is damaged: model.lora: missing")
+    for word in overrides:
+        base = replace(base, name=word.removeprefix("base="))
+    uri = uri or tracking.tracking_uri(RunConfig(name="any"))
+    original = read(find(base.name, uri, f"base of the adapter {local}")[0], uri=uri).denoiser.state_dict()
+    base.check(original)
+    factors = model_folder.read_weights(local, ADAPTER)
+    with torch.device("meta"):
+        adapted = build(config, facts.vocab_size, facts.length, facts.bos)
+        adapt(adapted, config.lora)
+    shapes = {key: value.shape for key, value in adapted.state_dict().items()}
+    model_folder.check_shapes(shapes, original | factors, str(local / ADAPTER))
+    weights = merged(original, factors, config.lora)
+    denoiser = model_folder.assembled(config.merged, facts, weights, str(local))
+    background = model_folder.read_background(local)
+    return TrainedModel(denoiser, config.merged, facts, saved_tokenizer(local), background)
 
 
 def placed(name: str, uri: str, root: str, key: str) -> str:
@@ -150,15 +188,18 @@ def placed(name: str, uri: str, root: str, key: str) -> str:
     Raises:
         CheckpointError, CapabilityError, ConfigError: as `find` and `read`.
     """
-    if is_path(name) and storage.folder_complete(name) and storage.exists(storage.join(name, CONFIG)):
+    whole = is_path(name) and storage.folder_complete(name) and storage.exists(storage.join(name, CONFIG))
+    if whole and not storage.exists(storage.join(name, ADAPTER)):
         return storage.resolve(name)
     local, name = find(name, uri, key)
-    if name.startswith(REGISTERED) or (is_path(name) and storage.is_local(name) and local.is_dir()):
+    adapts = (local / ADAPTER).is_file()
+    folder = is_path(name) and storage.is_local(name) and local.is_dir() and not adapts
+    if name.startswith(REGISTERED) or folder:
         return str(local)
     digest = hashlib.sha256(f"{name} {_version(local, name)}".encode()).hexdigest()[:12]
     target = storage.join(root, f"{local.stem}-{digest}")
     if not storage.folder_complete(target):
-        model = read(local)
+        model = read(local, uri=uri)
         if model.without_tokenizer:
             target = f"{target}-ids"  # a later job may find the tokenizer
         with storage.publishing_folder(target) as folder:
@@ -171,6 +212,8 @@ def _version(local: Path, name: str) -> str:
     """What changes with the content of a file, as far as its name does not: that of the hub has the commit."""
     if name.startswith(HUB):
         return ""
+    if (local / ADAPTER).is_file():
+        return storage.sha256(str(local / ADAPTER))
     stat = local.stat()
     # The copy of a remote file has the time of its download.
     return f"{stat.st_size} {stat.st_mtime_ns if storage.is_local(name) else ''}"

@@ -22,7 +22,7 @@ def load_model(
     overrides: Sequence[str] = (),
     precision: Precision = "fp32",
 ) -> Model:
-    """Load a model folder, a file of released weights, a registered model, or a model of the Hugging Face hub.
+    """Load a model or adapter folder, a file of released weights, a registered model, or one of the Hugging Face hub.
 
     `hf:OWNER/NAME/PATH` and `hf:OWNER/NAME@REVISION/PATH` are a file or folder of a repository, which is downloaded
     into the cache of huggingface_hub; without PATH the repository is the folder. Registered models
@@ -34,7 +34,7 @@ def load_model(
         path: path or name of the model.
         device: where the model computes.
         overrides: for files, `key=value` settings that replace what the file implies: model.*, length, bos, eot,
-            tokenizer.
+            tokenizer; for adapter folders, base=MODEL where the adapted model has another name now.
         precision: of weights and blocks; fast attention on GPUs requires "bf16". Logits are float32.
 
     Returns:

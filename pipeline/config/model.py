@@ -1,10 +1,10 @@
 """The model section of a config: one class for each kind of model."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pipeline.config.section import NonNegativeInt, Rate, Section
+from pipeline.config.section import NonNegativeInt, PositiveFloat, Rate, Section
 
 
 class SwapConfig(Section):
@@ -27,6 +27,28 @@ class SwapConfig(Section):
     every_block: bool = False
 
 
+class LoraConfig(Section):
+    """Low-rank adaptation (LoRA): the weights of `train.init_from` stay, and small updates of them are trained.
+
+    Attributes:
+        rank: Rank of every update, r.
+        alpha: An update is alpha / r times the product of its two factors.
+        targets: Linear maps with an update: those of attention, of the MLPs, or both.
+
+    Source: docs/lora.md.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    targets: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if not self.targets:
+            raise ValueError("targets []; expected attention, mlp or both")
+        return self
+
+
 class TrunkConfig(Section):
     """What all models have in common.
 
@@ -36,6 +58,7 @@ class TrunkConfig(Section):
         dropout: Dropout rate on the residual branches.
         classes: Number of classes that condition the model; null is an unconditional model.
         registers: Number of learned vectors in front of every row.
+        lora: Low-rank adaptation of the model that `train.init_from` names; null trains all weights.
     """
 
     hidden: Annotated[int, Field(gt=0, le=65_536)] = 768
@@ -43,11 +66,23 @@ class TrunkConfig(Section):
     dropout: Rate = 0.1
     classes: PositiveInt | None = None
     registers: NonNegativeInt = 0
+    lora: LoraConfig | None = None
 
     @property
     def fixed_steps(self) -> bool:
         """Whether steps of sampling can have fixed shapes: stored keys and values are all that a step reads."""
         return False
+
+    @property
+    def merged(self) -> Self:
+        """The section of the model whose updates are part of its weights."""
+        return self.model_copy(update={"lora": None})
+
+    @model_validator(mode="after")
+    def _check_rank(self) -> Self:
+        if self.lora is not None and self.lora.rank > self.hidden:
+            raise ValueError(f"lora.rank {self.lora.rank}; expected at most hidden, {self.hidden}")
+        return self
 
     @model_validator(mode="after")
     def _check_heads(self) -> "TrunkConfig":

@@ -285,6 +285,11 @@ class RunConfig(Section):
         if train.profile_steps and train.profile_steps > train.steps - 10:
             most = f"expected at most {max(0, train.steps - 10)} behind the first ten of {train.steps} steps"
             yield f"train.profile_steps: {train.profile_steps}; {most}"
+        if self.model.lora is not None:
+            if train.init_from is None:
+                yield "model.lora: without train.init_from; expected the model that is adapted there"
+            if self.distill is not None:
+                yield "model.lora: together with distill; expected null, since a student trains all weights"
         if self.optim.warmup_steps >= train.steps:
             yield f"optim.warmup_steps: {self.optim.warmup_steps} is not below train.steps {train.steps}"
 

@@ -1,9 +1,11 @@
 """Read and write model folders, which are enough to sample, evaluate, fine-tune or distil from.
 
-model.safetensors   EMA weights, float32
+model.safetensors   EMA weights, float32; an adapter folder has adapter.safetensors in its place
 config.yaml         the model section and the facts of the data (V, L, BOS); figures and the run's config where known
 config.json         the first two again, where the Hugging Face hub looks for them
 tokenizer files     written by the tokenizer itself
+
+The config.yaml of an adapter folder names the adapted model in its section `base`, and there is no config.json.
 """
 
 import json
@@ -29,6 +31,8 @@ from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 from pipeline.storage.hub import CONFIG, HUB_CONFIG, WEIGHTS
+
+ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,12 @@ class Background:
 
 
 def write(
-    folder: Path, model: ModelConfig, facts: DataFacts, tensors: Mapping[str, Tensor], background: Background
+    folder: Path,
+    model: ModelConfig,
+    facts: DataFacts,
+    tensors: Mapping[str, Tensor],
+    background: Background,
+    base: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights and configs; the caller adds the tokenizer's files.
 
@@ -97,16 +106,20 @@ def write(
         facts: what the model must know about its data.
         tensors: the model's state dict.
         background: where the model comes from.
+        base: what an adapter folder says of the adapted model; None: the tensors are a model.
     """
+    file = folder / (WEIGHTS if base is None else ADAPTER)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}  # which libraries of the hub ask for
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, metadata)
-    storage.follow_umask(folder / WEIGHTS)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata)
+    storage.follow_umask(file)
     section = model.model_dump(mode="json")
     data = {key: value for key, value in asdict(facts).items() if value is not None}
     known = {key: dict(value) for key, value in asdict(background).items() if value}
-    tree = {"model": section, "data": data} | known
+    tree = {"model": section, "data": data} | ({} if base is None else {"base": dict(base)}) | known
     (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    if base is not None:
+        return
     hub = {"model_type": model.kind, "library_name": "partition-pipeline", **section, **data}
     (folder / HUB_CONFIG).write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
 
@@ -125,10 +138,28 @@ def read(folder: Path) -> tuple[Denoiser, ModelConfig, DataFacts]:
         ConfigError: this version does not have the model section or one of its keys.
     """
     config, facts = read_config(folder)
+    return assembled(config, facts, read_weights(folder), str(folder / WEIGHTS)), config, facts
+
+
+def assembled(config: ModelConfig, facts: DataFacts, tensors: dict[str, Tensor], origin: str) -> Denoiser:
+    """Build a model around its weights.
+
+    Args:
+        config: of the model.
+        facts: what the model knows about its data.
+        tensors: its state dict; the model takes these tensors without a copy.
+        origin: where they are from, for messages.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
     with torch.device("meta"):
         model = build(config, facts.vocab_size, facts.length, facts.bos)
-    load_weights(model, read_weights(folder), origin=str(folder / WEIGHTS))
-    return model.eval(), config, facts
+    load_weights(model, tensors, origin)
+    return model.eval()
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, DataFacts]:
@@ -144,7 +175,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, DataFacts]:
         CheckpointError: a file is missing or damaged.
         ConfigError: this version does not have the model section or one of its keys.
     """
-    tree, origin = _read_tree(folder), str(folder / CONFIG)
+    tree, origin = read_tree(folder), str(folder / CONFIG)
     data, run = tree["data"], tree.get("run")
     facts, flaws = check(_Facts, data) if isinstance(data, dict) else (None, [f"{data!r}; expected its keys"])
     if facts is None:
@@ -169,23 +200,24 @@ def read_background(folder: Path) -> Background:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    tree = _read_tree(folder)
+    tree = read_tree(folder)
     figures, run = (tree.get(key) or {} for key in ("figures", "run"))
     if not isinstance(figures, dict) or not isinstance(run, dict):
         raise CheckpointError(f"{folder / CONFIG} is damaged; expected keys in the sections figures and run")
     return Background(figures, run)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
     """Read the tensors of a model folder by name.
 
     Args:
-        folder: a folder that holds `model.safetensors`.
+        folder: of the file.
+        name: of the file.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    path = _existing(folder, WEIGHTS)
+    path = _existing(folder, name)
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -241,9 +273,16 @@ def _existing(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_tree(folder: Path) -> dict[str, Any]:
-    """Return the content of config.yaml."""
-    _existing(folder, WEIGHTS)
+def read_tree(folder: Path) -> dict[str, Any]:
+    """Read the content of config.yaml.
+
+    Args:
+        folder: a folder that `write` wrote.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    _existing(folder, ADAPTER if (folder / ADAPTER).is_file() else WEIGHTS)
     path = _existing(folder, CONFIG)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -5,19 +5,20 @@ them. Model states follow from how DeepSpeed lays them out, activations from `pi
 `pipeline.planning.step_time`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.data.manifest import Manifest, SpecialIds
 from pipeline.data.tokenizers import load_tokenizer
 from pipeline.diffusion import partition
 from pipeline.errors import ConfigError
 from pipeline.models import build
+from pipeline.models.adapters.lora import UP, adapt
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.flops import flops, training_work
 from pipeline.models.model_folder import DataFacts
@@ -159,12 +160,27 @@ def memory(config: RunConfig, facts: DataFacts, stage: int) -> Memory:
         The bytes of each part.
     """
     train = config.train.model_copy(update={"zero_stage": stage})
-    counts = [parameter.numel() for parameter in _empty_model(config, facts).parameters()]
-    whole = sum(count for count in counts if count < train.persistent_parameters)
-    held = states(sum(counts), train, config.cluster.most, kept_whole=whole)
-    teacher = sum(counts) * (2 if train.precision == "bf16" else 4) if config.distill is not None else 0
+    model, workers = _empty_model(config, facts), config.cluster.most
+    value = 2 if train.precision == "bf16" else 4
+    copies, extra = 0, 0.0
+    if config.distill is not None:  # the teacher
+        extra = sum(p.numel() for p in model.parameters()) * value
+    if config.model.lora is not None:
+        adapt(model, config.model.lora)
+        frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
+        extra = states(sum(frozen), train, workers, _whole(frozen, train)).weights
+        # Adapted weights are kept for the backward pass, unless it computes them again.
+        adapted = sum(part.weight.numel() for part in model.modules() if hasattr(part, UP))
+        copies = 0 if train.activation_checkpointing else adapted * value
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    held = states(sum(trained), train, workers, _whole(trained, train))
     peak = step_activations(config, facts).peak(min(train.micro_batch, train.batch))
-    return replace(held, weights=held.weights + teacher, activations=peak)
+    return replace(held, weights=held.weights + extra, activations=peak + copies)
+
+
+def _whole(counts: Sequence[int], train: TrainConfig) -> int:
+    """Count the values of parameters that stay whole on every GPU in stage 3."""
+    return sum(count for count in counts if count < train.persistent_parameters)
 
 
 def report(

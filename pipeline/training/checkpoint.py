@@ -23,12 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import storage
+from pipeline import storage, trained
 from pipeline.config.model import ModelConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
+from pipeline.models.adapters.folder import Base
+from pipeline.models.adapters.lora import adapt, merged
 from pipeline.models.vq import ImageTokenizer
 from pipeline.run import Run
 from pipeline.training.ema import AVERAGE, EMA, read_averages
@@ -390,7 +392,7 @@ class Pruner:
 
 
 def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str, Tensor]:
-    """Read the full float32 EMA weights of a checkpoint that any number of workers wrote.
+    """Read the full float32 EMA weights of a checkpoint that any number of workers wrote; of an adapter its factors.
 
     Args:
         path: folder of the checkpoint.
@@ -408,8 +410,12 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
     averages = read_averages(storage.fetch(path, is_average))
     with torch.device("meta"):
         model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
+        if config.lora is not None:
+            adapt(model, config.lora)
     tensors = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if name not in averages or averages[name].numel() != parameter.numel():
             raise CheckpointError(
                 f"{path}: EMA of {name} {list(parameter.shape)} is not whole; another model's checkpoint?"
@@ -421,13 +427,15 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
 def consolidate(path: str, run: Run, tokenizer: AnyTokenizer) -> None:
     """Write a checkpoint's EMA weights as the run's model folder, whole or not at all.
 
+    Those of an adapter are written as the run's adapter folder, and added to the model's weights.
+
     Args:
         path: folder of the checkpoint.
         run: with its manifest.
         tokenizer: kept in the model folder.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, or of another model.
+        CheckpointError: the checkpoint is incomplete, or of another model; or the model that it adapts has changed.
     """
     config, state, figures = run.config, read_state(path), {}
     if state.validation is not None:
@@ -438,13 +446,26 @@ def consolidate(path: str, run: Run, tokenizer: AnyTokenizer) -> None:
             "step": state.step,
         }
     weights = ema_weights(path, config.model, run.manifest)
+    if config.model.lora is not None:
+        assert config.train.init_from is not None
+        local, name = run.find_model("train.init_from", config.train.init_from)
+        base = Base(storage.resolve(name) if trained.is_path(name) else name, state.task["base"])
+        original = trained.read(local, uri=run.tracking_uri).denoiser.state_dict()
+        base.check(original)
+        publish_model(run, run.adapter_folder, weights, figures, tokenizer, base)
+        weights = merged(original, weights, config.model.lora)
     publish_model(run, run.model_folder, weights, figures, tokenizer)
 
 
 def publish_model(
-    run: Run, target: str, weights: dict[str, Tensor], figures: dict[str, Any], tokenizer: AnyTokenizer | None
+    run: Run,
+    target: str,
+    weights: dict[str, Tensor],
+    figures: dict[str, Any],
+    tokenizer: AnyTokenizer | None,
+    base: Base | None = None,
 ) -> None:
-    """Write weights as a model folder, whole or not at all.
+    """Write weights as a model folder or, with a base, as an adapter folder, whole or not at all.
 
     Args:
         run: with its manifest; its model section describes the weights.
@@ -452,6 +473,7 @@ def publish_model(
         weights: float32 weights by parameter name.
         figures: what was measured of the model, by name.
         tokenizer: kept in the model folder; None: the folder has none.
+        base: the model that the weights adapt.
 
     Raises:
         DataError: the folder cannot be written.
@@ -459,6 +481,7 @@ def publish_model(
     facts = run.manifest.facts
     background = model_folder.Background(figures, run.config.model_dump(mode="json"))
     with storage.publishing_folder(target) as local:
-        model_folder.write(local, run.config.model, facts, weights, background)
+        section = run.config.model if base is not None else run.config.model.merged
+        model_folder.write(local, section, facts, weights, background, base and asdict(base))
         if tokenizer is not None:
             tokenizer.save(local)

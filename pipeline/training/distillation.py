@@ -338,7 +338,7 @@ def with_teacher(run: Run) -> Run:
 def _place(run: Run, where: str) -> ModelConfig:
     """Copy the teacher that the config names into the run's folder; return its model section."""
     local, name = run.find_model("distill.teacher", run.distill.teacher)
-    teacher = trained.read(local)
+    teacher = trained.read(local, uri=run.tracking_uri)
     _check_model(run, teacher.config)
     with storage.publishing_folder(where) as copy:
         tensors = teacher.denoiser.state_dict()

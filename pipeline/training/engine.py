@@ -111,9 +111,8 @@ class Engine:
         elif train.compile and dist.get_rank() == 0:
             log.warning("train.compile: true is ignored on a CPU, where it does not pay (docs/speed.md)")
         # Rate 0 until `step` sets it: at stage 0 in bf16 DeepSpeed first takes a step with zero gradients.
-        optimiser = torch.optim.AdamW(
-            model.parameters(), lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay)
         self._engine: Any = deepspeed.initialize(
             model=model, optimizer=optimiser, config=self._settings(universal), dist_init_required=False
         )[0]
@@ -197,7 +196,7 @@ class Engine:
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
     def masters(self) -> Slices:
-        """Return live views of the float32 weights that this rank owns.
+        """Return live views of the float32 weights that this rank owns and trains.
 
         At stage 0 a rank owns all of them, at stages 1 and 2 a partition of the flattened weights, and at stage 3
         a share of every parameter.
@@ -232,7 +231,7 @@ class Engine:
     def _owned(self) -> Iterator["_Owned"]:
         """Give the parts of parameters that this rank owns, and where the optimiser has them."""
         optimiser, rank = self._engine.optimizer, dist.get_rank()
-        named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
+        named = self._trained()
         if self.stage == 3:
             for name, parameter in named:
                 share = parameter.ds_tensor.numel()
@@ -255,13 +254,16 @@ class Engine:
             for name, parameter in named:
                 yield _Owned((name, 0), masters.get(id(parameter), parameter), 0, parameter.numel())
 
+    def _trained(self) -> list[tuple[str, Any]]:
+        """Trained parameters by name, to which DeepSpeed adds attributes."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
     def _full(self, slices: Slices) -> Iterator[tuple[str, Any, Tensor]]:
-        """Give every parameter with its whole float32 values from the slices of all ranks together."""
+        """Give every trained parameter with its whole float32 values from the slices of all ranks together."""
         by_name: dict[str, list[tuple[int, Tensor]]] = {}
         for (name, offset), values in slices.items():
             by_name.setdefault(name, []).append((offset, values))
-        parameter: Any
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             full = torch.zeros(parameter.ds_shape if self.stage == 3 else parameter.shape, device=self.device)
             for offset, values in by_name.get(name, ()):
                 full.view(-1)[offset : offset + values.numel()] = values
@@ -376,8 +378,7 @@ class Engine:
         """
         steps = {int(self._state_of(owned.tensor)["step"]) for owned in self._owned()}
         kinds = {f"{name}:": values for name, values in self.moments().items()}
-        named: list[tuple[str, Any]] = list(self.model.named_parameters())  # DeepSpeed adds attributes
-        shapes = {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
+        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._trained()}
         facts = {"updates": str(max(steps, default=0)), SHAPES: json.dumps(shapes)}
         slices.save(file, {WEIGHTS: self.masters(), **kinds}, facts)
 

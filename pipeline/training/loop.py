@@ -95,7 +95,11 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
     model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
-    initial = None if resume else resuming.initial_weights(run, model)
+    initial, base = None, None
+    if config.model.lora is not None:
+        base = resuming.adapt_base(run, model, config.model.lora, resume)
+    elif resume is None:
+        initial = resuming.initial_weights(run, model)
     engine = Engine(model, config, parts, device, universal=resume is not None and resume.universal)
     ema = EMA(engine.masters(), settings.ema)
     if resume:
@@ -252,7 +256,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
                     run_id=run.run_id,
                     validation=validation,
                     samples=samples,
-                    task=task.facts(),
+                    task=task.facts() | ({} if base is None else {"base": base}),
                 )
                 with _timed(times, "checkpoints"):
                     files = checkpoint.save(local, engine, ema, state, rank)

@@ -19,10 +19,13 @@ from torch import Tensor
 from pipeline import storage, tracking, trained
 from pipeline.config.load import flatten
 from pipeline.config.location import HUB
+from pipeline.config.model import LoraConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import model_folder
+from pipeline.models.adapters.folder import hash_of
+from pipeline.models.adapters.lora import adapt
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.released import conversion
 from pipeline.run import Run
@@ -191,7 +194,8 @@ def precheck(run: Run) -> None:
     newest = checkpoint.newest(run.folder)
     _usable_state(run, newest)
     source = run.config.train.init_from
-    if newest is None and source is not None and source.startswith(HUB):
+    needed = newest is None or run.config.model.lora is not None  # an adapted model is read at every start
+    if needed and source is not None and source.startswith(HUB):
         run.find_model("train.init_from", source)  # into the cache, or an error before any worker starts
 
 
@@ -312,12 +316,19 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
     origin = f"train.init_from: {source!r}"
     local, _ = run.find_model("train.init_from", source, f"{trained.KINDS}, a checkpoint")
     if (local / checkpoint.STATE).is_file():
+        if run.config.model.lora or checkpoint.read_state(str(local)).config["model"].get("lora"):
+            expected = "expected a model folder or released weights"
+            raise CheckpointError(
+                f"{origin} is a checkpoint, and adapters are trained on whole models; {expected}"
+            )
         if flaws := checkpoint.problems(str(local)):
             raise CheckpointError(f"{origin} is not usable: " + "; ".join(flaws))
         average = read_averages(local)
         weights = _raw_weights(local)
     elif local.is_file():
         weights = average = conversion.load(local)[0].state_dict()
+    elif (local / model_folder.ADAPTER).is_file():
+        weights = average = trained.read(local, uri=run.tracking_uri).denoiser.state_dict()
     else:
         tokenizer = saved_tokenizer(local)
         if isinstance(tokenizer, Tokenizer) and tokenizer.hash != run.manifest.tokenizer.hash:
@@ -329,6 +340,33 @@ def initial_weights(run: Run, model: Denoiser) -> tuple[dict[str, Tensor], dict[
     model_folder.load_weights(model, {name: v.clone() for name, v in weights.items()}, origin)
     log.info("starting from the weights of %s", source)
     return weights, average
+
+
+def adapt_base(run: Run, model: Denoiser, config: LoraConfig, resume: Resume | None) -> str:
+    """Read the model of `train.init_from`, freeze it, and give it trainable updates.
+
+    Args:
+        run: that starts.
+        model: fresh, on the CPU.
+        config: of the updates.
+        resume: the checkpoint that the run resumes from, which holds the updates alone.
+
+    Returns:
+        Hash of the frozen weights.
+
+    Raises:
+        CheckpointError: as `initial_weights`; or the weights are others than those that the run began with.
+    """
+    initial = initial_weights(run, model)
+    assert initial is not None
+    base = hash_of(initial[0])
+    if resume is not None and resume.state.task["base"] != base:
+        source = run.config.train.init_from
+        raise CheckpointError(
+            f"train.init_from: {source!r} has other weights than {resume.path} was trained with"
+        )
+    adapt(model, config)
+    return base
 
 
 def _raw_weights(local: Path) -> dict[str, Tensor]:

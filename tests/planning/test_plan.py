@@ -11,11 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jobs.plan import plan as print_plan
 from pipeline.config.load import load, parse
+from pipeline.config.model import LoraConfig
 from pipeline.config.schema import RunConfig
 from pipeline.diffusion import partition
 from pipeline.diffusion.objective import Objective
 from pipeline.errors import ConfigError
 from pipeline.models import build, head
+from pipeline.models.adapters.lora import UP, adapt
 from pipeline.models.batch import Batch
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.model_folder import DataFacts
@@ -302,3 +304,22 @@ def test_a_plan_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Capture
 )
 def test_gpus_by_the_name_of_their_driver(device: str, name: str | None) -> None:
     assert gpu_of(device) is (None if name is None else GPUS[name])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_adapter_has_gradients_moments_and_averages_alone(recompute: bool) -> None:
+    config = configured(MODELS["pgm"], "bf16", recompute)
+    lora = LoraConfig(rank=4)
+    tuned = config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})})
+    facts = known_facts(config)
+    whole, own = plan.memory(config, facts, 1), plan.memory(tuned, facts, 1)
+    model = build(config.model, facts.vocab_size, facts.length, facts.bos)
+    frozen = {name: value.numel() for name, value in model.named_parameters()}
+    adapt(model, lora)
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    assert whole.weights == 2 * sum(frozen.values())
+    assert own.weights == 2 * (sum(frozen.values()) + trained)
+    assert (own.gradients, own.optimiser, own.ema) == (2 * trained, 12 * trained, 4 * trained)
+    names = [name.removesuffix(UP) + "weight" for name in model.state_dict() if name.endswith(UP)]
+    adapted = sum(frozen[name] for name in names)
+    assert own.activations - whole.activations == (0 if recompute else 2 * adapted)

@@ -42,6 +42,8 @@ class Seen:
     Attributes:
         losses, norms: by number of updates done; the last time counts where a step was repeated.
         weights: full float32 masters after the last update, gathered by DeepSpeed's own functions (rank 0).
+        frozen: full weights that are not trained, after the last update (rank 0).
+        moments: values that the optimiser of this rank keeps beside the weights.
         average: plain float64 average of such weights over all updates of this start (rank 0, if asked for).
         error: type and message of the PipelineError that ended the run.
         log: the pipeline's log lines.
@@ -50,6 +52,8 @@ class Seen:
     losses: dict[int, float] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
     weights: Weights = field(default_factory=dict)
+    frozen: Weights = field(default_factory=dict)
+    moments: int = 0
     average: Weights = field(default_factory=dict)
     error: str | None = None
     log: list[str] = field(default_factory=list)
@@ -91,7 +95,7 @@ def train_one(
         except PipelineError as error:
             seen.error = f"{type(error).__name__}: {error}"
     if rank > 0:
-        seen.weights, seen.average = {}, {}
+        seen.weights, seen.average, seen.frozen = {}, {}, {}
     return seen
 
 
@@ -121,6 +125,7 @@ class _Session(PlainSession):
         seen.losses[step], seen.norms[step] = metrics["train/loss"], metrics["train/gradient_norm"]
         if seen.average or step == self._config.train.steps:
             seen.weights = full_weights(self._engines[-1])
+            seen.frozen, seen.moments = frozen_weights(self._engines[-1]), moments(self._engines[-1])
         for name, value in seen.average.items():
             seen.average[name] = decay * value + (1 - decay) * seen.weights[name].double()
 
@@ -166,7 +171,7 @@ def full_weights(engine: loop.Engine) -> Weights:
     """Copies of the full float32 master weights; all ranks call it together."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    named = dict(engine.model.named_parameters())
+    named = {name: value for name, value in engine.model.named_parameters() if value.requires_grad}
     if engine.stage > 0:
         return {name: safe_get_full_fp32_param(value).float().clone() for name, value in named.items()}
     optimiser = engine._engine.optimizer  # at stage 0 every rank has them all
@@ -175,6 +180,19 @@ def full_weights(engine: loop.Engine) -> Weights:
     masters = [value.detach().clone() for group in optimiser.fp32_groups for value in group]
     assert all(torch.equal(m.bfloat16(), p) for m, p in zip(masters, named.values(), strict=True))
     return dict(zip(named, masters, strict=True))
+
+
+def moments(engine: loop.Engine) -> int:
+    """Values that the optimiser keeps beside the weights, on this rank."""
+    kept = [value for state in engine._engine.optimizer.state.values() for value in state.values()]
+    return sum(value.numel() for value in kept if isinstance(value, torch.Tensor) and value.dim())
+
+
+def frozen_weights(engine: loop.Engine) -> Weights:
+    """Copies of the full weights that are not trained; all ranks call it together."""
+    frozen = {name: value for name, value in engine.model.named_parameters() if not value.requires_grad}
+    with engine._gathered([*frozen.values()]):
+        return {name: value.detach().float().clone() for name, value in frozen.items()}
 
 
 @contextmanager

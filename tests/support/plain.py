@@ -57,17 +57,23 @@ def fresh(config: RunConfig) -> Denoiser:
     return build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
 
 
-def train(config: RunConfig, skipped: Mapping[int, Collection[int]] = MappingProxyType({})) -> Plain:
+def train(
+    config: RunConfig,
+    skipped: Mapping[int, Collection[int]] = MappingProxyType({}),
+    model: Denoiser | None = None,
+) -> Plain:
     """Train `train.steps` steps at dropout 0 with a constant rate after the warm-up.
 
     Args:
         skipped: places in global batches to leave out, by step.
+        model: to train, which may have frozen weights; None: that of the config.
     """
     assert config.model.dropout == 0
     assert config.optim.schedule == "constant"
-    optim, model = config.optim, fresh(config)
-    adam = torch.optim.AdamW(model.parameters(), betas=optim.betas, weight_decay=optim.weight_decay)
-    average = {name: value.detach().double() for name, value in model.named_parameters()}
+    optim, model = config.optim, fresh(config) if model is None else model
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    adam = torch.optim.AdamW(trained.values(), betas=optim.betas, weight_decay=optim.weight_decay)
+    average = {name: value.detach().double() for name, value in trained.items()}
     losses, norms = {}, {}
     for step in range(config.train.steps):
         loss = model(batch_of(config, step, skipped.get(step, ()))).sum()
@@ -78,7 +84,7 @@ def train(config: RunConfig, skipped: Mapping[int, Collection[int]] = MappingPro
             group["lr"] = optim.lr * min(1, (step + 1) / optim.warmup_steps)
         adam.step()
         losses[step + 1] = loss.item()
-        for name, value in model.named_parameters():
+        for name, value in trained.items():
             average[name] = config.train.ema * average[name] + (1 - config.train.ema) * value.detach()
-    weights = {name: value.detach() for name, value in model.named_parameters()}
+    weights = {name: value.detach() for name, value in trained.items()}
     return Plain(losses, norms, weights, {name: value.float() for name, value in average.items()})
