@@ -25,9 +25,11 @@ def compiled(function: Callable[P, R], most: int, **options: Any) -> Callable[P,
         What computes the same.
     """
 
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "recompile_limit": most} | options
+
     @cache
     def fast() -> Callable[P, R]:
-        return torch.compile(function, fullgraph=True, dynamic=False, recompile_limit=most, **options)
+        return torch.compile(function, **settings)
 
     @cache
     def warn() -> None:

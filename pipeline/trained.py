@@ -202,8 +202,8 @@ def placed(name: str, uri: str, root: str, key: str) -> str:
         model = read(local, uri=uri)
         if model.without_tokenizer:
             target = f"{target}-ids"  # a later job may find the tokenizer
-        with storage.publishing_folder(target) as folder:
-            model.write(folder, model.background)
+        with storage.publishing_folder(target) as written:
+            model.write(written, model.background)
         log.info("%s: a model folder of it was written to %s", name, target)
     return target
 

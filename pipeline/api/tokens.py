@@ -344,7 +344,7 @@ class TokenModel:
             bos=self.bos,
             condition=self._labels(condition),
             known=tokens,
-            **options,
+            **cast(SamplingOptions, options),
         )
         bar, shape = progress_bar(progress, "steps"), (num_samples, self.denoiser.length)
         revealed_at = None if view is None else torch.zeros(shape, dtype=torch.int64)

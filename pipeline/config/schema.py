@@ -283,8 +283,10 @@ class RunConfig(Section):
         if train.compile and getattr(self.data, "wrap", "none") == "sentence":
             yield "train.compile: true for rows with padding, whose batches differ in shape; expected false"
         if train.profile_steps and train.profile_steps > train.steps - 10:
-            most = f"expected at most {max(0, train.steps - 10)} behind the first ten of {train.steps} steps"
-            yield f"train.profile_steps: {train.profile_steps}; {most}"
+            expected = (
+                f"expected at most {max(0, train.steps - 10)} behind the first ten of {train.steps} steps"
+            )
+            yield f"train.profile_steps: {train.profile_steps}; {expected}"
         if self.model.lora is not None:
             if train.init_from is None:
                 yield "model.lora: without train.init_from; expected the model that is adapted there"

@@ -238,10 +238,12 @@ def generate(
             elif tokenizer is not None:
                 pictures = _write_images(images, labels, folder)
             if settings.view:
-                rows = cut_rows(tokens[:, :end], facts.eot, facts.pad)
+                shown_rows = cut_rows(tokens[:, :end], facts.eot, facts.pad)
                 revealed_at = np.concatenate([batch.revealed_at for batch in drawn])
                 names = names_of(labels, facts.class_names)
-                shown = Revealed(rows, revealed_at, settings.steps, facts.bos, tokenizer, pictures, names)
+                shown = Revealed(
+                    shown_rows, revealed_at, settings.steps, facts.bos, tokenizer, pictures, names
+                )
                 name = model_folder.read_background(local).run.get("name", config.kind)
                 about = {"model": name} | describe(settings, len(tokens))
                 if given is not None and given.text:

@@ -7,6 +7,7 @@ them. Model states follow from how DeepSpeed lays them out, activations from `pi
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,7 +171,8 @@ def memory(config: RunConfig, facts: DataFacts, stage: int) -> Memory:
         frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
         extra = states(sum(frozen), train, workers, _whole(frozen, train)).weights
         # Adapted weights are kept for the backward pass, unless it computes them again.
-        adapted = sum(part.weight.numel() for part in model.modules() if hasattr(part, UP))
+        layers: list[Any] = [part for part in model.modules() if hasattr(part, UP)]
+        adapted = sum(layer.weight.numel() for layer in layers)
         copies = 0 if train.activation_checkpointing else adapted * value
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     held = states(sum(trained), train, workers, _whole(trained, train))

@@ -482,6 +482,6 @@ def publish_model(
     background = model_folder.Background(figures, run.config.model_dump(mode="json"))
     with storage.publishing_folder(target) as local:
         section = run.config.model if base is not None else run.config.model.merged
-        model_folder.write(local, section, facts, weights, background, base and asdict(base))
+        model_folder.write(local, section, facts, weights, background, None if base is None else asdict(base))
         if tokenizer is not None:
             tokenizer.save(local)
