@@ -436,7 +436,7 @@ def test_configs_differ_in_name() -> None:
 def test_students_read_the_data_of_their_teachers(name: str) -> None:
     """Under the name that the teacher's config registers."""
     student, teacher = load(CONFIGS / f"distill/{name}.yaml"), load(CONFIGS / f"text/{name}.yaml")
-    streams = student.train.batch  # at most the batch, which is smaller
+    streams = min(teacher.data.streams, student.train.batch)
     assert student.data == teacher.data.model_copy(update={"streams": streams})
     assert student.distill is not None
     assert student.distill.teacher == f"models:/{teacher.name}@teacher"
