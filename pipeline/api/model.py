@@ -169,7 +169,7 @@ class Model(TokenModel):
 
         Examples:
             >>> model = load_model("runs/finetune_exercises/model")
-            >>> answers = model.answer(["reverse lomen:", "sort lomen:"], steps=4)
+            >>> answers = model.answer(["reverse lomen:", "sort lomen:"], steps=2)
             >>> len(answers)
             2
         """
