@@ -168,7 +168,7 @@ def test_a_file_of_released_weights_is_a_start(run_storage: Path) -> None:
 
 def test_a_source_that_is_none_is_refused(sources: dict[str, Source], run_storage: Path) -> None:
     config = quick(run_storage, "misfit")
-    expected = "expected a model folder, released weights, a checkpoint, models:/NAME@ALIAS or hf:"
+    expected = "expected a model folder, an adapter folder, released weights, a checkpoint, models:/NAME@ALIAS or hf:"
     assert f"'/nowhere': no such folder or file; {expected}" in refusal(config, "/nowhere")
     run = str(Path(sources["source-1-fp32"][0]).parent)
     assert refusal(config, run).startswith(f"{run}: no model.safetensors; expected a consolidated model")
