@@ -65,7 +65,7 @@ def resume_on(path: str, rank: int, workers: int) -> None:
     assert torch.equal(wanted["weight", rank * count], torch.arange(count) + float(rank * count))
 
 
-@pytest.mark.parametrize("workers", [1, 16, 64, 1000])
+@pytest.mark.parametrize("workers", [1, 16, 64, pytest.param(1000, marks=pytest.mark.slow)])
 def test_calls_do_not_grow_with_the_workers(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
