@@ -36,7 +36,7 @@ data:
   {{source: {folder}/images, classes: 3, size: 8, factor: 4, tokenizer: patch, codes: 16, validation_images: 20,
     encoders: 1}}
 model: {{hidden: 16, heads: 2, encoder_blocks: 1, decoder_blocks: 1, classes: 3}}
-sampling: {{num_samples: 30, steps: 4, batch: 30}}
+sampling: {{num_samples: 30, steps: 4, batch: 30, precision: fp32}}
 evaluation:
   models: {{PGM 12-12: "{folder}/PGM", MaskGIT: "{folder}/MaskGIT"}}
   grid: {{guidance: [0, 2]}}
