@@ -24,7 +24,6 @@ def compiled(function: Callable[P, R], most: int, **options: Any) -> Callable[P,
     Returns:
         What computes the same.
     """
-
     settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "recompile_limit": most} | options
 
     @cache

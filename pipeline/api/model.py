@@ -173,23 +173,23 @@ class Model(TokenModel):
             >>> len(answers)
             2
         """
-        tokenizer = self._text_tokenizer
-        if self.ends is None or self.ends.block is None:
+        tokenizer, ends = self._text_tokenizer, self.answer_ends
+        if ends is None:
             raise CapabilityError(
                 "answer: the model was not trained on prompts and answers; `write` continues a text"
             )
         arguments.instance("prompts", prompts, list, tuple)
         given = [
-            prompted(prompt, tokenizer, self.length, self.bos, f"prompts[{number}]", self.ends.template).known
+            prompted(prompt, tokenizer, self.length, self.bos, f"prompts[{number}]", ends.template).known
             for number, prompt in enumerate(prompts)
         ]
         bos = {} if self.bos is None else {0: self.bos}
-        steps = self.ends.block if steps is None else steps
+        steps = ends.block if steps is None else steps
         rows = self.sample(len(prompts), steps, seed=seed, known=[bos | known for known in given], **options)
         answers = []
         for row, known in zip(rows.tolist(), given, strict=True):
             ids = row[len(bos) + len(known) :]
-            answers.append(tokenizer.decode(ids[: ids.index(self.ends.eot)] if self.ends.eot in ids else ids))
+            answers.append(tokenizer.decode(ids[: ids.index(ends.eot)] if ends.eot in ids else ids))
         return answers
 
     def infill(self, template: str, num_samples: int = 1, **options: Any) -> list[str]:
@@ -300,18 +300,22 @@ class Model(TokenModel):
         arguments.integer("draws", draws, 1, 10**6)
         arguments.integer("seed", seed, 0)
         texts = [arguments.text("pairs", text) for pair in pairs for text in pair]
-        whole = self.ends is not None and self.ends.block is not None
-        if self.ends is not None and whole:
-            template = self.ends.template
-            texts[::2] = [prompt_text([Message("user", prompt)], template) for prompt in texts[::2]]
+        ends = self.answer_ends
+        if ends is not None:
+            texts[::2] = [prompt_text([Message("user", prompt)], ends.template) for prompt in texts[::2]]
         ids = self._text_tokenizer.encode_batch(texts)
         rows = [list(map(int, row)) for row in ids]
         tokens: list[Pair] = list(zip(rows[::2], rows[1::2], strict=True))
-        if self.ends is not None and whole:
-            tokens = as_answers(tokens, self.ends, self.length - (self.bos is not None))
-        bar = progress_bar(progress, "pairs")
+        if ends is not None:
+            tokens = as_answers(tokens, ends, self.length - (self.bos is not None))
         return score_continuations(
-            self.denoiser, tokens, draws=draws, seed=seed, bos=self.bos, progress=bar, whole=whole
+            self.denoiser,
+            tokens,
+            draws=draws,
+            seed=seed,
+            bos=self.bos,
+            progress=progress_bar(progress, "pairs"),
+            whole=ends is not None,
         )
 
     def decode(self, tokens: Int[Tensor, "B L"]) -> list[str]:

@@ -84,6 +84,11 @@ class TokenModel:
         self._order = "left_to_right" if denoiser.left_to_right else "uniform"
 
     @property
+    def answer_ends(self) -> RowEnds | None:
+        """How answers end, for a model that was trained on prompts and answers; None for others."""
+        return self.ends if self.ends is not None and self.ends.block is not None else None
+
+    @property
     def config(self) -> ModelConfig:
         """The model section of the config that the model was built from."""
         return cast(ModelConfig, self.denoiser.config)

@@ -37,6 +37,16 @@ class DataConfig(Section):
     streams: PositiveInt = 8
     shuffle_window: PositiveInt = 4096
 
+    @property
+    def padded(self) -> bool:
+        """Whether every document is a row of its own, with padding behind it."""
+        return False
+
+    @property
+    def answers(self) -> bool:
+        """Whether a document is a prompt and its answer."""
+        return False
+
 
 TemplateName = Literal["plain", "chat", "instruction"]
 TextFilter = Literal["ptb", "wikitext", "lm1b", "lambada", "ag_news", "arxiv", "pubmed", "text8"]
@@ -113,7 +123,7 @@ class TextDataConfig(DataConfig):
     def _check_length(self) -> "TextDataConfig":
         if self.wrap != "none" and self.length < 3:
             raise ValueError(f"length {self.length} leaves no token between BOS and EOS; expected at least 3")
-        if self.wrap == "sentence" and not self.end_of_text:
+        if self.padded and not self.end_of_text:
             raise ValueError("end_of_text False with wrap 'sentence', whose rows end with it; expected true")
         return self
 
@@ -201,6 +211,11 @@ class TextDataConfig(DataConfig):
             self.model_copy(update={"source": part.source, "mix": None, "path": None})
             for part in self.mix or ()
         ]
+
+    @property
+    def padded(self) -> bool:
+        """Whether every document is a row of its own, with padding behind it."""
+        return self.wrap == "sentence"
 
     @property
     def answers(self) -> bool:

@@ -280,7 +280,7 @@ class RunConfig(Section):
             yield "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
         if train.compile and train.zero_stage == 3:
             yield "train.compile: true at stage 3, which gathers module by module; expected train.zero_stage 0 to 2"
-        if train.compile and getattr(self.data, "wrap", "none") == "sentence":
+        if train.compile and self.data.padded:
             yield "train.compile: true for rows with padding, whose batches differ in shape; expected false"
         if train.profile_steps and train.profile_steps > train.steps - 10:
             expected = (
@@ -315,8 +315,7 @@ class RunConfig(Section):
             bidirectional = "expected 1; only a pgm with model.encoder bidirectional can encode less often"
             yield f"sampling.refresh_every: {sampling.refresh_every}; {bidirectional}"
         if sampling.length is not None and sampling.model is None:
-            padded = getattr(self.data, "wrap", "none") == "sentence"
-            if not padded or self.model.kind == "ar" or getattr(self.data, "answers", False):
+            if not self.data.padded or self.model.kind == "ar" or self.data.answers:
                 yield (
                     f"sampling.length: {sampling.length}; expected null, since only rows with padding (data.wrap "
                     "sentence) have a length, and ar and answers to prompts end themselves"

@@ -66,7 +66,8 @@ class Objective:
 
         Args:
             groups: of the rows.
-            predicted: tokens that can be predicted in the rows, without padding; None: B L'.
+            predicted: number of tokens of the rows that can be predicted, where rows have given tokens or padding;
+                None: B L'.
         """
         rows, length = groups.shape
         positions = rows * (length - self.bos) if predicted is None else predicted

@@ -31,10 +31,11 @@ def answers_group(run: Run, corpus: Corpus, model: EvaluatedModel) -> Group:
     """
     reader, eot = corpus.reader("validation"), corpus.manifest.special.eot
     index = validation_rows(len(reader), run.config.evaluation.rows)
-    tokens, roles = reader.rows(index).astype(np.int64), reader.roles(index)
+    rows = reader.read(index)
+    tokens, roles = rows.tokens.astype(np.int64), rows.roles
     assert roles is not None
     assert eot is not None
-    given = np.arange(tokens.shape[1]) < roles.given[:, None]
+    given = roles.known(tokens.shape[1])
     settings: SamplingConfig = run.config.sampling.model_copy(update={"num_samples": len(index)})
     tasks = []
     for first, count in batches_of(settings):

@@ -84,7 +84,7 @@ class DenoiserLM(LM):
         self._room = model.denoiser.length - (model.bos is not None)
         self._prefix = [self._tokenizer.eot] if model.bos is None else []
         # Of a model of prompts and answers: contexts are prompts, and continuations whole answers.
-        self._answers = model.ends if model.ends is not None and model.ends.block is not None else None
+        self._answers = model.answer_ends
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Compute bounds on log p(continuation | context).

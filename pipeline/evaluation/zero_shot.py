@@ -97,7 +97,7 @@ def _prepared(run: Run, model: EvaluatedModel, name: str, text: ZeroShotSet) -> 
     assert isinstance(run.config.data, TextDataConfig)
     keys |= {"path": None, "validation_documents": "all", "validation_split": None}
     keys |= {"prompt_field": None, "answer_field": None, "messages_field": None, "template": "plain"}
-    keys["end_of_text"] |= run.config.data.wrap == "sentence"  # whose rows end with it
+    keys["end_of_text"] |= run.config.data.padded  # whose rows end with it
     if isinstance(tokenizer, Tokenizer):
         keys["tokenizer"] = model.folder
     section, problems = check(TextDataConfig, run.config.data.model_dump() | keys)

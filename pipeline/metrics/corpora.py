@@ -158,11 +158,10 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[likelihoo
     with started(_LikelihoodActor, (resources.cpus,), resources, max(case.parts for case in cases)) as actors:
         for case in cases:
             reader = case.corpus.reader("validation")
-            tokens = ray.put(reader.rows(case.rows))
-            labels, roles = ray.put(reader.labels(case.rows)), reader.roles(case.rows)
+            tokens, labels, roles = reader.read(case.rows)
             sums = torch.zeros(len(case.rows), dtype=torch.float64)
             progress = Progress("measured the likelihood of", "parts", case.parts, "rows")
-            fields = (case.model, case.masking, tokens, labels, ray.put(roles))
+            fields = (case.model, case.masking, *map(ray.put, (tokens, labels, roles)))
             tasks = [(*fields, (part, case.parts)) for part in range(case.parts)]
             for part in in_order(actors, "sums", tasks):
                 sums += torch.from_numpy(part.copy())

@@ -44,6 +44,14 @@ class Roles(NamedTuple):
         places = np.arange(length)
         return (places >= self._starts(bos)[:, None]) & (places < self.lengths[:, None])
 
+    def known(self, length: int) -> Bool[np.ndarray, "B L"]:
+        """Find the given positions.
+
+        Args:
+            length: L.
+        """
+        return np.arange(length) < self.given[:, None]
+
     def counts(self, bos: bool) -> Int[np.ndarray, "B"]:
         """Count the positions of every row that can be predicted.
 

@@ -316,9 +316,8 @@ class Pruner:
 
     def __init__(self, folder: str, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._written: dict[
-            int, tuple[TrainState, dict[str, int]]
-        ] = {}  # state and sizes; perhaps not complete yet
+        # State and sizes of checkpoints that are perhaps not complete yet, by step.
+        self._written: dict[int, tuple[TrainState, dict[str, int]]] = {}
         self._complete: dict[int, float | None] | None = None  # validation by step
         self._converted: set[str] = set()
 

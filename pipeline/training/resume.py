@@ -42,7 +42,6 @@ SKIPPED = "skipped.json"
 FREE_SECTIONS = ("train.", "sampling.", "evaluation.", "tracking.", "cluster.")
 FIXED_KEYS = {"train.batch", "train.precision", "train.class_drop", "train.init_from", "train.ema"}
 
-
 _RANK = re.compile(r"zero_pp_rank_(\d+)_|_(\d{5,})\.")  # in the names of files that one rank wrote
 
 Skipped = dict[int, list[int]]  # step -> places in its global batch

@@ -126,12 +126,10 @@ def prompts_of(run: Run, reader: ShardReader) -> Known | None:
     """
     if run.manifest.answer_block is None:
         return None
-    rows = np.arange(min(TEXTS, len(reader)))
-    rows = np.resize(rows, TEXTS)
-    roles, tokens = reader.roles(rows), reader.rows(rows).astype(np.int64)
-    assert roles is not None
-    given = np.arange(tokens.shape[1]) < roles.given[:, None]
-    return torch.from_numpy(tokens), torch.from_numpy(given)
+    rows = reader.read(np.resize(np.arange(min(TEXTS, len(reader))), TEXTS))
+    assert rows.roles is not None
+    given = rows.roles.known(reader.length)
+    return torch.from_numpy(rows.tokens.astype(np.int64)), torch.from_numpy(given)
 
 
 def draw(

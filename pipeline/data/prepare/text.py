@@ -115,9 +115,9 @@ def build(data: TextDataConfig, source: TextSource, path: str, work: str) -> Man
     step = methodcaller("map", tokenise)  # of a dataset
     units = workflow.run_units(source.units, TextUnit, step, work=work, verb="tokenised", amounts="tokens")
     plans = plan_splits(units, local, work)
-    unit = "documents" if data.wrap == "sentence" else "tokens"
+    unit = "documents" if data.padded else "tokens"
     splits = workflow.write_shards(plans, row_maker(units, local, work), path, work=work, unit=unit)
-    if data.wrap == "sentence":
+    if data.padded:
         for name, split in splits.items():
             tokens = sum(length * rows for length, rows in enumerate(split.row_lengths))
             splits[name] = split.model_copy(update={"tokens": tokens})
@@ -252,7 +252,7 @@ def plan_splits(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> d
         DataError: there are no documents, too few of them, or less than a row in a split.
     """
     counts, payload = _documents(units, data), _payload(data)
-    if data.wrap == "sentence":
+    if data.padded:
         pieces = np.array([(unit.index, 0, unit.documents) for unit in units], np.int64)
         plans = workflow.plan_splits(pieces, counts[0], counts, data.shard_rows, row=1, tokens=data.length)
         sizes = {"train": 0, "validation": 0}  # rows are cut, so the bytes that they hold are not known
@@ -289,7 +289,7 @@ def row_maker(units: Sequence[TextUnit], data: TextDataConfig, work: str) -> Cal
     if data.answers:
         sizes = {unit.index: (unit.tokens, unit.documents) for unit in units}
         return partial(answer_rows, work=work, length=data.length, pad=special.pad, sizes=sizes, dtype=dtype)
-    if data.wrap == "sentence":
+    if data.padded:
         tokens = {unit.index: unit.tokens for unit in units}
         return partial(
             _padded_rows, work=work, length=data.length, special=special, tokens=tokens, dtype=dtype
