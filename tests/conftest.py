@@ -38,7 +38,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     option = config.option
     worker = hasattr(config, "workerinput")
-    if worker or option.file_or_dir or option.usepdb or option.markexpr == "alone":
+    if worker or option.file_or_dir or option.usepdb or option.markexpr in ("alone", "gpu"):
         return
     if option.numprocesses is None:
         option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False

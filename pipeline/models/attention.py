@@ -20,6 +20,10 @@ Heads = Float[Tensor, "T N D"]  # queries, keys or values of packed tokens
 # Below this mean segment length one masked batch is faster on CPUs than one call per segment.
 SHORT = 64
 
+# cuDNN's attention makes a plan for every new shape, which takes about 60 ms, and every step of sampling with stored
+# keys and values has new shapes. The flash and memory-efficient kernels need none. For the whole process.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class Segments:
     """Lengths of sequences packed one after the other along one axis.

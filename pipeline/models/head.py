@@ -13,11 +13,15 @@ from pipeline.models.layers import upcast
 
 Divergence = Literal["reverse_kl", "forward_kl", "total_variation", "mse"]
 # From the logits of a chunk, the rows that they belong to, and a dtype: the loss of every row, and its gradient with
-# respect to the logits in this dtype; without dtype, no gradient. The logits may be overwritten.
+# respect to the logits in this dtype; without dtype, no gradient. The logits may be overwritten. On a GPU they may
+# have columns behind V, which are -inf and have gradient 0.
 RowLosses = Callable[[Tensor, slice, torch.dtype | None], tuple[Tensor, Tensor | None]]
 # Largest number of logits (rows x V) that are computed together, by device type. On a CPU they fit the caches. On a
 # GPU there are so many that reading and writing the head's gradient once a chunk costs little time.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+# Tensor cores take half-precision matrices whose sizes are multiples of this. Products of others are several times as
+# slow (docs/speed.md).
+ALIGNED = 8
 
 
 def chunk_rows(entries: Mapping[str, int], width: int, device: torch.device) -> int:
@@ -114,12 +118,14 @@ def divergence_rows(targets: DistillTargets) -> RowLosses:
     def losses(logits: Tensor, rows: slice, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             teacher_logits = targets.head(targets.hidden[rows])
+        added = logits.shape[1] - teacher_logits.shape[1]
+        logits = logits[:, : teacher_logits.shape[1]]
         if dtype is None:
             return divergence(logits, teacher_logits, targets.divergence), None
         with torch.enable_grad():
             values = divergence(logits.requires_grad_(), teacher_logits, targets.divergence)
             (grad,) = torch.autograd.grad(values.sum(), logits)
-        return values.detach(), grad.to(dtype)
+        return values.detach(), F.pad(grad.to(dtype), (0, added))
 
     return losses
 
@@ -220,20 +226,21 @@ class _HalfProducts(_Products):
     """The same for bf16 inputs on a GPU, with float32 logits and sums.
 
     The bias is one more column of the weight, beside a 1 in every row, so that the products add it to the logits and
-    sum its gradient, without passes of their own. Tensor cores take multiples of eight columns.
+    sum its gradient, without passes of their own. Columns and entries of the vocabulary are filled up to multiples of
+    `ALIGNED`; the logits of added entries are -inf.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, row_weights: Tensor, learns: bool):
-        self.x, self.weight, size = x, weight, x.shape[1]
-        self.rows, self.columns = (
-            torch.cat([part, F.pad(column[:, None], (0, 7))], 1)
-            for part, column in ((x, x.new_ones(len(x))), (weight, bias))
-        )
+        vocabulary, size = weight.shape
+        self.rows = torch.cat([x, F.pad(x.new_ones(len(x), 1), (0, ALIGNED - 1))], 1)
+        self.columns = F.pad(weight, (0, ALIGNED, 0, -vocabulary % ALIGNED))
+        self.columns[:, size] = F.pad(bias, (0, -vocabulary % ALIGNED), value=-torch.inf)
+        self.weight = self.columns[:, :size]
         if learns:
             self.hidden_grad = torch.empty_like(x)
             self.weighted = (self.rows * row_weights[:, None]).to(x.dtype)
             self.sums = torch.zeros_like(self.columns, dtype=torch.float32)
-            self.weight_grad, self.bias_grad = self.sums[:, :size], self.sums[:, size]
+            self.weight_grad, self.bias_grad = self.sums[:vocabulary, :size], self.sums[:vocabulary, size]
 
     def logits(self, part: slice) -> Tensor:
         """Compute the logits of rows."""
@@ -327,7 +334,9 @@ class Head(nn.Module):
             if torch.is_grad_enabled():
                 return F.linear(upcast(hidden), upcast(self.weight), upcast(self.bias))
             x, weight, bias = operands(hidden, self.weight, self.bias)
-            return product(x, weight.T).add_(bias)
+            if _is_half(x):
+                weight = F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
+            return product(x, weight.T)[:, : self.vocab_size].add_(bias)
         if row_weights is None:
             row_weights = torch.ones(len(hidden), device=hidden.device)
         row_losses = (

@@ -17,8 +17,8 @@ class GPU:
         fp32: rate without TF32, as torch computes by default, TFLOP/s.
         link: to another GPU of the same server, in one direction, GB/s: half of the published NVLink rate, or
             half of the rate of PCIe 4.0 x16 for types without NVLink.
-        products: share of the rate that matrix products reach. This and the next two are assumptions, from what such
-            kernels usually reach.
+        products: share of the rate that matrix products reach. This and the next two are measured on an H100, by
+            the training step of PGM 8/8 (docs/speed.md), and assumptions for other types.
         attention: share of the bf16 rate that attention reaches.
         reached: share of the bandwidth that kernels reach.
     """
@@ -42,8 +42,8 @@ GPUS = {
     "l40s": GPU(48, 864, 362, 91.6, 32),
     "a100-40gb": GPU(40, 1555, 312, 19.5, 300, products=0.72, attention=0.48),
     "a100-80gb": GPU(80, 2039, 312, 19.5, 300, products=0.72, attention=0.48),
-    "h100": GPU(80, 3350, 989, 67, 450),
-    "h200": GPU(141, 4800, 989, 67, 450),
+    "h100": GPU(80, 3350, 989, 67, 450, products=0.70, attention=0.16, reached=0.53),
+    "h200": GPU(141, 4800, 989, 67, 450, products=0.70, attention=0.16, reached=0.53),
     "b200": GPU(180, 8000, 2250, 80, 900),
 }
 
