@@ -72,6 +72,8 @@ def rotate(x: Float[Tensor, "T N D"], code: Rotary) -> Float[Tensor, "T N D"]:
         docs/method.md section 2, "Block details".
     """
     if not code.is_complex():
+        if not torch.is_grad_enabled():  # without the cost of a function with a backward pass
+            return _rotate_halves(x, code, 1)
         rotated: Tensor = _Rotation.apply(x, code)
         return rotated
     numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
@@ -100,10 +102,10 @@ def _rotate_halves(x: Float[Tensor, "T N D"], code: Float[Tensor, "T 2 1 half"],
     if torch.compiler.is_compiling():  # one kernel
         signs = (2 * torch.arange(2, device=x.device) - 1)[:, None] * sign
         return (halves * cos[:, :, None] + halves.flip(2) * (sin[:, :, None] * signs)).to(x.dtype).flatten(-2)
-    rotated = torch.empty(halves.shape, dtype=x.dtype, device=x.device)  # float32 inside the kernels
-    torch.mul(halves, cos[:, :, None], out=rotated)
-    rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-sign)
-    rotated[:, :, 1].addcmul_(halves[:, :, 0], sin, value=sign)
+    rotated = halves * cos.unsqueeze(2)
+    (first, second), (low, high) = halves.unbind(2), rotated.unbind(2)
+    low.addcmul_(second, sin, value=-sign)
+    high.addcmul_(first, sin, value=sign)
     return rotated.flatten(-2)
 
 
@@ -398,9 +400,9 @@ class ResidualLinear(nn.Linear):
             branch = F.dropout(F.linear(x, self.weight, self.bias), dropout)
             return torch.addcmul(beside(residual, gate), gate, beside(branch, gate)).view_as(residual)
         # The gate is folded into the weight, so that neither pass multiplies tokens with it.
-        weight, bias = _Gated.apply(gate, self.weight, self.bias)
         if not learns and not dropout:
-            return residual.addmm_(x, weight.T)
+            return residual.addmm_(x, (self.weight * gate[:, None]).T)
+        weight, bias = _Gated.apply(gate, self.weight, self.bias)
         return residual + F.dropout(F.linear(x, weight, bias), dropout)
 
 
