@@ -44,7 +44,7 @@ def rotary(positions: Int[Tensor, "T"], size: int, dtype: torch.dtype = torch.fl
 
     Returns:
         cosine + i sine of every angle, [T, 1, size / 2] complex64; for half precision cosines and sines, [T, 2, 1,
-        size / 2] in this precision: kernels for operands of two precisions take three times as long on a GPU.
+        size / 2] in this precision: kernels for operands of two precisions take nearly twice as long on a GPU.
     """
     angles = _angles(positions, size // 2)
     if dtype in FULL:
