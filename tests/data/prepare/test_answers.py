@@ -44,7 +44,7 @@ def prepared(data: TextDataConfig, path: Path) -> tuple[Manifest, np.ndarray, Ro
         every = np.arange(len(reader))
         rows.append(reader.rows(every).astype(int))
         roles.append(reader.roles(every))
-    return manifest, np.concatenate(rows), Roles(*(np.concatenate(part) for part in zip(*roles, strict=True)))
+    return manifest, np.concatenate(rows), Roles.concatenate(roles)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -98,7 +98,7 @@ def test_every_source_gives_the_same_rows(tmp_path: Path) -> None:
             keys = dict.fromkeys(FIELDS) | {"messages_field": "messages"}
         name = source if source.startswith("hf:") else tmp_path / source
         found.append(prepared(section(name, length=32, **keys), tmp_path / f"data-{len(found)}"))
-    for _, tokens, (given, lengths) in found[1:]:
+    for _, tokens, (given, lengths, _) in found[1:]:
         assert np.array_equal(tokens, found[0][1])
         assert np.array_equal(given, found[0][2].given)
         assert np.array_equal(lengths, found[0][2].lengths)
