@@ -117,6 +117,16 @@ def groups() -> "Iterator[dict[int, Workers]]":
         group.close()
 
 
+@pytest.fixture
+def group_of_one() -> "Iterator[None]":
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def store() -> "Iterator[Store]":
     """A server of S3's protocol on this machine, with one bucket."""

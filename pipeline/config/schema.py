@@ -58,7 +58,9 @@ class TrainConfig(Section):
     Attributes:
         steps: Number of updates.
         batch: Rows of a global batch, whatever the number of workers.
-        micro_batch: Rows of one forward pass on one worker.
+        micro_batch: Rows of one forward pass on one worker; null where `micro_tokens` is set.
+        micro_tokens: Tokens of one forward pass on one worker, in place of `micro_batch`: as many padded rows as fit,
+            their padding not counted; at least `data.length`.
         precision: Precision of the weights and of what the blocks compute.
         zero_stage: DeepSpeed ZeRO stage.
         persistent_parameters: Parameters with fewer values than this stay whole on every worker in stage 3.
@@ -80,7 +82,8 @@ class TrainConfig(Section):
 
     steps: PositiveInt = 1_000_000
     batch: PositiveInt = 512
-    micro_batch: PositiveInt = 32
+    micro_batch: PositiveInt | None = 32
+    micro_tokens: PositiveInt | None = None
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     persistent_parameters: NonNegativeInt = 100_000
@@ -96,6 +99,19 @@ class TrainConfig(Section):
     validate_every: PositiveInt = 10_000
     checkpoint_every: PositiveInt = 5_000
     keep: PositiveInt = 2
+
+    @property
+    def micro_size(self) -> str:
+        """The largest size of a micro-batch, for logs."""
+        return f"{self.micro_batch} rows" if self.micro_tokens is None else f"{self.micro_tokens} tokens"
+
+    def rows_at_once(self, length: int) -> int:
+        """Return the rows of one forward pass on one worker, if they have no padding.
+
+        Args:
+            length: L.
+        """
+        return self.micro_batch or max(1, (self.micro_tokens or 0) // length)
 
 
 class TrackingConfig(Section):
@@ -278,6 +294,20 @@ class RunConfig(Section):
             yield f"cluster.workers: {most} workers for data.streams {streams}; {expected}"
         if train.offload_optimizer and train.zero_stage == 0:
             yield "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
+        if (train.micro_batch is None) == (train.micro_tokens is None):
+            both = f"{train.micro_batch} together with train.micro_tokens {train.micro_tokens}"
+            yield f"train.micro_batch: {both}; expected one of them, and null for the other"
+        elif train.micro_tokens is not None:
+            if not self.data.padded:
+                yield (
+                    f"train.micro_tokens: {train.micro_tokens} for rows without padding, which are equally long; "
+                    f"expected null, and train.micro_batch {train.rows_at_once(self.data.length)}"
+                )
+            elif train.micro_tokens < self.data.length:
+                yield (
+                    f"train.micro_tokens: {train.micro_tokens}; expected at least data.length {self.data.length}, "
+                    "the tokens of the longest row"
+                )
         if train.compile and train.zero_stage == 3:
             yield "train.compile: true at stage 3, which gathers module by module; expected train.zero_stage 0 to 2"
         if train.compile and self.data.ragged:

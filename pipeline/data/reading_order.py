@@ -1,10 +1,11 @@
 """The order in which training reads rows: deterministic, with random access, the same for any number of workers."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,6 +219,40 @@ class MicroBatch:
         """
         return cls(rows.tokens.astype(np.int64), index, rows.labels, rows.roles)
 
+    def take(self, chosen: Int64[np.ndarray, "n"], index: Int64[np.ndarray, "n"]) -> "MicroBatch":
+        """Select rows.
+
+        Args:
+            chosen: which ones.
+            index: their places in the global batch, or -1.
+        """
+        rows = Rows(self.tokens, self.labels, self.roles).take(chosen)
+        return MicroBatch(rows.tokens, index, rows.labels, rows.roles)
+
+    def by_tokens(self, most: int, agree: Callable[[int], int]) -> list["MicroBatch"]:
+        """Cut the rows of a worker, in order, into micro-batches of at most `most` tokens, as even as possible.
+
+        Args:
+            most: largest number of tokens, at least those of the longest row.
+            agree: from the number of micro-batches that a worker needs to the number that all workers run.
+
+        Returns:
+            As many as agreed on, none of them without rows: where a worker has fewer rows than that, the others hold
+            the shortest one, missing.
+        """
+        assert self.roles is not None
+        there = np.flatnonzero(self.index >= 0)
+        lengths = self.roles.lengths[there]
+        parts = agree(len(_cut(lengths, most)))
+        least = max(int(lengths.max()), -(-int(lengths.sum()) // parts))
+        even = bisect_left(range(most), True, lo=least, key=lambda size: len(_cut(lengths, size)) <= parts)
+        cut = [there[piece] for piece in _cut(lengths, even)]
+        while len(cut) < parts and max(map(len, cut)) > 1:
+            longest = max(range(len(cut)), key=lambda number: len(cut[number]))
+            cut[longest : longest + 1] = np.array_split(cut[longest], 2)
+        missing = self.take(there[[lengths.argmin()]], np.array([MISSING]))
+        return [self.take(rows, self.index[rows]) for rows in cut] + [missing] * (parts - len(cut))
+
     def present(self, skipped: Collection[int]) -> Bool[np.ndarray, "m"]:
         """Return which rows count.
 
@@ -307,6 +342,15 @@ def batches(
             current = ahead.result()
             ahead = pool.submit(load, step + 1)
             yield current
+
+
+def _cut(lengths: Int64[np.ndarray, "n"], most: int) -> list[slice]:
+    """Cut rows, in order, into as few pieces as hold at most `most` tokens each."""
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    cut = [0]
+    while cut[-1] < len(lengths):
+        cut.append(int(np.searchsorted(ends, ends[cut[-1]] + most, side="right")) - 1)
+    return [slice(*pair) for pair in pairwise(cut)]
 
 
 def _bits(n: int, *key: int) -> np.ndarray:

@@ -182,7 +182,7 @@ def memory(config: RunConfig, facts: DataFacts, stage: int) -> Memory:
         copies = 0 if train.activation_checkpointing else adapted * value
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     held = states(sum(trained), train, workers, _whole(trained, train))
-    peak = step_activations(config, facts).peak(min(train.micro_batch, train.batch))
+    peak = step_activations(config, facts).peak(min(train.rows_at_once(facts.length), train.batch))
     return replace(held, weights=held.weights + extra, activations=peak + copies)
 
 
@@ -220,7 +220,7 @@ def report(
             "prepare the data first (`python -m jobs.prepare CONFIG`)"
         )
     counts = parameters(config, facts)
-    micro_batches = -(-train.batch // (workers * train.micro_batch))
+    micro_batches = -(-train.batch // (workers * train.rows_at_once(facts.length)))
     needed_flops = step_flops(config, facts)
     work = step_work(config, facts)(train.batch / (workers * micro_batches))
     # The teacher of a distillation takes two forward passes more.
@@ -254,8 +254,8 @@ def report(
         f"tokens       {train.steps * train.batch * facts.length:,} in {train.steps:,} steps of {train.batch} rows "
         f"of {facts.length}",
         f"epochs       {epochs}",
-        f"workers      {workers}, each with {micro_batches} micro-batches of up to {train.micro_batch} rows per "
-        f"step; {config.data.streams} data streams",
+        f"workers      {workers}, each with {micro_batches} micro-batches of up to {train.micro_size} per step; "
+        f"{config.data.streams} data streams",
         f"compute      {needed_flops:.3g} FLOP per step, {needed_flops * train.steps:.3g} FLOP in total",
         f"micro-batch  {work.moved / 1e9:,.3g} GB read and written in {work.launches:,.0f} kernels",
         "",

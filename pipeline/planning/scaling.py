@@ -21,7 +21,8 @@ from pipeline.reports.tables import markdown, table_of
 
 Stage = Literal[0, 1, 2, 3]
 
-TRAIN = TrainConfig(precision="bf16")
+MICRO_BATCH = 32  # rows
+TRAIN = TrainConfig(precision="bf16", micro_batch=MICRO_BATCH)
 HOP = 10e-6  # seconds of a message to the next GPU, an assumption; matters for small models on many GPUs only
 
 
@@ -76,7 +77,7 @@ class Workload:
             gpu: its rates.
             rows: rows per step.
         """
-        parts = math.ceil(rows / TRAIN.micro_batch)
+        parts = math.ceil(rows / MICRO_BATCH)
         return parts * sum(self.micro_batch(rows / parts).seconds(gpu).values())
 
 
@@ -154,7 +155,7 @@ def predict(workload: Workload, server: Server, gpus: int, rows: float, stage: S
         Times and memory of one GPU.
     """
     train = TRAIN.model_copy(update={"zero_stage": stage})
-    collectives = 3 * math.ceil(rows / train.micro_batch) if stage == 3 else 2
+    collectives = 3 * math.ceil(rows / MICRO_BATCH) if stage == 3 else 2
     link = 1e9 * (server.gpu.link if gpus <= server.size else server.network)
     moved = 2 * workload.parameters * (gpus - 1) / gpus
     held = states(workload.parameters, train, gpus)
@@ -162,7 +163,7 @@ def predict(workload: Workload, server: Server, gpus: int, rows: float, stage: S
         compute=workload.seconds(server.gpu, rows),
         communication=collectives * (moved / link + math.log2(gpus) * HOP),
         optimiser=2 * (held.optimiser + held.ema) / (server.gpu.bandwidth * 1e9),
-        memory=held.total + workload.activations.peak(min(rows, train.micro_batch)),
+        memory=held.total + workload.activations.peak(min(rows, MICRO_BATCH)),
     )
 
 

@@ -197,7 +197,7 @@ class Distillation(Task):
 
     def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:
         """Draw times, groups, dropped classes and the teacher's noise of a step; see `Task.prepare`."""
-        micros, done = self._with_roles(step, micros), step // self._every
+        micros, done = self._micro_batches(step, micros), step // self._every
         dt, form, eps = time_step(self._distill, done), self._distill.form, self._config.diffusion.eps
         draws = [self._draw(DiffusionConfig(eps=eps), step, micro, least=2 * dt) for micro in micros]
         sides = [

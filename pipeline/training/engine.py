@@ -84,7 +84,7 @@ class Engine:
     Args:
         model: with the same initial weights on every rank.
         config: of the run; its sections `optim` and `train` are used.
-        parts: micro-batches of a step on one worker (gradient accumulation).
+        parts: by which DeepSpeed divides the loss; not 1 where a step can have several micro-batches.
         device: where this worker computes.
         universal: whether `load_earlier` will be given a converted checkpoint.
 
@@ -132,7 +132,7 @@ class Engine:
         if train.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
         return {
-            "train_micro_batch_size_per_gpu": train.micro_batch,
+            "train_micro_batch_size_per_gpu": train.micro_batch or 1,
             "gradient_accumulation_steps": self._parts,
             "gradient_clipping": self._config.optim.clip,
             "zero_allow_untested_optimizer": True,
@@ -151,18 +151,20 @@ class Engine:
         """The wrapped model; under ZeRO-3 its parameters exist only inside the forward of its modules."""
         return self._engine.module
 
-    def backward(self, batch: Batch) -> Tensor:
-        """Run forward and backward of one micro-batch; `step` must follow.
+    def backward(self, batch: Batch, last: bool) -> Tensor:
+        """Run forward and backward of one micro-batch; behind the last one of a step, `step` must follow.
 
         Gradients become the gradient of the **sum** of all row losses of the global batch: DeepSpeed divides
         by workers and parts, so the loss is multiplied by both.
 
         Args:
             batch: of this worker, with the weights of the global batch.
+            last: whether it is the last one of the step, on all ranks; then gradients are summed over the ranks.
 
         Returns:
             Losses of the micro-batch's rows, [m], detached, on the device.
         """
+        self._engine.set_gradient_accumulation_boundary(last)
         losses = self._engine(batch)
         self._engine.backward(losses.sum() * (dist.get_world_size() * self._parts))
         return losses.detach()
@@ -172,7 +174,7 @@ class Engine:
         return learning_rate(step, self._config.optim, self._config.train.steps, self.fresh)
 
     def step(self, step: int) -> None:
-        """Finish a micro-batch; at the last one of the step, clip and update at the step's learning rate.
+        """Clip the gradient and update at the step's learning rate.
 
         Args:
             step: counted from 0.
@@ -180,7 +182,7 @@ class Engine:
         rate = self.rate(step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        if self._engine.is_gradient_accumulation_boundary() and self._plain:
+        if self._plain:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(grads)
         self._engine.step()

@@ -87,7 +87,10 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     run = run.replace(given_manifest=Manifest.read(run.data_path))
     manifest = run.manifest
     order = order_of(manifest, settings.batch, data, config.seed)
-    parts = -(-len(order.slots(rank, session.workers)) // settings.micro_batch)
+    slots = len(order.slots(rank, session.workers))
+    # Micro-batches by tokens differ in number between steps: the task cuts the rows, and any number but 1 will do.
+    micro_batch = settings.micro_batch or slots
+    parts = -(-slots // micro_batch) if settings.micro_tokens is None else 2
 
     # Where to start: rank 0 decides, since ranks may see different states of the storage.
     resume, skipped = resuming.agree(run, rank, session.workers)
@@ -117,8 +120,9 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
     )
     if rank == 0:
         log.info(
-            f"{'resuming' if resume else 'starting'} from step {start}: {session.workers} workers x {parts} "
-            f"micro-batches of up to {settings.micro_batch} rows, {data.streams} streams, "
+            f"{'resuming' if resume else 'starting'} from step {start}: {session.workers} workers x "
+            f"{parts if settings.micro_tokens is None else 'any number of'} "
+            f"micro-batches of up to {settings.micro_size}, {data.streams} streams, "
             f"ZeRO stage {settings.zero_stage}, {settings.precision}"
         )
 
@@ -146,7 +150,7 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             return task.prepare(step, micros, skipped.get(step, ()))
 
         stream = stack.enter_context(
-            closing(batches(reader, order, start, rank, session.workers, settings.micro_batch, prepare))
+            closing(batches(reader, order, start, rank, session.workers, micro_batch, prepare))
         )
 
         clock = time.perf_counter()
@@ -212,12 +216,10 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
             # Gradients of the global batch.
             task.start(step)
             part_losses = []
-            for part, micro in enumerate(micros):
-                if part > 0:
-                    engine.step(step)  # not the last micro-batch: only moves the accumulation on
+            for part, micro in enumerate(micros, 1):
                 # Seeds dropout; + 1, because the index of a missing row is -1.
                 torch.manual_seed(mix_seed(config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
-                part_losses.append(engine.backward(task.batch(micro)))
+                part_losses.append(engine.backward(task.batch(micro), last=part == len(micros)))
             row_losses = torch.cat(part_losses)  # [slots]
             flags = requests.take() if requests else (False, False, False)
             shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])

@@ -72,7 +72,7 @@ class Task(ABC):
 
         Args:
             step: counted from 0.
-            micros: rows of this worker.
+            micros: rows of this worker; with `train.micro_tokens` all in one, which is cut here.
             skipped: places in the global batch that have weight 0.
         """
 
@@ -118,6 +118,19 @@ class Task(ABC):
         total = torch.from_numpy(np.asarray(counts, dtype=np.int64))
         dist.all_reduce(total, group=self._group)
         return total.numpy()
+
+    def _most(self, count: int) -> int:
+        """Return the largest of the numbers of all ranks."""
+        most = torch.tensor(count)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
+        return int(most)
+
+    def _micro_batches(self, step: int, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Set the roles of a step's rows, and cut them into micro-batches by their tokens if the config says so."""
+        micros, most = self._with_roles(step, micros), self._config.train.micro_tokens
+        if most is None:
+            return micros
+        return [part for micro in micros for part in micro.by_tokens(most, self._most)]
 
     def _with_roles(self, step: int, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Set the roles of a step's rows.
@@ -194,7 +207,7 @@ class Pretraining(Task):
 
     def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:
         """Draw times, groups and dropped classes of a step; see `Task.prepare`."""
-        micros = self._with_roles(step, micros)
+        micros = self._micro_batches(step, micros)
         draws = [self._draw(self._config.diffusion, step, micro) for micro in micros]
         divisor = self._divisor(micros, draws)
         return [

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from pipeline.data import reading_order
 from pipeline.data.manifest import ShardFile
-from pipeline.data.reading_order import MISSING, ReadingOrder, batches
+from pipeline.data.reading_order import MISSING, MicroBatch, ReadingOrder, batches
 from pipeline.data.shards import ShardReader
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.batch import Roles
 from tests.support.data_helpers import SIZES, L, make_shards
 
 PROMISED = [49, 52, 48, 71, 73, 68, 136, 137]
@@ -167,6 +168,48 @@ def test_batches(workers: int, micro: int, tmp_path: Path) -> None:
     for stream in streams:
         stream.close()  # type: ignore[attr-defined]
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=30), min_size=1, max_size=4),
+    most=st.integers(20, 200),
+    missing=st.booleans(),
+)
+def test_micro_batches_by_tokens(lengths: list[list[int]], most: int, missing: bool) -> None:
+    """Every list is the rows of a worker."""
+    workers = []
+    for own in lengths:
+        index, sizes = np.arange(len(own)), np.array(own)
+        if missing:
+            index, sizes = np.append(index, MISSING), np.append(sizes, own[0])
+        tokens = np.repeat(index, 20).reshape(-1, 20)
+        workers.append(MicroBatch(tokens, index, roles=Roles(np.zeros_like(sizes), sizes)))
+    counts: list[int] = []
+    for worker in workers:
+        worker.by_tokens(most, lambda own: counts.append(own) or own)  # type: ignore[func-returns-value]
+    cut = [worker.by_tokens(most, lambda own: max(counts)) for worker in workers]
+    assert {len(parts) for parts in cut} == {max(counts)}
+    for own, parts, count in zip(lengths, cut, counts, strict=True):
+        assert count >= sum(own) / most
+        rows = np.concatenate([part.index for part in parts])
+        np.testing.assert_array_equal(rows[rows >= 0], np.arange(len(own)))  # each once, in order
+        for part in parts:
+            assert part.roles is not None
+            assert 0 < part.roles.lengths.sum() <= most
+            there = part.index >= 0
+            assert there.all() or len(part.index) == 1
+            np.testing.assert_array_equal(part.roles.lengths[there], np.array(own)[part.index[there]])
+            np.testing.assert_array_equal(part.tokens[there, 0], part.index[there])
+        assert rows.min() >= 0 or len(own) < max(counts)  # rows are missing only where there are too few
+
+
+def test_micro_batches_by_tokens_are_even() -> None:
+    lengths = np.full(10, 10)
+    rows = MicroBatch(np.zeros((10, 10), np.int64), np.arange(10), roles=Roles(lengths * 0, lengths))
+    assert [len(part.index) for part in rows.by_tokens(90, lambda own: own)] == [5, 5]
+    assert [len(part.index) for part in rows.by_tokens(90, lambda own: 3)] == [4, 4, 2]
+    assert [len(part.index) for part in rows.by_tokens(90, lambda own: 7)] == [1, 1, 1, 1, 2, 2, 2]
 
 
 def test_a_shard_is_decoded_at_most_once_a_step_on_average(

@@ -188,7 +188,7 @@ def held(rank: int, workers: int, config: RunConfig, vocabulary: int) -> dict[st
     divisor = objective.normaliser(draws.groups)
     cpu = torch.device("cpu")
     batch = objective.batch(tokens, draws, np.ones(2, dtype=bool), divisor=divisor, device=cpu)
-    engine.backward(batch)
+    engine.backward(batch, last=True)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     engine.step(0)
     optimiser = engine._engine.optimizer

@@ -44,3 +44,9 @@ def tiny(storage: Path, name: str, **changes: dict[str, object]) -> RunConfig:
     for section, keys in changes.items():
         tree[section] = {**tree[section], **keys}
     return parse({"name": name, **tree}, origin="test")
+
+
+def with_micro_tokens(config: RunConfig, most: int) -> RunConfig:
+    """The same run with micro-batches of at most so many tokens."""
+    train = config.train.model_copy(update={"micro_batch": None, "micro_tokens": most})
+    return config.model_copy(update={"train": train})

@@ -1,13 +1,11 @@
 """Training on images: codes behind a BOS, classes and their drop, arccos masking and its normalisers."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
 from pipeline.config.schema import RunConfig
@@ -82,14 +80,6 @@ def test_validation_names_what_it_measures(runs: Runs, name: str) -> None:
     for seen in runs[name]:
         (line,) = [line for line in seen.log if ": validation " in line]
         assert ("exact" if name == "ar" else "nats per masked token, arccos") in line
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    """A process group of this process alone, which sums what counts targets."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group_of_one")

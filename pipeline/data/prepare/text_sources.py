@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import SourceInfo
-from pipeline.data.prepare import exercises, markov, source_files
+from pipeline.data.prepare import exercises, markov, pydoc_questions, source_files
 from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, fault_of_data, is_a
 from pipeline.data.templates import Exchange, Message, checked_text, exchange_of, messages_of
 from pipeline.errors import DataError, did_you_mean, first_line, kind_and_line
@@ -176,6 +176,7 @@ def _pydoc() -> list[str]:
 
 EMBEDDED: dict[str, Callable[[], Sequence[str | dict[str, str]]]] = {
     "pydoc": _pydoc,
+    "pydoc_questions": pydoc_questions.documents,
     "markov": markov.documents,
     "exercises": exercises.documents,
 }
