@@ -12,7 +12,7 @@ class Throughput:
     """The speed of a run's steps as metrics.
 
     Operations are those that the objective needs, counted by `planning.plan.row_flops`: what activation checkpointing
-    computes again is not among them.
+    computes again is not among them. Padding is no token, and rows with padding count as rows of their mean length.
 
     Args:
         run: with its data.
@@ -22,9 +22,11 @@ class Throughput:
 
     def __init__(self, run: Run, workers: int, device: torch.device):
         config, manifest = run.config, run.manifest
-        special = manifest.special
-        facts = DataFacts(manifest.vocabulary, manifest.length, special.bos, special.eot)
-        self._batch, self._length = config.train.batch, manifest.length
+        special, lengths = manifest.special, manifest.split("train").row_lengths
+        self._batch, self._length = config.train.batch, float(manifest.length)
+        if lengths:
+            self._length = sum(length * rows for length, rows in enumerate(lengths)) / sum(lengths)
+        facts = DataFacts(manifest.vocabulary, round(self._length), special.bos, special.eot)
         self._row_flops = row_flops(config, facts)
         gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         bf16 = config.train.precision == "bf16"

@@ -11,6 +11,7 @@ from pipeline.planning.gpus import GPUS
 from pipeline.planning.plan import forward_flops, step_flops
 from pipeline.run import Run
 from pipeline.training.throughput import Throughput
+from tests.support.data_helpers import sentences
 from tests.support.observed import quick
 
 
@@ -34,3 +35,13 @@ def test_rates_and_the_share_of_the_peak(run_storage: Path, monkeypatch: pytest.
     assert told["train/mfu"] == pytest.approx(told["train/teraflops"] / (2 * GPUS["h100"].fp32))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
     assert "train/mfu" not in Throughput(run, 2, torch.device("cuda")).metrics(4, 2.0)
+
+
+def test_padding_is_no_token(run_storage: Path) -> None:
+    run = Run(sentences(quick(run_storage, "speed"))).with_data()
+    rows = run.manifest
+    told = Throughput(run, 1, torch.device("cpu")).metrics(1, 1.0)
+    split = rows.split("train")
+    mean = split.tokens / sum(file.rows for file in split.files)
+    assert 1 < mean < rows.length
+    assert told["train/tokens_per_second"] == pytest.approx(8 * mean)
