@@ -42,7 +42,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if option.numprocesses is None:
         option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
-        option.maxworkerrestart = "0"  # a process that ends early is a failure; restarted, it would wait for ever
+        option.maxworkerrestart = (
+            "0"  # a process that ends early is a failure; restarted, it would wait for ever
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
