@@ -12,7 +12,7 @@ from pipeline import storage, tracking
 from pipeline.config.location import HUB
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import RunConfig
-from pipeline.data.tokenizers import Tokenizer, load_tokenizer, saved_tokenizer
+from pipeline.data.tokenizers import PairTokenizer, Tokenizer, load_tokenizer, saved_tokenizer
 from pipeline.errors import CheckpointError, ConfigError, did_you_mean
 from pipeline.models import build, model_folder
 from pipeline.models.adapters.folder import read_base
@@ -45,7 +45,7 @@ class TrainedModel:
     denoiser: Denoiser
     config: ModelConfig
     facts: DataFacts
-    tokenizer: Tokenizer | ImageTokenizer | None
+    tokenizer: Tokenizer | ImageTokenizer | PairTokenizer | None
     background: Background
     without_tokenizer: bool = False
 
@@ -163,7 +163,7 @@ def _read_adapter(local: Path, overrides: Sequence[str], uri: str | None) -> Tra
     base.check(original)
     factors = model_folder.read_weights(local, ADAPTER)
     with torch.device("meta"):
-        adapted = build(config, facts.vocab_size, facts.length, facts.bos)
+        adapted = build(config, facts.vocab_size, facts.length, facts.bos, facts.modalities)
         adapt(adapted, config.lora)
     shapes = {key: value.shape for key, value in adapted.state_dict().items()}
     model_folder.check_shapes(shapes, original | factors, str(local / ADAPTER))

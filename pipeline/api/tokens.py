@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import arguments, storage
 from pipeline.config.model import ModelConfig
-from pipeline.data.tokenizers import Tokenizer
+from pipeline.data.tokenizers import PairTokenizer, Tokenizer
 from pipeline.errors import ConfigError
 from pipeline.logs import progress_bar
 from pipeline.metrics.class_names import class_ids
@@ -75,7 +75,7 @@ class TokenModel:
         self,
         denoiser: Denoiser,
         bos: int | None = None,
-        tokenizer: Tokenizer | ImageTokenizer | None = None,
+        tokenizer: Tokenizer | ImageTokenizer | PairTokenizer | None = None,
         class_names: Sequence[str] | None = None,
         ends: RowEnds | None = None,
     ):
@@ -283,7 +283,8 @@ class TokenModel:
             for values, mask in ((known, known_mask), (positions, known_mask), (queries, query_mask))
         )
         self.denoiser.extend(state, tokens, places, known_mask.sum(1).tolist())
-        logits = self.denoiser.head(self.denoiser.hidden(state, targets, query_mask.sum(1).tolist()))
+        hidden = self.denoiser.hidden(state, targets, query_mask.sum(1).tolist())
+        logits = self.denoiser.head(hidden, places=targets)
         out = logits.new_zeros(*queries.shape, self.denoiser.vocab_size)
         out[query_mask.to(self.device)] = logits
         return out

@@ -1,7 +1,7 @@
-"""The data section of a config: text or images."""
+"""The data section of a config: text, images, or images with captions."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
@@ -46,6 +46,11 @@ class DataConfig(Section):
     def answers(self) -> bool:
         """Whether a document is a prompt and its answer."""
         return False
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the number of given tokens or of padding differs between rows."""
+        return self.padded
 
 
 TemplateName = Literal["plain", "chat", "instruction"]
@@ -173,10 +178,7 @@ class TextDataConfig(DataConfig):
     def _check_tokenizer(self) -> "TextDataConfig":
         if not self.tokenizer.startswith("bpe:"):
             return self
-        if not re.fullmatch(r"bpe:[0-9]{1,7}", self.tokenizer) or (self.fitted or 0) < _LEAST_BPE:
-            raise ValueError(
-                f"tokenizer {self.tokenizer!r}; expected bpe:N with an N of at least {_LEAST_BPE}"
-            )
+        check_bpe("tokenizer", self.tokenizer)
         if self.validation_documents == "all":
             raise ValueError(
                 f"tokenizer {self.tokenizer!r} is trained on training documents, and validation_documents 'all' "
@@ -232,7 +234,7 @@ class TextDataConfig(DataConfig):
     @property
     def fitted(self) -> int | None:
         """N of a tokenizer bpe:N, which is trained on the data; None for others."""
-        return int(self.tokenizer.removeprefix("bpe:")) if self.tokenizer.startswith("bpe:") else None
+        return bpe_size(self.tokenizer)
 
     @property
     def held_out(self) -> int | Literal["all"] | None:
@@ -247,46 +249,36 @@ class TextDataConfig(DataConfig):
         return self.length - (self.wrap != "none")
 
 
-class ImageDataConfig(DataConfig):
-    """Which images are read, and how they become a grid of codes behind a BOS token.
+class PictureDataConfig(DataConfig):
+    """What images with classes and images with captions have in common.
 
     Attributes:
-        kind: Selects images.
-        source: `digits` (embedded), `hf:OWNER/NAME`, a folder with one folder of images per class, a folder or glob
-            of .tar (WebDataset) or .parquet, or a folder of *-ubyte files (idx).
         image_field: Column of .parquet and Hugging Face data that holds the image.
-        label_field: Column of .parquet and Hugging Face data that holds the class.
-        classes: Number of classes; labels are 0 to classes - 1.
         size: Side of an image in pixels, after the centre crop.
         factor: Side in pixels of the square that one token stands for.
         tokenizer: `patch` (k-means on the data itself), or the file or folder of a VQ tokenizer.
         codes: Entries of the codebook of tokenizer `patch`.
         fit_images: Largest number of images on which the codebook of tokenizer `patch` is fitted.
-        flip: Adds a mirrored row for every training image.
         validation_images: Number of images held out for validation, evenly spread over the source.
         encode_batch: Images of one call of the tokenizer; part of what determines the codes.
         encode_threads: CPU threads of one call of the tokenizer; part of what determines the codes.
         encoders: Number of processes that encode at the same time; the codes do not depend on it.
     """
 
-    kind: Literal["image"]
     source: Location = "digits"
     image_field: str = "image"
-    label_field: str = "label"
-    classes: PositiveInt = 10
     size: PositiveInt = 8
     factor: PositiveInt = 2
     tokenizer: str = "patch"
     codes: Annotated[int, Field(ge=2)] = 128
     fit_images: PositiveInt = 10_000
-    flip: bool = False
     validation_images: PositiveInt = 50_000
     encode_batch: PositiveInt = 32
     encode_threads: PositiveInt = 1
     encoders: PositiveInt = 1
 
     @model_validator(mode="after")
-    def _check_size(self) -> "ImageDataConfig":
+    def _check_size(self) -> "PictureDataConfig":
         if self.size % self.factor:
             near = max(1, round(self.size / self.factor)) * self.factor
             raise ValueError(
@@ -295,14 +287,111 @@ class ImageDataConfig(DataConfig):
         return self
 
     @property
+    def grid(self) -> int:
+        """The number of codes of an image."""
+        return (self.size // self.factor) ** 2
+
+
+class ImageDataConfig(PictureDataConfig):
+    """Which images are read, and how they become a grid of codes behind a BOS token.
+
+    Attributes:
+        kind: Selects images.
+        source: `digits` (embedded), `hf:OWNER/NAME`, a folder with one folder of images per class, a folder or glob
+            of .tar (WebDataset) or .parquet, or a folder of *-ubyte files (idx).
+        label_field: Column of .parquet and Hugging Face data that holds the class.
+        classes: Number of classes; labels are 0 to classes - 1.
+        flip: Adds a mirrored row for every training image.
+    """
+
+    described_by: ClassVar = "label_field"
+    kind: Literal["image"]
+    label_field: str = "label"
+    classes: PositiveInt = 10
+    flip: bool = False
+
+    @property
     def predicted(self) -> int:
         """L', the number of codes of an image."""
-        return (self.size // self.factor) ** 2
+        return self.grid
 
     @property
     def length(self) -> int:
         """L, the tokens of a row: BOS and the codes of an image."""
         return 1 + self.predicted
+
+
+class PairDataConfig(PictureDataConfig):
+    """Which images with captions are read; a row is a caption and the codes of its image.
+
+    Attributes:
+        kind: Selects images with captions.
+        source: `digits` (embedded, with descriptions of each), `hf:OWNER/NAME`, a folder of images with a file of
+            captions, or a folder or glob of .tar (WebDataset) or .parquet.
+        captions: File of captions in a folder of images: JSON lines with the fields `file` and `caption_field`.
+        caption_field: Column of .parquet and Hugging Face data, or field of JSON, that holds the caption.
+        text_tokenizer: Tokenizer of the captions, as `tokenizer` is for text; `bpe:N` is trained on them.
+        caption_length: Tokens of a caption in a row; shorter ones go on with end of text, longer ones are cut.
+    """
+
+    described_by: ClassVar = "caption_field"
+    kind: Literal["pair"]
+    captions: str = "captions.jsonl"
+    caption_field: str = "caption"
+    text_tokenizer: str = "bytes"
+    caption_length: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _check_text_tokenizer(self) -> "PairDataConfig":
+        if self.text_tokenizer.startswith("bpe:"):
+            check_bpe("text_tokenizer", self.text_tokenizer)
+        return self
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the number of given tokens or of padding differs between rows."""
+        return True
+
+    @property
+    def fitted(self) -> int | None:
+        """N of a text tokenizer bpe:N, which is trained on the captions; None for others."""
+        return bpe_size(self.text_tokenizer)
+
+    @property
+    def predicted(self) -> int:
+        """L', the tokens of a row, each of which can be predicted."""
+        return self.caption_length + self.grid
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of a row: those of the caption and the codes of the image."""
+        return self.predicted
+
+
+Pictures = ImageDataConfig | PairDataConfig
+
+
+def bpe_size(tokenizer: str) -> int | None:
+    """Return N of a tokenizer bpe:N, which is trained on the data; None for others.
+
+    Args:
+        tokenizer: as a config names it.
+    """
+    return int(tokenizer.removeprefix("bpe:")) if tokenizer.startswith("bpe:") else None
+
+
+def check_bpe(key: str, tokenizer: str) -> None:
+    """Refuse a tokenizer bpe:N without a number that is large enough.
+
+    Args:
+        key: of the tokenizer.
+        tokenizer: which begins with "bpe:".
+
+    Raises:
+        ValueError: there is no such number.
+    """
+    if not re.fullmatch(r"bpe:[0-9]{1,7}", tokenizer) or (bpe_size(tokenizer) or 0) < _LEAST_BPE:
+        raise ValueError(f"{key} {tokenizer!r}; expected bpe:N with an N of at least {_LEAST_BPE}")
 
 
 def _kind_of(value: Any) -> str:
@@ -311,6 +400,8 @@ def _kind_of(value: Any) -> str:
 
 
 AnyDataConfig = Annotated[
-    Annotated[TextDataConfig, Tag("text")] | Annotated[ImageDataConfig, Tag("image")],
+    Annotated[TextDataConfig, Tag("text")]
+    | Annotated[ImageDataConfig, Tag("image")]
+    | Annotated[PairDataConfig, Tag("pair")],
     Discriminator(_kind_of),
 ]

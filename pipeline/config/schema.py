@@ -264,7 +264,7 @@ class RunConfig(Section):
 
     def _conflicts(self) -> Iterator[str]:
         """Yield the problems that no section can see alone, as `key: message` lines."""
-        of_data = self._text() if self.data.kind == "text" else self._images()
+        of_data = {"text": self._text, "image": self._images, "pair": self._pairs}[self.data.kind]()
         yield from (*self._training(), *of_data, *self._classes(), *self._distillation(), *self._sampling())
 
     def _training(self) -> Iterator[str]:
@@ -280,8 +280,9 @@ class RunConfig(Section):
             yield "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
         if train.compile and train.zero_stage == 3:
             yield "train.compile: true at stage 3, which gathers module by module; expected train.zero_stage 0 to 2"
-        if train.compile and self.data.padded:
-            yield "train.compile: true for rows with padding, whose batches differ in shape; expected false"
+        if train.compile and self.data.ragged:
+            what = "padding" if self.data.padded else "captions that may be given"
+            yield f"train.compile: true for rows with {what}, whose batches differ in shape; expected false"
         if train.profile_steps and train.profile_steps > train.steps - 10:
             expected = (
                 f"expected at most {max(0, train.steps - 10)} behind the first ten of {train.steps} steps"
@@ -297,9 +298,12 @@ class RunConfig(Section):
 
     def _sampling(self) -> Iterator[str]:
         sampling, steps, predicted = self.sampling, self.evaluation.steps, self.data.predicted
-        if len(given := sampling.given) > 1:
+        # Of a model of captions and images, an image may be given whole; other models refuse it when they are read.
+        whole = self.data.kind == "pair" or sampling.model is not None
+        given = sampling.given
+        if len(given) > 1 and not (whole and given[1:] == ["inpaint"]):
             yield f"sampling.{given[0]}: together with sampling.{given[1]}; expected one of them"
-        if (sampling.mask is None) != (sampling.inpaint is None):
+        if (sampling.mask is None) != (sampling.inpaint is None) and not (whole and sampling.mask is None):
             yield "sampling.mask: expected together with sampling.inpaint, the image that it is a mask of"
         most = math.inf if sampling.order == "binomial" else predicted
         too_many = [count for count in steps if count > most]
@@ -364,6 +368,18 @@ class RunConfig(Section):
             yield f"model.classes: {self.model.classes}; expected data.classes {expected}, or null"
         if self.model.kind == "ar" and self.diffusion.schedule == "arccos":
             yield "diffusion.schedule: arccos for model.kind ar, which hides nothing; expected loglinear"
+
+    def _pairs(self) -> Iterator[str]:
+        evaluation = self.evaluation
+        if self.model.classes is not None:
+            yield f"model.classes: {self.model.classes}, but data.kind pair has no labels; expected null"
+        if self.diffusion.schedule == "arccos":
+            yield "diffusion.schedule: arccos hides too much of captions; expected loglinear for data.kind pair"
+        if self.distill is not None:
+            yield "distill: with data.kind pair, which no distillation reads; expected text or images"
+        for key in ("score_bos", "zero_shot", "tasks", "models", "scorer", "features", "reference"):
+            if value := getattr(evaluation, key):
+                yield f"evaluation.{key}: {value!r} with data.kind pair; expected its default"
 
     def _classes(self) -> Iterator[str]:
         sampling, classes = self.sampling, self.model.classes

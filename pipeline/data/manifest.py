@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
-from pipeline.config.data import ImageDataConfig, TemplateName, TextDataConfig
+from pipeline.config.data import PairDataConfig, PictureDataConfig, TemplateName, TextDataConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import Tokenizer, load_tokenizer
 from pipeline.errors import ConfigError, DataError, did_you_mean
@@ -169,13 +169,16 @@ class Manifest(_Frozen):
         skipped: what could not be read.
         classes: C of labelled images, whose rows have a label in 0..C-1.
         class_names: by label, where the source has them.
-        grid: side of the grid of codes behind the BOS; None for text.
+        grid: side of the grid of codes behind the BOS or the caption; None for text.
         rows_cut: number of rows whose answer is cut.
         rows_full: number of documents that are left out because their prompt fills the row.
         answer_block: answers go on with end of text up to a multiple of so many tokens; None: rows are no prompts and
             answers.
         template: `data.template` of the prompts.
         mix: the sources of a mixture, whose shards lie in folders of their own; None: there is one source.
+        caption: tokens of the caption at the start of every row, behind which its image begins; None: rows are no
+            such pairs.
+        text_ids: number of ids of text in such rows, behind which those of images begin.
     """
 
     length: int
@@ -199,6 +202,8 @@ class Manifest(_Frozen):
     answer_block: int | None = None
     template: TemplateName = "plain"
     mix: tuple[MixedPart, ...] | None = None
+    caption: int | None = None
+    text_ids: int | None = None
 
     @classmethod
     def read(cls, path: str) -> "Manifest":
@@ -264,6 +269,8 @@ class Manifest(_Frozen):
             class_names=self.class_names,
             answer_block=self.answer_block,
             template=None if self.answer_block is None else self.template,
+            caption=self.caption,
+            text_ids=self.text_ids,
         )
 
     def split(self, name: str) -> Split:
@@ -387,6 +394,8 @@ def check_fits(manifest: Manifest, config: RunConfig) -> None:
             "expected data with a number of documents, or a data.validation_split"
         )
     pairs = _text_pairs(manifest, data) if data.kind == "text" else _image_pairs(manifest, data)
+    if data.kind == "pair":
+        pairs |= _caption_pairs(manifest, data)
     lines = differences({"data.length": (manifest.length, data.length), **pairs}, "config")
     rows, batch = manifest.rows("train"), config.train.batch
     if rows < batch:
@@ -428,13 +437,22 @@ def _text_pairs(manifest: Manifest, data: TextDataConfig) -> dict[str, tuple[obj
     return pairs
 
 
-def _image_pairs(manifest: Manifest, data: ImageDataConfig) -> dict[str, tuple[object, object]]:
+def _image_pairs(manifest: Manifest, data: PictureDataConfig) -> dict[str, tuple[object, object]]:
     """Return what the data has and what the config expects, by key; "patch" is fitted on the data itself."""
     pairs: dict[str, tuple[object, object]] = {
-        "data.classes": (manifest.classes, data.classes),
+        "data.classes": (manifest.classes, getattr(data, "classes", None)),
         "data.size / data.factor": (manifest.grid, data.size // data.factor),
         "data.tokenizer": (manifest.content.get("tokenizer"), tokenizer_key(data.tokenizer)),
     }
     if data.tokenizer == "patch":
-        pairs["data.codes"] = (manifest.vocabulary, data.codes)
+        pairs["data.codes"] = (manifest.vocabulary - (manifest.text_ids or 0), data.codes)
     return pairs
+
+
+def _caption_pairs(manifest: Manifest, data: PairDataConfig) -> dict[str, tuple[object, object]]:
+    """Return what the data has of captions and what the config expects, by key."""
+    text = data.text_tokenizer if data.fitted is not None else load_tokenizer(data.text_tokenizer).hash
+    return {
+        "data.caption_length": (manifest.caption, data.caption_length),
+        "data.text_tokenizer": (manifest.content.get("text_tokenizer"), text),
+    }

@@ -54,7 +54,7 @@ class Rows(NamedTuple):
         return cls(
             np.concatenate(tokens),
             None if labels[0] is None else np.concatenate(labels),
-            None if roles[0] is None else Roles(*map(np.concatenate, zip(*roles, strict=True))),
+            None if roles[0] is None else Roles.concatenate(roles),
         )
 
 
@@ -78,7 +78,7 @@ def encode_shard(rows: Rows) -> tuple[bytes, str]:
     """
     tokens, labels, roles = rows
     columns = {"tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), tokens.shape[1])}
-    given, lengths = roles or (None, None)
+    given, lengths = (None, None) if roles is None else (roles.given, roles.lengths)
     counts = {"label": labels, "given": given, "length": lengths}
     columns |= {name: pa.array(values.astype("<i4")) for name, values in counts.items() if values is not None}
     sink = pa.BufferOutputStream()

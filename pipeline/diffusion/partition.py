@@ -108,7 +108,7 @@ def draw_order(
     rows: Iterable[SupportsInt],
     length: int,
     bos: bool,
-    given: Int[np.ndarray, "m"] | None = None,
+    given: Bool[np.ndarray, "m L"] | None = None,
 ) -> Int[np.ndarray, "m L"]:
     """Draw uniform random orders of revelation, each as a function of (seed, row).
 
@@ -117,7 +117,7 @@ def draw_order(
         rows: whose orders are drawn, m of them.
         length: L.
         bos: position 0 holds BOS, which comes first.
-        given: number of given tokens of every row, which come next, in an order of their own; None: none.
+        given: given tokens of every row, which come next, in an order of their own; None: none.
 
     Returns:
         [m, L] rank of every position, from 0.
@@ -127,7 +127,7 @@ def draw_order(
     """
     uniforms = np.stack([np.random.default_rng([*seed, row]).random(length) for row in map(int, rows)])
     if given is not None:
-        uniforms -= np.arange(length) < given[:, None]
+        uniforms -= given
     uniforms[:, :bos] = -2
     return uniforms.argsort(axis=1).argsort(axis=1)
 
@@ -185,6 +185,38 @@ def cut_answers(
     uniforms = np.random.default_rng([seed, step, 4]).random(batch)[index]
     blocks = 1 + np.floor(uniforms * -(-roles.counts(False) // block)).astype(np.int64)
     return roles._replace(lengths=np.minimum(roles.lengths, roles.given + blocks * block))
+
+
+def draw_given(
+    index: Int[np.ndarray, "m"], *, seed: int, step: int, batch: int, caption: int, length: int
+) -> Roles:
+    """Draw which part of rows of captions and images is given: nothing, the caption or the image, a third each.
+
+    Args:
+        index: of the rows in the global batch.
+        seed: of the run.
+        step: updates before this one.
+        batch: rows of the global batch.
+        caption: positions of the caption, which come first.
+        length: L.
+
+    Returns:
+        The roles of the rows.
+    """
+    part = np.floor(3 * stratified(batch, np.random.default_rng([seed, step, 5]))[index]).astype(np.int64)
+    return given_roles(part, caption, length)
+
+
+def given_roles(part: Int[np.ndarray, "m"], caption: int, length: int) -> Roles:
+    """Return the roles of rows of which a part is given.
+
+    Args:
+        part: 0: nothing is given, 1: the caption, 2: the image.
+        caption: positions of the caption, which come first.
+        length: L.
+    """
+    ends = np.array([0, caption, length])
+    return Roles(ends[part], np.full_like(part, length), np.array([0, 0, caption])[part])
 
 
 def draw_subset(

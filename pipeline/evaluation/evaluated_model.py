@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pipeline import storage
 from pipeline.config.model import ARConfig, ModelConfig
 from pipeline.config.schema import RunConfig
-from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
+from pipeline.data.tokenizers import PairTokenizer, Tokenizer, saved_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
 from pipeline.metrics.likelihood import Estimator, Masking
@@ -40,7 +40,7 @@ class EvaluatedModel:
     masking: Masking
 
     @property
-    def tokenizer(self) -> Tokenizer | ImageTokenizer | None:
+    def tokenizer(self) -> Tokenizer | ImageTokenizer | PairTokenizer | None:
         """Load the tokenizer of the model's folder; None where it has none."""
         return saved_tokenizer(storage.fetch(self.folder))
 

@@ -18,13 +18,14 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config.evaluation import Precision, SamplingConfig
-from pipeline.data.tokenizers import IMAGES_AT_ONCE, Tokenizer, saved_tokenizer
+from pipeline.data.tokenizers import IMAGES_AT_ONCE, PairTokenizer, Tokenizer, saved_tokenizer
 from pipeline.logs import Progress
 from pipeline.metrics.class_names import with_class_ids
 from pipeline.metrics.given import Given
 from pipeline.models import model_folder, vq
 from pipeline.models.denoiser import DTYPES, Denoiser
-from pipeline.reports.pictures import sample_grid
+from pipeline.models.head import Modalities
+from pipeline.reports.pictures import captioned_grid, sample_grid
 from pipeline.reports.view import ROWS, VIEW, Revealed, names_of
 from pipeline.runtime.actors import Resources, in_order, own_device, started
 from pipeline.sampling.row_ends import RowEnds, cut_rows, sample_rows, texts_of
@@ -110,7 +111,7 @@ class Sampler:
         torch.set_num_threads(threads)
         self._capacity = capacity
         self._models: dict[tuple[str, Precision], tuple[Denoiser, model_folder.DataFacts]] = {}
-        self._tokenizers: dict[str, vq.ImageTokenizer] = {}
+        self._tokenizers: dict[str, tuple[vq.ImageTokenizer, Modalities | None]] = {}
 
     def load(self, folder: str, precision: Precision) -> None:
         """Load a model, unless it is in memory.
@@ -156,12 +157,15 @@ class Sampler:
 
         Args:
             folder: of the model.
-            tokens: rows, BOS included.
+            tokens: rows, BOS or captions included.
         """
         if folder not in self._tokenizers:
-            local = str(storage.fetch(folder))
-            self._tokenizers[folder] = vq.load_image_tokenizer(local, None, IMAGES_AT_ONCE, own_device())
-        return self._tokenizers[folder].decode(tokens[:, 1:])
+            local = storage.fetch(folder)
+            tokenizer = vq.load_image_tokenizer(str(local), None, IMAGES_AT_ONCE, own_device())
+            self._tokenizers[folder] = tokenizer, model_folder.read_config(local)[1].modalities
+        tokenizer, modalities = self._tokenizers[folder]
+        start, shift = modalities or (1, 0)
+        return tokenizer.decode(tokens[:, start:] - shift)
 
 
 def batches_of(settings: SamplingConfig) -> list[tuple[int, int]]:
@@ -222,6 +226,8 @@ def generate(
         end, texts, pictures = None if given is None else given.end, [], None
         if isinstance(tokenizer, Tokenizer):
             texts = texts_of(tokens[:, :end], facts.eot, facts.pad, tokenizer.decode)
+        elif isinstance(tokenizer, PairTokenizer):
+            texts = tokenizer.captions(tokens, facts.caption or 0)
         with storage.scratch() as folder:
             np.save(folder / "tokens.npy", tokens)
             columns = {"index": range(len(tokens)), "label": labels, "text": texts}
@@ -235,12 +241,15 @@ def generate(
                 blocks = [f"--- given\n{given.text}\n"] if given is not None else []
                 blocks += [f"--- sample {i}\n{text}\n" for i, text in enumerate(texts)]
                 (folder / "samples.txt").write_text("\n".join(blocks), encoding="utf-8")
-            elif tokenizer is not None:
-                pictures = _write_images(images, labels, folder)
+            if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+                pictures = _write_images(images, labels, texts, folder)
             if settings.view:
                 shown_rows = cut_rows(tokens[:, :end], facts.eot, facts.pad)
                 revealed_at = np.concatenate([batch.revealed_at for batch in drawn])
                 names = names_of(labels, facts.class_names)
+                if isinstance(tokenizer, PairTokenizer):  # the codes of images, each under its caption
+                    shown_rows, revealed_at = (x[:, facts.caption :] for x in (tokens, revealed_at))
+                    names, tokenizer = texts, None
                 shown = Revealed(
                     shown_rows, revealed_at, settings.steps, facts.bos, tokenizer, pictures, names
                 )
@@ -280,7 +289,7 @@ def describe(settings: SamplingConfig, count: int) -> dict[str, object]:
 
 
 def _write_images(
-    batches: Iterable[UInt8[np.ndarray, "n S S 3"]], labels: list[int] | None, into: Path
+    batches: Iterable[UInt8[np.ndarray, "n S S 3"]], labels: list[int] | None, captions: list[str], into: Path
 ) -> UInt8[np.ndarray, "m S S 3"]:
     """Write a PNG of every image, and an overview of the first ones, which are returned."""
     (into / "images").mkdir()
@@ -289,5 +298,9 @@ def _write_images(
         Image.fromarray(image).save(into / "images" / f"{index:06d}.png")
         if index < GRID_IMAGES:
             overview.append(image)
-    sample_grid(np.stack(overview), labels and labels[:GRID_IMAGES]).savefig(into / GRID)
-    return np.stack(overview)
+    shown = np.stack(overview)
+    figure = (
+        captioned_grid(shown, captions) if captions else sample_grid(shown, labels and labels[:GRID_IMAGES])
+    )
+    figure.savefig(into / GRID)
+    return shown

@@ -174,7 +174,7 @@ def masked_batches(
         groups[:, :bos] = False
         if own is not None:
             groups &= own.targets(length, bos)
-        seed, given = [masking.seed, masking.draws, 0, 1], None if own is None else own.given
+        seed, given = [masking.seed, masking.draws, 0, 1], None if own is None else own.known(length)
         order = draw_order(seed, pairs, length, bos, given)
         ids, weighted = tokens[rows].astype(np.int64), weights * groups * real[:, None]
         classes = None if labels is None else labels[rows]

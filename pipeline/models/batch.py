@@ -17,12 +17,13 @@ Labels = Int[Tensor, "B"] | None  # class labels of a batch's rows
 
 
 class Roles(NamedTuple):
-    """What the tokens of rows are: given ones, then targets, then padding.
+    """What the tokens of rows are: given ones, targets, and padding at the end.
 
     Attributes:
-        given: number of tokens at the start of every row, BOS included, that are known from the start. Both groups
-            read them, and they are never targets. In a row of 0 a BOS is no target either, but of group 0 alone.
+        given: position behind the given tokens of every row, which are known from the start. Both groups read them,
+            and they are never targets. In a row of 0 a BOS is no target either, but of group 0 alone.
         lengths: tokens of every row; the others are padding, which no token reads and nothing is computed for.
+        first: position of the first given token of every row; None: 0, so that `given` counts them, BOS included.
 
     Source:
         docs/method.md section 10.
@@ -30,6 +31,16 @@ class Roles(NamedTuple):
 
     given: Int[np.ndarray, "B"]
     lengths: Int[np.ndarray, "B"]
+    first: Int[np.ndarray, "B"] | None = None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Roles"]) -> "Roles":
+        """Join the roles of rows whose given tokens begin at 0.
+
+        Args:
+            parts: one after the other.
+        """
+        return cls(*(np.concatenate(values) for values in zip(*(part[:2] for part in parts), strict=True)))
 
     def targets(self, length: int, bos: bool) -> Bool[np.ndarray, "B L"]:
         """Find the positions that can be predicted.
@@ -42,7 +53,7 @@ class Roles(NamedTuple):
             [B, L], True = neither given nor padding.
         """
         places = np.arange(length)
-        return (places >= self._starts(bos)[:, None]) & (places < self.lengths[:, None])
+        return ~self.known(length) & (places >= bos) & (places < self.lengths[:, None])
 
     def known(self, length: int) -> Bool[np.ndarray, "B L"]:
         """Find the given positions.
@@ -50,7 +61,9 @@ class Roles(NamedTuple):
         Args:
             length: L.
         """
-        return np.arange(length) < self.given[:, None]
+        places = np.arange(length)
+        known = places < self.given[:, None]
+        return known if self.first is None else known & (places >= self.first[:, None])
 
     def counts(self, bos: bool) -> Int[np.ndarray, "B"]:
         """Count the positions of every row that can be predicted.
@@ -58,7 +71,9 @@ class Roles(NamedTuple):
         Args:
             bos: position 0 holds BOS, which is no target.
         """
-        return self.lengths - self._starts(bos)
+        if self.first is None:
+            return self.lengths - np.maximum(self.given, int(bos))
+        return self.targets(int(self.lengths.max(initial=0)), bos).sum(1)
 
     def rows(self, index: Int[np.ndarray, "m"] | slice) -> "Roles":
         """Select the roles of some rows.
@@ -66,11 +81,9 @@ class Roles(NamedTuple):
         Args:
             index: of the rows.
         """
-        return Roles(self.given[index], self.lengths[index])
-
-    def _starts(self, bos: bool) -> Int[np.ndarray, "B"]:
-        """First position of every row that can be predicted."""
-        return np.maximum(self.given, int(bos))
+        return Roles(
+            self.given[index], self.lengths[index], None if self.first is None else self.first[index]
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,8 @@ class Batch:
             in; None: ascending positions.
         distill_targets: a teacher's predictions, to be learned in place of the tokens.
         lengths: [B] tokens of every row, as in `Roles`; None: rows have no padding.
-        given: [B] given tokens of every row, as in `Roles`; None: rows have none.
+        given: [B] position behind the given tokens of every row, as in `Roles`; None: rows have none.
+        first: [B] position of the first given token of every row, as in `Roles`; None: 0.
         computed: what `once` keeps.
     """
 
@@ -105,6 +119,7 @@ class Batch:
     distill_targets: DistillTargets | None = None
     lengths: Int[Tensor, "B"] | None = None
     given: Int[Tensor, "B"] | None = None
+    first: Int[Tensor, "B"] | None = None
     computed: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -136,9 +151,9 @@ class Batch:
             The batch, on the host.
         """
         tensor = torch.from_numpy
-        given, lengths = roles or (None, None)
-        fields = (labels, order, lengths, given)
-        condition, ranks, extents, known = (None if x is None else tensor(x) for x in fields)
+        given, lengths, first = roles or (None, None, None)
+        fields = (labels, order, lengths, given, first)
+        condition, ranks, extents, behind, begin = (None if x is None else tensor(x) for x in fields)
         return cls(
             tensor(tokens),
             tensor(groups),
@@ -148,7 +163,8 @@ class Batch:
             device,
             ranks,
             lengths=extents,
-            given=known,
+            given=behind,
+            first=begin,
         )
 
     @property
@@ -173,7 +189,9 @@ class Batch:
         """Which positions hold given tokens."""
         if self.given is None:
             return torch.zeros_like(self.groups)
-        return torch.arange(self.shape[1]) < self.given[:, None]
+        places = torch.arange(self.shape[1])
+        known = places < self.given[:, None]
+        return known if self.first is None else known & (places >= self.first[:, None])
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Compute something once for this batch and its copies by `replace`, perhaps ahead (`Denoiser.prepare`).

@@ -260,7 +260,15 @@ class Denoiser(nn.Module, ABC):
         assert possible, "a masked model predicts masked tokens only"
         hidden = self.target_vectors(batch)
         targets = batch.distill_targets or batch.sent.tokens
-        return batch.row_sums(self.head(hidden, targets, batch.sent.weights))
+        return batch.row_sums(self.head(hidden, targets, batch.sent.weights, self.places_of(batch)))
+
+    def places_of(self, batch: Batch) -> Int[Tensor, "Q"] | None:
+        """Return the positions of the targets; None where the head does not need them.
+
+        Args:
+            batch: with the targets.
+        """
+        return None if self.head.modalities is None else batch.sent.places % batch.shape[1]
 
     def prepare(self, batch: Batch) -> None:
         """Compute what the forward pass needs of a batch on the host, and send it to the device.
@@ -312,7 +320,7 @@ class Denoiser(nn.Module, ABC):
         every = torch.ones_like(groups, dtype=torch.bool, device="cpu")
         ranks = None if order is None else order.cpu()
         batch = Batch(tokens.cpu(), groups.cpu(), every, every.float(), condition, device, ranks)
-        logits = self.head(self.target_vectors(batch))
+        logits = self.head(self.target_vectors(batch), places=self.places_of(batch))
         out = torch.empty_like(logits)
         out[batch.target_index.to(device)] = logits
         return out.view(*tokens.shape, self.vocab_size)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,39 @@ CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 # Tensor cores take half-precision matrices whose sizes are multiples of this. Products of others are several times as
 # slow (docs/speed.md).
 ALIGNED = 8
+# Logit of an id of the other modality, whose probability is exactly 0. Finite, so that divergences are.
+NEVER = -1e30
+
+
+class Modalities(NamedTuple):
+    """Where the caption of a row ends and its image begins, in positions and in ids.
+
+    Attributes:
+        places: positions of the caption, which come first.
+        ids: ids of text, which come first.
+    """
+
+    places: int
+    ids: int
+
+    def mask(self, logits: Float[Tensor, "T V"], places: Int[Tensor, "T"]) -> Float[Tensor, "T V"]:
+        """Give ids of the other modality the logit `NEVER`, in place.
+
+        Args:
+            logits: of all ids.
+            places: position of every row.
+        """
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        return logits.masked_fill_((places < self.places)[:, None] != (ids < self.ids), NEVER)
+
+    def rows(self, losses: RowLosses, places: Int[Tensor, "T"]) -> RowLosses:
+        """Make losses that see the ids of a row's own modality alone.
+
+        Args:
+            losses: of logits.
+            places: position of every row.
+        """
+        return lambda logits, part, dtype: losses(self.mask(logits, places[part]), part, dtype)
 
 
 def chunk_rows(entries: Mapping[str, int], width: int, device: torch.device) -> int:
@@ -304,11 +337,16 @@ class Head(nn.Module):
     Args:
         size: H.
         vocab_size: V.
+
+    Attributes:
+        modalities: of rows of captions and images, in which a position has the ids of its own modality only; None:
+            every position has all ids.
     """
 
     def __init__(self, size: int, vocab_size: int):
         super().__init__()
         self.vocab_size = vocab_size
+        self.modalities: Modalities | None = None
         self.weight = nn.Parameter(torch.zeros(vocab_size, size))
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
@@ -317,6 +355,7 @@ class Head(nn.Module):
         hidden: Float[Tensor, "T H"],
         targets: Int[Tensor, "T"] | DistillTargets | None = None,
         row_weights: Float[Tensor, "T"] | None = None,
+        places: Int[Tensor, "T"] | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, "T"]:
         """Compute logits, or the loss of every row without ever holding all logits.
 
@@ -325,6 +364,7 @@ class Head(nn.Module):
             targets: ids below V, and the loss is the cross-entropy with them, in nats; or a teacher's vectors for the
                 same rows, and the loss is the divergence from the teacher; None: logits.
             row_weights: factor of every row's loss, see `chunked_loss`; None: 1.
+            places: positions of the rows, which a head with `modalities` needs.
 
         Returns:
             Logits [T, V] without targets, else losses [T]; float32, since cross-entropies from bf16 logits are wrong
@@ -332,15 +372,23 @@ class Head(nn.Module):
         """
         if targets is None:
             if torch.is_grad_enabled():
-                return F.linear(upcast(hidden), upcast(self.weight), upcast(self.bias))
-            x, weight, bias = operands(hidden, self.weight, self.bias)
-            if _is_half(x):
-                weight = F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
-            return product(x, weight.T)[:, : self.vocab_size].add_(bias)
+                logits = F.linear(upcast(hidden), upcast(self.weight), upcast(self.bias))
+            else:
+                x, weight, bias = operands(hidden, self.weight, self.bias)
+                if _is_half(x):
+                    weight = F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
+                logits = product(x, weight.T)[:, : self.vocab_size].add_(bias)
+            if self.modalities is None:
+                return logits
+            assert places is not None, "positions tell which ids are predicted"
+            return self.modalities.mask(logits, places)
         if row_weights is None:
             row_weights = torch.ones(len(hidden), device=hidden.device)
         row_losses = (
             divergence_rows(targets) if isinstance(targets, DistillTargets) else cross_entropy_rows(targets)
         )
+        if self.modalities is not None:
+            assert places is not None, "positions tell which ids are predicted"
+            row_losses = self.modalities.rows(row_losses, places)
         chunk = chunk_rows(CHUNK_LOGITS, self.vocab_size, hidden.device)
         return chunked_loss(hidden, self.weight, self.bias, row_weights, row_losses, chunk)

@@ -30,6 +30,7 @@ from pipeline.config.section import NonNegativeInt, Section
 from pipeline.errors import CheckpointError, did_you_mean
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
+from pipeline.models.head import Modalities
 from pipeline.storage.hub import CONFIG, HUB_CONFIG, WEIGHTS
 
 ADAPTER = "adapter.safetensors"
@@ -50,6 +51,8 @@ class DataFacts:
         answer_block: answers to prompts go on with end of text up to a multiple of so many tokens; None where rows
             are no prompts and answers.
         template: how prompts become text (`data.template`), or None.
+        caption: tokens of a row's caption, behind which its image begins, or None where rows are no such pairs.
+        text_ids: number of ids of text in such rows, behind which those of images begin, or None.
     """
 
     vocab_size: int
@@ -61,6 +64,15 @@ class DataFacts:
     class_names: tuple[str, ...] | None = None
     answer_block: int | None = None
     template: TemplateName | None = None
+    caption: int | None = None
+    text_ids: int | None = None
+
+    @property
+    def modalities(self) -> Modalities | None:
+        """The modalities of rows of captions and images; None for other rows."""
+        if self.caption is None or self.text_ids is None:
+            return None
+        return Modalities(self.caption, self.text_ids)
 
 
 class _Facts(Section):
@@ -75,6 +87,8 @@ class _Facts(Section):
     class_names: tuple[str, ...] | None = None
     answer_block: PositiveInt | None = None
     template: TemplateName | None = None
+    caption: PositiveInt | None = None
+    text_ids: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ def assembled(config: ModelConfig, facts: DataFacts, tensors: dict[str, Tensor],
         CheckpointError: as `load_weights`.
     """
     with torch.device("meta"):
-        model = build(config, facts.vocab_size, facts.length, facts.bos)
+        model = build(config, facts.vocab_size, facts.length, facts.bos, facts.modalities)
     load_weights(model, tensors, origin)
     return model.eval()
 

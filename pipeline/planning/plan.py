@@ -52,6 +52,12 @@ def data_facts(config: RunConfig) -> DataFacts | None:
         tokenizer = load_tokenizer(data.tokenizer)
         special = SpecialIds.of_text(data, tokenizer)
         return DataFacts(tokenizer.vocab_size, data.length, special.bos, special.eot, pad=special.pad)
+    if data.kind == "pair":
+        if data.tokenizer != "patch":
+            return None
+        text = load_tokenizer(data.text_tokenizer).vocab_size if data.fitted is None else data.fitted
+        facts = DataFacts(text + data.codes, data.length, None, None)
+        return replace(facts, caption=data.caption_length, text_ids=text)
     if data.tokenizer == "patch":
         return DataFacts(data.codes, data.length, data.codes + 1, None)
     return None
@@ -269,7 +275,7 @@ def report(
 def _empty_model(config: RunConfig, facts: DataFacts) -> Denoiser:
     """Build the run's model without storage for its parameters."""
     with torch.device("meta"):
-        return build(config.model, facts.vocab_size, facts.length, facts.bos)
+        return build(config.model, facts.vocab_size, facts.length, facts.bos, facts.modalities)
 
 
 def _groups(config: RunConfig, facts: DataFacts) -> Bool[np.ndarray, "B L"]:

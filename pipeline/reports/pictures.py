@@ -1,14 +1,18 @@
 """Figures of sampled images: labelled grids, and the order in which tokens were revealed."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
+from pipeline.errors import printable
+
 _INK, _GREY = "#22262b", "#7a828c"
 _HIDDEN = 208  # grey level of tokens that are not revealed yet
 _COLUMNS = 8  # of a grid without labels
+_CAPTIONED, _WIDTH = 4, 28  # columns of a grid with captions, and characters of their lines
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the steps, at which a sample is shown
 
 
@@ -36,6 +40,35 @@ def sample_grid(images: UInt8[np.ndarray, "n S S 3"], labels: Sequence[int] | No
         for cell, image in zip(column, group, strict=False):
             cell.imshow(image, interpolation="nearest")
     return figure
+
+
+def captioned_grid(images: UInt8[np.ndarray, "n S S 3"], captions: Sequence[str]) -> Figure:
+    """Arrange images in a grid, each under its caption.
+
+    Args:
+        images: of one size.
+        captions: of the images.
+    """
+    columns = min(_CAPTIONED, len(images))
+    height = -(-len(images) // columns)
+    figure = Figure(figsize=(1.9 * columns, 1.9 * height), dpi=150, layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False)
+    for cell in axes.flat:
+        cell.set_axis_off()
+    for cell, image, caption in zip(axes.flat, images, captions, strict=False):
+        cell.imshow(image, interpolation="nearest")
+        cell.set_title(caption_lines(caption), fontsize=7, color=_INK, pad=3)
+    return figure
+
+
+def caption_lines(caption: str) -> str:
+    """Break a caption into a few short lines, which mean nothing to matplotlib but text.
+
+    Args:
+        caption: of any length.
+    """
+    lines = textwrap.wrap(printable(caption), _WIDTH, max_lines=4, placeholder=" ...") or ["(empty)"]
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def unmasking_order(

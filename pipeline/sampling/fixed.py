@@ -154,7 +154,10 @@ def _step(
     if weight is not None:
         hidden, unconditional = hidden.chunk(2)
         guidance = Guidance(unconditional, weight)
-    return draw_tokens(model.head, hidden, noise.flatten(), filters, guidance).tokens.view_as(noise)
+    own = None if model.head.modalities is None else positions[: len(noise)].flatten()
+    return draw_tokens(model.head, hidden, noise.flatten(), filters, guidance, places=own).tokens.view_as(
+        noise
+    )
 
 
 def compiled_step(memory: Any) -> Callable[..., Int[Tensor, "samples width"]]:

@@ -78,6 +78,7 @@ def draw_tokens(
     filters: Filters = Filters(),
     guidance: Guidance | None = None,
     certainty: bool = False,
+    places: Int[Tensor, "Q"] | None = None,
 ) -> Drawn:
     """Draw one token a row from softmax(head(hidden)) by inverting the cumulative distribution in float64.
 
@@ -91,6 +92,7 @@ def draw_tokens(
         filters: temperature, top-k and nucleus, applied after guidance.
         guidance: vectors without class, and the weight of guidance.
         certainty: also compute log-probabilities and entropies, which takes several times as long.
+        places: positions of the rows, for a head with modalities.
 
     Shape:
         hidden: [Q, H]; noise: [Q].
@@ -105,10 +107,11 @@ def draw_tokens(
     drawn = [Drawn(noise[:0].long(), noise[:0], noise[:0])]
     for start in range(0, len(hidden), head_rows):
         part = slice(start, start + head_rows)
-        logits = head(hidden[part])
+        own = None if places is None else places[part]
+        logits = head(hidden[part], places=own)
         if guidance is not None:
             conditional, free = (
-                x.double().log_softmax(-1) for x in (logits, head(guidance.unconditional[part]))
+                x.double().log_softmax(-1) for x in (logits, head(guidance.unconditional[part], places=own))
             )
             logits = (1 + guidance.weight) * conditional - guidance.weight * free
         for chunk, uniform in zip(logits.split(draw_rows), noise[part].split(draw_rows), strict=True):

@@ -58,7 +58,7 @@ def check(order: Order, steps: int, unknown: int, length: int) -> None:
         order: the order.
         steps: number of steps.
         unknown: positions to reveal in the row that has the most.
-        length: positions of a row, without BOS.
+        length: positions of a row, without BOS or caption.
 
     Raises:
         ConfigError: fewer than 1 step or more steps than positions, or a Halton order of rows that are no square
@@ -108,7 +108,13 @@ def schedule_of(order: Order) -> Schedule:
 
 
 def plan(
-    order: Order, unknown: Int[np.ndarray, "U"], steps: int, *, rng: np.random.Generator, bos: bool
+    order: Order,
+    unknown: Int[np.ndarray, "U"],
+    steps: int,
+    *,
+    rng: np.random.Generator,
+    start: int,
+    length: int,
 ) -> tuple[Int[np.ndarray, "U"], Int[np.ndarray, "steps"]]:
     """Plan the revelation of one row by an order of `PLANNED`.
 
@@ -117,7 +123,9 @@ def plan(
         unknown: positions to reveal, ascending.
         steps: number of steps.
         rng: source of random orders.
-        bos: position 0 holds BOS.
+        start: position where the grid of an image begins, behind BOS or a caption. In a Halton order, positions
+            before it are revealed beside the grid, in a uniform order and in equal parts.
+        length: L.
 
     Returns:
         The positions in the order of their revelation, and how many each step reveals.
@@ -131,12 +139,19 @@ def plan(
         time = rng.random(len(unknown)) * steps
         step = np.minimum(time.astype(np.int64), steps - 1)
         return unknown[np.argsort(time)], np.bincount(step, minlength=steps)
+    if order.name == "halton":
+        text, cells = unknown[unknown < start], unknown[unknown >= start] - start
+        grid = _halton(cells, round((length - start) ** 0.5)) + start
+        counts = step_counts(len(grid), steps, schedule_of(order))
+        if not len(text):
+            return grid, counts
+        others = step_counts(len(text), steps, "linear")
+        parts = (np.split(x, n.cumsum()[:-1]) for x, n in ((rng.permutation(text), others), (grid, counts)))
+        sequence = [part for both in zip(*parts, strict=True) for part in both]
+        return np.concatenate(sequence), counts + others
     counts = step_counts(len(unknown), steps, schedule_of(order))
     if order.name == "left_to_right":
         return unknown, counts
-    if order.name == "halton":
-        side = round((unknown.max(initial=0) + 1 - bos) ** 0.5) if len(unknown) else 0
-        return _halton(unknown - bos, side) + bos, counts
     assert order.name == "uniform", order.name
     return rng.permutation(unknown), counts
 

@@ -141,6 +141,9 @@ class _Rows:
     def __init__(self, model: Denoiser, request: SamplingRequest):
         known = _check(model, request)
         self._model, self._request = model, request
+        # Positions before those of the grid, or of the text.
+        modalities = model.head.modalities
+        self._start = int(request.bos is not None) if modalities is None else modalities.places
         self._copies = 2 if request.guidance else 1  # with class, and without
         self.order = Order(request.order) if isinstance(request.order, str) else request.order
         rows, device = request.num_samples, model.head.weight.device
@@ -155,7 +158,7 @@ class _Rows:
             extents = [*request.extents]
             unknown &= torch.arange(model.length) < torch.tensor(extents)[:, None]
             extents *= self._copies
-        length = model.length - (request.bos is not None)
+        length = model.length - self._start
         # A short row among longer ones reveals nothing in the last steps, so any row may have fewer tokens.
         most = int(unknown.sum(1).max()) if extents is None or model.left_to_right else length
         orders.check(self.order, request.steps, most, length)
@@ -225,9 +228,8 @@ class _Rows:
     def _plan(self) -> fixed.Plan:
         """Plan the steps of all rows, and note the step of every position."""
         (rows, length), steps = self.tokens.shape, self._request.steps
-        bos = self._request.bos is not None
         plans = [
-            orders.plan(self.order, np.flatnonzero(unknown), steps, rng=rng, bos=bos)
+            orders.plan(self.order, np.flatnonzero(unknown), steps, rng=rng, start=self._start, length=length)
             for unknown, rng in zip(self._unknown.numpy(), self._generators, strict=True)
         ]
         noise = np.stack([rng.random(length) for rng in self._generators]).ravel()
@@ -297,7 +299,9 @@ class _Rows:
         if copies > 1:
             hidden, unconditional = hidden.chunk(copies)
             guidance = Guidance(unconditional, self._weight(step))
-        return draw_tokens(self._model.head, hidden, noise, request.filters, guidance, certainty)
+        head = self._model.head
+        places = None if head.modalities is None else positions
+        return draw_tokens(head, hidden, noise, request.filters, guidance, certainty, places)
 
 
 def sample_long(

@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline import storage, trained
 from pipeline.config.model import ModelConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.tokenizers import Tokenizer
+from pipeline.data.tokenizers import PairTokenizer, Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.models import build, model_folder
 from pipeline.models.adapters.folder import Base
@@ -38,7 +38,7 @@ from pipeline.training.engine import OPTIMIZER, Engine
 from pipeline.training.slices import Index, index_of
 
 log = logging.getLogger(__name__)
-AnyTokenizer = Tokenizer | ImageTokenizer
+AnyTokenizer = Tokenizer | ImageTokenizer | PairTokenizer
 Files = dict[str, tuple[int, str]]  # size and SHA-256 by path in a checkpoint
 STATE = "state.json"
 UNIVERSAL = "universal"  # in a run's folder: checkpoints converted for another number of workers
@@ -408,7 +408,8 @@ def ema_weights(path: str, config: ModelConfig, manifest: Manifest) -> dict[str,
         raise CheckpointError(f"{path} is not usable: " + "; ".join(flaws))
     averages = read_averages(storage.fetch(path, is_average))
     with torch.device("meta"):
-        model = build(config, manifest.vocabulary, manifest.length, manifest.special.bos)
+        facts = manifest.facts
+        model = build(config, facts.vocab_size, facts.length, facts.bos, facts.modalities)
         if config.lora is not None:
             adapt(model, config.lora)
     tensors = {}

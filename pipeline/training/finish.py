@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +17,20 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics import ngram, step_quality
 from pipeline.metrics.draw import Sampler
 from pipeline.reports.figures import loss_curve, png, quality_against_steps
-from pipeline.reports.pictures import sample_grid
+from pipeline.reports.pictures import captioned_grid, sample_grid
 from pipeline.run import Run
 from pipeline.runtime.actors import in_order, started
 from pipeline.sampling.row_ends import cut_rows
 from pipeline.training import checkpoint
 from pipeline.training.distillation import sampling_steps, teacher_folder
-from pipeline.training.validation import image_tokenizer, pictures_shown, validation_rows
+from pipeline.training.validation import (
+    image_tokenizer,
+    pair_tokenizer,
+    pairs_shown,
+    pictures_shown,
+    prompts_of,
+    validation_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +90,12 @@ def finish(run: Run) -> RunResult:
     checkpoint.prune(folder, config.train.keep)
     state = checkpoint.read_state(last)
     text = config.data.kind == "text"
-    tokenizer = run.text_tokenizer if text else image_tokenizer(run)
+    tokenizers: dict[str, Callable[[], checkpoint.AnyTokenizer]] = {
+        "text": lambda: run.text_tokenizer,
+        "image": lambda: image_tokenizer(run),
+        "pair": lambda: pair_tokenizer(run),
+    }
+    tokenizer = tokenizers[config.data.kind]()
     checkpoint.consolidate(last, run, tokenizer)
     references = _references(run) if text else {}
     grid = None if text else _grid(run)
@@ -185,11 +198,19 @@ def _quality(run: Run) -> list[step_quality.Quality]:
 
 def _grid(run: Run) -> Figure:
     """Draw a grid of samples of the finished model on a device of the run, and write it to the run's folder."""
-    settings, classes = pictures_shown(run)
+    pair, known = run.config.data.kind == "pair", None
+    settings, classes = (pairs_shown(run), None) if pair else pictures_shown(run)
+    if pair:
+        known = prompts_of(run, ShardReader(run.data_path, run.manifest, "validation"))
     with started(Sampler, (run.resources.cpus,), replace(run.resources, actors=1), tasks=1) as samplers:
-        (batch,) = in_order(samplers, "draw", [(run.model_folder, settings, 0, settings.num_samples)])
+        task = (run.model_folder, settings, 0, settings.num_samples, known)
+        (batch,) = in_order(samplers, "draw", [task])
         (pictures,) = in_order(samplers, "decode", [(run.model_folder, batch.tokens)])
-    figure = sample_grid(pictures, classes)
+    if pair:
+        captions = pair_tokenizer(run).captions(batch.tokens, run.manifest.caption or 0)
+        figure = captioned_grid(pictures, captions)
+    else:
+        figure = sample_grid(pictures, classes)
     storage.publish_bytes(storage.join(run.folder, GRID), png(figure))
     return figure
 

@@ -94,7 +94,8 @@ def _attempt(run: Run, session: Session) -> dict[str, float]:
 
     # Model, optimiser, EMA: equal on all ranks.
     torch.manual_seed(config.seed)
-    model = build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos)
+    facts = manifest.facts
+    model = build(config.model, facts.vocab_size, facts.length, facts.bos, facts.modalities)
     initial, base = None, None
     if config.model.lora is not None:
         base = resuming.adapt_base(run, model, config.model.lora, resume)

@@ -120,14 +120,22 @@ class Task(ABC):
         return total.numpy()
 
     def _with_roles(self, step: int, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Set the roles of a step's rows; for a masked model, answers end with a random block."""
-        block, kind = self._run.manifest.answer_block, self._config.model.kind
+        """Set the roles of a step's rows.
+
+        For a masked model, answers end with a random block. Of a caption and its image, either may be given; an
+        autoregressive model learns both, from left to right.
+        """
+        manifest, kind = self._run.manifest, self._config.model.kind
+        block, caption, (batch, length) = manifest.answer_block, manifest.caption, self._shape
+        seed = self._config.seed
 
         def roles(micro: MicroBatch) -> Roles | None:
+            places = self._places(micro)
+            if caption is not None and kind != "ar":
+                own = {"caption": caption, "length": length}
+                return partition.draw_given(places, seed=seed, step=step, batch=batch, **own)
             if micro.roles is None or block is None or kind != "mdlm":
                 return micro.roles
-            seed, batch = self._config.seed, self._shape[0]
-            places = self._places(micro)
             return partition.cut_answers(micro.roles, places, seed=seed, step=step, batch=batch, block=block)
 
         return [replace(micro, roles=roles(micro)) for micro in micros]
@@ -152,7 +160,8 @@ class Task(ABC):
 
     def _order(self, step: int, micro: MicroBatch) -> Int[np.ndarray, "m L"]:
         """Draw the orders of revelation of the rows of a micro-batch, for models with a causal encoder."""
-        seed, given = [self._config.seed, step, 3], None if micro.roles is None else micro.roles.given
+        seed = [self._config.seed, step, 3]
+        given = None if micro.roles is None else micro.roles.known(self._shape[1])
         return partition.draw_order(seed, self._places(micro), self._shape[1], self._bos, given)
 
     def _rows(
@@ -179,7 +188,8 @@ class Pretraining(Task):
     def __init__(self, run: Run, model: Denoiser, device: torch.device):
         bos = run.manifest.special.bos is not None
         self._objective = Objective(run.config.diffusion, bos, model.both_groups, model.left_to_right)
-        self._sums = run.manifest.padded or self._objective.counts_groups
+        roles = run.manifest.padded or run.manifest.caption is not None
+        self._sums = roles or self._objective.counts_groups
         super().__init__(run, model, device, self._sums)
 
     def prepare(self, step: int, micros: Sequence[MicroBatch], skipped: Collection[int]) -> list[Prepared]:

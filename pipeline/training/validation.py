@@ -11,12 +11,13 @@ from pipeline import storage
 from pipeline.config.evaluation import SamplingConfig
 from pipeline.data.manifest import TOKENIZER
 from pipeline.data.shards import ShardReader
+from pipeline.data.tokenizers import PairTokenizer, load_tokenizer
 from pipeline.metrics import likelihood
 from pipeline.metrics.class_names import class_ids
 from pipeline.metrics.draw import draw_rows
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.vq import ImageTokenizer, load_image_tokenizer
-from pipeline.reports.pictures import sample_grid, unmasking_order
+from pipeline.reports.pictures import captioned_grid, sample_grid, unmasking_order
 from pipeline.run import Run
 from pipeline.runtime.session import Session
 from pipeline.sampling.row_ends import texts_of
@@ -28,13 +29,14 @@ from pipeline.training.engine import Engine
 log = logging.getLogger(__name__)
 
 TEXTS, PICTURES_A_CLASS, CLASSES_SHOWN = 2, 4, 10
+PAIRS = 16  # held-out captions whose images are shown
 
 
 def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | None = None) -> ImageTokenizer:
     """Load the tokenizer that made the codes of a run's images; it lies beside the shards.
 
     Args:
-        run: on images.
+        run: on images, with captions or without.
         device: of the tokenizer.
         batch: number of images per call; None: as many as when the codes were made.
 
@@ -42,9 +44,19 @@ def image_tokenizer(run: Run, device: torch.device | str = "cpu", batch: int | N
         The tokenizer.
     """
     data = run.config.data
-    assert data.kind == "image"
+    assert data.kind != "text"
     folder = storage.join(run.data_path, TOKENIZER)
     return load_image_tokenizer(folder, data.factor, batch or data.encode_batch, device)
+
+
+def pair_tokenizer(run: Run, device: torch.device | str = "cpu") -> PairTokenizer:
+    """Load the tokenizers of a run's captions and images.
+
+    Args:
+        run: on captions and images.
+        device: of the tokenizer of images.
+    """
+    return PairTokenizer(load_tokenizer(storage.join(run.data_path, TOKENIZER)), image_tokenizer(run, device))
 
 
 def validation_rows(available: int, most: int) -> Int[np.ndarray, "n"]:
@@ -75,7 +87,7 @@ def validate(
 
     Returns:
         Value of the run's validation metric, perplexity (text) or loss in nats per masked token (images); and the
-        samples of a text model.
+        samples of a text model, or the captions of those of a model of captions and images.
     """
     config, bos = run.config, run.manifest.special.bos
     reader = ShardReader(run.data_path, run.manifest, "validation")
@@ -105,6 +117,13 @@ def validate(
         texts = tuple(texts_of(tokens.numpy(), special.eot, special.pad, tokenizer.decode))
         if tracker:
             tracker.log_text("\n\n-----\n\n".join(texts), f"samples/step_{step:08d}.txt")
+    elif config.data.kind == "pair":
+        caption = run.manifest.caption or 0
+        pair = pair_tokenizer(run, session.device)
+        texts = tuple(pair.captions(tokens.numpy(), caption))
+        if tracker:
+            figure = captioned_grid(pair.images(tokens.numpy(), caption), texts)
+            tracker.log_figure(figure, f"samples/step_{step:08d}.png")
     elif tracker:
         pictures = image_tokenizer(run, session.device, len(tokens)).decode(tokens[:, 1:].numpy())
         tracker.log_figure(sample_grid(pictures, classes), f"samples/step_{step:08d}.png")
@@ -118,12 +137,16 @@ def validate(
 
 
 def prompts_of(run: Run, reader: ShardReader) -> Known | None:
-    """Return the prompts of the first held-out rows, to be answered; None where rows have none.
+    """Return the prompts of the first held-out rows, to be answered, or their captions; None where rows have none.
 
     Args:
         run: with its manifest.
         reader: of the held-out rows.
     """
+    if run.manifest.caption is not None:
+        tokens = reader.rows(np.resize(np.arange(min(PAIRS, len(reader))), PAIRS)).astype(np.int64)
+        given = np.broadcast_to(np.arange(reader.length) < run.manifest.caption, tokens.shape)
+        return torch.from_numpy(tokens), torch.from_numpy(given.copy())
     if run.manifest.answer_block is None:
         return None
     rows = reader.read(np.resize(np.arange(min(TEXTS, len(reader))), TEXTS))
@@ -152,6 +175,8 @@ def draw(
     settings, bos, labels = config.sampling, manifest.special.bos, None
     if config.data.kind == "image":
         settings, labels = pictures_shown(run)
+    elif config.data.kind == "pair":
+        settings = pairs_shown(run)
     elif model.left_to_right:
         steps = manifest.length - (bos is not None)
         settings = SamplingConfig(num_samples=TEXTS, steps=steps, order="left_to_right", seed=settings.seed)
@@ -160,6 +185,18 @@ def draw(
     revealed = torch.zeros(settings.num_samples, manifest.length, dtype=torch.int64)
     tokens = draw_rows(model, settings, manifest.facts, (0, settings.num_samples), revealed, known)
     return tokens.cpu(), labels, revealed
+
+
+def pairs_shown(run: Run) -> SamplingConfig:
+    """Say how images of a few held-out captions are drawn, which show a model of captions and images.
+
+    Args:
+        run: with its manifest.
+    """
+    settings, steps = run.config.sampling, run.config.data.grid
+    if run.config.model.kind != "ar":
+        steps = min(steps, settings.steps)
+    return settings.model_copy(update={"num_samples": PAIRS, "steps": steps})
 
 
 def pictures_shown(run: Run) -> tuple[SamplingConfig, list[int] | None]:

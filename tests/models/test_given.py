@@ -57,7 +57,7 @@ def training_batch(model: Denoiser, tokens: np.ndarray | None = None, roles: Rol
     draws = draw(DiffusionConfig(), seed=3, step=5, shape=tokens.shape, bos=True)
     divisor = objective.normaliser(draws.groups, int(roles.counts(True).sum()))
     assert divisor == (4 + 6 + 9 + 5 + 1) * (2 if model.both_groups else 1) or roles is not ROLES
-    order = draw_order([3, 5], range(len(tokens)), L, bos=True, given=roles.given)
+    order = draw_order([3, 5], range(len(tokens)), L, bos=True, given=roles.known(L))
     present = np.ones(len(tokens), bool)
     cpu = torch.device("cpu")
     return objective.batch(
@@ -231,7 +231,7 @@ def test_estimates_hide_targets_alone(name: str, estimator: str) -> None:
 def pairs_of(tokens: np.ndarray) -> list[tuple[Sequence[int], Sequence[int]]]:
     return [
         (row[1 : max(given, 1)].tolist(), row[max(given, 1) : end].tolist())
-        for row, given, end in zip(tokens, *ROLES, strict=True)
+        for row, given, end in zip(tokens, ROLES.given, ROLES.lengths, strict=True)
     ]
 
 
@@ -289,7 +289,7 @@ def test_a_teacher_rolls_out_rows_with_roles_as_rows_alone(name: str, form: str)
     sides = hidden_sides(draws, 0.1, form, 1e-3, True)  # type: ignore[arg-type]
     sides = sides._replace(hidden=sides.hidden & ROLES.targets(L, True)[:, None])
     noise = np.random.default_rng(0).random((len(tokens), 2, 2, L))
-    order = draw_order([0], range(len(tokens)), L, True, ROLES.given) if model.causal else None
+    order = draw_order([0], range(len(tokens)), L, True, ROLES.known(L)) if model.causal else None
     together = teach(model, tokens, sides, noise, 0.1, order=order, roles=ROLES)
     alone = []
     for row, n in enumerate(ROLES.lengths):

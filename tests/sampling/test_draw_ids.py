@@ -46,7 +46,7 @@ def test_by_the_cumulative_distribution_in_plain_form() -> None:
 
 def test_what_is_given_is_not_written_to() -> None:
     class Given(Head):
-        def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, hidden: Tensor, places: Tensor | None = None) -> Tensor:  # type: ignore[override]
             return hidden
 
     logits, noise = torch.randn(5, V, dtype=torch.float64), torch.rand(5, dtype=torch.float64)

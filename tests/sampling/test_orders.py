@@ -33,7 +33,7 @@ class Plain(Head):
     def __init__(self, vocab_size: int):
         super().__init__(1, vocab_size)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         assert targets is None
         return hidden
 
@@ -104,7 +104,9 @@ def test_binomial_counts_are_the_posteriors(joint: np.ndarray):
     steps, rows = 5, 4000
     counts = np.stack(
         [
-            orders.plan(Order("binomial"), np.arange(30), steps, rng=np.random.default_rng(i), bos=False)[1]
+            orders.plan(
+                Order("binomial"), np.arange(30), steps, rng=np.random.default_rng(i), start=0, length=30
+            )[1]
             for i in range(rows)
         ]
     )
@@ -123,7 +125,9 @@ def test_steps_that_reveal_nothing_are_not_run(joint: np.ndarray):
 
 
 def test_halton_visits_every_cell_once_and_spreads():
-    order, _ = orders.plan(Order("halton"), np.arange(64), 8, rng=np.random.default_rng(0), bos=False)
+    order, _ = orders.plan(
+        Order("halton"), np.arange(64), 8, rng=np.random.default_rng(0), start=0, length=64
+    )
     assert sorted(order.tolist()) == list(range(64))
     rows, columns = order // 8, order % 8
     quarter = (rows[:16] // 4) * 2 + columns[:16] // 4

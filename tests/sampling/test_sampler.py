@@ -196,7 +196,7 @@ def test_orders_are_uniform() -> None:
     rng = np.random.default_rng(0)
     counts = np.zeros((3, 7))
     for _ in range(6000):
-        sequence, sizes = orders.plan(orders.Order(), np.arange(2, 9), 3, rng=rng, bos=False)
+        sequence, sizes = orders.plan(orders.Order(), np.arange(2, 9), 3, rng=rng, start=0, length=9)
         assert sizes.tolist() == [3, 2, 2]
         for step, part in enumerate(np.split(sequence, np.cumsum(sizes)[:-1])):
             counts[step, part - 2] += 1

@@ -21,7 +21,7 @@ class Plain(Head):
     def __init__(self, vocab_size: int):
         super().__init__(vocab_size, vocab_size)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         assert targets is None
         return hidden
 

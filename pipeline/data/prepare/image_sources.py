@@ -1,4 +1,4 @@
-"""Labelled images from scikit-learn's digits, class folders, tar and Parquet files, idx files and the hub.
+"""Images with labels or captions: scikit-learn's digits, folders, tar and Parquet files, idx files and the hub.
 
 A source is listed first: the place of every image and, where it can be had without the pixels, its label. Any part of
 the list can then be read on its own. Sources that come sorted by class (digits, folders, idx) are listed in a fixed
@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
 from pipeline import storage
-from pipeline.config.data import ImageDataConfig
+from pipeline.config.data import ImageDataConfig, PairDataConfig, Pictures
 from pipeline.data.manifest import SourceInfo
-from pipeline.data.prepare import source_files, tars
+from pipeline.data.prepare import captions, source_files, tars
 from pipeline.data.prepare.source_files import HUB, Problem, SourceFile, fault_of_data, is_a
 from pipeline.data.prepare.tars import Member, Sample
 from pipeline.data.reading_order import permutation
@@ -41,12 +41,14 @@ _KINDS = {"image files": IMAGES, "tar files": TAR, "Parquet files": PARQUET, "id
 _ORDER = 1  # seed of the order of sources that come sorted by class
 _READERS = 8  # files listed at the same time
 _ROWS = 64  # of Parquet held at a time
+_CAPTIONED = "digits, a folder with data.captions, tar or Parquet files"
 _NAMED = 6  # names in a message
 _IDX_IMAGES = re.compile(r"images([-.])idx3-ubyte(\.gz)?$", re.IGNORECASE)
 LABELS = {"cls", "json"}  # suffixes in tar files
 _PARTS = {*LABELS, *(end[1:] for end in IMAGES)}
 
-RawImage = tuple[bytes | UInt8[np.ndarray, "..."], int]  # bytes of a file, or pixels; and the label
+# Bytes of a file, or pixels; and the label or the caption.
+RawImage = tuple[bytes | UInt8[np.ndarray, "..."], int | str]
 
 
 class Ref(NamedTuple):
@@ -56,14 +58,14 @@ class Ref(NamedTuple):
         path: of its file, or "digits".
         place: row of Parquet, idx or digits; byte in a tar file; 0 in a file of its own.
         size: number of bytes in a tar file, else 0.
-        label: its class; -1 if it is read with the image.
+        label: its class, or its caption; -1 if it is read with the image.
         name: of the member of a tar file, else "".
     """
 
     path: str
     place: int
     size: int
-    label: int
+    label: int | str
     name: str = ""
 
     def __str__(self) -> str:
@@ -112,7 +114,7 @@ class Listing:
     class_names: tuple[str, ...] | None
 
 
-def open_images(data: ImageDataConfig) -> ImageSource:
+def open_images(data: Pictures) -> ImageSource:
     """List the files that `data.source` names.
 
     Args:
@@ -122,21 +124,29 @@ def open_images(data: ImageDataConfig) -> ImageSource:
         DataError: nothing is there, nothing that can be read, or files of several kinds.
     """
     if data.source == DIGITS:
-        info = source_files.describe(data, [_digits()[0].tobytes().hex()])
+        described = captions.describe_digits(*captions.digits()) if isinstance(data, PairDataConfig) else []
+        info = source_files.describe(data, [captions.digits()[0].tobytes().hex(), *described])
         return ImageSource((SourceFile(DIGITS, "", 0, version=info.fingerprint),), info)
     if data.source.startswith(HUB):
         return _open_hub(data)
-    files = source_files.find(data.source, tuple(itertools.chain(*_KINDS.values())), DIGITS)
+    suffixes = tuple(itertools.chain(*_KINDS.values()))
+    if isinstance(data, PairDataConfig):
+        suffixes = (*suffixes, f"/{data.captions}".lower())
+    files = source_files.find(data.source, suffixes, DIGITS)
     kinds = [kind for kind, ends in _KINDS.items() if any(is_a(file.path, ends) for file in files)]
     if len(kinds) != 1:
         names = " and ".join(kinds)
         raise DataError(f"data.source: {names} at {data.source!r}; expected one kind of {', '.join(_KINDS)}")
+    if kinds != ["image files"]:
+        files = [file for file in files if is_a(file.path, _KINDS[kinds[0]])]
+    if kinds == ["idx files"] and isinstance(data, PairDataConfig):
+        raise DataError(f"data.source: idx files at {data.source!r} have no captions; expected {_CAPTIONED}")
     if kinds == ["idx files"]:
         files = _idx_pair(files, data.source)
     return ImageSource(tuple(files), source_files.describe(data, source_files.names_and_sizes(files)))
 
 
-def list_file(path: str, data: ImageDataConfig) -> list[Ref | Problem]:
+def list_file(path: str, data: Pictures) -> list[Ref | Problem]:
     """List the images of a tar file, all of which is read, or of a Parquet file.
 
     Args:
@@ -149,7 +159,7 @@ def list_file(path: str, data: ImageDataConfig) -> list[Ref | Problem]:
     return list(_list_tar(path, data) if is_a(path, TAR) else _list_parquet(path, data))
 
 
-def list_here(paths: Sequence[str], data: ImageDataConfig) -> list[list[Ref | Problem]]:
+def list_here(paths: Sequence[str], data: Pictures) -> list[list[Ref | Problem]]:
     """List the images of several files in this process; see `list_file`.
 
     Args:
@@ -162,8 +172,8 @@ def list_here(paths: Sequence[str], data: ImageDataConfig) -> list[list[Ref | Pr
 
 def list_images(
     source: ImageSource,
-    data: ImageDataConfig,
-    list_files: Callable[[Sequence[str], ImageDataConfig], list[list[Ref | Problem]]] = list_here,
+    data: Pictures,
+    list_files: Callable[[Sequence[str], Pictures], list[list[Ref | Problem]]] = list_here,
 ) -> Listing:
     """List every image of a source in order.
 
@@ -184,19 +194,29 @@ def list_images(
         problems = [item for item in items if isinstance(item, Problem)]
     else:
         if first == DIGITS:
-            refs = [Ref(DIGITS, i, 0, label=int(label)) for i, label in enumerate(_digits()[1])]
+            pixels, classes = captions.digits()
+            texts = (
+                captions.describe_digits(pixels, classes)
+                if isinstance(data, PairDataConfig)
+                else classes.tolist()
+            )
+            refs = [Ref(DIGITS, i, 0, label=label) for i, label in enumerate(texts)]
         elif is_a(first, IDX):
             refs = _list_idx(*(file.path for file in source.files))
+        elif isinstance(data, PairDataConfig):
+            found, problems = captions.list_captions(source.files, data)
+            refs = [Ref(path, 0, 0, label=caption) for path, caption in found]
         else:
             refs, problems, names = _list_folders(source.files, data)
         refs = [refs[i] for i in permutation(len(refs), _ORDER)]
-    within = [ref for ref in refs if -1 <= ref.label < data.classes]
-    strays = (ref for ref in refs if not -1 <= ref.label < data.classes)
-    problems += [Problem(str(ref), _outside(ref.label, data.classes)) for ref in strays]
-    return Listing(within, problems, names)
+    if not isinstance(data, ImageDataConfig):
+        return Listing(refs, problems, None)
+    strays = {ref for ref in refs if isinstance(ref.label, int) and not -1 <= ref.label < data.classes}
+    problems += [Problem(str(ref), _outside(ref.label, data.classes)) for ref in refs if ref in strays]
+    return Listing([ref for ref in refs if ref not in strays], problems, names)
 
 
-def read_images(refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage | Problem]:
+def read_images(refs: Sequence[Ref], data: Pictures) -> Iterator[RawImage | Problem]:
     """Read images in order.
 
     Args:
@@ -217,25 +237,16 @@ def read_images(refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage
             yield from (Problem(str(ref), why) for ref in part[count:])
 
 
-def _read(path: str, refs: list[Ref], data: ImageDataConfig) -> Iterable[RawImage | Problem]:
+def _read(path: str, refs: list[Ref], data: Pictures) -> Iterable[RawImage | Problem]:
     """Read images of one file."""
     if path == DIGITS or is_a(path, IDX):
-        pixels = _digits()[0] if path == DIGITS else _idx(path)
+        pixels = captions.digits()[0] if path == DIGITS else _idx(path)
         return [(pixels[ref.place], ref.label) for ref in refs]
     if is_a(path, TAR):
         return _read_tar(path, refs)
     if is_a(path, PARQUET):
         return _read_parquet(path, refs, data)
     return ((storage.read_bytes(ref.path), ref.label) for ref in refs)
-
-
-@lru_cache(maxsize=1)
-def _digits() -> tuple[UInt8[np.ndarray, "n 8 8"], np.ndarray]:
-    """Load 1,797 digits of 8 x 8 pixels in 17 shades, and their classes."""
-    from sklearn.datasets import load_digits  # slow to import, and other sources do without
-
-    digits = load_digits()
-    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
 def _list_folders(
@@ -273,7 +284,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
-def _list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
+def _list_tar(path: str, data: Pictures) -> Iterator[Ref | Problem]:
     """List a tar file in WebDataset's layout: members whose names differ only behind the first dot are a sample.
 
     The members of a sample need not stand next to each other. A suffix that comes again begins another sample of the
@@ -283,7 +294,7 @@ def _list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
     fault, others = "", 0
     try:
         with storage.open_read(path) as file:
-            tars.collect(file, samples, LABELS)
+            tars.collect(file, samples, LABELS if isinstance(data, ImageDataConfig) else {*captions.TEXTS})
     except Exception as error:
         fault = fault_of_data(error)
     for stem, sample in samples:
@@ -301,12 +312,20 @@ def _list_tar(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
         yield Problem(path, f"cannot be read to the end: {fault}")
 
 
-def _sample(sample: Sample, data: ImageDataConfig) -> tuple[Member, int]:
-    """Return the image and the label of a sample; raise what is wrong with it."""
-    suffixes = _some(list(sample))
+def _sample(sample: Sample, data: Pictures) -> tuple[Member, int | str]:
+    """Return the image and the label or caption of a sample; raise what is wrong with it."""
     image = next((sample[end[1:]] for end in IMAGES if end[1:] in sample), None)
     if not isinstance(image, Member):
-        raise DataError(f"no image among {suffixes}; expected {', '.join(end[1:] for end in IMAGES)}")
+        expected = ", ".join(end[1:] for end in IMAGES)
+        raise DataError(f"no image among {_some(list(sample))}; expected {expected}")
+    own = captions.of_sample(sample, data) if isinstance(data, PairDataConfig) else _label(sample, data)
+    if image.fault:
+        raise DataError(image.fault)
+    return image, own
+
+
+def _label(sample: Sample, data: ImageDataConfig) -> int:
+    """Return the label of a sample; raise what is wrong with it."""
     suffix = "cls" if "cls" in sample else "json"
     try:
         content = sample[suffix]
@@ -318,14 +337,12 @@ def _sample(sample: Sample, data: ImageDataConfig) -> tuple[Member, int]:
         raise
     except KeyError:
         expected = f"cls, or json with the field {data.label_field!r} (data.label_field)"
-        raise DataError(f"no label among {suffixes}; expected {expected}") from None
+        raise DataError(f"no label among {_some(list(sample))}; expected {expected}") from None
     except Exception as error:  # of numbers, JSON and UTF-8, and of too much nesting
         raise DataError(f"no label in {suffix}: {first_line(error)}") from None
     if not isinstance(label, int) or isinstance(label, bool) or label < 0:
         raise DataError(_outside(label, data.classes))
-    if image.fault:
-        raise DataError(image.fault)
-    return image, label
+    return label
 
 
 def _read_tar(path: str, refs: Sequence[Ref]) -> Iterator[RawImage]:
@@ -336,7 +353,7 @@ def _read_tar(path: str, refs: Sequence[Ref]) -> Iterator[RawImage]:
             yield file.read(ref.size), ref.label
 
 
-def _list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
+def _list_parquet(path: str, data: Pictures) -> Iterator[Ref | Problem]:
     """List the rows of a Parquet file; their labels are read with the images."""
     try:
         with storage.open_read(path) as file:
@@ -345,14 +362,14 @@ def _list_parquet(path: str, data: ImageDataConfig) -> Iterator[Ref | Problem]:
     except Exception as error:
         yield Problem(path, f"cannot be read: {fault_of_data(error)}")
         return
-    for key, name in (("image_field", data.image_field), ("label_field", data.label_field)):
-        if name not in names:
+    for key in ("image_field", data.described_by):
+        if (name := getattr(data, key)) not in names:
             near = did_you_mean(name, names)
             raise DataError(f"data.{key}: no column {name!r} in {path}; columns: {', '.join(names)}{near}")
     yield from (Ref(path, row, 0, label=-1) for row in range(rows))
 
 
-def _read_parquet(path: str, refs: Sequence[Ref], data: ImageDataConfig) -> Iterator[RawImage | Problem]:
+def _read_parquet(path: str, refs: Sequence[Ref], data: Pictures) -> Iterator[RawImage | Problem]:
     """Yield the bytes and the label of each image, whose rows ascend; only their row groups are read."""
     with storage.open_read(path) as file:
         parquet = pq.ParquetFile(file)
@@ -366,16 +383,16 @@ def _read_parquet(path: str, refs: Sequence[Ref], data: ImageDataConfig) -> Iter
 
 
 def _read_group(
-    parquet: pq.ParquetFile, group: int, start: int, rows: list[int], *, path: str, data: ImageDataConfig
+    parquet: pq.ParquetFile, group: int, start: int, rows: list[int], *, path: str, data: Pictures
 ) -> Iterator[RawImage | Problem]:
     """Yield the bytes and the label of some rows of the row group that begins at row `start`.
 
     Of a damaged group, what is wrong with it. Cells of other rows are not decoded.
     """
-    columns, count = [data.image_field, data.label_field], 0
+    columns, count = [data.image_field, getattr(data, data.described_by)], 0
     try:
         for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns):
-            pictures, labels = batch.column(data.image_field), batch.column(data.label_field)
+            pictures, labels = (batch.column(name) for name in columns)
             while count < len(rows) and rows[count] < start + len(batch):
                 row = rows[count]
                 yield _cell(pictures[row - start], labels[row - start], f"{path} row {row}", data=data)
@@ -388,7 +405,7 @@ def _read_group(
         yield from (Problem(f"{path} row {row}", why) for row in rows[count:])
 
 
-def _cell(picture: pa.Scalar, number: pa.Scalar, where: str, data: ImageDataConfig) -> RawImage | Problem:
+def _cell(picture: pa.Scalar, number: pa.Scalar, where: str, data: Pictures) -> RawImage | Problem:
     """Return the bytes and the label in a row; Hugging Face stores an image as its bytes and its file's name."""
     try:
         image, label = picture.as_py(), number.as_py()
@@ -398,6 +415,11 @@ def _cell(picture: pa.Scalar, number: pa.Scalar, where: str, data: ImageDataConf
     if not isinstance(image, bytes):
         found = f"{data.image_field!r} (data.image_field) holds a {type(image).__name__}"
         return Problem(where, f"{found}; expected the bytes of an image")
+    if isinstance(data, PairDataConfig):
+        try:
+            return image, captions.checked(label, f"{data.caption_field!r} (data.caption_field)")
+        except DataError as error:
+            return Problem(where, str(error))
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < data.classes:
         return Problem(where, _outside(label, data.classes))
     return image, label
@@ -450,7 +472,7 @@ def _idx(path: str) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def _open_hub(data: ImageDataConfig) -> ImageSource:
+def _open_hub(data: Pictures) -> ImageSource:
     """List a dataset of the Hugging Face hub, its revision pinned, or a local copy, which has no revision.
 
     The files are read as they are, so they must be Parquet or tar files.

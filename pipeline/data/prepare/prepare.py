@@ -140,7 +140,7 @@ def _known(data: AnyDataConfig, source: TextSource | ImageSource, path: str, man
 def _make(data: AnyDataConfig, source: TextSource | ImageSource, path: str) -> Manifest:
     """Make the shards in a folder that this process owns."""
     plan: dict[str, Any] = {"content": _content(data), "plan": source.plan}
-    if data.kind == "image":  # units of one size cannot be continued with those of another
+    if data.kind != "text":  # units of one size cannot be continued with those of another
         plan["unit_size"] = images.unit_size(data)
     else:
         plan["units"] = text.UNIT_FORMAT
@@ -163,7 +163,8 @@ def _folder_name(data: AnyDataConfig) -> str:
     """Return the name of the folder where `data.path` gives none, derived from what determines its contents."""
     extent = data.length if data.kind == "text" else data.size
     source = "mix" if data.kind == "text" and data.mix is not None else data.source
-    names = (source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
+    names: tuple[str, ...] = (source.rstrip("/*").rpartition("/")[2], Path(data.tokenizer).stem, str(extent))
+    names += ("captions",) if data.kind == "pair" else ()
     slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") for name in names)
     return f"{slug}-{hash_content(_content(data))[:10]}"
 
@@ -221,6 +222,8 @@ def _report(path: str, manifest: Manifest) -> None:
     if manifest.answer_block is not None:
         cut, full = manifest.rows_cut, manifest.rows_full
         log.info("%d answers are cut to the row; %d prompts fill theirs and are left out", cut, full)
+    if manifest.caption is not None:
+        log.info("%d captions do not fit with an end of text, and are cut", manifest.rows_cut)
     for name, split in manifest.splits.items():
         rows, dropped = manifest.rows(name), split.tokens_dropped
         log.info("%s: %d rows of %d tokens, %d tokens dropped", name, rows, manifest.length, dropped)

@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.config.data import AnyDataConfig
 from pipeline.data.manifest import ShardFile, Skipped, Split
 from pipeline.data.shards import Rows, publish_shard
-from pipeline.data.tokenizers import Tokenizer
+from pipeline.data.tokenizers import PairTokenizer, Tokenizer
 from pipeline.errors import DataError, PipelineError
 from pipeline.logs import Progress
 
@@ -169,11 +169,11 @@ def run_units(
     return units
 
 
-def save_tokenizer(tokenizer: "Tokenizer | ImageTokenizer", folder: str) -> None:
+def save_tokenizer(tokenizer: "Tokenizer | ImageTokenizer | PairTokenizer", folder: str) -> None:
     """Write a tokenizer to a folder, whole or not at all.
 
     Args:
-        tokenizer: of text or of images.
+        tokenizer: of text, of images or of both.
         folder: path or URL.
     """
     with storage.scratch() as scratch:

@@ -15,6 +15,7 @@ from pipeline.data.tokenizers.fast import (
     read_fast,
 )
 from pipeline.data.tokenizers.interface import INFO_FILE, Tokenizer
+from pipeline.data.tokenizers.pairs import PairTokenizer
 from pipeline.data.tokenizers.ranks import RANK_FILE, BPETokenizer, load_encoding, read_ranks
 from pipeline.errors import ConfigError, DataError, did_you_mean, kind_and_line
 
@@ -109,8 +110,8 @@ def _load_saved(spec: str, info: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def saved_tokenizer(folder: Path) -> "Tokenizer | ImageTokenizer | None":
-    """Load the tokenizer that was saved in a model's folder, of text or of images.
+def saved_tokenizer(folder: Path) -> "Tokenizer | ImageTokenizer | PairTokenizer | None":
+    """Load the tokenizer that was saved in a model's folder, of text, of images or of both.
 
     Args:
         folder: local folder of the model.
@@ -120,6 +121,8 @@ def saved_tokenizer(folder: Path) -> "Tokenizer | ImageTokenizer | None":
     """
     from pipeline.models import vq  # takes seconds, and the preparation of text does without
 
-    if (folder / vq.INFO_FILE).is_file():
-        return vq.load_image_tokenizer(str(folder), None, IMAGES_AT_ONCE, device="cpu")
-    return load_tokenizer(str(folder)) if (folder / INFO_FILE).is_file() else None
+    text = load_tokenizer(str(folder)) if (folder / INFO_FILE).is_file() else None
+    if not (folder / vq.INFO_FILE).is_file():
+        return text
+    image = vq.load_image_tokenizer(str(folder), None, IMAGES_AT_ONCE, device="cpu")
+    return image if text is None else PairTokenizer(text, image)

@@ -44,7 +44,7 @@ def prepared(data: TextDataConfig, path: Path) -> tuple[Manifest, np.ndarray, Ro
         every = np.arange(len(reader))
         rows.append(reader.rows(every).astype(int))
         roles.append(reader.roles(every))
-    return manifest, np.concatenate(rows), Roles(*(np.concatenate(part) for part in zip(*roles, strict=True)))
+    return manifest, np.concatenate(rows), Roles.concatenate(roles)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
