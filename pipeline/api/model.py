@@ -9,7 +9,8 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from pipeline import arguments
-from pipeline.api.tokens import Labels, Progress, SamplingOptions, TokenModel
+from pipeline.api.pairs import PairModel
+from pipeline.api.tokens import Labels, Progress, SamplingOptions
 from pipeline.data.templates import Message, prompt_text
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.errors import CapabilityError, ConfigError
@@ -22,8 +23,8 @@ from pipeline.sampling.row_ends import sample_rows, texts_of
 from pipeline.sampling.sampler import MOST_SAMPLES, SamplingRequest, known_tokens, sample_long
 
 
-class Model(TokenModel):
-    """A trained model with its tokenizer: tokens as in `TokenModel`, and texts or images.
+class Model(PairModel):
+    """A trained model with its tokenizer: tokens as in `TokenModel`, texts or images, and pairs as in `PairModel`.
 
     `load_model` makes it.
     """

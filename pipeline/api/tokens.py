@@ -63,7 +63,7 @@ class TokenModel:
     Args:
         denoiser: the network, which is put into eval mode.
         bos: id that stands known at position 0 of every row, or None.
-        tokenizer: converts rows to text or images; None for data without one.
+        tokenizer: converts rows to text, images, or both; None for data without one.
         class_names: by label; None: the classes have no names.
         ends: how rows end that have padding; None: rows have none.
 
@@ -82,6 +82,9 @@ class TokenModel:
         self.denoiser = denoiser.eval()
         self.bos, self.tokenizer, self.class_names, self.ends = bos, tokenizer, class_names, ends
         self._order = "left_to_right" if denoiser.left_to_right else "uniform"
+        modalities = denoiser.head.modalities
+        if modalities is not None and not denoiser.left_to_right:
+            self._order = "halton"  # of the image; the caption's is uniform
 
     @property
     def answer_ends(self) -> RowEnds | None:
@@ -307,8 +310,8 @@ class TokenModel:
             num_samples: number of rows.
             steps: number of forward passes; None: 64, or the number of positions to draw if that is smaller or the
                 model is autoregressive.
-            order: a name, or an `Order` with its settings; None: "uniform", or "left_to_right" for an
-                autoregressive model.
+            order: a name, or an `Order` with its settings; None: "uniform", "left_to_right" for an autoregressive
+                model, "halton" for one of images with captions.
             seed: sample i depends on (seed, i) only.
             condition: class labels, [num_samples], which a list may give by name; None: without class.
             progress: True shows a progress bar; a function is called with (steps done, steps) after every step.
@@ -368,18 +371,21 @@ class TokenModel:
     ) -> None:
         """Write the page of sampled rows."""
         labels = None if request.condition is None else request.condition.tolist()
-        order, images, ends = request.order, None, self.ends
-        if isinstance(self.tokenizer, ImageTokenizer):
-            images = self.tokenizer.decode(rows[:ROWS, int(self.bos is not None) :])
-        page = Revealed(
-            cut_rows(rows, ends and ends.eot, ends and ends.pad),
-            revealed_at,
-            request.steps,
-            self.bos,
-            self.tokenizer,
-            images,
-            names_of(labels, self.class_names),
-        )
+        order, images, ends, tokenizer = request.order, None, self.ends, self.tokenizer
+        names = names_of(labels, self.class_names)
+        if isinstance(tokenizer, ImageTokenizer):
+            images = tokenizer.decode(rows[:ROWS, int(self.bos is not None) :])
+        modalities = self.denoiser.head.modalities
+        if isinstance(tokenizer, PairTokenizer):
+            assert modalities is not None
+            images, names = (
+                tokenizer.images(rows[:ROWS], modalities.places),
+                tokenizer.captions(rows, modalities.places),
+            )
+            rows, revealed_at = (x[:, modalities.places :] for x in (rows, revealed_at))
+            tokenizer = None  # the codes of images, each under its caption
+        shown = cut_rows(rows, ends and ends.eot, ends and ends.pad)
+        page = Revealed(shown, revealed_at, request.steps, self.bos, tokenizer, images, names)
         facts = {
             "model": self.config.kind,
             "samples": len(rows),

@@ -1,9 +1,9 @@
-"""What samples are drawn around: a prompt, a text with blanks, or an image of which a part is drawn again."""
+"""What samples are drawn around: a prompt, a text with blanks, an image of which a part is drawn again, or a pair."""
 
 import io
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,10 @@ from PIL import Image, ImageOps
 from pipeline import arguments, storage
 from pipeline.config.evaluation import SamplingConfig
 from pipeline.data.templates import Message, prompt_text
-from pipeline.data.tokenizers import Tokenizer, saved_tokenizer
+from pipeline.data.tokenizers import PairTokenizer, Tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mean, first_line
 from pipeline.models import model_folder
+from pipeline.models.head import Modalities
 from pipeline.models.vq import ImageTokenizer
 
 BLANK = re.compile(r"\[\[ *([0-9]+) *\]\]")
@@ -156,6 +157,79 @@ def painted(
     return Given(known, int(hidden.sum()), picture=shown)
 
 
+@dataclass(frozen=True)
+class GivenPair:
+    """What is given of a caption and its image.
+
+    Attributes:
+        caption: the whole caption, or one with blanks; None: nothing of it.
+        image: a file's content, or RGB pixels; None: nothing of it.
+        mask: as of `painted`, of the part of the image that is drawn; None: the whole image is given.
+        keys: names of the caption and of the image, for messages.
+    """
+
+    caption: str | None = None
+    image: bytes | UInt8[np.ndarray, "h w 3"] | None = None
+    mask: bytes | Bool[np.ndarray, "h w"] | None = None
+    keys: tuple[str, str] = ("caption", "image")
+
+    def tokens(self, tokenizer: PairTokenizer, modalities: Modalities, length: int, ar: bool) -> Given:
+        """Give what is given of a row.
+
+        Args:
+            tokenizer: of the model.
+            modalities: of its rows.
+            length: L.
+            ar: the model is autoregressive, and draws behind a whole caption only.
+
+        Raises:
+            ConfigError: a caption that does not fit with an end of text, a mask of no image, or nothing to draw.
+            CapabilityError: an autoregressive model that is given more than a caption.
+            DataError: a file is no image.
+        """
+        (places, ids), (caption_key, image_key), known = modalities, self.keys, dict[int, int]()
+        blanks, picture = self.caption is not None and BLANK.search(self.caption), None
+        if ar and (blanks or self.image is not None):
+            raise CapabilityError(
+                f"{caption_key if blanks else image_key}: an autoregressive model draws behind a whole caption; "
+                "expected a pgm or mdlm"
+            )
+        if self.caption is not None:
+            text = tokenizer.text
+            if blanks:
+                given = filled(self.caption, text, places, None, prefix_only=False, key=caption_key)
+            else:
+                given = prompted(self.caption, text, places, None, caption_key)
+                given = replace(given, end=len(given.known))
+            assert given.end is not None
+            known = given.known | dict.fromkeys(range(given.end, places), text.eot)
+        if self.image is not None:
+            image = self._image(tokenizer.image, length - places)
+            known |= {places + place: ids + code for place, code in image.known.items()}
+            picture = image.picture
+        elif self.mask is not None:
+            raise ConfigError(f"mask: without {image_key}, which it is a mask of")
+        if len(known) == length:
+            raise ConfigError(
+                f"{caption_key}: the whole caption, and {image_key} the whole image, so that nothing is left to "
+                "draw; expected one of them, blanks such as [[2]], or a mask"
+            )
+        return Given(known, length - len(known), self.caption or "", picture=picture)
+
+    def _image(self, tokenizer: ImageTokenizer, codes: int) -> Given:
+        """Give the image, or a part of it."""
+        from pipeline.data.prepare.images import square  # takes seconds, and text does without
+
+        assert self.image is not None
+        if self.mask is not None:
+            return painted(self.image, self.mask, tokenizer, codes, None)
+        try:
+            pixels = square(self.image, math.isqrt(codes) * tokenizer.factor)
+        except DataError as error:
+            raise DataError(f"{self.keys[1]}: {error}") from None
+        return Given(dict(enumerate(tokenizer.encode(pixels[None])[0].tolist())), 0, picture=pixels)
+
+
 def _squares(masked: Bool[np.ndarray, "h w"], grid: int) -> Bool[np.ndarray, "grid grid"]:
     """Return which squares of the centre's grid have a masked pixel, or a part of one."""
     side = min(masked.shape)
@@ -190,7 +264,13 @@ def given_by(settings: SamplingConfig, folder: Path) -> Given | None:
         return None
     key, value = f"sampling.{keys[0]}", str(getattr(settings, keys[0]))
     config, facts = model_folder.read_config(folder)
-    content = b"" if keys == ["prompt"] else read_file(key, value)
+    if facts.modalities is not None:
+        pair = saved_tokenizer(folder)
+        assert isinstance(pair, PairTokenizer), folder
+        return _pair_of(settings).tokens(pair, facts.modalities, facts.length, config.kind == "ar")
+    if len(keys) > 1 or (settings.mask is None and "inpaint" in keys):
+        what = f"together with sampling.{keys[1]}" if len(keys) > 1 else "without sampling.mask"
+        raise ConfigError(f"{key}: {what}, which only a model of captions and images takes")
     tokenizer, is_image = saved_tokenizer(folder), keys == ["inpaint"]
     if not isinstance(tokenizer, ImageTokenizer if is_image else Tokenizer):
         raise CapabilityError(
@@ -200,13 +280,9 @@ def given_by(settings: SamplingConfig, folder: Path) -> Given | None:
         if keys == ["prompt"]:
             template = facts.template or "plain"
             return prompted(value, tokenizer, facts.length, facts.bos, key, template)
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{key}: {value!r} is not UTF-8: {error.reason} at byte {error.start}") from None
-        text = text.removesuffix("\n").removesuffix("\r")  # that editors add
+        text = _text(key, value)
         return filled(text, tokenizer, facts.length, facts.bos, config.kind == "ar", f"{key}: {value!r}")
-    mask = read_file("sampling.mask", str(settings.mask))
+    content, mask = read_file(key, value), read_file("sampling.mask", str(settings.mask))
     if config.kind == "ar":
         raise CapabilityError(
             f"{key}: an autoregressive model draws from left to right; expected a pgm or mdlm"
@@ -215,6 +291,29 @@ def given_by(settings: SamplingConfig, folder: Path) -> Given | None:
         return painted(content, mask, tokenizer, facts.length, facts.bos)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{key}: {value!r}, sampling.mask: {settings.mask!r}: {error}") from None
+
+
+def _pair_of(settings: SamplingConfig) -> GivenPair:
+    """Read what the settings give of a caption and its image."""
+    image, mask = settings.inpaint, settings.mask
+    caption, keys = settings.prompt, ("sampling.prompt", "sampling.inpaint")
+    if settings.infill is not None:
+        caption, keys = _text("sampling.infill", settings.infill), ("sampling.infill", "sampling.inpaint")
+    return GivenPair(
+        caption,
+        None if image is None else read_file("sampling.inpaint", image),
+        None if mask is None else read_file("sampling.mask", mask),
+        keys,
+    )
+
+
+def _text(key: str, path: str) -> str:
+    """Read a file of text."""
+    try:
+        text = read_file(key, path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{key}: {path!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+    return text.removesuffix("\n").removesuffix("\r")  # that editors add
 
 
 def read_file(key: str, path: str | Path) -> bytes:

@@ -7,20 +7,24 @@ with arccos masking are measured by their training loss, the estimator "arccos",
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 from pipeline.config.schema import RunConfig
-from pipeline.diffusion.partition import draw_order, draw_subset, stratified
+from pipeline.diffusion.partition import draw_order, draw_subset, given_roles, stratified
 from pipeline.diffusion.schedule import hidden_share, weight
+from pipeline.errors import CapabilityError
 from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
+from pipeline.models.head import Modalities
 from pipeline.reports.tables import two_decimals
 
 Estimator = Literal["count", "mdlm", "exact", "arccos"]
+Part = Literal["nothing", "caption", "image"]  # what is given of a caption and its image
+PARTS = get_args(Part)
 NORMAL_95 = 1.959964  # standard errors from the mean to either end of a 95% interval
 CPU = torch.device("cpu")
 Batches = Iterator[tuple[Int[np.ndarray, "b"], Batch]]  # indices of the rows, -1 for one that only fills up
@@ -209,6 +213,58 @@ def row_sums(score: Scorer, batches: Batches, rows: int) -> Float[torch.Tensor, 
         values = score(batch).double().cpu()
         sums.index_add_(0, torch.from_numpy(index)[real], values[real])
     return sums
+
+
+def pair_nats(
+    model: Denoiser,
+    rows: Int[np.ndarray, "n L"],
+    given: Part,
+    *,
+    draws: int,
+    seed: int,
+    batch: int = 64,
+) -> Float[torch.Tensor, "n"]:
+    """Bound the negative log-likelihood of what is not given of captions and images, in nats.
+
+    Calls with as many rows hide the same places of a row, so that differences between them are more exact than the
+    bounds.
+
+    Args:
+        model: of captions and images, in eval mode.
+        rows: ids.
+        given: part of every row that is given.
+        draws: maskings of every row.
+        seed: of the maskings.
+        batch: rows of a forward pass.
+
+    Returns:
+        [n] float64; exact for an autoregressive model.
+
+    Raises:
+        CapabilityError: an autoregressive model and a given image.
+    """
+    modalities = model.head.modalities
+    assert modalities is not None, "the rows of the model are no captions and images"
+    if model.left_to_right and given == "image":
+        raise CapabilityError("given: 'image', but an autoregressive model reads captions first")
+    estimator, draws = estimator_for(model, "count", draws)
+    roles = roles_of(given, len(rows), rows.shape[1], modalities)
+    masking = Masking(estimator, draws, seed, batch=batch)
+    batches = masked_batches(masking, rows, roles=roles, device=model.head.weight.device)
+    sums = row_sums(model, batches, len(rows))
+    return sums / draws * torch.from_numpy(roles.counts(False))
+
+
+def roles_of(given: Part, count: int, length: int, modalities: Modalities) -> Roles:
+    """Return the roles of rows of captions and images of which all have the same part given.
+
+    Args:
+        given: the part.
+        count: number of rows.
+        length: L.
+        modalities: of the rows.
+    """
+    return given_roles(np.full(count, PARTS.index(given)), modalities.places, length)
 
 
 def estimator_for(

@@ -193,8 +193,8 @@ def pairs_shown(run: Run) -> SamplingConfig:
     Args:
         run: with its manifest.
     """
-    settings, steps = run.config.sampling, run.config.data.grid
-    if run.config.model.kind != "ar":
+    settings, steps = run.config.sampling, run.manifest.length - (run.manifest.caption or 0)
+    if run.config.model.kind != "ar":  # which draws a token a step
         steps = min(steps, settings.steps)
     return settings.model_copy(update={"num_samples": PAIRS, "steps": steps})
 

@@ -56,14 +56,25 @@ def swap(module: GroupSwap, read: Tensor, mask: Tensor) -> Tensor:
     return module.out(attention(turn(q), turn(k), v, mask))
 
 
+def all_logits(model: PGM | MDLM | AR, x: Tensor) -> Tensor:
+    """[T, H] outputs of the last block -> [T, V], of all ids at every position."""
+    return F.linear(model.final(x), model.head.weight, model.head.bias)
+
+
 def pgm_logits(
-    model: PGM, tokens: Tensor, groups: Tensor, given: int = 0, order: Tensor | None = None
+    model: PGM,
+    tokens: Tensor,
+    groups: Tensor,
+    given: int = 0,
+    order: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """[L] ids, [L] groups -> [L, V]; both groups read the first `given` tokens, a causal encoder in `order`."""
+    """[L] ids, [L] groups -> [L, V]; both groups read tokens `first` to `given`, a causal encoder in `order`."""
     registers = torch.arange(model.registers)
     ids = torch.cat([model.register_ids(torch.device("cpu")), tokens])
     groups = torch.cat([registers < model.registers // 2, groups])
-    known = (torch.arange(len(ids)) >= model.registers) & (torch.arange(len(ids)) < model.registers + given)
+    places = torch.arange(len(ids)) - model.registers
+    known = (places >= first) & (places < given)
     ranks = torch.arange(len(ids))
     if order is not None:
         ranks[model.registers :] = model.registers + order
@@ -80,7 +91,7 @@ def pgm_logits(
             if index and model.later_swaps:
                 x = x + swap(model.later_swaps[index - 1], read, reads)
             x = cross_block(block, x, read, reads)
-        logits.append(model.head(model.final(x)))
+        logits.append(all_logits(model, x))
     return torch.where(groups[:, None], *logits)[model.registers :]
 
 
@@ -91,7 +102,7 @@ def trunk_logits(model: MDLM | AR, ids: Tensor, causal: bool) -> Tensor:
     x = model.embedding(ids)
     for block in model.blocks:
         x = self_block(block, x, mask.tril() if causal else mask)
-    return model.head(model.final(x))[model.registers :]
+    return all_logits(model, x)[model.registers :]
 
 
 def mdlm_logits(model: MDLM, tokens: Tensor, groups: Tensor) -> Tensor:
