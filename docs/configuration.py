@@ -1,9 +1,10 @@
 """Write the tables of configuration.md from the schema: python docs/configuration.py"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipeline.config.benchmark import BenchmarkConfig
+from pipeline.config.load import kinds_of
 from pipeline.config.reference import keys, sections, summary
 from pipeline.config.schema import ExportConfig, ImportConfig, RunConfig
 from pipeline.config.section import Section
@@ -38,13 +39,22 @@ def tables() -> Iterator[str]:
     written: set[type[Section]] = set()
     for heading, root in PARTS.items():
         yield f"\n## {heading}\n"
-        for title, section in sections(root).items():
-            (common,) = section.__bases__
-            if common is not Section and common not in written:
-                yield from table(f"{title.partition(' ')[0]} (all kinds)", common)
-            if section not in written:
-                yield from table(title, section, without=common)
-            written |= {common, section}
+        found = sections(root)
+        for title, section in found.items():
+            dotted = title.partition(" ")[0]
+            chain = [base for base in section.__mro__ if issubclass(base, Section)]
+            for own, common in reversed([*zip(chain, chain[1:], strict=False)]):
+                if own in written:
+                    continue
+                written.add(own)
+                yield from table(title if own is section else shared(dotted, own, found), own, without=common)
+
+
+def shared(dotted: str, base: type[Section], found: Mapping[str, type[Section]]) -> str:
+    """Return the title of the keys that several kinds of a section have in common."""
+    own = [title for title in found if title.startswith(f"{dotted} ")]
+    kinds = [kinds_of(found[title])[0] for title in own if issubclass(found[title], base)]
+    return f"{dotted} (all kinds)" if len(kinds) == len(own) else f"{dotted} (kinds: {', '.join(kinds)})"
 
 
 def document() -> str:

@@ -265,7 +265,6 @@ class PictureDataConfig(DataConfig):
         encoders: Number of processes that encode at the same time; the codes do not depend on it.
     """
 
-    source: Location = "digits"
     image_field: str = "image"
     size: PositiveInt = 8
     factor: PositiveInt = 2
@@ -306,6 +305,7 @@ class ImageDataConfig(PictureDataConfig):
 
     described_by: ClassVar = "label_field"
     kind: Literal["image"]
+    source: Location = "digits"
     label_field: str = "label"
     classes: PositiveInt = 10
     flip: bool = False
@@ -336,6 +336,7 @@ class PairDataConfig(PictureDataConfig):
 
     described_by: ClassVar = "caption_field"
     kind: Literal["pair"]
+    source: Location = "digits"
     captions: str = "captions.jsonl"
     caption_field: str = "caption"
     text_tokenizer: str = "bytes"

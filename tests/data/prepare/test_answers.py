@@ -98,7 +98,7 @@ def test_every_source_gives_the_same_rows(tmp_path: Path) -> None:
             keys = dict.fromkeys(FIELDS) | {"messages_field": "messages"}
         name = source if source.startswith("hf:") else tmp_path / source
         found.append(prepared(section(name, length=32, **keys), tmp_path / f"data-{len(found)}"))
-    for _, tokens, (given, lengths) in found[1:]:
+    for _, tokens, (given, lengths, _) in found[1:]:
         assert np.array_equal(tokens, found[0][1])
         assert np.array_equal(given, found[0][2].given)
         assert np.array_equal(lengths, found[0][2].lengths)
