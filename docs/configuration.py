@@ -1,6 +1,7 @@
 """Write the tables of configuration.md from the schema: python docs/configuration.py"""
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.config.benchmark import BenchmarkConfig
@@ -43,7 +44,7 @@ def tables() -> Iterator[str]:
         for title, section in found.items():
             dotted = title.partition(" ")[0]
             chain = [base for base in section.__mro__ if issubclass(base, Section)]
-            for own, common in reversed([*zip(chain, chain[1:], strict=False)]):
+            for own, common in reversed([*pairwise(chain)]):
                 if own in written:
                     continue
                 written.add(own)

@@ -1,174 +1,85 @@
-"""Measure a model of the digits and their descriptions in its four uses, and draw docs/pairs.png.
+"""Measure a model of the digits and their descriptions, and draw its four uses, the picture of docs/pairs.md.
 
-    PYTHONPATH=. python docs/pairs.py runs/pair_quickstart/model [FIGURE.png]
+    PYTHONPATH=. python docs/pairs.py runs/pair_quickstart/model [PICTURE.png]
 
-The model is one of configs/pair. Prints one line for every figure of docs/pairs.md.
+Every figure of the page is a line of what this prints; the model is one of configs/pair.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
 from matplotlib.figure import Figure
-from sklearn.svm import SVC
 
 from pipeline import Model, load_model
-from pipeline.config.data import PairDataConfig
-from pipeline.data.prepare.captions import describe_digits, digit_of, digits, measures
-from pipeline.data.prepare.image_sources import list_images, open_images
-from pipeline.data.prepare.images import held_out
+from pipeline.data.prepare.captions import WORDS
 from pipeline.reports.pictures import caption_lines
-from pipeline.sampling.logits import Filters
+from tests.support.digit_pairs import (
+    LIKELIEST,
+    Digits,
+    best_of_ten,
+    captions_of_images,
+    images_of_captions,
+    split,
+)
 
-HELD_OUT, GRAY = 297, 208
-LIKELIEST = Filters(top_k=1)
-Grey = UInt8[np.ndarray, "n 8 8"]
-
-
-def split() -> tuple[Int[np.ndarray, "train"], Int[np.ndarray, "held_out"]]:
-    """Return which digits the recipe trains on, and which it holds out."""
-    data = PairDataConfig(kind="pair")
-    places = np.array([ref.place for ref in list_images(open_images(data), data).refs])
-    out = held_out(np.arange(len(places)), HELD_OUT, len(places))
-    return places[~out], places[out]
-
-
-def rgb(images: Grey) -> UInt8[np.ndarray, "n 8 8 3"]:
-    """Return grey images as RGB."""
-    return np.repeat(images[..., None], 3, -1)
+PICTURE = Path(__file__).parent / "pairs.png"
+INK, GIVEN, GREY = "#22262b", "#c2410c", np.uint8(208)
+TOLD = ["a thick three", "a thin narrow zero", "a thin seven, slanted to the right", "a thick wide two"]
+Cell = tuple[np.ndarray, str, bool, bool]  # image, caption, and whether each is given
 
 
-def difference(values: np.ndarray, captions: list[str], labels: np.ndarray, words: tuple[str, str]) -> float:
-    """Return the mean difference of a measure between captions with either word, averaged over the digits."""
-    first, second = (np.array([word in caption for caption in captions]) for word in words)
-    return float(np.mean([
-        values[first & (labels == digit)].mean() - values[second & (labels == digit)].mean() for digit in range(10)
-    ]))  # fmt: skip
-
-
-def images_of_captions(
-    model: Model, classifier: SVC, captions: list[str], labels: np.ndarray, real: Grey
-) -> None:
-    """Print how well images that are drawn of held-out captions agree with them, over several images of each."""
-    draws = 4
-    drawn = np.concatenate([model.draw(captions, seed=seed)[..., 0] for seed in range(draws)])
-    told, names = captions * draws, np.tile(labels, draws)
-    codec = model.tokenizer.image  # type: ignore[union-attr]
-    decoded = codec.decode(codec.encode(rgb(real)))[..., 0]
-    right = classifier.predict(drawn.reshape(len(drawn), -1)) == names
-    print(f"caption to image: {right.mean():.3f} of {len(right)} recognised as the caption's digit")  # noqa: T201
-    right = classifier.predict(decoded.reshape(len(decoded), -1)) == labels
-    print(f"  of the real images, through the codes: {right.mean():.3f}")  # noqa: T201
-    for measure, words in (
-        ("mass", ("thick", "thin")),
-        ("width", ("wide", "narrow")),
-        ("slant", ("to the right", "to the left")),
-    ):
-        found = difference(measures(drawn)[measure], told, names, words)
-        expected = difference(measures(real)[measure], captions, labels, words)
-        share = found / expected
-        print(f"  {measure}, {words[0]} less {words[1]}: {found:.3f}, real {expected:.3f}, {share:.2f}")  # noqa: T201
-
-
-def captions_of_images(model: Model, captions: list[str], labels: np.ndarray, real: Grey) -> None:
-    """Print how often captions of held-out images are right, drawn, and as the best of ten by their bounds."""
-    images = rgb(real)
-    for name, options in (("drawn", {}), ("likeliest tokens, one a step", {"filters": LIKELIEST})):
-        written = model.caption(images, **options)
-        right = np.array([digit_of(text) == label for text, label in zip(written, labels, strict=True)])
-        known = {*describe_digits(*digits())}
-        exact = np.mean([a == b for a, b in zip(written, captions, strict=True)])
-        form = np.mean([text in known for text in written])
-        print(
-            f"image to caption, {name}: digit {right.mean():.3f}, whole {exact:.3f}, of a known form {form:.3f}"
-        )  # noqa: T201
-        for pair in (("thick", "thin"), ("wide", "narrow"), ("right", "left")):
-            opposite = [
-                pair[1 - (pair[0] in caption)] in text
-                for text, caption in zip(written, captions, strict=True)
-                if any(word in caption for word in pair)
-            ]
-            print(f"  the opposite of {'/'.join(pair)}: {np.mean(opposite):.3f}")  # noqa: T201
-    words = [
-        next(
-            text.split()[1]
-            for text in describe_digits(*digits())
-            if digit_of(text) == d and len(text.split()) == 2
-        )
-        for d in range(10)
-    ]  # noqa: E501
-    # The caption with another digit's word in each place.
-    own = [words[label] for label in labels]
-    scores = np.stack([
-        model.score_pairs(
-            [("an " if other == "eight" and caption.split()[1].strip(",") == word else "a ")
-             + caption.split(" ", 1)[1].replace(word, other) for caption, word in zip(captions, own, strict=True)],
-            images,
-            draws=16,
-        )
-        for other in words
-    ])  # fmt: skip
-    print(f"image to caption, best of ten by the bound: digit {(scores.argmin(0) == labels).mean():.3f}")  # noqa: T201
-
-
-def figure(model: Model, captions: list[str], real: Grey) -> Figure:
-    """Draw all four uses: what is given has a frame, what is drawn has none."""
-    told = ["a thick three", "a thin narrow zero", "a thin seven, slanted to the right", "a thick wide two"]
+def uses(model: Model, real: Digits) -> dict[str, list[Cell]]:
+    """Let the model do everything that it does, with four examples each."""
+    whole, halves = real.images[:4], real.images[4:6]
     right = np.broadcast_to(np.arange(8) >= 4, (8, 8))
-    drawn, half = model.draw(told), rgb(real[4:6])
-    completed = [model.complete(None, image, right, filters=LIKELIEST) for image in half]
-    hidden = [np.where(right[..., None], np.uint8(GRAY), image) for image in half]
-    gaps = ["a thick[[1]], slanted to the left", "a[[1]] wide eight"]
-    filled = [
-        model.complete(gap, image, filters=LIKELIEST, seed=3)
-        for gap, image in zip(gaps, real_of(model, gaps), strict=True)
-    ]  # noqa: E501
-    rows = [
-        ("image of a caption", [(image, text, False, True) for image, text in zip(drawn, told, strict=True)]),
-        ("caption of an image", [
-            (image, text, True, False)
-            for image, text in zip(rgb(real[:4]), model.caption(rgb(real[:4]), filters=LIKELIEST), strict=True)
-        ]),
-        ("both from nothing", [(image, text, False, False) for text, image in zip(*model.sample_pairs(4, seed=1), strict=True)]),  # noqa: E501
-        ("gaps in either", [
-            *((np.concatenate([old, new[0]], 1), f"half of an image: {texts[0]}", True, False)
-              for old, (texts, new) in zip(hidden, completed, strict=True)),
-            *((new[0], f"{gap}: {texts[0]}", True, False) for gap, (texts, new) in zip(gaps, filled, strict=True)),
-        ]),
-    ]  # fmt: skip
+    texts, images = model.sample_pairs(4, seed=1)
+    rows: dict[str, list[Cell]] = {
+        "image of a caption": [(*pair, False, True) for pair in zip(model.draw(TOLD), TOLD, strict=True)],
+        "caption of an image": [
+            (*pair, True, False) for pair in zip(whole, model.caption(whole, filters=LIKELIEST), strict=True)
+        ],
+        "both from nothing": [(*pair, False, False) for pair in zip(images, texts, strict=True)],
+        "gaps in either": [],
+    }
+    for image in halves:
+        captions, filled = model.complete(None, image, right, filters=LIKELIEST)
+        shown = np.concatenate([np.where(right[..., None], GREY, image), filled[0]], 1)
+        rows["gaps in either"].append((shown, captions[0], True, False))
+    for gaps in ("a thick[[1]], slanted to the right", "a[[1]] wide eight"):
+        captions, filled = model.complete(gaps, seed=2)
+        rows["gaps in either"].append((filled[0], f"{gaps}: {captions[0]}", False, True))
+    return rows
+
+
+def figure(rows: dict[str, list[Cell]]) -> Figure:
+    """Draw a line for every use; what was given is framed or written in another colour."""
     page = Figure(figsize=(8, 8.6), dpi=150, layout="constrained")
-    for title, part, cells in zip(
-        [row[0] for row in rows], page.subfigures(4, 1), [row[1] for row in rows], strict=True
-    ):  # noqa: E501
-        part.suptitle(title, fontsize=10, x=0.01, ha="left", color="#22262b")
+    for (title, cells), part in zip(rows.items(), page.subfigures(len(rows), 1), strict=True):
+        part.suptitle(title, fontsize=10, x=0.01, ha="left", color=INK)
         for axis, (image, text, given_image, given_text) in zip(part.subplots(1, 4), cells, strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set(visible=given_image, color="#c2410c", linewidth=2)
-            axis.set_title(caption_lines(text), fontsize=7, color="#c2410c" if given_text else "#22262b")
+            axis.spines[:].set(visible=given_image, color=GIVEN, linewidth=2)
+            axis.set_title(caption_lines(text), fontsize=7, color=GIVEN if given_text else INK)
     return page
 
 
-def real_of(model: Model, gaps: list[str]) -> UInt8[np.ndarray, "n 8 8 3"]:
-    """Draw the images whose captions have gaps."""
-    return model.draw([gap.replace("[[1]]", " three" if "thick" in gap else " thin") for gap in gaps], seed=5)
+def main(folder: str, picture: str = str(PICTURE)) -> None:
+    """Print all figures of the model of a folder, and draw the picture.
 
-
-def main(folder: str, target: str = "docs/pairs.png") -> None:
-    """Measure the model of a folder, and draw the figure."""
-    model, (train, out) = load_model(folder), split()
-    pixels, labels = digits()
-    every = describe_digits(pixels, labels)
-    captions, real, own = [every[i] for i in out], pixels[out], labels[out]
-    classifier = SVC(gamma="scale").fit(pixels[train].reshape(len(train), -1), labels[train])
-    accuracy = classifier.score(real.reshape(len(real), -1), own)
-    print(f"{model!r}\nclassifier on {len(real)} held-out images: {accuracy:.3f}")  # noqa: T201
-    images_of_captions(model, classifier, captions, own, real)
+    Args:
+        folder: of the model.
+        picture: file to write.
+    """
+    model, (train, held_out) = load_model(folder), split()
+    found = {"caption to image": images_of_captions(model, train, held_out, draws=4)}
     if not model.denoiser.left_to_right:
-        captions_of_images(model, captions, own, real)
-        figure(model, captions, real).savefig(Path(target))
+        found["image to caption"] = captions_of_images(model, held_out)
+        found["image to caption"]["digit, best of ten by the bound"] = best_of_ten(model, held_out, WORDS)
+        figure(uses(model, held_out)).savefig(picture)
+    lines = [f"{use}: {name}: {value:.3f}\n" for use, part in found.items() for name, value in part.items()]
+    sys.stdout.write("".join([f"{model!r}\n", *lines]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.answers import answers_group
 from pipeline.evaluation.drawn_images import ImageEvaluator
+from pipeline.evaluation.drawn_pairs import PairEvaluator
 from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, likelihood_groups, open_model
 from pipeline.metrics.corpora import Corpus, open_corpora
@@ -63,7 +64,8 @@ def evaluate(config: RunConfig) -> Evaluation:
         corpora = [Corpus("validation", run.data_path, run.manifest), *others]
         for corpus in corpora:
             model.check_fits(corpus, run)
-        evaluator = evaluator_of(run, corpora[0], model)
+        pair = config.data.kind == "pair"
+        evaluator = PairEvaluator(run, corpora[0]) if pair else evaluator_of(run, corpora[0], model)
         (likelihoods,) = likelihood_groups(run, [model], corpora)
         samples = generate(model.folder, config.sampling, run.resources, storage.join(folder, "samples"))
         how = describe(config.sampling, len(samples.tokens)) | evaluator.notes

@@ -9,7 +9,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import PairTokenizer, Tokenizer, saved_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
-from pipeline.metrics.likelihood import Estimator, Masking
+from pipeline.metrics.likelihood import PARTS, Estimator, Masking, Part
 from pipeline.models import model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.reports.measures import Group
@@ -128,13 +128,23 @@ def likelihood_groups(
         corpora: the run's own has the key "validation".
 
     Returns:
-        A list per model with a group per corpus.
+        A list per model with a group per corpus, or of captions and images with one for every part that can be given.
     """
     count = run.config.evaluation.rows
+    parts: Sequence[Part] = ("nothing",)
+    if run.manifest.caption is not None:
+        parts = PARTS[:-1] if models[0].config.kind == "ar" else PARTS
     cases = [
-        Case(model.folder, corpus, validation_rows(corpus.manifest.rows("validation"), count), model.masking)
+        Case(
+            model.folder,
+            corpus,
+            validation_rows(corpus.manifest.rows("validation"), count),
+            model.masking,
+            part,
+        )
         for model in models
         for corpus in corpora
+        for part in parts
     ]
     results = iter(measure_cases(cases, run.resources))
     sources = [corpus.manifest.source.name for corpus in corpora]
@@ -143,7 +153,10 @@ def likelihood_groups(
         for corpus, source in zip(corpora, sources, strict=True)
     ]
     scored_bos = run.config.evaluation.score_bos
-    return [[likelihood_group(*pair, next(results), scored_bos) for pair in pairs] for _ in models]
+    return [
+        [likelihood_group(*pair, next(results), scored_bos, part) for pair in pairs for part in parts]
+        for _ in models
+    ]
 
 
 def by_estimator(model: EvaluatedModel) -> list[EvaluatedModel]:

@@ -106,12 +106,14 @@ class Case:
         corpus: the data.
         rows: numbers of the validation rows.
         masking: how rows are hidden.
+        given: part of captions and images that is given.
     """
 
     model: str
     corpus: Corpus
     rows: Int[np.ndarray, "R"]
     masking: likelihood.Masking
+    given: likelihood.Part = "nothing"
 
     @property
     def parts(self) -> int:
@@ -159,6 +161,8 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[likelihoo
         for case in cases:
             reader = case.corpus.reader("validation")
             tokens, labels, roles = reader.read(case.rows)
+            if (modalities := case.corpus.manifest.facts.modalities) is not None:
+                roles = likelihood.roles_of(case.given, len(tokens), reader.length, modalities)
             sums = torch.zeros(len(case.rows), dtype=torch.float64)
             progress = Progress("measured the likelihood of", "parts", case.parts, "rows")
             fields = (case.model, case.masking, *map(ray.put, (tokens, labels, roles)))
@@ -167,12 +171,17 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[likelihoo
                 sums += torch.from_numpy(part.copy())
                 progress.add(round(len(case.rows) / case.parts))
             results.append(likelihood.summarise(sums, case.masking, roles))
-            log.info("%s: %s", case.corpus.key, results[-1])
+            what = "" if case.given == "nothing" else f", {case.given} given"
+            log.info("%s%s: %s", case.corpus.key, what, results[-1])
     return results
 
 
 def likelihood_group(
-    corpus: Corpus, title: str, result: likelihood.Likelihood, scored_bos: bool = False
+    corpus: Corpus,
+    title: str,
+    result: likelihood.Likelihood,
+    scored_bos: bool = False,
+    given: likelihood.Part = "nothing",
 ) -> Group:
     """Make the report's group of a likelihood.
 
@@ -181,6 +190,7 @@ def likelihood_group(
         title: for people.
         result: the measured likelihood.
         scored_bos: whether BOS counts as predicted (`evaluation.score_bos`).
+        given: part of captions and images that is given.
     """
     method = {
         "data": corpus.path.rpartition("/")[2],
@@ -202,4 +212,6 @@ def likelihood_group(
         if (scale := corpus.manifest.bits_per_byte(1.0, scored_bos)) is not None:
             interval = result.interval and (result.interval[0] * scale, result.interval[1] * scale)
             measures.append(Measure("bits_per_byte", "bits per byte", result.nats * scale, interval, bound))
-    return Group(corpus.key, title, method, measures)
+    if given == "nothing":
+        return Group(corpus.key, title, method, measures)
+    return Group(f"{corpus.key}_given_{given}", f"{title}, {given} given", method, measures)

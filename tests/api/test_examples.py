@@ -16,8 +16,10 @@ from sklearn.datasets import load_digits
 
 from pipeline import api, load_model
 from pipeline.api import Model, TokenModel
+from pipeline.api.pairs import PairModel
 from pipeline.config.load import load
-from pipeline.data.tokenizers import ByteTokenizer
+from pipeline.data.prepare.captions import describe_digits, digits
+from pipeline.data.tokenizers import ByteTokenizer, PairTokenizer
 from pipeline.data.tokenizers.fast import train_bpe
 from pipeline.models import build, model_folder
 from pipeline.models.model_folder import DataFacts
@@ -27,24 +29,27 @@ from tests.support.small_models import shake
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-OTHER_MODEL = re.compile(r'load_model\("(?!runs/(image_)?quickstart/)')
+OTHER_MODEL = re.compile(r'load_model\("(?!runs/(image_|pair_)?quickstart/)')
 NAMES = {"np": np, "torch": torch, "load_model": load_model, "Filters": Filters}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models of the sizes and tokenizers of both quickstarts, and of the exercises, untrained."""
+    """A folder with untrained models of the sizes and tokenizers of the quickstarts and of the exercises."""
     root = tmp_path_factory.mktemp("quickstarts")
     pixels = load_digits().images[:500].astype(np.uint8) * 15
     bpe, patches = train_bpe(1024, topics.values()), fit_patches(np.stack([pixels] * 3, -1), 128, 2, seed=0)
+    pair = PairTokenizer(train_bpe(320, describe_digits(*digits())), patches)
     answers = DataFacts(257, 64, 256, 256, 256, (0,) * 64 + (1,), answer_block=8, template="plain")
     for path, tokenizer, facts in (
         ("text/quickstart", bpe, DataFacts(bpe.vocab_size, 64, bpe.eot, bpe.eot)),
         ("image/quickstart", patches, DataFacts(128, 16, None, None)),
         ("text/finetune_exercises", ByteTokenizer(), answers),
+        ("pair/quickstart", pair, DataFacts(448, 26, None, 319, caption=10, text_ids=320)),
     ):
         config = load(ROOT / f"configs/{path}.yaml")
-        weights = shake(build(config.model, facts.vocab_size, facts.length, facts.bos)).state_dict()
+        model = build(config.model, facts.vocab_size, facts.length, facts.bos, facts.modalities)
+        weights = shake(model).state_dict()
         folder = root / "runs" / config.name / "model"
         model_folder.write(folder, config.model, facts, weights, model_folder.Background())
         tokenizer.save(folder)
@@ -55,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def examples() -> Iterator[doctest.DocTest]:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for item in (TokenModel, Model, api.load_model):
+    for item in (TokenModel, PairModel, Model, api.load_model):
         yield from finder.find(item, item.__name__, module=inspect.getmodule(item), globs=dict(NAMES))
 
 
@@ -76,7 +81,7 @@ def test_examples_of_docstrings(
 def test_every_method_has_an_example() -> None:
     methods = {
         f"{owner.__name__}.{name}"
-        for owner in (TokenModel, Model)
+        for owner in (TokenModel, PairModel, Model)
         for name, item in vars(owner).items()
         if inspect.isfunction(item) and not name.startswith("_")
     }
@@ -84,7 +89,7 @@ def test_every_method_has_an_example() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md", "docs/pairs.md"])
 def test_code_of_pages(page: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run one after the other, as a reader would paste them; some load models of the hub."""
     monkeypatch.chdir(models)

@@ -15,7 +15,7 @@ from pipeline.errors import DataError, did_you_mean, first_line
 
 FILE = "file"  # field of a line that names its image
 TEXTS = ("txt", "json")  # suffixes of captions in tar files, the first that is there
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _INK = 255.0  # value of a pixel that is all ink
 
 
@@ -78,7 +78,7 @@ def list_captions(
     named = [file for file in files if file.name == data.captions]
     paths = {file.name: file.path for file in files if file.name != data.captions}
     if not named:
-        near = did_you_mean(data.captions, [name for name in paths if name.endswith((".jsonl", ".json"))])
+        near = did_you_mean(data.captions, storage.listing(data.source))
         raise DataError(
             f"data.captions: no file {data.captions!r} in {data.source!r}; expected JSON lines with the fields "
             f"{FILE!r} and {data.caption_field!r}{near}"
@@ -156,7 +156,7 @@ def describe_digits(pixels: UInt8[np.ndarray, "n 8 8"], labels: Int[np.ndarray, 
     mass = np.array(["thin ", "", "thick "])[thirds["mass"]]
     width = np.array(["narrow ", "", "wide "])[thirds["width"]]
     slant = np.array([", slanted to the left", "", ", slanted to the right"])[thirds["slant"]]
-    words = (_WORDS[label] for label in labels.tolist())
+    words = (WORDS[label] for label in labels.tolist())
     named = (f"{a}{b}{word}{c}" for a, b, word, c in zip(mass, width, words, slant, strict=True))
     return [f"an {name}" if name.startswith("eight") else f"a {name}" for name in named]
 
@@ -176,7 +176,7 @@ def digit_of(caption: str) -> int | None:
     Args:
         caption: a text as of `describe_digits`.
     """
-    named = [digit for digit, word in enumerate(_WORDS) if word in caption.replace(",", " ").split()]
+    named = [digit for digit, word in enumerate(WORDS) if word in caption.replace(",", " ").split()]
     return named[0] if len(named) == 1 else None
 
 
