@@ -32,7 +32,7 @@ Cell = tuple[np.ndarray, str, bool, bool]  # image, caption, and whether each is
 def uses(model: Model, real: Digits) -> dict[str, list[Cell]]:
     """Let the model do everything that it does, with four examples each."""
     whole, halves = real.images[:4], real.images[4:6]
-    right = np.broadcast_to(np.arange(8) >= 4, (8, 8))
+    right = np.arange(8) >= np.full((8, 1), 4)
     texts, images = model.sample_pairs(4, seed=1)
     rows: dict[str, list[Cell]] = {
         "image of a caption": [(*pair, False, True) for pair in zip(model.draw(TOLD), TOLD, strict=True)],
