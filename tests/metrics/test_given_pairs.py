@@ -112,9 +112,7 @@ def test_what_cannot_be_given(folders: dict[str, Path]) -> None:
     model = load_model(folders["pgm"])
     with pytest.raises(ConfigError, match=r"captions\[1\]: 8 tokens; expected at most 7 for rows of 8"):
         model.draw(["a", "abcdefgh"])
-    with pytest.raises(
-        ConfigError, match="so that nothing is left to draw"
-    ):
+    with pytest.raises(ConfigError, match="so that nothing is left to draw"):
         model.complete("abc", PIXELS[0])
     with pytest.raises(ConfigError, match="mask: without image"):
         model.complete("abc", mask=RIGHT)

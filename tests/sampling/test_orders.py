@@ -304,3 +304,15 @@ def test_a_row_ends_at_its_stop():
 def test_bad_input_is_named(call, says: str):
     with pytest.raises(ConfigError, match=says):
         call(build(CONFIGS[0], 11, 15).eval())
+
+
+def test_halton_visits_what_is_unknown_of_a_grid() -> None:
+    """The order of the whole grid without the known cells, wherever these are."""
+    whole, _ = orders.plan(
+        Order("halton"), np.arange(256), 8, rng=np.random.default_rng(0), start=0, length=256
+    )
+    for unknown in (np.arange(128), np.arange(128, 256), np.array([3])):
+        rng = np.random.default_rng(0)
+        found, counts = orders.plan(Order("halton"), unknown, 8, rng=rng, start=0, length=256)
+        assert found.tolist() == [cell for cell in whole.tolist() if cell in unknown]
+        assert counts.sum() == len(unknown)
