@@ -194,9 +194,9 @@ def pairs_shown(run: Run) -> SamplingConfig:
         run: with its manifest.
     """
     settings, steps = run.config.sampling, run.manifest.length - (run.manifest.caption or 0)
-    if run.config.model.kind != "ar":  # which draws a token a step
-        steps = min(steps, settings.steps)
-    return settings.model_copy(update={"num_samples": PAIRS, "steps": steps})
+    if run.config.model.kind == "ar":
+        return settings.model_copy(update={"num_samples": PAIRS, "steps": steps, "order": "left_to_right"})
+    return settings.model_copy(update={"num_samples": PAIRS, "steps": min(steps, settings.steps)})
 
 
 def pictures_shown(run: Run) -> tuple[SamplingConfig, list[int] | None]:

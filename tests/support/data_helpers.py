@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.config.data import MixedSource
+from pipeline.config.data import MixedSource, PairDataConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare as preparation
@@ -141,3 +141,18 @@ def answers(config: RunConfig) -> RunConfig:
         "validation_documents": 10,
     }
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def pairs(config: RunConfig) -> RunConfig:
+    """The same run on the digits with their descriptions."""
+    data = PairDataConfig(
+        kind="pair",
+        codes=32,
+        text_tokenizer="bpe:320",
+        caption_length=10,
+        validation_images=20,
+        streams=config.data.streams,
+        shuffle_window=64,
+        path=str(Path(config.data.path or "").with_name("pairs")),
+    )
+    return config.model_copy(update={"data": data})

@@ -11,7 +11,7 @@ from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig, SwapConfig
 from pipeline.config.schema import RunConfig
 from pipeline.run import Run
 from tests.support import observed
-from tests.support.data_helpers import answers, sentences
+from tests.support.data_helpers import answers, pairs, sentences
 from tests.support.workers import Workers
 
 SIZE = {"hidden": 16, "heads": 2, "dropout": 0.0}
@@ -27,7 +27,8 @@ MODELS = {
 }
 PADDED = {f"{name}-padded": MODELS[name] for name in ("ar", "complementary", "pgm-causal")}
 ANSWERS = {f"{name}-answers": MODELS[name] for name in ("ar", "complementary", "pgm-causal")}
-MODELS |= PADDED | ANSWERS
+PAIRS = {f"{name}-pairs": MODELS[name] for name in ("ar", "complementary", "pgm-causal")}
+MODELS |= PADDED | ANSWERS | PAIRS
 STEPS = 5
 Runs = dict[str, tuple[observed.Seen, observed.Seen]]
 
@@ -44,6 +45,7 @@ def _configs(storage: Path, stage: int, again: bool) -> list[RunConfig]:
             activation_checkpointing=again,
         ).model_copy(update={"model": model, "sampling": SamplingConfig(steps=3)})
         config = sentences(config) if name in PADDED else config
+        config = pairs(config) if name in PAIRS else config
         configs.append(answers(config) if name in ANSWERS else config)
     return configs
 
@@ -51,7 +53,7 @@ def _configs(storage: Path, stage: int, again: bool) -> list[RunConfig]:
 @pytest.fixture(scope="module")
 def runs(run_storage: Path, groups: dict[int, Workers]) -> Runs:
     """What rank 0 saw: alone with whole parameters, and with a second worker under stage 3, recomputing."""
-    for prepared in (sentences, answers):
+    for prepared in (sentences, answers, pairs):
         Run(prepared(observed.quick(run_storage, "any"))).with_data()
     alone = groups[1](observed.train, _configs(run_storage, 0, False))[0]
     shared = groups[2](observed.train, _configs(run_storage, 3, True))[0]

@@ -1,0 +1,77 @@
+"""The recipe of images with captions, shortened, and its four uses by command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import load_model
+from tests.support.digit_pairs import captions_of_images, images_of_captions, split
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/pair/quickstart.yaml"
+
+
+def run(job: str, storage: Path, *words: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", CONFIG, f"cluster.storage={storage}", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def drawn(storage: Path, *words: str) -> tuple[list[str], np.ndarray]:
+    """Captions and images that `jobs.sample` wrote."""
+    out = run("sample", storage, "sampling.num_samples=4", *words)
+    folder = Path(out.rpartition(": ")[2].strip())
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    images = [np.asarray(Image.open(folder / f"images/{i:06d}.png")) for i in range(4)]
+    assert (folder / "samples.png").is_file()
+    return [row["text"] for row in rows], np.stack(images)
+
+
+@pytest.mark.slow
+def test_four_uses(tmp_path: Path) -> None:
+    short = ("train.steps=500", "train.validate_every=250", "evaluation.draws=1", "evaluation.rows=100")
+    out = run("pretrain", tmp_path, *short)
+    assert str(tmp_path / "pair_quickstart/samples.png") in out
+    model, (train, held_out) = load_model(tmp_path / "pair_quickstart/model"), split()
+    images = images_of_captions(model, train, held_out)
+    assert images["digit"] > 0.8
+    assert min(images[name] for name in ("mass", "width", "slant")) > 0.4
+    assert captions_of_images(model, held_out)["digit"] > 0.4
+
+    assert drawn(tmp_path, "sampling.prompt=a thick three")[0] == ["a thick three"] * 4
+    real = held_out.images[0]
+    Image.fromarray(real).save(tmp_path / "digit.png")
+    Image.fromarray(np.repeat([0, 255], 4).astype(np.uint8)[None].repeat(8, 0)).save(tmp_path / "mask.png")
+    (tmp_path / "gaps.txt").write_text("a[[1]] three\n")
+    image = f"sampling.inpaint={tmp_path}/digit.png"
+    captions, whole = drawn(tmp_path, image)
+    assert (whole == whole[0]).all()
+    assert len({*captions}) > 1
+    halves = drawn(tmp_path, image, f"sampling.mask={tmp_path}/mask.png", "sampling.prompt=a three")[1]
+    assert (halves[:, :, :4] == whole[0, :, :4]).all()
+    captions, _ = drawn(tmp_path, f"sampling.infill={tmp_path}/gaps.txt", "sampling.view=true")
+    assert all(text.startswith("a") and text.endswith(" three") for text in captions)
+    assert len(drawn(tmp_path)[0]) == 4
+
+    run("evaluate", tmp_path, *short[2:])
+    report = json.loads((tmp_path / "pair_quickstart/evaluation/evaluation.json").read_text())
+    text = json.dumps(report)
+    assert all(
+        key in text for key in ("validation_given_caption", "validation_given_image", "Held-out images"[:8])
+    )
