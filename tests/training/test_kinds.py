@@ -71,7 +71,8 @@ def test_stage_3_on_two_workers_is_plain_training(runs: Runs, name: str) -> None
     assert alone.losses.keys() == set(range(1, STEPS + 1))
     assert shared.losses == pytest.approx(alone.losses, abs=2e-5, rel=0)
     assert shared.norms == pytest.approx(alone.norms, rel=1e-4)
-    assert alone.losses[STEPS] < alone.losses[1] - 0.05
+    if name not in PAIRS:  # whose losses depend on the parts that are given in a step
+        assert alone.losses[STEPS] < alone.losses[1] - 0.05
 
 
 @pytest.mark.parametrize("name", ANSWERS)
