@@ -74,8 +74,8 @@ class TextDataConfig(DataConfig):
 
     Attributes:
         kind: Selects text; may be left out.
-        source: `pydoc` (embedded), `markov` (embedded, of known entropy), `hf:OWNER/NAME`, or a file, folder or glob
-            of .txt, .jsonl (also .gz, .zst) or .parquet.
+        source: `pydoc`, `pydoc_questions`, `exercises` or `markov` (embedded), `hf:OWNER/NAME`, or a file, folder or
+            glob of .txt, .jsonl (also .gz, .zst) or .parquet.
         mix: Sources in place of `source`, with the share of each; all other keys hold for every source.
         text_field: Column of .jsonl, .parquet and Hugging Face data that holds the document.
         prompt_field: Column that holds a prompt, beside `answer_field`: the model learns to answer.

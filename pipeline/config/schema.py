@@ -295,8 +295,8 @@ class RunConfig(Section):
         if train.offload_optimizer and train.zero_stage == 0:
             yield "train.offload_optimizer: stage 0 keeps its optimiser; expected train.zero_stage 1 to 3"
         if (train.micro_batch is None) == (train.micro_tokens is None):
-            both = f"{train.micro_batch} together with train.micro_tokens {train.micro_tokens}"
-            yield f"train.micro_batch: {both}; expected one of them, and null for the other"
+            both = f"{train.micro_batch or 'null'} beside train.micro_tokens {train.micro_tokens or 'null'}"
+            yield f"train.micro_batch: {both}; expected a number for one of them, and null for the other"
         elif train.micro_tokens is not None:
             if not self.data.padded:
                 yield (

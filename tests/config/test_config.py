@@ -204,6 +204,23 @@ class TestMistakes:
                 "train.profile_steps: 3; expected at most 2 behind the first ten of 12 steps",
             ),
             (
+                {"train": {"micro_tokens": 2048}, "data": {"wrap": "sentence"}},
+                "train.micro_batch: 32 beside train.micro_tokens 2048; expected a number for one of them",
+            ),
+            (
+                {"train": {"micro_batch": None}},
+                "train.micro_batch: null beside train.micro_tokens null; expected a number for one of them",
+            ),
+            (
+                {"train": {"micro_batch": None, "micro_tokens": 4096}},
+                "train.micro_tokens: 4096 for rows without padding, which are equally long; expected null, and "
+                "train.micro_batch 4",
+            ),
+            (
+                {"train": {"micro_batch": None, "micro_tokens": 1000}, "data": {"wrap": "sentence"}},
+                "train.micro_tokens: 1000; expected at least data.length 1024",
+            ),
+            (
                 {"train": {"compile": True}, "data": {"wrap": "sentence"}},
                 "train.compile: true for rows with padding",
             ),

@@ -1,69 +1,64 @@
 """Low-rank adaptation from command to end: a registered model is adapted, sampled, exported and tuned on."""
 
-import re
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline import load_model
-from pipeline.config.model import LoraConfig
 from pipeline.config.schema import RunConfig
 from pipeline.export import export_model
 from pipeline.models import model_folder
 from pipeline.models.adapters.folder import read_base
 from pipeline.run import Run
-from tests.support.launched import LaunchedJob
-from tests.support.tiny_runs import tiny
-
-BASE, LORA = "models:/base@teacher", LoraConfig(rank=2, alpha=4.0)
-
-
-def job(name: str, config: RunConfig, folder: Path, *overrides: str) -> str:
-    """Run a job to its end; the output."""
-    with LaunchedJob(name, config, folder, *overrides) as launched:
-        return launched.finish()
+from pipeline.training import checkpoint, launch
 
 
 @pytest.mark.slow
-def test_from_a_registered_model_to_an_export(tmp_path: Path) -> None:
-    base = tiny(tmp_path, "base", train={"steps": 4}, sampling={"steps": 16})
-    job("pretrain", base, tmp_path)
-    adapted = tiny(
-        tmp_path,
+def test_from_a_registered_model_to_an_export(
+    configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second start goes on with the first one's adapter; the base is version 1, whatever the alias names then."""
+    base = configure("adapter-base", train={"steps": 4})
+    registered = launch.pretrain(base)
+    assert registered.version == "models:/adapter-base/1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracking_uri)
+    train = {"init_from": "models:/adapter-base@teacher", "checkpoint_every": 2, "zero_stage": 2}
+    adapted = configure(
         "adapted",
-        model={"lora": LORA.model_dump()},
-        train={"steps": 4, "init_from": BASE, "checkpoint_every": 2, "zero_stage": 2},
-        sampling={"steps": 16, "num_samples": 2},
-        cluster={"workers": 2},
+        model={"lora": {"rank": 2, "alpha": 4.0}},
+        train={"steps": 4, **train},
+        sampling={"num_samples": 2},
     )
-    assert "starting from step 0: 2 workers" in job("pretrain", adapted, tmp_path)
     run = Run.of(adapted)
-    before = model_folder.read_weights(Path(run.adapter_folder), model_folder.ADAPTER)
+    launch.pretrain(adapted)
+    factors = model_folder.read_weights(Path(run.adapter_folder), model_folder.ADAPTER)
+    assert read_base(Path(run.adapter_folder)).name == "models:/adapter-base/1"
 
     # The adapter gives the samples of the merged model, and of its export.
-    texts = [
-        sampled(job("sample", adapted, tmp_path, f"sampling.model={model}"))
-        for model in (run.adapter_folder, run.model_folder)
-    ]
-    assert texts[0] == texts[1]
     export_model(run.adapter_folder, str(tmp_path / "export"), ["license=mit"])
-    models = [load_model(path) for path in (run.adapter_folder, run.model_folder, tmp_path / "export")]
-    assert len({tuple(model.sample_text(2, steps=16)) for model in models}) == 1
+    paths = (run.adapter_folder, run.model_folder, str(tmp_path / "export"))
+    samples = [
+        launch.sample(sampling_of(adapted, f"sampling-{number}", path)) for number, path in enumerate(paths)
+    ]
+    assert all(np.array_equal(one.tokens, samples[0].tokens) for one in samples)
     original, merged = (load_model(Run.of(x).model_folder).denoiser.state_dict() for x in (base, adapted))
     moved = {name for name, value in merged.items() if not torch.equal(value, original[name])}
-    assert moved == {name.rpartition(".")[0] + ".weight" for name in before}
+    assert moved == {name.rpartition(".")[0] + ".weight" for name in factors}
 
-    # The same command goes on, and still knows its base.
-    output = job("pretrain", adapted, tmp_path, "train.steps=6")
-    assert "resuming from step 4: 2 workers" in output
+    # The same command with more steps goes on.
+    launch.pretrain(adapted.model_copy(update={"train": adapted.train.model_copy(update={"steps": 6})}))
+    path = checkpoint.latest(run.folder)
+    assert path is not None
+    assert path.endswith(checkpoint.name_of(6))
+    assert Path(run.folder, checkpoint.name_of(4)).is_dir()
     after = model_folder.read_weights(Path(run.adapter_folder), model_folder.ADAPTER)
-    assert any(not torch.equal(value, before[name]) for name, value in after.items())
-    assert read_base(Path(run.adapter_folder)).name == BASE
+    assert any(not torch.equal(value, factors[name]) for name, value in after.items())
 
 
-def sampled(output: str) -> str:
-    """The text that `jobs.sample` prints."""
-    found = re.search(r"--- sample 0\n(.*)\n\n2 samples in", output, re.DOTALL)
-    assert found, output
-    return found[1]
+def sampling_of(config: RunConfig, name: str, model: str) -> RunConfig:
+    """The config of a job that samples a model."""
+    sampling = config.sampling.model_copy(update={"model": model})
+    return config.model_copy(update={"name": name, "sampling": sampling})

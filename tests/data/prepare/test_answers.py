@@ -1,7 +1,9 @@
 """Prompts and answers as rows: templates, ends of answers, what is cut, and every kind of source."""
 
 import json
+import re
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from pipeline.config.data import TextDataConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare import exercises
+from pipeline.data.prepare import exercises, pydoc_questions
 from pipeline.data.shards import ShardReader
 from pipeline.data.templates import Message, exchange_of, prompt_text
 from pipeline.errors import DataError
@@ -182,3 +184,17 @@ def test_exercises_have_right_answers() -> None:
         assert document["answer"] == {"reverse": word[::-1], "sort": "".join(sorted(word))}[task]
         tasks.append(task)
     assert tasks.count("sort") == len(tasks) // 2
+
+
+def test_questions_are_answered_by_the_documentation() -> None:
+    documents = pydoc_questions.documents()
+    assert len({document["prompt"] for document in documents}) == len(documents) > 200
+    text = " ".join(" ".join(topic.split()) for topic in topics.values())
+    for document in documents:
+        assert " ".join(document["answer"].split()) in text
+        subject = re.fullmatch(r"Explain: (.*)\n|What does (.*) do\?\n", document["prompt"])
+        assert subject
+        assert " ".join((subject[1] or subject[2]).split()) in text
+    answers = {document["prompt"]: document["answer"] for document in documents}
+    assert answers["What does str.isupper() do?\n"].startswith('Return "True" if all cased characters')
+    assert answers['Explain: The "assert" statement\n'].startswith("Assert statements are a convenient way")
