@@ -112,7 +112,7 @@ def test_a_row_of_every_sentence(ray_cluster: None, tmp_path: Path) -> None:
         reader = ShardReader(data_path(config), manifests[-1], "train")
         roles = reader.roles(np.arange(len(reader)))
         assert roles is not None
-        given, lengths = roles
+        given, lengths, _ = roles
         assert not given.any()
         expected = [min(len(text.encode()), 38) + 2 for text in texts[:70]]
         assert lengths.tolist() == expected
