@@ -9,6 +9,7 @@ import torch
 
 from jobs.plan import teacher_model
 from pipeline.api import load_model
+from pipeline.config.model import LoraConfig
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CheckpointError, ConfigError
@@ -87,6 +88,21 @@ def test_training_starts_from_a_name(tmp_path: Path) -> None:
     missing = Run(config(tmp_path, train={"init_from": "hf:jdeschena/pgm/owt/pgm.ckpt"}))
     with pytest.raises(CheckpointError, match=r"no file 'owt/pgm\.ckpt'"):
         resume.precheck(missing)
+
+
+def test_adapters_are_trained_on_a_name_of_the_hub(tmp_path: Path) -> None:
+    """The weights are those of the hub, frozen, and the adapter starts without effect."""
+    lora = LoraConfig(rank=2)
+    run = Run(
+        config(tmp_path, train={"init_from": "hf:me/ours"}, model=PGM.model_copy(update={"lora": lora}))
+    )
+    resume.precheck(run)
+    model, ours = build(PGM, 257, 16), load_model("hf:me/ours").denoiser.state_dict()
+    assert len(resume.adapt_base(run, model, lora, None)) == 64
+    state, trained = model.state_dict(), {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == state.keys() - ours.keys()
+    assert trained
+    assert equal({name: state[name] for name in ours}, ours)
 
 
 def _section() -> Any:

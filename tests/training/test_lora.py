@@ -96,6 +96,23 @@ def test_stages(
     check_end(config, base, reference, original)
 
 
+@pytest.mark.slow
+def test_in_bf16_with_the_optimiser_on_the_host(
+    run_storage: Path, base: Path, reference: plain.Plain, groups: dict[int, Workers]
+) -> None:
+    """At stages 1 to 3; micro-batches of two rows accumulate."""
+    train = {"precision": "bf16", "offload_optimizer": True, "micro_batch": 2, "steps": HALF}
+    configs = [tuned(run_storage, f"host-{stage}", base, zero_stage=stage, **train) for stage in (1, 2, 3)]
+    original = model_folder.read_weights(base)
+    for seen in groups[2](observed.train, configs)[0]:
+        assert seen.error is None
+        assert seen.losses == pytest.approx({s: reference.losses[s] for s in range(1, HALF + 1)}, abs=0.01)
+        assert seen.weights.keys() == reference.weights.keys()
+        assert all(
+            torch.equal(value, original[name].bfloat16().float()) for name, value in seen.frozen.items()
+        )
+
+
 def check_end(config: RunConfig, base: Path, reference: plain.Plain, original: dict[str, Tensor]) -> None:
     """The run's model is the base with the averaged factors added, and its adapter folder gives the same."""
     run = Run.of(config).replace(given_manifest=Manifest.read(Run(config).data_path))
