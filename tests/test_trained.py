@@ -11,12 +11,14 @@ from jobs.plan import teacher_model
 from pipeline.api import load_model
 from pipeline.config.model import LoraConfig
 from pipeline.config.schema import RunConfig
+from pipeline.data.manifest import TokenizerInfo
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import build, model_folder
 from pipeline.run import Run
 from pipeline.training import distillation, resume
 from tests.support.hub import Hub, files_of, running_hub, use
+from tests.support.small_manifest import small_manifest
 from tests.support.small_models import PGM, randomised
 
 RELEASED = Path(__file__).parent / "data" / "pgm_learn_freqs.safetensors"
@@ -97,6 +99,8 @@ def test_adapters_are_trained_on_a_name_of_the_hub(tmp_path: Path) -> None:
         config(tmp_path, train={"init_from": "hf:me/ours"}, model=PGM.model_copy(update={"lora": lora}))
     )
     resume.precheck(run)
+    tokenizer = TokenizerInfo(name="bytes", hash=ByteTokenizer().hash)
+    run = run.replace(given_manifest=small_manifest(length=16, tokenizer=tokenizer))
     model, ours = build(PGM, 257, 16), load_model("hf:me/ours").denoiser.state_dict()
     assert len(resume.adapt_base(run, model, lora, None)) == 64
     state, trained = model.state_dict(), {name for name, p in model.named_parameters() if p.requires_grad}
