@@ -45,7 +45,7 @@ def drawn(storage: Path, *words: str) -> tuple[list[str], np.ndarray]:
 
 @pytest.mark.slow
 def test_four_uses(tmp_path: Path) -> None:
-    short = ("train.steps=500", "train.validate_every=250", "evaluation.draws=1", "evaluation.rows=100")
+    short = ("train.steps=500", "train.validate_every=500", "evaluation.draws=1", "evaluation.rows=100")
     out = run("pretrain", tmp_path, *short)
     assert str(tmp_path / "pair_quickstart/samples.png") in out
     model, (train, held_out) = load_model(tmp_path / "pair_quickstart/model"), split()
