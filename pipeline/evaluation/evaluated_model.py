@@ -132,7 +132,7 @@ def likelihood_groups(
     """
     count = run.config.evaluation.rows
     parts: Sequence[Part] = ("nothing",)
-    if run.manifest.caption is not None:
+    if corpora[0].manifest.caption is not None:
         parts = PARTS[:-1] if models[0].config.kind == "ar" else PARTS
     cases = [
         Case(

@@ -60,7 +60,9 @@ def zero_shot(config: RunConfig) -> ZeroShot:
     config, folder = run.config, storage.join(run.folder, "zero_shot")
     sets = config.evaluation.zero_shot
     if not isinstance(config.data, TextDataConfig):
-        raise ConfigError("evaluation.zero_shot: texts, but data.kind is image; expected no texts")
+        raise ConfigError(
+            f"evaluation.zero_shot: texts, but data.kind is {config.data.kind}; expected no texts"
+        )
     model = open_model(run, config.name)
     claim = claims.held(folder, "cluster.storage", f"run {config.name!r}", "evaluated")
     with claim, run.in_mlflow() as run, joined_cluster(config.cluster):

@@ -161,7 +161,8 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[likelihoo
         for case in cases:
             reader = case.corpus.reader("validation")
             tokens, labels, roles = reader.read(case.rows)
-            if (modalities := case.corpus.manifest.facts.modalities) is not None:
+            # Data for evaluation only has no facts about rows of training; captions always have them.
+            if case.corpus.manifest.caption and (modalities := case.corpus.manifest.facts.modalities):
                 roles = likelihood.roles_of(case.given, len(tokens), reader.length, modalities)
             sums = torch.zeros(len(case.rows), dtype=torch.float64)
             progress = Progress("measured the likelihood of", "parts", case.parts, "rows")

@@ -231,7 +231,16 @@ def test_a_folder_without_a_model_is_refused_before_anything_starts(tmp_path: Pa
 
 
 def test_a_new_key_of_training_is_fixed_until_it_is_listed_here() -> None:
-    free = {"steps", "micro_batch", "log_every", "validate_every", "checkpoint_every", "keep", "on_nonfinite"}
+    free = {
+        "steps",
+        "micro_batch",
+        "micro_tokens",
+        "log_every",
+        "validate_every",
+        "checkpoint_every",
+        "keep",
+        "on_nonfinite",
+    }
     free |= {"persistent_parameters", "offload_optimizer", "activation_checkpointing", "zero_stage"}
     free |= {"compile", "profile_steps"}
     assert {f"train.{key}" for key in TrainConfig.model_fields.keys() - free} == resume.FIXED_KEYS
