@@ -158,19 +158,26 @@ def test_activations_are_what_autograd_keeps(
 def test_the_peak_is_what_the_allocator_sees(
     logits: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 10%, the largest number of bytes allocated at a time in a forward and a backward pass."""
+    """Within 10%, the largest number of bytes allocated at a time in a forward and a backward pass.
+
+    The median of three passes, since events that are too close for the profiler's clock may change places.
+    """
     config = configured(MODELS["pgm"], "bf16", recompute)
     model = prepare_as_on_gpus(config, monkeypatch, chunk=1 << (18 if logits == "in chunks" else 22))
     batch = equal_halves(config, model)
     batch.target_index  # noqa: B018  made on the host, before the step
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as profiler:
-        model(batch).sum().backward()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    peak = np.cumsum([size for _, size in sizes]).max()
-    assert plan.step_activations(config, known_facts(config)).peak(ROWS) == pytest.approx(peak, rel=0.1)
+    peaks = []
+    for _ in range(3):
+        model.zero_grad()
+        with torch.profiler.profile(
+            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as profiler:
+            model(batch).sum().backward()
+        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        peaks.append(np.cumsum([size for _, size in sizes]).max())
+    expected = pytest.approx(float(np.median(peaks)), rel=0.1)
+    assert plan.step_activations(config, known_facts(config)).peak(ROWS) == expected
 
 
 def held(rank: int, workers: int, config: RunConfig, vocabulary: int) -> dict[str, int]:
