@@ -197,15 +197,24 @@ def _quality(run: Run) -> list[step_quality.Quality]:
 
 
 def _grid(run: Run) -> Figure:
-    """Draw a grid of samples of the finished model on a device of the run, and write it to the run's folder."""
+    """Draw a grid of samples of the finished model on a device of the run, and write it to the run's folder.
+
+    An actor has the GPU. CPUs compute in this process: trials of a sweep hold them all, so an actor would wait for
+    CPUs that are not released before it ends.
+    """
     pair, known = run.config.data.kind == "pair", None
     settings, classes = (pairs_shown(run), None) if pair else pictures_shown(run)
     if pair:
         known = prompts_of(run, ShardReader(run.data_path, run.manifest, "validation"))
-    with started(Sampler, (run.resources.cpus,), replace(run.resources, actors=1), tasks=1) as samplers:
-        task = (run.model_folder, settings, 0, settings.num_samples, known)
-        (batch,) = in_order(samplers, "draw", [task])
-        (pictures,) = in_order(samplers, "decode", [(run.model_folder, batch.tokens)])
+    task = (run.model_folder, settings, 0, settings.num_samples, known)
+    if run.resources.use_gpu:
+        with started(Sampler, (run.resources.cpus,), replace(run.resources, actors=1), tasks=1) as samplers:
+            (batch,) = in_order(samplers, "draw", [task])
+            (pictures,) = in_order(samplers, "decode", [(run.model_folder, batch.tokens)])
+    else:
+        sampler = Sampler(run.resources.cpus)
+        batch = sampler.draw(*task)
+        pictures = sampler.decode(run.model_folder, batch.tokens)
     if pair:
         captions = pair_tokenizer(run).captions(batch.tokens, run.manifest.caption or 0)
         figure = captioned_grid(pictures, captions)

@@ -45,14 +45,14 @@ def drawn(storage: Path, *words: str) -> tuple[list[str], np.ndarray]:
 
 @pytest.mark.slow
 def test_four_uses(tmp_path: Path) -> None:
-    short = ("train.steps=500", "train.validate_every=500", "evaluation.draws=1", "evaluation.rows=100")
-    out = run("pretrain", tmp_path, *short)
+    short = ("evaluation.draws=1", "evaluation.rows=100", "model.dropout=0.1")
+    out = run("pretrain", tmp_path, *short, "train.steps=500", "train.validate_every=500")
     assert str(tmp_path / "pair_quickstart/samples.png") in out
     model, (train, held_out) = load_model(tmp_path / "pair_quickstart/model"), split()
     images = images_of_captions(model, train, held_out)
-    assert images["digit"] > 0.8
-    assert min(images[name] for name in ("mass", "width", "slant")) > 0.4
-    assert captions_of_images(model, held_out)["digit"] > 0.4
+    assert images["digit"] > 0.7
+    assert min(images[name] for name in ("mass", "width", "slant")) > 0.25
+    assert captions_of_images(model, held_out)["a caption of the data's form"] > 0.5
 
     assert drawn(tmp_path, "sampling.prompt=a thick three")[0] == ["a thick three"] * 4
     real = held_out.images[0]
@@ -69,9 +69,9 @@ def test_four_uses(tmp_path: Path) -> None:
     assert all(text.startswith("a") and text.endswith(" three") for text in captions)
     assert len(drawn(tmp_path)[0]) == 4
 
-    run("evaluate", tmp_path, *short[2:])
-    report = json.loads((tmp_path / "pair_quickstart/evaluation/evaluation.json").read_text())
-    text = json.dumps(report)
-    assert all(
-        key in text for key in ("validation_given_caption", "validation_given_image", "Held-out images"[:8])
-    )
+    run("evaluate", tmp_path, *short)
+    folder = tmp_path / "pair_quickstart/evaluation"
+    keys = [group["key"] for group in json.loads((folder / "evaluation.json").read_text())["groups"]]
+    assert keys == ["validation", "validation_given_caption", "validation_given_image", "samples"]
+    assert (folder / "samples.png").is_file()
+    assert (folder / "held_out.png").is_file()

@@ -14,7 +14,10 @@ from pipeline.data.reading_order import MicroBatch
 from pipeline.data.shards import ShardReader
 from pipeline.models import build
 from pipeline.run import Run
+from pipeline.runtime.actors import Resources
+from pipeline.training import checkpoint, finish
 from pipeline.training.pretraining import Pretraining
+from pipeline.training.validation import image_tokenizer
 from tests.support import observed
 from tests.support.workers import Workers
 
@@ -80,6 +83,21 @@ def test_validation_names_what_it_measures(runs: Runs, name: str) -> None:
     for seen in runs[name]:
         (line,) = [line for line in seen.log if ": validation " in line]
         assert ("exact" if name == "ar" else "nats per masked token, arccos") in line
+
+
+def test_the_grid_of_a_run_on_cpus_needs_no_actor(
+    runs: Runs, run_storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials of a sweep hold all CPUs until they end, so an actor would never start."""
+    assert runs["pgm"][0].error is None
+    config = image_run(run_storage, "pgm-0", "pgm", 0)
+    run = Run(config).with_data().replace(given_resources=Resources(actors=1, cpus=1, use_gpu=False))
+    last = checkpoint.latest(run.folder)
+    assert last is not None
+    checkpoint.consolidate(last, run, image_tokenizer(run))
+    monkeypatch.setattr(finish, "started", None)
+    assert finish._grid(run).axes
+    assert Path(run.folder, "samples.png").is_file()
 
 
 @pytest.mark.usefixtures("group_of_one")
