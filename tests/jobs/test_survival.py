@@ -17,7 +17,7 @@ from tests.support.launched import LaunchedJob
 from tests.support.tiny_runs import tiny
 from tests.support.workers import run_workers
 
-STEPS, EVERY = 600, 50
+STEPS, EVERY = 800, 50
 
 
 def survivor(storage: Path, name: str) -> RunConfig:
@@ -59,7 +59,7 @@ def test_kills_of_workers_and_driver_change_nothing(tmp_path: Path, kills: list[
         job.kill_driver()
 
     with LaunchedJob("pretrain", config, tmp_path) as job:
-        job.wait_for(rf"step 500/{STEPS}")
+        job.wait_for(rf"step \d+/{STEPS}")  # the workers outlive their driver for a moment, and save
         job.process.send_signal(signal.SIGTERM)
         assert job.process.wait(120) == 1
         job.wait_for("stopped on request")
@@ -81,7 +81,7 @@ def test_kills_of_workers_and_driver_change_nothing(tmp_path: Path, kills: list[
     )
     logged = {point.step: point.value for point in points}
     # A log line after a restart averages fewer steps; lines of whole intervals must be equal.
-    whole = [step for step, _ in expected if step > 500 + 2 * EVERY or step <= kills[0] // 10 * 10]
+    whole = [step for step, _ in expected if step > 700 or step <= kills[0] // 10 * 10]
     assert len(whole) > 5
     for step, loss in expected:
         if step in whole:
