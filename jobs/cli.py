@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -60,11 +59,11 @@ def command(
     module, arguments = sys.modules["__main__"], sys.argv[1:]
     wants_help = arguments[:1] in (["-h"], ["--help"])
     if len(arguments) < least or wants_help:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         name = module.__spec__.name if module.__spec__ else "jobs"
-        print(f"{(module.__doc__ or '').strip()}\n\nusage: python -m {name} {usage}")
+        lines = [f"{(module.__doc__ or '').strip()}\n\nusage: python -m {name} {usage}"]
         if config:
-            print(key_list(config) if wants_help else "\n--help lists the keys of CONFIG.yaml.")
+            lines.append(key_list(config) if wants_help else "\n--help lists the keys of CONFIG.yaml.")
+        show("\n".join(lines))
         sys.exit(0 if wants_help else 2)
     logs.show()
     try:
@@ -89,6 +88,18 @@ def key_list(config: type[Section]) -> str:
         rows = [row for row in keys(section) if row[1] != "section"]
         lines += [f"  {name:<26}{kind:<32} {default}" for name, kind, default, _ in rows]
     return "\n".join(lines)
+
+
+def show(text: str) -> None:
+    """Print a text whose reader may end early, as `head` does.
+
+    Args:
+        text: what is printed.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # Python would try to write the rest again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_locations(config: RunConfig) -> None:
