@@ -1,10 +1,7 @@
 """jobs.convert: weights of any kind into a folder that loads bit-equal and can go to the hub."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from pipeline.export import export_model
 from pipeline.models import model_folder
 from tests.support.hub import TOKEN, files_of, running_hub, use
 from tests.support.in_process import run_job
+from tests.support.launched import job_output
 from tests.support.small_models import MDLM, PGM, random_rows, randomised
 
 ROOT = Path(__file__).parents[2]
@@ -157,16 +155,8 @@ def test_the_command(tmp_path: Path) -> None:
         hub.add("jdeschena/pgm", {"owt/pgm.safetensors": RELEASED.read_bytes()})
         environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
         words = ["hf:jdeschena/pgm/owt/pgm.safetensors", str(tmp_path / "out"), "license=mit", "push=lab/pgm"]
-        done = subprocess.run(
-            [sys.executable, "-m", "jobs.convert", *words],
-            cwd=ROOT,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"uploaded   {hub.address}/lab/pgm" in done.stdout
+        printed = job_output("convert", *words, **environment)
+        assert f"uploaded   {hub.address}/lab/pgm" in printed
         assert hub.repositories["lab/pgm"].branches["main"] == files_of(tmp_path / "out")
         assert hub.repositories["lab/pgm"].private
     same(RELEASED, tmp_path / "out")

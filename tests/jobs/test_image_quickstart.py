@@ -1,8 +1,5 @@
 """The image quickstart, started as a user would: what it draws are the digits that were asked for."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +10,9 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from pipeline import load_model
+from tests.support.launched import job_output
 from tests.support.notebooks import run_notebook
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = 200
 
 
@@ -26,26 +23,9 @@ def grey(images: np.ndarray) -> np.ndarray:
 
 @pytest.mark.slow
 def test_digits_are_those_that_were_asked_for(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "jobs.pretrain",
-            "configs/image/quickstart.yaml",
-            f"cluster.storage={tmp_path}",
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    out = job_output("pretrain", "configs/image/quickstart.yaml", f"cluster.storage={tmp_path}")
     grid = tmp_path / "image_quickstart/samples.png"
-    assert str(grid) in done.stdout
+    assert str(grid) in out
     assert min(Image.open(grid).size) > 500
 
     digits = load_digits()

@@ -1,9 +1,6 @@
 """The recipe of images with captions, shortened, and its four uses by command."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +9,11 @@ from PIL import Image
 
 from pipeline import load_model
 from tests.support.digit_pairs import captions_of_images, images_of_captions, split
-
-ROOT = Path(__file__).parents[2]
-CONFIG = "configs/pair/quickstart.yaml"
+from tests.support.launched import job_output
 
 
 def run(job: str, storage: Path, *words: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{job}", CONFIG, f"cluster.storage={storage}", *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return job_output(job, "configs/pair/quickstart.yaml", f"cluster.storage={storage}", *words)
 
 
 def drawn(storage: Path, *words: str) -> tuple[list[str], np.ndarray]:

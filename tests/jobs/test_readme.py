@@ -1,14 +1,13 @@
 """The README's commands do what the README says."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.launched import job_output
 from tests.support.notebooks import run_notebook
 
 ROOT = Path(__file__).parents[2]
@@ -43,23 +42,12 @@ def test_main_command_in_a_copy_of_the_tree(tmp_path: Path):
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target)
-    words = commands()[0].split("&&")[-1].split()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    done = subprocess.run(
-        [sys.executable, *words[1:]],
-        cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(tmp_path)},  # the copy, not the installed tree
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    ratio = re.search(r"model / unigram = ([\d.]+)", done.stdout)
+    name, *words = commands()[0].partition("-m jobs.")[2].split()
+    out = job_output(name, *words, cwd=tmp_path, PYTHONPATH=str(tmp_path))  # the copy, not the installed tree
+    ratio = re.search(r"model / unigram = ([\d.]+)", out)
     assert ratio is not None
-    assert float(ratio[1]) <= 0.85, done.stdout[-2000:]
-    assert "bigram perplexity" in done.stdout
+    assert float(ratio[1]) <= 0.85, out[-2000:]
+    assert "bigram perplexity" in out
     run_notebook("text", tmp_path)  # with the model of this run
-    assert "mlflow ui --backend-store-uri" in done.stdout
+    assert "mlflow ui --backend-store-uri" in out
     assert (tmp_path / "runs/quickstart/model/model.safetensors").is_file()

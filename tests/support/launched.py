@@ -21,6 +21,33 @@ from pipeline.config.schema import RunConfig
 ROOT = Path(__file__).parents[2]
 
 
+def job_output(name: str, *words: str, cwd: Path = ROOT, **variables: str) -> str:
+    """Run `python -m jobs.NAME WORDS` to its end, which must be a good one.
+
+    Args:
+        name: of the job.
+        words: config and overrides.
+        cwd: folder in which it runs.
+        variables: of its environment, beside those of this process without Ray's and MLflow's own.
+
+    Returns:
+        Standard output.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{name}", *words],
+        cwd=cwd,
+        env=inherited | variables,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
 class LaunchedJob:
     """`python -m jobs.NAME CONFIG` in a session of its own, its output read line by line.
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 _UNDERLINE = re.compile(r"(\*+|=+|-+|~+)$")
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9\"”)*]{2}[.:])\s+(?=[A-Z\"“*])")
-_DEFINED = re.compile(
-    r"(?:[a-z]+ )?[\w.]+(?:\(.*\))?$"
-)  # a name, with its arguments and what kind of thing it is
+# A name, with its arguments and what kind of thing it is.
+_DEFINED = re.compile(r"(?:[a-z]+ )?[\w.]+(?:\(.*\))?$")
 _ANSWER = 240  # characters of an answer, unless its first sentence is longer
 
 
