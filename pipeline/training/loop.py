@@ -68,7 +68,8 @@ def train(run: Run, session: Session) -> dict[str, float]:
     """
     while True:
         try:
-            return _attempt(run, session)
+            with ExitStack() as stack:
+                return _Attempt(run, session, stack).train()
         except _NonfiniteStep:
             pass  # leaving the block frees the traceback, which holds the model
         session.settle()
@@ -76,207 +77,242 @@ def train(run: Run, session: Session) -> dict[str, float]:
         torch.cuda.empty_cache()
 
 
-def _attempt(run: Run, session: Session) -> dict[str, float]:
-    """Train until the last step, or until a step is not finite."""
-    config, settings, data = run.config, run.config.train, run.config.data
-    rank, device = session.rank, session.device
-    began_attempt = time.perf_counter()
-    times: dict[str, float] = defaultdict(float)  # seconds by part of the work
+class _Attempt:
+    """Training from the newest checkpoint until the last step, or until a step is not finite.
 
-    # Data: the rows of each step, and those of this worker.
-    run = run.replace(given_manifest=Manifest.read(run.data_path))
-    manifest = run.manifest
-    order = order_of(manifest, settings.batch, data, config.seed)
-    slots = len(order.slots(rank, session.workers))
-    # Micro-batches by tokens differ in number between steps: the task cuts the rows, and any number but 1 will do.
-    micro_batch = settings.micro_batch or slots
-    parts = -(-slots // micro_batch) if settings.micro_tokens is None else 2
+    Args:
+        run: with data; its manifest is read here.
+        session: this worker's place in its group.
+        stack: closes what is opened here.
+    """
 
-    # Where to start: rank 0 decides, since ranks may see different states of the storage.
-    resume, skipped = resuming.agree(run, rank, session.workers)
+    def __init__(self, run: Run, session: Session, stack: ExitStack):
+        self._times: dict[str, float] = defaultdict(float)  # seconds by part of the work
+        with _timed(self._times, "set-up"):
+            self._run = run = run.replace(given_manifest=Manifest.read(run.data_path))
+            self._session = session
+            self._order = order_of(run.manifest, run.config.train.batch, run.config.data, run.config.seed)
+            # Where to start: rank 0 decides, since ranks may see different states of the storage.
+            resume, self._skipped = resuming.agree(run, session.rank, session.workers)
+            self._build(resume)
+            self._open(stack)
+        self._metrics: dict[str, float] = {}  # of the last log line
+        # Since the last log line: losses, seconds of training, and seconds of these that waited for data.
+        self._losses: list[float] = []
+        self._seconds = self._waited = 0.0
+        self._clock = time.perf_counter()
+        self._taken: _Taken | None = None  # the last step, while its figures are not read
+        self._stopping = False
+        self._notice: str | None = None  # why a checkpoint is to be saved now
 
-    # Model, optimiser, EMA: equal on all ranks.
-    torch.manual_seed(config.seed)
-    facts = manifest.facts
-    model = build(config.model, facts.vocab_size, facts.length, facts.bos, facts.modalities)
-    initial, base = None, None
-    if config.model.lora is not None:
-        base = resuming.adapt_base(run, model, config.model.lora, resume)
-    elif resume is None:
-        initial = resuming.initial_weights(run, model)
-    engine = Engine(model, config, parts, device, universal=resume is not None and resume.universal)
-    ema = EMA(engine.masters(), settings.ema)
-    if resume:
-        resume.load(engine, ema, rank)
-    elif initial:
-        weights, average = initial
-        fill(engine.masters(), weights)
-        fill(ema.slices, average)
-    start = resume.state.step if resume else 0
-    throughput = Throughput(run, session.workers, device)
-    masters = engine.masters()
-    task: Task = (
-        Distillation(run, engine, ema, session) if config.distill else Pretraining(run, model, device)
-    )
-    if rank == 0:
-        log.info(
-            f"{'resuming' if resume else 'starting'} from step {start}: {session.workers} workers x "
-            f"{parts if settings.micro_tokens is None else 'any number of'} "
-            f"micro-batches of up to {settings.micro_size}, {data.streams} streams, "
-            f"ZeRO stage {settings.zero_stage}, {settings.precision}"
+    def _build(self, resume: resuming.Resume | None) -> None:
+        """Make model, optimiser and EMA, equal on all ranks, and the task."""
+        run, session, config, settings = self._run, self._session, self._run.config, self._run.config.train
+        slots = len(self._order.slots(session.rank, session.workers))
+        # Micro-batches by tokens differ in number between steps: the task cuts the rows, and any number but 1 does.
+        self._micro_batch = settings.micro_batch or slots
+        parts = -(-slots // self._micro_batch) if settings.micro_tokens is None else 2
+
+        torch.manual_seed(config.seed)
+        facts = run.manifest.facts
+        model = build(config.model, facts.vocab_size, facts.length, facts.bos, facts.modalities)
+        initial, self._base = None, None
+        if config.model.lora is not None:
+            self._base = resuming.adapt_base(run, model, config.model.lora, resume)
+        elif resume is None:
+            initial = resuming.initial_weights(run, model)
+        universal = resume is not None and resume.universal
+        self._engine = Engine(model, config, parts, session.device, universal=universal)
+        self._ema = EMA(self._engine.masters(), settings.ema)
+        if resume:
+            resume.load(self._engine, self._ema, session.rank)
+        elif initial:
+            weights, average = initial
+            fill(self._engine.masters(), weights)
+            fill(self._ema.slices, average)
+        self._masters = self._engine.masters()
+        self._start = resume.state.step if resume else 0
+        self._throughput = Throughput(run, session.workers, session.device)
+        self._task: Task = (
+            Distillation(run, self._engine, self._ema, session)
+            if config.distill
+            else Pretraining(run, model, session.device)
         )
+        if session.rank == 0:
+            log.info(
+                f"{'resuming' if resume else 'starting'} from step {self._start}: {session.workers} workers x "
+                f"{parts if settings.micro_tokens is None else 'any number of'} "
+                f"micro-batches of up to {settings.micro_size}, {config.data.streams} streams, "
+                f"ZeRO stage {settings.zero_stage}, {settings.precision}"
+            )
 
-    metrics: dict[str, float] = {}
-    # Since the last log line: losses, seconds of training, and seconds of these that waited for data.
-    losses: list[float] = []
-    seconds, waited = 0.0, 0.0
-    stopping = False
-    notice: str | None = None
-    with ExitStack() as stack:
-        tracker = requests = pruner = None
+    def _open(self, stack: ExitStack) -> None:
+        """Open the tracking store, the watchers and the stream of rows."""
+        run, rank, workers = self._run, self._session.rank, self._session.workers
+        self._tracker = self._requests = self._pruner = None
         if rank == 0:
-            pruner = stack.enter_context(checkpoint.Pruner(run.folder, settings.keep))
-            requests = stack.enter_context(closing(Requests(run.folder)))
+            self._pruner = stack.enter_context(checkpoint.Pruner(run.folder, run.config.train.keep))
+            self._requests = stack.enter_context(closing(Requests(run.folder)))
             if run.run_id:
-                tracker = stack.enter_context(run.tracker(system_metrics=config.tracking.system_metrics))
-        traced = stack.enter_context(profiled(run, rank, tracker))
-        hang = HangWatch(run.folder, rank, config.cluster.hang_timeout_s)
-        stack.callback(hang.end)
-        stack.callback(engine.close)
-        reader = ShardReader(run.data_path, manifest, "train")
+                system_metrics = run.config.tracking.system_metrics
+                self._tracker = stack.enter_context(run.tracker(system_metrics=system_metrics))
+        self._traced = stack.enter_context(profiled(run, rank, self._tracker))
+        self._hang = HangWatch(run.folder, rank, run.config.cluster.hang_timeout_s)
+        stack.callback(self._hang.end)
+        stack.callback(self._engine.close)
+        reader = ShardReader(run.data_path, run.manifest, "train")
+        task, skipped = self._task, self._skipped
         stack.callback(task.close)
 
         def prepare(step: int, micros: list[MicroBatch]) -> list[Prepared]:
             return task.prepare(step, micros, skipped.get(step, ()))
 
-        stream = stack.enter_context(
-            closing(batches(reader, order, start, rank, session.workers, micro_batch, prepare))
-        )
+        stream = batches(reader, self._order, self._start, rank, workers, self._micro_batch, prepare)
+        self._stream = stack.enter_context(closing(stream))
 
-        clock = time.perf_counter()
-
-        def settle(taken: _Taken, running: int | None = None) -> None:
-            """Read the figures of a step that was taken, average its weights, and log it.
-
-            The next update must not have begun. Logging is not part of the time of the step that is `running`.
-            """
-            nonlocal losses, seconds, waited, clock, metrics, stopping, notice
-            loss, stop, saving, check_notice, norm = taken.figures()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                _report_nonfinite(run, session, order, taken, skipped)
-                raise _NonfiniteStep
-            ema.update(masters)
-            traced()
-            hang.end()
-            losses.append(loss)
-            now = time.perf_counter()
-            seconds, times["training"], clock = seconds + now - clock, times["training"] + now - clock, now
-            done = taken.step + 1
-            if done % settings.log_every == 0 or done == settings.steps:
-                metrics = {
-                    "train/loss": float(np.mean(losses)),
-                    **throughput.metrics(len(losses), seconds),
-                    "train/data_wait": waited / seconds,
-                    "train/learning_rate": engine.rate(taken.step),
-                    "train/gradient_norm": norm,
-                    "train/epoch": order.epoch_of(taken.step),
-                    "train/memory_gib": _memory(device),
-                }
-                session.log(metrics, done)
-                if rank == 0:
-                    left = timedelta(seconds=round((settings.steps - done) * seconds / len(losses)))
-                    log.info(
-                        f"step {done}/{settings.steps}  loss {metrics['train/loss']:.3f}  "
-                        f"{metrics['train/tokens_per_second']:,.0f} tokens/s  "
-                        f"data wait {metrics['train/data_wait']:.1%}  left {left}"
-                    )
-                if tracker:
-                    tracker.log_metrics(metrics, done)
-                losses, seconds, waited = [], 0.0, 0.0
-            stopping = stopping or bool(stop)
-            notice = (session.notice() if check_notice else None) or notice
-            if saving and not notice:
-                notice = "the group of workers is about to change"
-            if running is not None:
-                hang.begin(running)
-
-        times["set-up"] = time.perf_counter() - began_attempt
-        clock = time.perf_counter()
-        taken: _Taken | None = None  # the last step, while its figures are not read
-        for step in range(start, settings.steps):
-            if step > start:  # the first one compiles kernels
-                hang.begin(step)
-            began = time.perf_counter()
-            micros = next(stream)
-            waited += time.perf_counter() - began
-            if taken and task.reads_weights(step):
-                settle(taken, running=step)
-                taken = None
-
-            # Gradients of the global batch.
-            task.start(step)
-            part_losses = []
-            for part, micro in enumerate(micros, 1):
-                # Seeds dropout; + 1, because the index of a missing row is -1.
-                torch.manual_seed(mix_seed(config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
-                part_losses.append(engine.backward(task.batch(micro), last=part == len(micros)))
-            row_losses = torch.cat(part_losses)  # [slots]
-            flags = requests.take() if requests else (False, False, False)
-            shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])
-            dist.all_reduce(shared)
-
-            # The update. Its figures are read while the device computes the next gradients.
-            if taken:
-                settle(taken, running=step)
-            engine.step(step)
-            places = np.concatenate([micro.index for micro in micros])
-            taken = _Taken(step, places, row_losses, torch.cat([shared, engine.gradient_norm()[None]]))
+    def train(self) -> dict[str, float]:
+        """Train until the last step or a request to stop; return the last logged metrics."""
+        config, settings, session = self._run.config, self._run.config.train, self._session
+        for step in range(self._start, settings.steps):
+            if step > self._start:  # the first one compiles kernels
+                self._hang.begin(step)
+            self._update(step)
             done = step + 1
             last = done == settings.steps
             validating = done % settings.validate_every == 0 or last
             saving = done % settings.checkpoint_every == 0 or last
-            if validating or saving or stopping or notice:  # only of a step that was finite
-                settle(taken)
-                taken = None
-            hang.end()
-            if notice and rank == 0:
-                log.warning("step %d: %s; saving before that", done, notice)
+            if validating or saving or self._stopping or self._notice:  # only of a step that was finite
+                self._settle()
+            self._hang.end()
+            if self._notice and session.rank == 0:
+                log.warning("step %d: %s; saving before that", done, self._notice)
             validation: float | None = None
             samples: tuple[str, ...] = ()
             if validating:
-                with _timed(times, "validation"):
-                    validation, samples = validate(run, engine, ema, session, tracker, done)
-                metrics[f"validation/{config.validation_metric}"] = validation
-
-            if saving or stopping or notice:
-                name = checkpoint.name_of(done)
-                local = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-                state = checkpoint.TrainState(
-                    step=done,
-                    epoch=order.epoch_of(step),
-                    workers=session.workers,
-                    config=config.model_dump(mode="json"),
-                    run_id=run.run_id,
-                    validation=validation,
-                    samples=samples,
-                    task=task.facts() | ({} if base is None else {"base": base}),
-                )
-                with _timed(times, "checkpoints"):
-                    files = checkpoint.save(local, engine, ema, state, rank)
-                    if pruner:
-                        pruner.prune_in_thread(state, files)
-                    session.publish(local, name, metrics)
-                notice = None
-            if stopping:
+                with _timed(self._times, "validation"):
+                    validation, samples = validate(
+                        self._run, self._engine, self._ema, session, self._tracker, done
+                    )
+                self._metrics[f"validation/{config.validation_metric}"] = validation
+            if saving or self._stopping or self._notice:
+                with _timed(self._times, "checkpoints"):
+                    self._save(done, validation, samples)
+                self._notice = None
+            if self._stopping:
                 log.info("stopped at step %d on request", done)
                 break
-            if taken is None:
-                clock = time.perf_counter()
-        with _timed(times, "checkpoints"):  # wait for uploads
+            if self._taken is None:
+                self._clock = time.perf_counter()
+        with _timed(self._times, "checkpoints"):  # wait for uploads
             session.settle()
-        if rank == 0:
-            log.info("the loop took %s", ", ".join(f"{value:.1f} s {part}" for part, value in times.items()))
-    return metrics
+        if session.rank == 0:
+            times = ", ".join(f"{value:.1f} s {part}" for part, value in self._times.items())
+            log.info("the loop took %s", times)
+        return self._metrics
+
+    def _update(self, step: int) -> None:
+        """Compute the gradients of the global batch and request the update.
+
+        Its figures are read while the device computes the next gradients.
+        """
+        began = time.perf_counter()
+        micros = next(self._stream)
+        self._waited += time.perf_counter() - began
+        if self._task.reads_weights(step):
+            self._settle(running=step)
+        self._task.start(step)
+        part_losses = []
+        for part, micro in enumerate(micros, 1):
+            # Seeds dropout; + 1, because the index of a missing row is -1.
+            torch.manual_seed(mix_seed(self._run.config.seed + 1, step + 1, int(micro.index[0]) + 1) >> 1)
+            loss = self._engine.backward(self._task.batch(micro), last=part == len(micros))
+            part_losses.append(loss)
+        row_losses = torch.cat(part_losses)  # [slots]
+        flags = self._requests.take() if self._requests else (False, False, False)
+        shared = torch.cat([row_losses.sum()[None], row_losses.new_tensor(flags)])
+        dist.all_reduce(shared)
+        self._settle(running=step)
+        self._engine.step(step)
+        places = np.concatenate([micro.index for micro in micros])
+        figures = torch.cat([shared, self._engine.gradient_norm()[None]])
+        self._taken = _Taken(step, places, row_losses, figures)
+
+    def _settle(self, running: int | None = None) -> None:
+        """Read the figures of the step that was taken, if any, average its weights, and log it.
+
+        The next update must not have begun.
+
+        Args:
+            running: the step whose gradients are being computed; logging is not part of its time.
+        """
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        settings = self._run.config.train
+        loss, stop, saving, check_notice, norm = taken.figures()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            _report_nonfinite(self._run, self._session, self._order, taken, self._skipped)
+            raise _NonfiniteStep
+        self._ema.update(self._masters)
+        self._traced()
+        self._hang.end()
+        self._losses.append(loss)
+        now = time.perf_counter()
+        self._seconds += now - self._clock
+        self._times["training"] += now - self._clock
+        self._clock = now
+        done = taken.step + 1
+        if done % settings.log_every == 0 or done == settings.steps:
+            self._log(taken.step, norm)
+        self._stopping = self._stopping or bool(stop)
+        self._notice = (self._session.notice() if check_notice else None) or self._notice
+        if saving and not self._notice:
+            self._notice = "the group of workers is about to change"
+        if running is not None:
+            self._hang.begin(running)
+
+    def _log(self, step: int, norm: float) -> None:
+        """Log the steps since the last log line; the last of them is `step`, with its gradient's norm."""
+        done, steps = step + 1, self._run.config.train.steps
+        self._metrics = metrics = {
+            "train/loss": float(np.mean(self._losses)),
+            **self._throughput.metrics(len(self._losses), self._seconds),
+            "train/data_wait": self._waited / self._seconds,
+            "train/learning_rate": self._engine.rate(step),
+            "train/gradient_norm": norm,
+            "train/epoch": self._order.epoch_of(step),
+            "train/memory_gib": _memory(self._session.device),
+        }
+        self._session.log(metrics, done)
+        if self._session.rank == 0:
+            left = timedelta(seconds=round((steps - done) * self._seconds / len(self._losses)))
+            log.info(
+                f"step {done}/{steps}  loss {metrics['train/loss']:.3f}  "
+                f"{metrics['train/tokens_per_second']:,.0f} tokens/s  "
+                f"data wait {metrics['train/data_wait']:.1%}  left {left}"
+            )
+        if self._tracker:
+            self._tracker.log_metrics(metrics, done)
+        self._losses, self._seconds, self._waited = [], 0.0, 0.0
+
+    def _save(self, done: int, validation: float | None, samples: tuple[str, ...]) -> None:
+        """Save a checkpoint after `done` updates, with the validation loss and the samples of that step."""
+        name = checkpoint.name_of(done)
+        local = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        state = checkpoint.TrainState(
+            step=done,
+            epoch=self._order.epoch_of(done - 1),
+            workers=self._session.workers,
+            config=self._run.config.model_dump(mode="json"),
+            run_id=self._run.run_id,
+            validation=validation,
+            samples=samples,
+            task=self._task.facts() | ({} if self._base is None else {"base": self._base}),
+        )
+        files = checkpoint.save(local, self._engine, self._ema, state, self._session.rank)
+        if self._pruner:
+            self._pruner.prune_in_thread(state, files)
+        self._session.publish(local, name, self._metrics)
 
 
 class _Taken:
