@@ -227,6 +227,11 @@ class Manifest(_Frozen):
                 "remove the folder and prepare it again"
             ) from None
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells these rows from those that the same config made of other files: hashes by name."""
+        return {"tokenizer": self.tokenizer.hash, "source": self.source.fingerprint}
+
     def shard_path(self, path: str, file: ShardFile) -> str:
         """Return the path of a shard.
 

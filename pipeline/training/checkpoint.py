@@ -58,6 +58,7 @@ class TrainState:
         validation: value of the validation at this step, lower is better; None: there was none.
         samples: texts drawn at that validation.
         task: facts about the task, such as the round of a distillation and its teacher.
+        data: `Manifest.identity` of the data; empty in checkpoints of earlier versions.
     """
 
     step: int
@@ -68,6 +69,7 @@ class TrainState:
     validation: float | None = None
     samples: tuple[str, ...] = ()
     task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
 
 
 def name_of(step: int) -> str:

@@ -104,6 +104,7 @@ def _train_to_end(run: Run, tags: dict[str, str], train: Callable[[Run], None]) 
         check_visible(run.folder, uri)
         tracking.check_store(run.folder, uri, run.config.tracking.experiment)
         run = run.with_data()
+        resume.check_data(run)
         check_fits(run.manifest, run.config)
         if run.config.distill is not None:
             distillation.check_teacher(run)

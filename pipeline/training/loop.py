@@ -308,6 +308,7 @@ class _Attempt:
             validation=validation,
             samples=samples,
             task=self._task.facts() | ({} if self._base is None else {"base": self._base}),
+            data=self._run.manifest.identity,
         )
         files = checkpoint.save(local, self._engine, self._ema, state, self._session.rank)
         if self._pruner:

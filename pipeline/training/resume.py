@@ -160,8 +160,8 @@ def plan_resume(
         Where to resume, or None for a fresh start.
 
     Raises:
-        CheckpointError: the config differs from the checkpoint's in more than bookkeeping, or the ZeRO stage
-            changed in a way that DeepSpeed cannot convert.
+        CheckpointError: the config differs from the checkpoint's in more than bookkeeping, the ZeRO stage
+            changed in a way that DeepSpeed cannot convert, or the run has other data.
     """
     path = checkpoint.latest(run.folder, check)
     state = _usable_state(run, path)
@@ -198,8 +198,20 @@ def precheck(run: Run) -> None:
         run.find_model("train.init_from", source)  # into the cache, or an error before any worker starts
 
 
+def check_data(run: Run) -> None:
+    """Refuse data that is not what the run's newest checkpoint was trained on.
+
+    Args:
+        run: that starts, with its manifest.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    _usable_state(run, checkpoint.newest(run.folder))
+
+
 def _usable_state(run: Run, path: str | None) -> TrainState | None:
-    """Read a checkpoint's state; refuse a config or ZeRO stage with which the run cannot resume from it."""
+    """Read a checkpoint's state; refuse a config, ZeRO stage or data with which the run cannot resume from it."""
     if path is None:
         return None
     state, now = checkpoint.read_state(path), run.config.train.zero_stage
@@ -209,6 +221,18 @@ def _usable_state(run: Run, path: str | None) -> TrainState | None:
         raise CheckpointError(
             f"train.zero_stage: {path} was written at stage {before}, which does not convert to stage {now}; "
             f"keep stage {before}, or start a run of another name with train.init_from={path}"
+        )
+    data = {} if run.given_manifest is None else run.given_manifest.identity
+    differing = [
+        f"  {what}: {state.data[what]} -> {data[what]}"
+        for what in state.data.keys() & data.keys()
+        if state.data[what] != data[what]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"data.source: {path} was trained on other data, so its epoch cannot go on; restore the data, or start a "
+            f"run of another name with train.init_from={path}. Hashes that differ:\n"
+            + "\n".join(sorted(differing))
         )
     return state
 

@@ -129,6 +129,21 @@ def test_without_a_usable_checkpoint_the_run_starts(config: RunConfig) -> None:
     assert resume.plan_resume(Run(config), 2) is None
 
 
+def test_a_checkpoint_of_other_data_is_refused(config: RunConfig) -> None:
+    """A source that was changed in place: the config is the same, the rows are not."""
+    manifest = Manifest.read(Run(config).data_path)
+    same = Run(config).replace(given_manifest=manifest)
+    resume.check_data(same)
+    source = manifest.source.model_copy(update={"fingerprint": "f" * 64})
+    run = same.replace(given_manifest=manifest.model_copy(update={"source": source}))
+    with pytest.raises(CheckpointError, match=r"step_00000006 was trained on other data") as caught:
+        resume.check_data(run)
+    assert str(caught.value).splitlines()[1:] == [f"  source: {manifest.source.fingerprint} -> {'f' * 64}"]
+    with pytest.raises(CheckpointError, match="other data"):
+        resume.plan_resume(run, 2)
+    assert checkpoint.steps(run.folder) == [2, 4, 6]
+
+
 def test_a_damaged_checkpoint_is_no_model(config: RunConfig) -> None:
     path = f"{Run(config).folder}/step_00000006"
     problem = flip_a_bit(Path(path))
