@@ -405,8 +405,6 @@ class RunConfig(Section):
             yield f"model.classes: {self.model.classes}, but data.kind pair has no labels; expected null"
         if self.diffusion.schedule == "arccos":
             yield "diffusion.schedule: arccos hides too much of captions; expected loglinear for data.kind pair"
-        if self.distill is not None:
-            yield "distill: with data.kind pair, which no distillation reads; expected text or images"
         for key in ("score_bos", "zero_shot", "tasks", "models", "scorer", "features", "reference"):
             if value := getattr(evaluation, key):
                 yield f"evaluation.{key}: {value!r} with data.kind pair; expected its default"

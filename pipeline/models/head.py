@@ -79,11 +79,13 @@ class DistillTargets:
         hidden: [Q, H] the teacher's vectors, in the order of `Batch.target_index`.
         head: maps a chunk of them to float32 logits.
         divergence: the loss at every position.
+        places: [Q] positions of the targets, which a head with `modalities` needs; None for others.
     """
 
     hidden: Float[Tensor, "Q H_teacher"]
-    head: Callable[[Tensor], Tensor]
+    head: Callable[..., Tensor]
     divergence: Divergence
+    places: Int[Tensor, "Q"] | None = None
 
 
 def divergence(
@@ -150,7 +152,8 @@ def divergence_rows(targets: DistillTargets) -> RowLosses:
 
     def losses(logits: Tensor, rows: slice, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
-            teacher_logits = targets.head(targets.hidden[rows])
+            places = {} if targets.places is None else {"places": targets.places[rows]}
+            teacher_logits = targets.head(targets.hidden[rows], **places)
         added = logits.shape[1] - teacher_logits.shape[1]
         logits = logits[:, : teacher_logits.shape[1]]
         if dtype is None:

@@ -68,8 +68,10 @@ def roll_out(
     reveal(known)
     parts, rest = [], hidden & ~first
     if first.any():
-        parts.append(teacher.hidden(state, *locate(first)))
-        drawn = draw_tokens(teacher.head, parts[0], noise[:, 1][first].to(device, non_blocking=True)).tokens
+        places, counts = locate(first)
+        parts.append(teacher.hidden(state, places, counts))
+        uniforms = noise[:, 1][first].to(device, non_blocking=True)
+        drawn = draw_tokens(teacher.head, parts[0], uniforms, places=places).tokens
         canvas.view(-1)[by_rank(first, None).to(device, non_blocking=True)] = drawn
         reveal(first)
     if rest.any():

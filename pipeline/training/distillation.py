@@ -269,7 +269,8 @@ class Distillation(Task):
             vectors = teach(
                 self._teacher, tokens, sides, noise, self._dt, labels=labels, order=order, roles=roles
             )
-        distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence)
+        places = self._teacher.places_of(batch)
+        distill_targets = DistillTargets(vectors, self._teacher.head, self._distill.divergence, places)
         return replace(batch, distill_targets=distill_targets)
 
     def _begin(self, done: int, at_its_start: bool) -> None:

@@ -29,7 +29,7 @@ def drawn(storage: Path, *words: str) -> tuple[list[str], np.ndarray]:
 @pytest.mark.slow
 def test_four_uses(tmp_path: Path) -> None:
     short = ("evaluation.draws=1", "evaluation.rows=100", "model.dropout=0.1")
-    out = run("pretrain", tmp_path, *short, "train.steps=500", "train.validate_every=500")
+    out = run("pretrain", tmp_path, *short, "train.steps=400", "train.validate_every=400")
     assert str(tmp_path / "pair_quickstart/samples.png") in out
     model, (train, held_out) = load_model(tmp_path / "pair_quickstart/model"), split()
     images = images_of_captions(model, train, held_out)
@@ -50,7 +50,6 @@ def test_four_uses(tmp_path: Path) -> None:
     assert (halves[:, :, :4] == whole[0, :, :4]).all()
     captions, _ = drawn(tmp_path, f"sampling.infill={tmp_path}/gaps.txt", "sampling.view=true")
     assert all(text.startswith("a") and text.endswith(" three") for text in captions)
-    assert len(drawn(tmp_path)[0]) == 4
 
     run("evaluate", tmp_path, *short)
     folder = tmp_path / "pair_quickstart/evaluation"

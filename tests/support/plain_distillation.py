@@ -12,6 +12,7 @@ from pipeline.data.shards import ShardReader
 from pipeline.diffusion import partition
 from pipeline.diffusion.schedule import complement
 from pipeline.models import build
+from pipeline.models.batch import Batch, Roles
 from pipeline.models.denoiser import Denoiser
 from pipeline.models.head import divergence
 from pipeline.run import Run
@@ -29,6 +30,20 @@ class Plain:
     starts: list[Weights] = field(default_factory=list)
     weights: Weights = field(default_factory=dict)
     average: Weights = field(default_factory=dict)
+
+
+def logits_of(
+    model: Denoiser, tokens: Tensor, hidden: Tensor, labels: Tensor | None, roles: Roles | None
+) -> Tensor:
+    """[B, L, V] logits of all positions, each from the tokens of the other group and what is given."""
+    if roles is None:
+        return model.logits(tokens, hidden, labels)
+    asked = roles.targets(tokens.shape[1], bos=False)
+    arrays = tokens.numpy(), hidden.numpy() & asked, asked, asked.astype(np.float64)
+    batch = Batch.of_arrays(*arrays, labels=None, order=None, roles=roles, device=tokens.device)
+    logits = model.head(model.target_vectors(batch), places=model.places_of(batch))
+    every = logits.new_zeros(tokens.numel(), logits.shape[1])
+    return every.index_copy(0, batch.target_index, logits).view(*tokens.shape, -1)
 
 
 def loss_of(config: RunConfig, step: int, student: Denoiser, teacher: Denoiser, dt: float) -> Tensor:
@@ -53,18 +68,23 @@ def loss_of(config: RunConfig, step: int, student: Denoiser, teacher: Denoiser, 
     noise = torch.from_numpy(
         np.random.default_rng([config.seed, step, 2]).random((size, 2, 2, manifest.length))
     )
-    hidden = torch.from_numpy(groups)
-    logits = student.logits(tokens, hidden, labels)
+    roles, asked = None, np.ones_like(groups)
+    if manifest.caption is not None:
+        own = {"caption": manifest.caption, "length": manifest.length}
+        roles = partition.draw_given(np.arange(size), seed=config.seed, step=step, batch=size, **own)
+        asked = roles.targets(manifest.length, bos)
+    hidden = torch.from_numpy(groups & asked)
+    logits = logits_of(student, tokens, hidden, labels, roles)
     sides = [(hidden, t)]
     if config.distill.form == "complementary":
-        others = ~hidden
+        others = torch.from_numpy(~groups & asked)
         others[:, 0] &= not bos
         sides.append((others, complement(t, eps, "matched").clip(2 * dt, 1)))
     losses = []
     for side, (asked, time) in enumerate(sides):
         with torch.no_grad():
             told = naive_roll_out(
-                lambda known, unknown: teacher.logits(known, unknown, labels),
+                lambda known, unknown: logits_of(teacher, known, unknown, labels, roles),
                 tokens,
                 asked,
                 time=torch.from_numpy(time),
@@ -86,9 +106,9 @@ def train(config: RunConfig, teacher: Denoiser) -> Plain:
     assert config.model.dropout == 0
     manifest = Manifest.read(Run(config).data_path)
     every, run = config.train.steps // distill.rounds, Plain()
-    student, guide = (
-        build(config.model, manifest.vocabulary, manifest.length, manifest.special.bos) for _ in range(2)
-    )
+    facts = manifest.facts
+    shape = facts.vocab_size, facts.length, facts.bos, facts.modalities
+    student, guide = (build(config.model, *shape) for _ in range(2))
     weights = copies(teacher)
     for step in range(config.train.steps):
         done, inside = divmod(step, every)
