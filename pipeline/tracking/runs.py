@@ -266,12 +266,17 @@ def log_dataset(uri: str, run_id: str, digest: str, source: str, profile: Mappin
         profile=json.dumps(dict(profile), default=str),
     )
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-    try:
-        with answering(uri) as client:
-            client.log_inputs(run_id, datasets=inputs)
-    except ConfigError as error:
-        what = f"dataset {dataset.name} of MLflow run {run_id}"
-        log.warning("could not record %s; the next start does: %s", what, error)
+    for last in (
+        False,
+        True,
+    ):  # another run may have added the dataset meanwhile, which a second attempt finds
+        try:
+            with answering(uri) as client:
+                return client.log_inputs(run_id, datasets=inputs)
+        except ConfigError as error:
+            if last:
+                what = f"dataset {dataset.name} of MLflow run {run_id}"
+                log.warning("could not record %s; the next start does: %s", what, error)
 
 
 def metric_history(uri: str, run_id: str, keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:

@@ -67,8 +67,12 @@ def claimed(task: tuple[str, bool]) -> tuple[float, float] | str:
         return str(error)
 
 
-def opened(uri: str) -> str:
-    """Open an MLflow run; its id."""
-    from pipeline.tracking import open_run
+def opened(task: tuple[str, str]) -> tuple[str, int]:
+    """Open an MLflow run and log its data; its id and the number of its inputs."""
+    uri, digest = task
+    from pipeline.tracking import log_dataset, open_run
+    from pipeline.tracking.runs import connect
 
-    return open_run(uri, "tests", "a", {"key": 1}, {})
+    run_id = open_run(uri, "tests", "a", {"key": 1}, {})
+    log_dataset(uri, run_id, digest, "/data/pydoc", {})
+    return run_id, len(connect(uri).get_run(run_id).inputs.dataset_inputs)

@@ -199,8 +199,9 @@ class TestRun:
 
     def test_jobs_that_begin_together_on_a_new_store(self, tmp_path: Path) -> None:
         uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
-        (ids,) = at_once(opened, [uri], 2)
-        assert [len(run_id) for run_id in ids] == [32] * 2, ids
+        rounds = at_once(opened, [(uri, digest * 64) for digest in "012345"], 2)
+        for runs in rounds:  # the same data in both
+            assert [(len(run_id), inputs) for run_id, inputs in runs] == [(32, 1)] * 2, runs
 
     def test_dataset_is_an_input_once(self, uri: str, run_id: str) -> None:
         for _ in range(2):
