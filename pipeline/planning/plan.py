@@ -262,7 +262,7 @@ def report(
         f"memory per GPU, GiB, {train.precision} (* is the run's ZeRO stage)",
         aligned(table_of(memories)),
         "",
-        f"predicted time on {workers} GPUs, without communication and optimiser (nothing was measured)",
+        f"predicted time on {workers} GPUs, without communication and optimiser (a prediction, not a measurement)",
         aligned(table_of(times)),
         "",
     ]

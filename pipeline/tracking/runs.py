@@ -272,7 +272,8 @@ def log_dataset(uri: str, run_id: str, digest: str, source: str, profile: Mappin
     ):  # another run may have added the dataset meanwhile, which a second attempt finds
         try:
             with answering(uri) as client:
-                return client.log_inputs(run_id, datasets=inputs)
+                client.log_inputs(run_id, datasets=inputs)
+            break
         except ConfigError as error:
             if last:
                 what = f"dataset {dataset.name} of MLflow run {run_id}"
