@@ -266,10 +266,8 @@ def log_dataset(uri: str, run_id: str, digest: str, source: str, profile: Mappin
         profile=json.dumps(dict(profile), default=str),
     )
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-    for last in (
-        False,
-        True,
-    ):  # another run may have added the dataset meanwhile, which a second attempt finds
+    # Another run may add the same dataset at this moment; a second attempt finds it.
+    for last in (False, True):
         try:
             with answering(uri) as client:
                 client.log_inputs(run_id, datasets=inputs)

@@ -154,7 +154,8 @@ def test_neither_workers_nor_stages_change_a_run(runs: dict[Key, tuple[RunConfig
 def test_those_numbers_mean_something(references: dict[str, plain_distillation.Plain], form: str) -> None:
     """The student learns in every round, and its average is another model."""
     expected = references[form]
-    assert min(expected.losses.values()) > 0.005
+    # The first loss of pairs is 0.006, 120 times the tolerance of losses.
+    assert min(expected.losses.values()) > (0.005 if form == "pairs" else 0.01)
     way = apart(expected.weights, expected.starts[-1])
     assert all(apart(a, b) > way / 4 for a, b in zip(expected.starts, expected.starts[1:], strict=False))
     assert apart(expected.weights, expected.average) > way / 4
