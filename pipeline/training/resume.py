@@ -230,8 +230,8 @@ def _usable_state(run: Run, path: str | None) -> TrainState | None:
     ]
     if differing:
         raise CheckpointError(
-            f"data.source: {path} was trained on other data, so the run cannot resume from it; restore the data, or start a "
-            f"run of another name with train.init_from={path}. Hashes that differ:\n"
+            f"data.source: {path} was trained on other data, so the run cannot resume from it; restore the "
+            f"data, or start a run of another name with train.init_from={path}. Hashes that differ:\n"
             + "\n".join(sorted(differing))
         )
     return state
