@@ -90,7 +90,7 @@ class ZeroShotSet(Section):
     Attributes:
         source: As `data.source`.
         subset: As `data.subset`.
-        split: As `data.split`.
+        split: As `data.split`, but `test` unless it is stated.
         revision: As `data.revision`.
         text_field: As `data.text_field`.
         text_filter: As `data.text_filter`.

@@ -159,3 +159,19 @@ def test_driver_killed_then_a_node_comes_and_one_goes_with_notice(tmp_path: Path
             assert story.back(job, "announced node lost", when, seen, 1) >= int(saved[1])
             story.end(job)
     story.compare()
+
+
+@pytest.mark.alone
+def test_twenty_losses_with_a_checkpoint_between_them(tmp_path: Path):
+    """More than `max_failures`, which counts losses since the newest checkpoint."""
+    story, seen = Story(tmp_path, steps=300), 0
+    with Nodes(1) as nodes, story.start(nodes) as job:
+        start = story.back(job, "start", time.monotonic(), 0, 1)
+        for number in range(1, 21):
+            job.wait_for(f"step {start + EVERY + 2}/300 ", timeout=300, after=seen)
+            before, seen, when = start, len(job.lines), nodes.lose(0)
+            nodes.add()
+            start = story.back(job, f"loss {number}", when, seen, 1)
+            assert before < start <= finished(job, seen)
+        story.end(job)
+    story.compare()

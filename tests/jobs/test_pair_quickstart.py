@@ -9,11 +9,17 @@ from PIL import Image
 
 from pipeline import load_model
 from tests.support.digit_pairs import captions_of_images, images_of_captions, split
-from tests.support.launched import job_output
+from tests.support.in_process import run_job
+from tests.support.launched import ROOT, job_output
+
+CONFIG = str(ROOT / "configs/pair/quickstart.yaml")
 
 
 def run(job: str, storage: Path, *words: str) -> str:
-    return job_output(job, "configs/pair/quickstart.yaml", f"cluster.storage={storage}", *words)
+    """Output of a job, run in this process, whose Ray is up."""
+    done = run_job(job, CONFIG, f"cluster.storage={storage}", *words)
+    assert done.code == 0, done.stderr[-6000:]
+    return done.stdout
 
 
 def drawn(storage: Path, *words: str) -> tuple[list[str], np.ndarray]:
@@ -27,9 +33,10 @@ def drawn(storage: Path, *words: str) -> tuple[list[str], np.ndarray]:
 
 
 @pytest.mark.slow
-def test_four_uses(tmp_path: Path) -> None:
+def test_four_uses(tmp_path: Path, ray_cluster: None) -> None:
     short = ("evaluation.draws=1", "evaluation.rows=100", "model.dropout=0.1")
-    out = run("pretrain", tmp_path, *short, "train.steps=500", "train.validate_every=500")
+    words = (*short, "train.steps=500", "train.validate_every=500")
+    out = job_output("pretrain", CONFIG, f"cluster.storage={tmp_path}", *words)
     assert str(tmp_path / "pair_quickstart/samples.png") in out
     model, (train, held_out) = load_model(tmp_path / "pair_quickstart/model"), split()
     images = images_of_captions(model, train, held_out)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pipeline.config.model import ARConfig, MDLMConfig, ModelConfig, PGMConfig
 from pipeline.config.schema import DiffusionConfig
-from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import draw, draw_order
 from pipeline.metrics.continuations import greedy_matches, score_continuations
 from pipeline.metrics.likelihood import Masking, masked_batches, row_sums, summarise
@@ -18,23 +17,14 @@ from pipeline.models.denoiser import Denoiser
 from pipeline.sampling.sampler import SamplingRequest, sample
 from pipeline.training.distillation import hidden_sides, teach
 from tests.support.dense import ar_logits, mdlm_logits, pgm_logits
-from tests.support.small_models import CAUSAL, MDLM, PGM, randomised
+from tests.support.role_batches import role_batch
+from tests.support.small_models import ANY_ORDER, AR, randomised
 
 V, L, BOS, PAD = 11, 12, 8, 10
 # A prompt and an answer; a row of today, whose BOS is of group 0; one with BOS alone given; a full row; one target.
 ROLES = Roles(np.array([5, 0, 1, 7, 4]), np.array([9, 7, 10, 12, 5]))
 EXACT = {"atol": 1e-10, "rtol": 0}  # in float64
-CONFIGS: dict[str, ModelConfig] = {
-    "pgm": PGM,
-    "pgm with registers": PGM.model_copy(update={"registers": 2}),
-    "pgm with pooled swaps": PGM.model_copy(
-        update={"swap": PGM.swap.model_copy(update={"pooling": "mean", "every_block": True})}
-    ),
-    "causal": CAUSAL,
-    "mdlm": MDLM,
-    "complementary": MDLM.model_copy(update={"complementary": True, "registers": 1}),
-    "ar": ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0),
-}
+CONFIGS: dict[str, ModelConfig] = {**ANY_ORDER, "ar": AR}
 EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 BOTH_GROUPS = pytest.mark.parametrize("name", ["pgm", "pgm with registers", "causal", "complementary"])
 MASKED = pytest.mark.parametrize("name", [name for name in CONFIGS if name != "ar"])
@@ -52,23 +42,9 @@ def rows_with_roles(seed: int = 0) -> np.ndarray:
 
 def training_batch(model: Denoiser, tokens: np.ndarray | None = None, roles: Roles = ROLES) -> Batch:
     """What training makes of the rows at some step."""
-    objective = Objective(DiffusionConfig(), True, model.both_groups, model.left_to_right)
-    tokens = rows_with_roles() if tokens is None else tokens
-    draws = draw(DiffusionConfig(), seed=3, step=5, shape=tokens.shape, bos=True)
-    divisor = objective.normaliser(draws.groups, int(roles.counts(True).sum()))
+    batch, divisor = role_batch(model, rows_with_roles() if tokens is None else tokens, roles, bos=True)
     assert divisor == (4 + 6 + 9 + 5 + 1) * (2 if model.both_groups else 1) or roles is not ROLES
-    order = draw_order([3, 5], range(len(tokens)), L, bos=True, given=roles.known(L))
-    present = np.ones(len(tokens), bool)
-    cpu = torch.device("cpu")
-    return objective.batch(
-        tokens,
-        draws,
-        present,
-        divisor=divisor,
-        order=order if model.causal else None,
-        roles=roles,
-        device=cpu,
-    )
+    return batch
 
 
 def dense_logits(model: Denoiser, batch: Batch, row: int) -> Tensor:

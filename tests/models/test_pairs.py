@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.model import ARConfig, MDLMConfig, ModelConfig, PGMConfig
-from pipeline.config.schema import DiffusionConfig
-from pipeline.diffusion.objective import Objective
-from pipeline.diffusion.partition import draw, draw_given, draw_order, given_roles
+from pipeline.diffusion.partition import draw_given, given_roles
 from pipeline.errors import CapabilityError
 from pipeline.metrics.likelihood import PARTS, Masking, masked_batches, pair_nats
 from pipeline.models import build
@@ -20,25 +18,15 @@ from pipeline.models.head import DistillTargets, Modalities
 from pipeline.sampling.logits import Filters
 from pipeline.sampling.sampler import SamplingRequest, sample
 from tests.support.dense import ar_logits, mdlm_logits, pgm_logits
-from tests.support.small_models import CAUSAL, MDLM, PGM, shake
+from tests.support.role_batches import role_batch
+from tests.support.small_models import ANY_ORDER, AR, PGM, shake
 
 T, GRID, TEXT, CODES = 4, 9, 5, 6
 L, V = T + GRID, TEXT + CODES
 MODALITIES = Modalities(T, TEXT)
 # Nothing, the caption and the image, each given twice.
 ROLES = given_roles(np.array([0, 1, 2, 2, 1, 0]), T, L)
-AR = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)
-CONFIGS: dict[str, ModelConfig] = {
-    "pgm": PGM,
-    "pgm with registers": PGM.model_copy(update={"registers": 2}),
-    "pgm with pooled swaps": PGM.model_copy(
-        update={"swap": PGM.swap.model_copy(update={"pooling": "mean", "every_block": True})}
-    ),
-    "causal": CAUSAL,
-    "mdlm": MDLM,
-    "complementary": MDLM.model_copy(update={"complementary": True, "registers": 1}),
-}
-MASKED = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+MASKED = pytest.mark.parametrize("config", ANY_ORDER.values(), ids=ANY_ORDER.keys())
 EXACT = {"atol": 1e-10, "rtol": 0}  # in float64
 
 
@@ -54,22 +42,7 @@ def rows_of(count: int = len(ROLES.given), seed: int = 0) -> np.ndarray:
 
 def training_batch(model: Denoiser, tokens: np.ndarray | None = None, roles: Roles | None = ROLES) -> Batch:
     """What training makes of the rows at some step."""
-    objective = Objective(DiffusionConfig(), False, model.both_groups, model.left_to_right)
-    tokens = rows_of() if tokens is None else tokens
-    draws = draw(DiffusionConfig(), seed=3, step=5, shape=tokens.shape, bos=False)
-    predicted = None if roles is None else int(roles.counts(False).sum())
-    divisor = objective.normaliser(draws.groups, predicted)
-    known = None if roles is None else roles.known(L)
-    order = draw_order([3, 5], range(len(tokens)), L, bos=False, given=known)
-    return objective.batch(
-        tokens,
-        draws,
-        np.ones(len(tokens), bool),
-        divisor=divisor,
-        order=order if model.causal else None,
-        roles=roles,
-        device=torch.device("cpu"),
-    )
+    return role_batch(model, rows_of() if tokens is None else tokens, roles, bos=False)[0]
 
 
 def dense_logits(model: Denoiser, batch: Batch, row: int) -> Tensor:
@@ -101,7 +74,7 @@ def target_logits(model: Denoiser, batch: Batch) -> Tensor:
     return model.head(model.target_vectors(batch), places=batch.target_index % L)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), AR], ids=[*CONFIGS, "ar"])
+@pytest.mark.parametrize("config", [*ANY_ORDER.values(), AR], ids=[*ANY_ORDER, "ar"])
 @torch.no_grad()
 def test_logits_and_losses_are_those_of_the_plain_formulas(config: ModelConfig) -> None:
     model = model_of(config)
@@ -143,7 +116,7 @@ def test_nothing_is_learned_of_what_is_given(config: ModelConfig) -> None:
 @pytest.mark.parametrize("name", ["pgm", "pgm with registers", "causal", "complementary"])
 def test_both_groups_read_what_is_given_and_not_themselves(name: str) -> None:
     """The gradient from a group's logits to its own targets is exactly zero; to the given part it is not."""
-    model = model_of(CONFIGS[name])
+    model = model_of(ANY_ORDER[name])
     batch = training_batch(model)
     rows = torch.arange(len(batch.tokens))[:, None]
     # An id for every (row, part): given 0, group 0's targets 1, group 1's targets 2.

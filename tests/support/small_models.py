@@ -2,14 +2,26 @@
 
 import torch
 
-from pipeline.config.model import ARConfig, MDLMConfig, PGMConfig
+from pipeline.config.model import ARConfig, MDLMConfig, ModelConfig, PGMConfig
 from pipeline.models import build
 from pipeline.models.denoiser import Denoiser
 
 PGM = PGMConfig(hidden=32, heads=4, encoder_blocks=2, decoder_blocks=2, dropout=0)
 MDLM = MDLMConfig(kind="mdlm", hidden=32, heads=4, blocks=2, dropout=0)
 CAUSAL = PGM.model_copy(update={"encoder": "causal"})
+AR = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)
 BOTH_KINDS = [PGM, MDLM]
+# The models that predict in any order, each with what changes how its rows are read.
+ANY_ORDER: dict[str, ModelConfig] = {
+    "pgm": PGM,
+    "pgm with registers": PGM.model_copy(update={"registers": 2}),
+    "pgm with pooled swaps": PGM.model_copy(
+        update={"swap": PGM.swap.model_copy(update={"pooling": "mean", "every_block": True})}
+    ),
+    "causal": CAUSAL,
+    "mdlm": MDLM,
+    "complementary": MDLM.model_copy(update={"complementary": True, "registers": 1}),
+}
 
 
 def randomised(
