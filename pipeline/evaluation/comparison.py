@@ -85,7 +85,7 @@ def compare(config: RunConfig) -> Comparison:
         ]
         settings = [(model, one) for model in models for one in _sampling(config, model.config)]
         drawn = frontier.draw_all(settings, config.data.predicted, run.resources)
-        measures = evaluator.measure([point.tokens for point in drawn])
+        measures = evaluator.measure(drawn)
         varied = tuple(config.evaluation.grid)
         points = [
             replace(point, measures=own, varied=varied) for point, own in zip(drawn, measures, strict=True)

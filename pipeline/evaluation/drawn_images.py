@@ -22,7 +22,7 @@ from pipeline.evaluation.source_images import UNIT, SourceImages, dataset_of, lo
 from pipeline.logs import Progress
 from pipeline.metrics import images, precision_recall
 from pipeline.metrics.corpora import Corpus
-from pipeline.metrics.draw import GRID, GRID_IMAGES, Samples
+from pipeline.metrics.draw import GRID, GRID_IMAGES, Drawn, Samples
 from pipeline.metrics.image_features import FeatureNet, Outputs, accuracy
 from pipeline.metrics.image_reference import Reference, ReferenceFile, reference
 from pipeline.models.vq import load_image_tokenizer
@@ -188,19 +188,19 @@ class ImageEvaluator:
         found = reference(outputs, self._net.name, file.key, file.count, corpus.path)
         return found if file.statistics is None else Reference(file.statistics, found.features)
 
-    def measure(self, groups: Sequence[Int[np.ndarray, "n L"]]) -> list[list[Measure]]:
-        """Compute FID, Inception Score, precision and recall of groups of rows.
+    def measure(self, drawn: Sequence[Drawn]) -> list[list[Measure]]:
+        """Compute FID, Inception Score, precision, recall and, with `classifier`, the share of the intended class.
 
         Args:
-            groups: rows of codes, BOS included.
+            drawn: samples, their rows with BOS.
 
         Raises:
-            DataError: a group has too few rows.
+            DataError: too few rows.
         """
-        with self._actors(max(len(_tasks(rows)) for rows in groups), self._reference.features) as actors:
-            return [
-                self._measures(actors, [*in_order(actors, "drawn", _tasks(rows[:, 1:]))]) for rows in groups
-            ]
+        with self._actors(max(len(_tasks(one.tokens)) for one in drawn), self._reference.features) as actors:
+            outputs = ([*in_order(actors, "drawn", _tasks(one.tokens[:, 1:]))] for one in drawn)
+            labels = (None if one.labels is None else np.array(one.labels) for one in drawn)
+            return [self._measures(actors, *pair, "intended") for pair in zip(outputs, labels, strict=True)]
 
     def report(self, samples: Samples, how: dict[str, Any]) -> tuple[list[Group], list[Block]]:
         """Compute the metrics of samples, of held-out images and of their reconstructions.

@@ -9,7 +9,7 @@ from jaxtyping import Integer
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.metrics.corpora import Corpus
-from pipeline.metrics.draw import Samples
+from pipeline.metrics.draw import Drawn, Samples
 from pipeline.metrics.external_lm import Scored, load_scorer_tokenizer, score_texts
 from pipeline.metrics.ngram import Perplexity, bigram_model
 from pipeline.metrics.text import has_mauve, text_measures
@@ -61,12 +61,13 @@ class TextEvaluator:
         self._bigram = _bigrams(corpus) if "train" in corpus.manifest.splits else None
         self.real = self._measures(rows, self._scored)
 
-    def measure(self, groups: Sequence[Integer[np.ndarray, "n L"]]) -> list[list[Measure]]:
-        """Compute the metrics of groups of rows.
+    def measure(self, drawn: Sequence[Drawn]) -> list[list[Measure]]:
+        """Compute the metrics of samples.
 
         Args:
-            groups: rows of token ids.
+            drawn: samples of text.
         """
+        groups = [one.tokens for one in drawn]
         return [
             self._measures(rows, scored, self._scored)
             for rows, scored in zip(groups, self._score(groups), strict=True)
@@ -90,7 +91,7 @@ class TextEvaluator:
         Returns:
             Metrics of the samples and of held-out text, and excerpts of both.
         """
-        (measures,) = self.measure([samples.tokens])
+        (measures,) = self.measure([samples])
         real = Group("real", "Real text", {"rows": len(self.texts), "split": "validation"}, self.real)
         texts = [("samples", excerpt(samples.texts)), ("held-out text", excerpt(self.texts))]
         return [Group("samples", "Samples", how, measures), real], [Columns(texts)]

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from pipeline.config.evaluation import SamplingConfig
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.logs import Progress
-from pipeline.metrics.draw import DrawnBatch, Sampler, batches_of
+from pipeline.metrics.draw import DrawnBatch, Sampler, batches_of, labels_of
 from pipeline.reports import tables
 from pipeline.reports.measures import Measure
 from pipeline.runtime.actors import Resources, in_order, started
@@ -49,6 +49,12 @@ class Point:
     def model(self) -> str:
         """Return the name of the model."""
         return self.evaluated.name
+
+    @property
+    def labels(self) -> list[int] | None:
+        """List the class of every sample; None for a model without classes."""
+        classes = self.evaluated.config.classes
+        return None if classes is None else labels_of(self.settings, classes, 0, len(self.tokens))
 
     @property
     def steps(self) -> int:

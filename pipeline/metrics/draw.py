@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,6 +49,21 @@ class DrawnBatch:
     tokens: Int[np.ndarray, "n L"]
     seconds: float
     revealed_at: Int[np.ndarray, "m L"]
+
+
+class Drawn(Protocol):
+    """Rows that were drawn, as evaluators measure them.
+
+    Attributes:
+        tokens: the rows.
+        labels: class of every row; None for a model without classes.
+    """
+
+    @property
+    def tokens(self) -> Int[np.ndarray, "n L"]: ...
+
+    @property
+    def labels(self) -> list[int] | None: ...
 
 
 @dataclass(frozen=True)

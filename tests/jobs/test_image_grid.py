@@ -98,6 +98,8 @@ def test_the_recipe_gives_the_figures_of_one_process(
         real = own.__class__(0, reference["mu"], reference["sigma"])
         assert float(row["fid"]) == pytest.approx(frechet_distance(own, real), rel=1e-3)
         assert float(row["inception_score"]) == pytest.approx(inception_score(probabilities)[0], rel=1e-3)
+        hits = seen.probabilities.argmax(1) == labels.numpy()
+        assert float(row["accuracy"]) == pytest.approx(hits.mean())
         of_images = manifold(net(reference["arr_0"]).features)
         expected = precision_recall(seen.features, of_images)
         assert (float(row["precision"]), float(row["recall"])) == pytest.approx(expected, abs=0.05)
