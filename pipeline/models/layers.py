@@ -374,7 +374,8 @@ class GeluLinear(nn.Linear):
         if x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype in FULL:
             # The same function as x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), in half the time of PyTorch's kernel.
             factor = 2 * math.sqrt(2 / math.pi)
-            return x.square().mul_(factor * 0.044715).add_(factor).mul_(x).sigmoid_().mul_(x)
+            inner = torch.addcmul(x.new_tensor(factor), x, x, value=factor * 0.044715)
+            return inner.mul_(x).sigmoid_().mul_(x)
         return F.gelu(x, approximate="tanh")
 
 
