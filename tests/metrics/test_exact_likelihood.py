@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from pipeline.config.evaluation import EvaluationConfig
-from pipeline.config.model import ARConfig
 from pipeline.config.schema import DiffusionConfig
 from pipeline.diffusion.objective import Objective
 from pipeline.diffusion.partition import StepDraws
 from pipeline.errors import CapabilityError
 from pipeline.metrics.likelihood import Masking, estimator_for, masked_batches, row_sums
 from tests.support.one_process import measure
-from tests.support.small_models import BOTH_KINDS, randomised
+from tests.support.small_models import AR, BOTH_KINDS, randomised
 
-AR = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)
 CPU = torch.device("cpu")
 
 

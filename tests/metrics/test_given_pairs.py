@@ -11,7 +11,6 @@ from PIL import Image
 from pipeline import Model, load_model
 from pipeline.config.evaluation import SamplingConfig
 from pipeline.config.load import parse
-from pipeline.config.model import ARConfig
 from pipeline.data.tokenizers import ByteTokenizer, PairTokenizer
 from pipeline.errors import CapabilityError, ConfigError, DataError
 from pipeline.metrics.given import given_by
@@ -20,11 +19,10 @@ from pipeline.models import build, model_folder
 from pipeline.models.model_folder import DataFacts
 from pipeline.models.vq import fit_patches
 from tests.support.image_helpers import encoded, make_images
-from tests.support.small_models import CAUSAL, MDLM, PGM, shake
+from tests.support.small_models import AR, CAUSAL, MDLM, PGM, shake
 
 T, GRID = 8, 16
 FACTS = DataFacts(257 + 12, T + GRID, None, 256, caption=T, text_ids=257)
-AR = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)
 KINDS = {"pgm": PGM, "causal": CAUSAL, "mdlm": MDLM, "ar": AR}
 PIXELS = np.repeat(make_images(20)[0][..., None], 3, -1)
 RIGHT = np.arange(8) >= np.full((8, 1), 4)

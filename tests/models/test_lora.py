@@ -20,11 +20,10 @@ from pipeline.models.denoiser import Denoiser
 from pipeline.models.model_folder import ADAPTER, CONFIG, Background, DataFacts
 from pipeline.sampling.sampler import SamplingRequest, sample
 from pipeline.trained import placed
-from tests.support.small_models import CAUSAL, MDLM, PGM, random_rows, randomised
+from tests.support.small_models import AR, CAUSAL, MDLM, PGM, random_rows, randomised
 
 L, V = 16, 11
 LORA = LoraConfig(rank=3, alpha=6.0)
-AR = ARConfig(kind="ar", hidden=32, heads=4, blocks=2, dropout=0)
 POOLED = PGM.model_copy(
     update={"swap": PGM.swap.model_copy(update={"pooling": "mean", "query": "mlp4"}), "classes": 3}
 )
