@@ -22,7 +22,7 @@ from pipeline.evaluation.source_images import UNIT, SourceImages, dataset_of, lo
 from pipeline.logs import Progress
 from pipeline.metrics import images, precision_recall
 from pipeline.metrics.corpora import Corpus
-from pipeline.metrics.draw import GRID, GRID_IMAGES, Drawn, Samples
+from pipeline.metrics.draw import GRID, GRID_IMAGES, DrawnRows, Samples
 from pipeline.metrics.image_features import FeatureNet, Outputs, accuracy
 from pipeline.metrics.image_reference import Reference, ReferenceFile, reference
 from pipeline.models.vq import load_image_tokenizer
@@ -188,7 +188,7 @@ class ImageEvaluator:
         found = reference(outputs, self._net.name, file.key, file.count, corpus.path)
         return found if file.statistics is None else Reference(file.statistics, found.features)
 
-    def measure(self, drawn: Sequence[Drawn]) -> list[list[Measure]]:
+    def measure(self, drawn: Sequence[DrawnRows]) -> list[list[Measure]]:
         """Compute FID, Inception Score, precision, recall and, with `classifier`, the share of the intended class.
 
         Args:
@@ -198,9 +198,12 @@ class ImageEvaluator:
             DataError: too few rows.
         """
         with self._actors(max(len(_tasks(one.tokens)) for one in drawn), self._reference.features) as actors:
-            outputs = ([*in_order(actors, "drawn", _tasks(one.tokens[:, 1:]))] for one in drawn)
-            labels = (None if one.labels is None else np.array(one.labels) for one in drawn)
-            return [self._measures(actors, *pair, "intended") for pair in zip(outputs, labels, strict=True)]
+            return [
+                self._measures(
+                    actors, [*in_order(actors, "drawn", _tasks(one.tokens[:, 1:]))], one.labels, "intended"
+                )
+                for one in drawn
+            ]
 
     def report(self, samples: Samples, how: dict[str, Any]) -> tuple[list[Group], list[Block]]:
         """Compute the metrics of samples, of held-out images and of their reconstructions.
@@ -220,8 +223,7 @@ class ImageEvaluator:
             drawn: list[Outputs] = list(in_order(actors, "drawn", drawn_tasks))
             real = [part for part in in_order(actors, "held_out", real_tasks) if part is not None]
             classes = np.concatenate([np.empty(0, np.int64), *(part.labels for part in real)])
-            intended = None if samples.labels is None else np.array(samples.labels)
-            of_samples = self._measures(actors, drawn, intended, "intended")
+            of_samples = self._measures(actors, drawn, samples.labels, "intended")
             of_rebuilt = self._measures(actors, [part.rebuilt for part in real], classes, "true")
             of_held_out = self._measures(actors, [part.real for part in real], classes, "true")
         lost = images.reconstruction(part.difference for part in real)
@@ -256,7 +258,7 @@ class ImageEvaluator:
         self,
         actors: list[Any],
         outputs: list[Outputs],
-        labels: Int[np.ndarray, "n"] | None = None,
+        labels: Sequence[int] | Int[np.ndarray, "n"] | None = None,
         whose: str = "",
     ) -> list[Measure]:
         """Compute all metrics of images; with labels, and a classifier of the data's own classes, accuracy too."""
@@ -268,7 +270,7 @@ class ImageEvaluator:
             method = f"{self._net.name}, standard deviation of its parts {spread:.2f}"
             measures.append(Measure("inception_score", "Inception Score", score, by=method))
             if self._net.spec == "classifier" and labels is not None:
-                share, name = accuracy(probabilities, labels), f"accuracy of the {whose} class"
+                share, name = accuracy(probabilities, np.asarray(labels)), f"accuracy of the {whose} class"
                 test = binomtest(round(share * len(labels)), len(labels))
                 low, high = test.proportion_ci(method="wilson")
                 measures.append(Measure("accuracy", name, share, (low, high), by=self._net.name))

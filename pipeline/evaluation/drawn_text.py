@@ -9,7 +9,7 @@ from jaxtyping import Integer
 from pipeline.data.tokenizers import Tokenizer
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.metrics.corpora import Corpus
-from pipeline.metrics.draw import Drawn, Samples
+from pipeline.metrics.draw import DrawnRows, Samples
 from pipeline.metrics.external_lm import Scored, load_scorer_tokenizer, score_texts
 from pipeline.metrics.ngram import Perplexity, bigram_model
 from pipeline.metrics.text import has_mauve, text_measures
@@ -61,7 +61,7 @@ class TextEvaluator:
         self._bigram = _bigrams(corpus) if "train" in corpus.manifest.splits else None
         self.real = self._measures(rows, self._scored)
 
-    def measure(self, drawn: Sequence[Drawn]) -> list[list[Measure]]:
+    def measure(self, drawn: Sequence[DrawnRows]) -> list[list[Measure]]:
         """Compute the metrics of samples.
 
         Args:

@@ -51,7 +51,7 @@ class DrawnBatch:
     revealed_at: Int[np.ndarray, "m L"]
 
 
-class Drawn(Protocol):
+class DrawnRows(Protocol):
     """Rows that were drawn, as evaluators measure them.
 
     Attributes:
