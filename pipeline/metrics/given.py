@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from pipeline import arguments, storage
 from pipeline.config.evaluation import SamplingConfig
+from pipeline.data.pixels import square
 from pipeline.data.templates import Message, prompt_text
 from pipeline.data.tokenizers import PairTokenizer, Tokenizer, saved_tokenizer
 from pipeline.errors import CapabilityError, ConfigError, DataError, did_you_mean, first_line
@@ -134,8 +135,6 @@ def painted(
         ConfigError: the sizes differ, or nothing is masked.
         DataError: a file is no image.
     """
-    from pipeline.data.prepare.images import square  # takes seconds, and text does without
-
     start = int(bos is not None)
     grid = math.isqrt(length - start)
     pixels = square(image, grid * tokenizer.factor)
@@ -218,8 +217,6 @@ class GivenPair:
 
     def _image(self, tokenizer: ImageTokenizer, codes: int) -> Given:
         """Give the image, or a part of it."""
-        from pipeline.data.prepare.images import square  # takes seconds, and text does without
-
         assert self.image is not None
         if self.mask is not None:
             return painted(self.image, self.mask, tokenizer, codes, None)

@@ -11,8 +11,6 @@ What the shards hold depends on the input and the config alone; codes of a netwo
 
 import io
 import logging
-import re
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +21,6 @@ import numpy as np
 import ray
 import ray.data
 from jaxtyping import Bool, Int64, Shaped, UInt8
-from PIL import Image, ImageOps
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig, PairDataConfig, Pictures
@@ -35,6 +32,7 @@ from pipeline.data.manifest import (
     hash_content,
     tokenizer_key,
 )
+from pipeline.data.pixels import square
 from pipeline.data.prepare import workflow
 from pipeline.data.prepare.image_sources import (
     ImageSource,
@@ -57,7 +55,6 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # raise it when the same config and input would give other shards
 _UNIT = 256  # images of a unit, rounded up to whole calls of the tokenizer
 _FIT_SEED = 0
-_REDUCING_GAP = 3.0  # pixels are first averaged to this times the final size, which is faster
 _READERS = 8  # threads that read the images on which the tokenizer is fitted
 
 
@@ -184,32 +181,6 @@ def held_out(numbers: Int64[np.ndarray, "n"], validation: int, images: int) -> B
         Whether each of the images in question is held out.
     """
     return (numbers + 1) * validation // images > numbers * validation // images
-
-
-def square(raw: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """Return the centre of an image as RGB, the longer side cropped to the shorter, then resized to size x size.
-
-    Grey becomes RGB, 16 bits become 8, transparent pixels lie over white, of an animation the first frame is taken,
-    and a photograph is turned as its EXIF orientation says. An image that has the size already keeps its pixels.
-
-    Args:
-        raw: a file's bytes in any format that PIL reads, or grey [h, w] or RGB [h, w, 3] pixels.
-        size: S.
-
-    Raises:
-        DataError: says what is wrong with the image, not which image it is.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF and large images: what is broken raises
-            image = Image.fromarray(raw) if isinstance(raw, np.ndarray) else _decode(raw)
-            return _crop(_to_rgb(image), size)
-    except DataError:
-        raise
-    except Exception as error:  # PIL lets errors of many kinds pass from damaged files
-        # Without objects in memory, which have another address each time.
-        message = re.sub(" <.*>", "", str(error))
-        raise DataError(f"{type(error).__name__}: {message}") from None
 
 
 @storage.retry
@@ -450,39 +421,3 @@ def _read(unit: tuple[int, Sequence[Ref]], data: Pictures) -> tuple[int, Pixels]
     """Read the images of a unit."""
     with reached(data.source):
         return unit[0], read_pixels(unit[1], data)
-
-
-def _decode(raw: bytes) -> Image.Image:
-    """Decode a file and turn it as its EXIF orientation says."""
-    if not raw:
-        raise DataError("0 bytes; expected an image")
-    image = Image.open(io.BytesIO(raw))
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that cannot be read, which the pixels do not need
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DataError(f"pixels of 32 bits (mode {image.mode}); expected 8 or 16")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """Crop and resize an image to a square."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    if side == size:
-        return np.asarray(image.crop(box))
-    resized = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP)
-    return np.asarray(resized)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.prepare.images import square
+from pipeline.data.pixels import square
 from pipeline.errors import DataError
 
 
