@@ -1,7 +1,5 @@
 """Evaluation of a model of prompts and answers: how many held-out prompts it answers exactly."""
 
-import math
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Integer
@@ -10,9 +8,8 @@ from pipeline.config.evaluation import SamplingConfig
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import Sampler, batches_of, describe
-from pipeline.metrics.likelihood import NORMAL_95
 from pipeline.models.batch import Roles
-from pipeline.reports.measures import Group, Measure
+from pipeline.reports.measures import Group, share_measure
 from pipeline.run import Run
 from pipeline.runtime.actors import in_order, started
 from pipeline.training.validation import validation_rows
@@ -43,11 +40,8 @@ def answers_group(run: Run, corpus: Corpus, model: EvaluatedModel) -> Group:
         tasks.append((model.folder, settings, first, count, tuple(known)))
     with started(Sampler, (run.resources.cpus,), run.resources, len(tasks)) as samplers:
         drawn = np.concatenate([batch.tokens for batch in in_order(samplers, "draw", tasks)])
-    right = exact_answers(drawn, tokens, roles, eot)
-    share, half = float(right.mean()), NORMAL_95 * math.sqrt(right.var() / len(right))
-    interval = max(0.0, share - half), min(1.0, share + half)
-    how = describe(settings, len(index)) | {"split": "validation"}
-    return Group("answers", "Answers", how, [Measure("exact", "exact answers", share, interval)])
+    exact = share_measure("exact", "exact answers", exact_answers(drawn, tokens, roles, eot))
+    return Group("answers", "Answers", describe(settings, len(index)) | {"split": "validation"}, [exact])
 
 
 def exact_answers(

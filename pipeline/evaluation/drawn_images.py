@@ -11,7 +11,6 @@ import numpy as np
 import ray
 import torch
 from jaxtyping import Float, Int, UInt8
-from scipy.stats import binomtest
 
 from pipeline import storage
 from pipeline.config.data import ImageDataConfig
@@ -23,10 +22,10 @@ from pipeline.logs import Progress
 from pipeline.metrics import images, precision_recall
 from pipeline.metrics.corpora import Corpus
 from pipeline.metrics.draw import GRID, GRID_IMAGES, DrawnRows, Samples
-from pipeline.metrics.image_features import FeatureNet, Outputs, accuracy
+from pipeline.metrics.image_features import FeatureNet, Outputs
 from pipeline.metrics.image_reference import Reference, ReferenceFile, reference
 from pipeline.models.vq import load_image_tokenizer
-from pipeline.reports.measures import Group, Measure
+from pipeline.reports.measures import Group, Measure, share_measure
 from pipeline.reports.page import Block, Picture, picture
 from pipeline.reports.pictures import sample_grid
 from pipeline.run import Run
@@ -270,10 +269,9 @@ class ImageEvaluator:
             method = f"{self._net.name}, standard deviation of its parts {spread:.2f}"
             measures.append(Measure("inception_score", "Inception Score", score, by=method))
             if self._net.spec == "classifier" and labels is not None:
-                share, name = accuracy(probabilities, np.asarray(labels)), f"accuracy of the {whose} class"
-                test = binomtest(round(share * len(labels)), len(labels))
-                low, high = test.proportion_ci(method="wilson")
-                measures.append(Measure("accuracy", name, share, (low, high), by=self._net.name))
+                right = probabilities.argmax(1) == np.asarray(labels)
+                name = f"accuracy of the {whose} class"
+                measures.append(share_measure("accuracy", name, right, by=self._net.name))
         if (real := self._reference.features) is not None:
             own = np.concatenate([part.features for part in outputs])
             ((precision, recall),) = in_order(actors, "coverage", [(own,)])

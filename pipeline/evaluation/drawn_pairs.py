@@ -1,19 +1,25 @@
-"""Evaluation of generated captions and images: pictures of them, and of held-out ones."""
+"""Evaluation of a model of images with captions: pictures of samples, and how well it matches captions to images."""
 
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from pipeline import storage
-from pipeline.metrics.corpora import Corpus
+from pipeline.evaluation.evaluated_model import EvaluatedModel
+from pipeline.metrics.corpora import Case, Corpus, caption_bounds
 from pipeline.metrics.draw import GRID, GRID_IMAGES, Samples
-from pipeline.reports.measures import Group
+from pipeline.reports.measures import Group, share_measure
 from pipeline.reports.page import Block, Picture, picture
 from pipeline.reports.pictures import captioned_grid
 from pipeline.run import Run
 from pipeline.training.validation import pair_tokenizer, validation_rows
 
+CANDIDATES = 10  # captions among which an image's own is to be found
+
 
 class PairEvaluator:
-    """Shows generated captions with their images beside held-out ones; what is measured of them is their likelihood.
+    """Shows generated captions with their images beside held-out ones.
 
     Args:
         run: of the evaluation.
@@ -43,3 +49,52 @@ class PairEvaluator:
         grid = captioned_grid(images, self._tokenizer.captions(self._rows, self._caption))
         pictures = [Picture("samples", overview, "Samples"), picture("held_out", grid, "Held-out images")]
         return [Group("samples", "Samples", how, [])], [*pictures]
+
+
+def matching_groups(run: Run, corpus: Corpus, model: EvaluatedModel) -> list[Group]:
+    """Count the held-out images that are likelier with their own caption than with other held-out ones.
+
+    With equal prior probabilities of the captions, the likeliest one is that with the smallest -log p(image |
+    caption). A tie counts as wrong. All kinds of models are measured alike, autoregressive ones exactly.
+
+    Args:
+        run: of the evaluation.
+        corpus: its data, of images with captions.
+        model: of images with captions.
+
+    Returns:
+        The report's group of the result; none if all captions are the same.
+    """
+    reader, places = corpus.reader("validation"), corpus.manifest.caption or 0
+    index, seed = validation_rows(len(reader), run.config.evaluation.rows), run.config.seed
+    candidates = draw_candidates(reader.rows(index)[:, :places], seed)
+    if candidates.shape[1] < 2:
+        return []
+    case = Case(model.folder, corpus, index, model.masking, "caption")
+    bounds = caption_bounds(case, candidates, run.resources)
+    right = bounds[:, 0] < bounds[:, 1:].min(1)
+    how = {"split": "validation", "rows": len(index), "draws": model.masking.draws, "seed": seed}
+    name = f"own caption is the likeliest of {candidates.shape[1]}"
+    return [
+        Group("captions", "Captions", how, [share_measure("own", name, right, "-log p(image | caption)")])
+    ]
+
+
+def draw_candidates(captions: Int[np.ndarray, "R C"], seed: int) -> Int[np.ndarray, "R K"]:
+    """Choose other captions at random for every row, all different.
+
+    Args:
+        captions: ids of every row's own.
+        seed: of the choice.
+
+    Returns:
+        Rows that have the captions, the first of which is the row itself; fewer than `CANDIDATES` if there are not
+        as many different captions.
+    """
+    _, firsts, texts = np.unique(captions, axis=0, return_index=True, return_inverse=True)
+    rng, count = np.random.default_rng(seed), min(CANDIDATES, len(firsts))
+    candidates = np.empty((len(captions), count), np.int64)
+    for row, text in enumerate(texts.reshape(-1).tolist()):
+        drawn = rng.choice(len(firsts), count, replace=False)
+        candidates[row] = [row, *firsts[drawn[drawn != text]][: count - 1]]
+    return candidates

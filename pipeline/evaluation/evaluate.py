@@ -7,7 +7,7 @@ from pipeline import storage, tracking
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.answers import answers_group
 from pipeline.evaluation.drawn_images import ImageEvaluator
-from pipeline.evaluation.drawn_pairs import PairEvaluator
+from pipeline.evaluation.drawn_pairs import PairEvaluator, matching_groups
 from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, likelihood_groups, open_model
 from pipeline.metrics.corpora import Corpus, open_corpora
@@ -67,10 +67,16 @@ def evaluate(config: RunConfig) -> Evaluation:
         pair = config.data.kind == "pair"
         evaluator = PairEvaluator(run, corpora[0]) if pair else evaluator_of(run, corpora[0], model)
         (likelihoods,) = likelihood_groups(run, [model], corpora)
+        matching = matching_groups(run, corpora[0], model) if pair else []
         samples = generate(model.folder, config.sampling, run.resources, storage.join(folder, "samples"))
         how = describe(config.sampling, len(samples.tokens)) | evaluator.notes
         (drawn, *real), blocks = evaluator.report(samples, how)
-        groups = [*likelihoods, replace(drawn, measures=[*drawn.measures, _speed(samples, run)]), *real]
+        groups = [
+            *likelihoods,
+            *matching,
+            replace(drawn, measures=[*drawn.measures, _speed(samples, run)]),
+            *real,
+        ]
         if run.manifest.answer_block is not None and model.facts.answer_block is not None:
             groups.append(answers_group(run, corpora[0], model))
         about = {"kind": model.config.kind, "parameters": f"{model.parameters:,}", "step": model.step}

@@ -177,6 +177,38 @@ def measure_cases(cases: Sequence[Case], resources: Resources) -> list[likelihoo
     return results
 
 
+def caption_bounds(
+    case: Case, candidates: Int[np.ndarray, "R K"], resources: Resources
+) -> Float64[np.ndarray, "R K"]:
+    """Bound -log p(image | caption) of every image and several captions, in nats per code.
+
+    All captions of an image are measured with the same maskings, so that their differences are more exact than the
+    bounds.
+
+    Args:
+        case: whose images are measured.
+        candidates: the rows, of those of the case, that have the captions.
+        resources: of the actors.
+    """
+    reader, modalities = case.corpus.reader("validation"), case.corpus.manifest.facts.modalities
+    assert modalities is not None
+    rows = reader.rows(case.rows)
+    roles = ray.put(likelihood.roles_of("caption", len(rows), reader.length, modalities))
+    bounds = np.zeros(candidates.shape)
+    with started(_LikelihoodActor, (resources.cpus,), resources, case.parts) as actors:
+        tasks = []
+        for column in candidates.T:
+            tokens = rows.copy()
+            tokens[:, : modalities.places] = rows[column, : modalities.places]
+            fields = (case.model, case.masking, ray.put(tokens), None, roles)
+            tasks += [(*fields, (part, case.parts)) for part in range(case.parts)]
+        progress = Progress("compared captions of", "parts", len(tasks), "rows")
+        for number, sums in enumerate(in_order(actors, "sums", tasks)):
+            bounds[:, number // case.parts] += sums
+            progress.add(round(len(rows) / case.parts))
+    return bounds / case.masking.draws
+
+
 def likelihood_group(
     corpus: Corpus,
     title: str,

@@ -183,16 +183,6 @@ def fit_classifier(
     return classifier.eval()
 
 
-def accuracy(probabilities: Float[np.ndarray, "n K"], labels: Int[np.ndarray, "n"]) -> float:
-    """Compute the share of images whose most likely class is the right one.
-
-    Args:
-        probabilities: of the classes of every image.
-        labels: right classes.
-    """
-    return float((probabilities.argmax(1) == labels).mean())
-
-
 def _inception(weights: str | None) -> nn.Module:
     """Load Inception v3 as TensorFlow had it in 2015, with its way of resizing.
 

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from pipeline.reports.tables import aligned, short
 
@@ -97,6 +99,21 @@ class Report:
     def description(self) -> str:
         """Return kind, parameters and training step on one line."""
         return _listed(self.about)
+
+
+def share_measure(key: str, name: str, right: Bool[np.ndarray, "n"], by: str = "") -> Measure:
+    """Make the metric of a share, with the 95% interval of Wilson.
+
+    Args:
+        key: as in `Measure`.
+        name: as in `Measure`.
+        right: what is counted, at least one.
+        by: as in `Measure`.
+    """
+    from scipy.stats import binomtest  # takes a second, and most reports do without
+
+    low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    return Measure(key, name, float(right.mean()), (float(low), float(high)), by)
 
 
 def measure_table(measures: Iterable[Measure]) -> pd.DataFrame:

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import load_model
-from tests.support.digit_pairs import captions_of_images, images_of_captions, split
+from pipeline import Model, load_model
+from pipeline.data.tokenizers import PairTokenizer
+from pipeline.evaluation.drawn_pairs import draw_candidates
+from pipeline.training.validation import validation_rows
+from tests.support.digit_pairs import Digits, captions_of_images, images_of_captions, split
 from tests.support.in_process import run_job
 from tests.support.launched import ROOT, job_output
 
@@ -30,6 +33,20 @@ def drawn(storage: Path, *words: str) -> tuple[list[str], np.ndarray]:
     images = [np.asarray(Image.open(folder / f"images/{i:06d}.png")) for i in range(4)]
     assert (folder / "samples.png").is_file()
     return [row["text"] for row in rows], np.stack(images)
+
+
+def share_of_own_captions(model: Model, held_out: Digits, how: dict[str, int]) -> float:
+    """What `jobs.evaluate` measures, by the Python interface."""
+    index = validation_rows(len(held_out.captions), how["rows"])
+    captions, images = [held_out.captions[i] for i in index], held_out.images[index]
+    tokenizer = model.tokenizer
+    assert isinstance(tokenizer, PairTokenizer)
+    candidates = draw_candidates(tokenizer.encode_captions(captions, 10)[0], how["seed"])
+    bounds = [
+        model.score_pairs([captions[i] for i in column], images, given="caption", draws=1, seed=how["seed"])
+        for column in candidates.T
+    ]
+    return float((np.argmin(bounds, 0) == 0).mean())
 
 
 @pytest.mark.slow
@@ -59,9 +76,11 @@ def test_four_uses(tmp_path: Path, ray_cluster: None) -> None:
     assert all(text.startswith("a") and text.endswith(" three") for text in captions)
     assert len(drawn(tmp_path)[0]) == 4
 
-    run("evaluate", tmp_path, *short)
+    run("evaluate", tmp_path, *short, "evaluation.batch=64")  # the batch of score_pairs
     folder = tmp_path / "pair_quickstart/evaluation"
-    keys = [group["key"] for group in json.loads((folder / "evaluation.json").read_text())["groups"]]
-    assert keys == ["validation", "validation_given_caption", "validation_given_image", "samples"]
+    groups = json.loads((folder / "evaluation.json").read_text())["groups"]
+    likelihoods = ["validation", "validation_given_caption", "validation_given_image"]
+    assert [group["key"] for group in groups] == [*likelihoods, "captions", "samples"]
+    assert groups[3]["figures"][0]["value"] == share_of_own_captions(model, held_out, groups[3]["how"]) > 0.4
     assert (folder / "samples.png").is_file()
     assert (folder / "held_out.png").is_file()
