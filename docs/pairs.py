@@ -74,10 +74,13 @@ def main(folder: str, picture: str = str(PICTURE)) -> None:
     """
     model, (train, held_out) = load_model(folder), split()
     found = {"caption to image": images_of_captions(model, train, held_out, draws=4)}
+    written: dict[str, float] = {}
     if not model.denoiser.left_to_right:
-        found["image to caption"] = captions_of_images(model, held_out)
-        found["image to caption"]["digit, best of ten by the bound"] = best_of_ten(model, held_out, WORDS)
+        written |= captions_of_images(model, held_out)
+        written["digit, best of ten by p(caption | image)"] = best_of_ten(model, held_out, WORDS, "image")
         figure(uses(model, held_out)).savefig(picture)
+    written["digit, best of ten by p(image | caption)"] = best_of_ten(model, held_out, WORDS, "caption")
+    found["image to caption"] = written
     lines = [f"{use}: {name}: {value:.3f}\n" for use, part in found.items() for name, value in part.items()]
     sys.stdout.write("".join([f"{model!r}\n", *lines]))
 

@@ -405,7 +405,7 @@ class RunConfig(Section):
             yield f"model.classes: {self.model.classes}, but data.kind pair has no labels; expected null"
         if self.diffusion.schedule == "arccos":
             yield "diffusion.schedule: arccos hides too much of captions; expected loglinear for data.kind pair"
-        for key in ("score_bos", "zero_shot", "tasks", "models", "scorer", "features", "reference"):
+        for key in ("score_bos", "zero_shot", "tasks", "scorer", "features", "reference"):
             if value := getattr(evaluation, key):
                 yield f"evaluation.{key}: {value!r} with data.kind pair; expected its default"
 

@@ -11,6 +11,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.schema import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import convergence, frontier
+from pipeline.evaluation.drawn_pairs import PairEvaluator, matching_groups
 from pipeline.evaluation.drawn_text import TextEvaluator
 from pipeline.evaluation.evaluate import Evaluator, evaluator_of, log_files
 from pipeline.evaluation.evaluated_model import EvaluatedModel, check_sampling, likelihood_groups, open_model
@@ -36,7 +37,8 @@ class Comparison:
     """Results of a comparison.
 
     Attributes:
-        likelihoods: a group per model.
+        likelihoods: groups of every model: one, or of captions and images one for every part that can be given, and
+            how well they are matched.
         points: quality and speed of every model with every setting of the sampler.
         curves: convergence of the models whose runs are known.
         metric: of the curves, perplexity or loss.
@@ -80,8 +82,11 @@ def compare(config: RunConfig) -> Comparison:
                 raise DataError(f"evaluation.models.{model.name}: {error}") from None
         evaluator = evaluator_of(run, corpus, models[0])
         likelihoods = [
-            replace(group, key=f"validation/{model.name}", title=model.name)
-            for model, (group,) in zip(models, likelihood_groups(run, models, [corpus]), strict=True)
+            replace(
+                group, key=f"{group.key}/{model.name}", title=group.title.replace("Validation", model.name)
+            )
+            for model, groups in zip(models, likelihood_groups(run, models, [corpus]), strict=True)
+            for group in [*groups, *matching_groups(run, corpus, model)]
         ]
         settings = [(model, one) for model in models for one in _sampling(config, model.config)]
         drawn = frontier.draw_all(settings, config.data.predicted, run.resources)
@@ -214,13 +219,29 @@ def _page(run: Run, models: Sequence[EvaluatedModel], result: Comparison, evalua
         for point in {point.line: point for point in result.points}.values():  # with most steps
             texts.append((f"{point.line}, {point.steps} steps", evaluator.excerpt(point.tokens)))
         sections.append(Section("Samples", [Columns(texts)]))
+    elif isinstance(evaluator, PairEvaluator):
+        shown = [evaluator.held_out]
+        for number, point in enumerate({point.line: point for point in result.points}.values()):
+            title = f"{point.line}, {point.steps} steps"
+            shown.append(evaluator.shown(point.tokens, f"samples_{number}", title))
+        sections.append(Section("Samples", shown))
     sections.append(paper_section({model.name: model.config for model in models}, run.manifest))
     return Page(f"Comparison {config.name}", [*sections, *setting_sections(config, run.manifest)])
 
 
 def _frontier_section(points: Sequence[frontier.Point], evaluator: Evaluator) -> Section:
-    """Show the best metric of quality, and of text the entropy, against the speed."""
+    """Show the best metric of quality, and of text the entropy, against the speed; without metrics, the speed."""
     by_key = {measure.key: measure for measure in points[0].measures}
+    settings = points[0].settings
+    how = describe(settings, settings.num_samples) | evaluator.notes
+    left_out = ("order", "steps", *points[0].varied)
+    listed = ", ".join(f"{key} {value}" for key, value in how.items() if key not in left_out)
+    note = (
+        f"Settings of every model: {listed}, batch {settings.batch}. tokens/s is the median over {frontier.TIMED} "
+        "batches, which one warm process drew in turn; the range is from the slowest to the fastest."
+    )
+    if not by_key:
+        return Section("Speed", [Text(note), Table(frontier.table(points))])
     quality = next(
         by_key[key] for key in ("generative_perplexity", "bigram_perplexity", "fid") if key in by_key
     )
@@ -231,15 +252,7 @@ def _frontier_section(points: Sequence[frontier.Point], evaluator: Evaluator) ->
         lines.setdefault(point.line, []).append((point.steps, point.speed, values))
     real = {measure.key: measure.value for measure in evaluator.real}
     references = [real[measure.key] for measure in measures] if real else []
-    settings = points[0].settings
-    how = describe(settings, settings.num_samples) | evaluator.notes
-    left_out = ("order", "steps", *points[0].varied)
-    listed = ", ".join(f"{key} {value}" for key, value in how.items() if key not in left_out)
-    note = (
-        f"Settings of every model: {listed}, batch {settings.batch}. tokens/s is the median over {frontier.TIMED} "
-        "batches, which one warm process drew in turn; the range is from the slowest to the fastest. "
-        f"{quality.name}: {quality.by}."
-    )
+    note += f" {quality.name}: {quality.by}."
     figure = figures.frontier(lines, [measure.name for measure in measures], references)
     caption = "Quality of samples against sampling speed; numbers are sampling steps"
     blocks: list[Block] = [Text(note), picture("frontier", figure, caption)]

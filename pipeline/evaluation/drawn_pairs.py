@@ -1,15 +1,16 @@
 """Evaluation of a model of images with captions: pictures of samples, and how well it matches captions to images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from pipeline import storage
 from pipeline.evaluation.evaluated_model import EvaluatedModel
 from pipeline.metrics.corpora import Case, Corpus, caption_bounds
-from pipeline.metrics.draw import GRID, GRID_IMAGES, Samples
-from pipeline.reports.measures import Group, share_measure
+from pipeline.metrics.draw import GRID, GRID_IMAGES, DrawnRows, Samples
+from pipeline.reports.measures import Group, Measure, share_measure
 from pipeline.reports.page import Block, Picture, picture
 from pipeline.reports.pictures import captioned_grid
 from pipeline.run import Run
@@ -19,18 +20,20 @@ CANDIDATES = 10  # captions among which an image's own is to be found
 
 
 class PairEvaluator:
-    """Shows generated captions with their images beside held-out ones.
+    """Shows generated captions with their images beside held-out ones; there are no metrics of them.
 
     Args:
         run: of the evaluation.
         corpus: its data.
 
     Attributes:
+        real: metrics of held-out pairs; none.
         notes: remarks on the metrics for the report.
     """
 
     def __init__(self, run: Run, corpus: Corpus):
         reader, self.notes = corpus.reader("validation"), dict[str, str]()
+        self.real: list[Measure] = []
         self._rows = reader.rows(validation_rows(len(reader), GRID_IMAGES))
         self._tokenizer, self._caption = pair_tokenizer(run), corpus.manifest.caption or 0
 
@@ -45,10 +48,33 @@ class PairEvaluator:
             The group of the samples, which has no metrics, and pictures of them and of held-out pairs.
         """
         overview = storage.read_bytes(storage.join(samples.folder, GRID))
-        images = self._tokenizer.images(self._rows, self._caption)
-        grid = captioned_grid(images, self._tokenizer.captions(self._rows, self._caption))
-        pictures = [Picture("samples", overview, "Samples"), picture("held_out", grid, "Held-out images")]
-        return [Group("samples", "Samples", how, [])], [*pictures]
+        shown = [Picture("samples", overview, "Samples"), self.held_out]
+        return [Group("samples", "Samples", how, [])], [*shown]
+
+    def measure(self, drawn: Sequence[DrawnRows]) -> list[list[Measure]]:
+        """Return no metrics of samples.
+
+        Args:
+            drawn: samples.
+        """
+        return [[] for _ in drawn]
+
+    @property
+    def held_out(self) -> Picture:
+        """The picture of held-out pairs."""
+        return self.shown(self._rows, "held_out", "Held-out images")
+
+    def shown(self, rows: Integer[np.ndarray, "n L"], name: str, title: str) -> Picture:
+        """Draw the first pairs.
+
+        Args:
+            rows: of token ids.
+            name: of the picture's file, without the suffix.
+            title: below the picture.
+        """
+        rows = rows[:GRID_IMAGES]
+        images = self._tokenizer.images(rows, self._caption)
+        return picture(name, captioned_grid(images, self._tokenizer.captions(rows, self._caption)), title)
 
 
 def matching_groups(run: Run, corpus: Corpus, model: EvaluatedModel) -> list[Group]:
@@ -59,13 +85,15 @@ def matching_groups(run: Run, corpus: Corpus, model: EvaluatedModel) -> list[Gro
 
     Args:
         run: of the evaluation.
-        corpus: its data, of images with captions.
-        model: of images with captions.
+        corpus: its data.
+        model: of such data.
 
     Returns:
-        The report's group of the result; none if all captions are the same.
+        The report's group of the result; none without captions, or if all captions are the same.
     """
     reader, places = corpus.reader("validation"), corpus.manifest.caption or 0
+    if not places:
+        return []
     index, seed = validation_rows(len(reader), run.config.evaluation.rows), run.config.seed
     candidates = draw_candidates(reader.rows(index)[:, :places], seed)
     if candidates.shape[1] < 2:
@@ -75,9 +103,8 @@ def matching_groups(run: Run, corpus: Corpus, model: EvaluatedModel) -> list[Gro
     right = bounds[:, 0] < bounds[:, 1:].min(1)
     how = {"split": "validation", "rows": len(index), "draws": model.masking.draws, "seed": seed}
     name = f"own caption is the likeliest of {candidates.shape[1]}"
-    return [
-        Group("captions", "Captions", how, [share_measure("own", name, right, "-log p(image | caption)")])
-    ]
+    own = share_measure("own", name, right, "-log p(image | caption)")
+    return [Group("validation_captions", "Validation, captions matched to images", how, [own])]
 
 
 def draw_candidates(captions: Int[np.ndarray, "R C"], seed: int) -> Int[np.ndarray, "R K"]:

@@ -21,7 +21,7 @@ from pipeline.run import Run
 from pipeline.runtime import claims
 from pipeline.runtime.ray_cluster import available_resources, joined_cluster
 
-Evaluator = TextEvaluator | ImageEvaluator
+Evaluator = TextEvaluator | ImageEvaluator | PairEvaluator
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,9 @@ def evaluate(config: RunConfig) -> Evaluation:
         corpora = [Corpus("validation", run.data_path, run.manifest), *others]
         for corpus in corpora:
             model.check_fits(corpus, run)
-        pair = config.data.kind == "pair"
-        evaluator = PairEvaluator(run, corpora[0]) if pair else evaluator_of(run, corpora[0], model)
+        evaluator = evaluator_of(run, corpora[0], model)
         (likelihoods,) = likelihood_groups(run, [model], corpora)
-        matching = matching_groups(run, corpora[0], model) if pair else []
+        matching = matching_groups(run, corpora[0], model)
         samples = generate(model.folder, config.sampling, run.resources, storage.join(folder, "samples"))
         how = describe(config.sampling, len(samples.tokens)) | evaluator.notes
         (drawn, *real), blocks = evaluator.report(samples, how)
@@ -112,9 +111,9 @@ def evaluator_of(run: Run, corpus: Corpus, model: EvaluatedModel) -> Evaluator:
     Raises:
         ConfigError, DataError: as `TextEvaluator` and `ImageEvaluator`.
     """
-    return (
-        TextEvaluator(run, corpus, model) if run.config.data.kind == "text" else ImageEvaluator(run, corpus)
-    )
+    if run.config.data.kind == "text":
+        return TextEvaluator(run, corpus, model)
+    return ImageEvaluator(run, corpus) if run.config.data.kind == "image" else PairEvaluator(run, corpus)
 
 
 def log_files(tracker: tracking.Tracker, folder: str, names: Sequence[str]) -> None:

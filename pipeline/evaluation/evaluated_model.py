@@ -9,7 +9,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizers import PairTokenizer, Tokenizer, saved_tokenizer
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.metrics.corpora import Case, Corpus, check_fits, likelihood_group, measure_cases
-from pipeline.metrics.likelihood import PARTS, Estimator, Masking, Part
+from pipeline.metrics.likelihood import PARTS, Estimator, Likelihood, Masking, Part
 from pipeline.models import model_folder
 from pipeline.models.vq import ImageTokenizer
 from pipeline.reports.measures import Group
@@ -130,33 +130,30 @@ def likelihood_groups(
     Returns:
         A list per model with a group per corpus, or of captions and images with one for every part that can be given.
     """
-    count = run.config.evaluation.rows
-    parts: Sequence[Part] = ("nothing",)
-    if corpora[0].manifest.caption is not None:
-        parts = PARTS[:-1] if models[0].config.kind == "ar" else PARTS
+    count, pairs = run.config.evaluation.rows, corpora[0].manifest.caption is not None
+    rows = {corpus.path: validation_rows(corpus.manifest.rows("validation"), count) for corpus in corpora}
     cases = [
-        Case(
-            model.folder,
-            corpus,
-            validation_rows(corpus.manifest.rows("validation"), count),
-            model.masking,
-            part,
-        )
+        [
+            Case(model.folder, corpus, rows[corpus.path], model.masking, part)
+            for corpus in corpora
+            for part in (_parts(model) if pairs else PARTS[:1])
+        ]
         for model in models
-        for corpus in corpora
-        for part in parts
     ]
-    results = iter(measure_cases(cases, run.resources))
-    sources = [corpus.manifest.source.name for corpus in corpora]
-    pairs = [
-        (corpus, "Validation" if corpus.key == "validation" else f"Zero-shot on {source}")
-        for corpus, source in zip(corpora, sources, strict=True)
-    ]
-    scored_bos = run.config.evaluation.score_bos
-    return [
-        [likelihood_group(*pair, next(results), scored_bos, part) for pair in pairs for part in parts]
-        for _ in models
-    ]
+    results = iter(measure_cases([case for of_model in cases for case in of_model], run.resources))
+    return [[_group(case, next(results), run.config) for case in of_model] for of_model in cases]
+
+
+def _group(case: Case, result: Likelihood, config: RunConfig) -> Group:
+    """Make the report's group of a likelihood."""
+    of_run, source = case.corpus.key == "validation", case.corpus.manifest.source.name
+    title = "Validation" if of_run else f"Zero-shot on {source}"
+    return likelihood_group(case.corpus, title, result, config.evaluation.score_bos, case.given)
+
+
+def _parts(model: EvaluatedModel) -> Sequence[Part]:
+    """List what may be given of captions and images; an autoregressive model cannot be given an image."""
+    return PARTS[:-1] if model.config.kind == "ar" else PARTS
 
 
 def by_estimator(model: EvaluatedModel) -> list[EvaluatedModel]:

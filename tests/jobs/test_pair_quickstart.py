@@ -1,19 +1,24 @@
 """The recipe of images with captions, shortened, and its four uses by command."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline import Model, load_model
+from pipeline.config.load import load
 from pipeline.data.tokenizers import PairTokenizer
+from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.drawn_pairs import draw_candidates
 from pipeline.training.validation import validation_rows
 from tests.support.digit_pairs import Digits, captions_of_images, images_of_captions, split
 from tests.support.in_process import run_job
 from tests.support.launched import ROOT, job_output
+from tests.support.page_check import check_page
 
 CONFIG = str(ROOT / "configs/pair/quickstart.yaml")
 
@@ -49,6 +54,40 @@ def share_of_own_captions(model: Model, held_out: Digits, how: dict[str, int]) -
     return float((np.argmin(bounds, 0) == 0).mean())
 
 
+def check_comparison(storage: Path, alone: Sequence[dict[str, Any]], *words: str) -> None:
+    """Two models are compared by the figures that each has alone, and by speed."""
+    ar = ("train.steps=2", "train.validate_every=2", "optim.warmup_steps=1", f"cluster.storage={storage}")
+    job_output("pretrain", str(ROOT / "configs/pair/ar_quickstart.yaml"), *ar)
+    models = {
+        name: str(storage / f"pair_{run}/model")
+        for name, run in (("P", "quickstart"), ("A", "ar_quickstart"))
+    }
+    config = load(
+        ROOT / "configs/evaluate/pairs.yaml",
+        [
+            f"cluster.storage={storage}",
+            f"evaluation.models={json.dumps(models)}",
+            "evaluation.steps=[4]",
+            *words,
+        ],
+    )
+    found = compare(config)
+    keys = [f"{group['key']}/P" for group in alone]
+    assert [group.key for group in found.likelihoods] == [
+        *keys,
+        *(f"validation{part}/A" for part in ("", "_given_caption", "_captions")),
+    ]
+    for group, own in zip(found.likelihoods, alone, strict=False):
+        assert [m.value for m in group.measures] == [figure["value"] for figure in own["figures"]]
+    assert [(point.model, point.steps, point.measures) for point in found.points] == [
+        ("P", 4, []),
+        ("A", 26, []),
+    ]
+    pictures, text = check_page(Path(found.folder, "report.html").read_text())
+    assert len(pictures) == 4  # held out, two models, convergence
+    assert "A, 26 steps" in text
+
+
 @pytest.mark.slow
 def test_four_uses(tmp_path: Path, ray_cluster: None) -> None:
     short = ("evaluation.draws=1", "evaluation.rows=100", "model.dropout=0.1")
@@ -79,8 +118,12 @@ def test_four_uses(tmp_path: Path, ray_cluster: None) -> None:
     run("evaluate", tmp_path, *short, "evaluation.batch=64")  # the batch of score_pairs
     folder = tmp_path / "pair_quickstart/evaluation"
     groups = json.loads((folder / "evaluation.json").read_text())["groups"]
-    likelihoods = ["validation", "validation_given_caption", "validation_given_image"]
-    assert [group["key"] for group in groups] == [*likelihoods, "captions", "samples"]
+    validation = [
+        "validation",
+        *(f"validation_{part}" for part in ("given_caption", "given_image", "captions")),
+    ]
+    assert [group["key"] for group in groups] == [*validation, "samples"]
     assert groups[3]["figures"][0]["value"] == share_of_own_captions(model, held_out, groups[3]["how"]) > 0.4
     assert (folder / "samples.png").is_file()
     assert (folder / "held_out.png").is_file()
+    check_comparison(tmp_path, groups[:4], *short[:2], "evaluation.batch=64")

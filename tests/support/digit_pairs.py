@@ -11,6 +11,7 @@ from pipeline.config.data import PairDataConfig
 from pipeline.data.prepare.captions import describe_digits, digit_of, digits, measures
 from pipeline.data.prepare.image_sources import list_images, open_images
 from pipeline.data.prepare.images import held_out
+from pipeline.metrics.likelihood import Part
 from pipeline.sampling.logits import Filters
 
 LIKELIEST = Filters(top_k=1)
@@ -86,13 +87,16 @@ def captions_of_images(model: Model, told: Digits) -> dict[str, float]:
     return found
 
 
-def best_of_ten(model: Model, told: Digits, words: Sequence[str], draws: int = 16) -> float:
-    """How often the caption with the right digit, of ten, has the smallest bound given the image."""
+def best_of_ten(model: Model, told: Digits, words: Sequence[str], given: Part, draws: int = 16) -> float:
+    """How often the caption with the right digit, of ten, has the smallest bound.
+
+    The bound is on -log p(caption | image) with `given` "image", and on -log p(image | caption) with "caption".
+    """
     scores = []
     for other in words:
         captions = [
             caption.replace("an eight", "a eight").replace(words[label], other).replace("a eight", "an eight")
             for caption, label in zip(told.captions, told.labels, strict=True)
         ]
-        scores.append(model.score_pairs(captions, told.images, draws=draws))
+        scores.append(model.score_pairs(captions, told.images, given=given, draws=draws))
     return float((np.argmin(scores, 0) == told.labels).mean())
