@@ -2,9 +2,11 @@
 
 import textwrap
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int, UInt8
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from pipeline.errors import printable
@@ -13,6 +15,7 @@ _INK, _GREY = "#22262b", "#7a828c"
 _HIDDEN = 208  # grey level of tokens that are not revealed yet
 _COLUMNS = 8  # of a grid without labels
 _CAPTIONED, _WIDTH = 4, 28  # columns of a grid with captions, and characters of their lines
+_SQUARE = "\N{WHITE SQUARE}"
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the steps, at which a sample is shown
 
 
@@ -64,11 +67,21 @@ def captioned_grid(images: UInt8[np.ndarray, "n S S 3"], captions: Sequence[str]
 def caption_lines(caption: str) -> str:
     """Break a caption into a few short lines, which mean nothing to matplotlib but text.
 
+    Characters that the figures' font lacks become squares.
+
     Args:
         caption: of any length.
     """
-    lines = textwrap.wrap(printable(caption), _WIDTH, max_lines=4, placeholder=" ...") or ["(empty)"]
+    drawable = "".join(c if ord(c) in _characters() else _SQUARE for c in printable(caption))
+    lines = textwrap.wrap(drawable, _WIDTH, max_lines=4, placeholder=" ...") or ["(empty)"]
     return "\n".join(lines).replace("$", r"\$")
+
+
+@lru_cache(maxsize=1)
+def _characters() -> frozenset[int]:
+    """The characters of the font in which figures are written, by their numbers."""
+    path = font_manager.findfont(font_manager.FontProperties())
+    return frozenset(font_manager.get_font(path).get_charmap())
 
 
 def unmasking_order(

@@ -1,13 +1,14 @@
 """Grids and order pictures hold what they are given."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.reports.pictures import sample_grid, unmasking_order
+from pipeline.reports.pictures import caption_lines, captioned_grid, sample_grid, unmasking_order
 
 COLOURS = np.random.default_rng(0).integers(30, 226, (6, 3)).astype(np.uint8)
 IMAGES = np.broadcast_to(COLOURS[:, None, None], (6, 4, 4, 3))
@@ -30,6 +31,17 @@ def test_every_image_is_in_the_grid(labels: list[int] | None) -> None:
     shares = [share(pixels, colour) for colour in COLOURS]
     assert min(shares) > 0.02
     assert max(shares) < 1.3 * min(shares)
+
+
+def test_captions_of_any_characters() -> None:
+    """What the font lacks becomes squares, without a warning of matplotlib."""
+    captions = ["un \N{LATIN SMALL LETTER E WITH ACUTE}l\ufffdphant", "\u72ac \U0001f436", "$x^$", "", "\n"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = drawn(captioned_grid(IMAGES[:5], captions))
+    assert min(share(pixels, colour) for colour in COLOURS[:5]) > 0.02
+    assert caption_lines(captions[0]) == "un \xe9l\u25a1phant"
+    assert caption_lines(captions[1]) == "\u25a1 \u25a1"
 
 
 def test_what_is_not_revealed_is_grey() -> None:
