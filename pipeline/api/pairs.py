@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from pipeline.metrics.likelihood import PARTS, Part, pair_nats
 from pipeline.models.head import Modalities
 
 Picture = str | Path | UInt8[np.ndarray, "h w 3"]
+_DRAWS = 16  # of the bounds that choose among captions
+_MOST_CANDIDATES = 1024
 Pairs = tuple[list[str], UInt8[np.ndarray, "B S S 3"]]
 
 
@@ -49,34 +52,44 @@ class PairModel(TokenModel):
         ]
         return self._complete(given, **options)[1]
 
-    def caption(self, images: Sequence[Picture], **options: Any) -> list[str]:
+    def caption(self, images: Sequence[Picture], best_of: int = 1, **options: Any) -> list[str]:
         """Write a caption of every image.
 
         Args:
             images: files, or RGB pixels; they are cropped and resized to the model's square.
+            best_of: captions that are drawn of every image, all at once; the one with the smallest bound on
+                -log p(image | caption) is returned. That bound averages over 16 draws.
             **options: further arguments of `sample`, such as `filters` and `seed`.
 
         Returns:
             A caption of every image, up to its end of text.
 
         Raises:
-            ConfigError: no images, or as in `sample`.
+            ConfigError: no images, `best_of` outside its bounds, or as in `sample`.
             CapabilityError: the model is not one of images with captions, or is autoregressive.
             DataError: a file is no image.
 
         Examples:
             >>> model = load_model("runs/pair_quickstart/model")
-            >>> captions = model.caption(model.draw(["a thick three"]), filters=Filters(top_k=1))
+            >>> images = model.draw(["a thick three"])
+            >>> captions = model.caption(images, filters=Filters(top_k=1))
             >>> len(captions)
             1
+            >>> captions = model.caption(images, best_of=16)
         """
+        arguments.integer("best_of", best_of, 1, _MOST_CANDIDATES)
         arguments.instance("images", images, list, tuple, np.ndarray)
         given = [
             GivenPair(image=_content(key, image), keys=("caption", key))
             for number, image in enumerate(images)
             for key in [f"images[{number}]"]
         ]
-        return self._complete(given, **options)[0]
+        rows = self._rows(given * best_of, **options)
+        if best_of > 1:
+            candidates = rows.cpu().numpy().reshape(best_of, len(given), -1)
+            bounds = [pair_nats(self.denoiser, part, "caption", draws=_DRAWS, seed=0) for part in candidates]
+            rows = torch.from_numpy(candidates[torch.stack(bounds).argmin(0), np.arange(len(given))])
+        return self.pairs(rows)[0]
 
     def sample_pairs(self, num_samples: int = 4, **options: Any) -> Pairs:
         """Draw captions and their images, both from nothing.
@@ -147,7 +160,7 @@ class PairModel(TokenModel):
         captions: Sequence[str],
         images: Sequence[Picture],
         given: Part = "image",
-        draws: int = 16,
+        draws: int = _DRAWS,
         seed: int = 0,
     ) -> list[float]:
         """Bound -log p(caption | image) of pairs in nats, or -log p(image | caption), or that of both together.
@@ -216,11 +229,15 @@ class PairModel(TokenModel):
         return tokenizer.captions(rows.numpy(), places), tokenizer.images(rows.numpy(), places)
 
     def _complete(self, given: Sequence[GivenPair], **options: Any) -> Pairs:
-        """Draw around what is given of every row."""
+        """Draw captions and images around what is given of every row."""
+        return self.pairs(self._rows(given, **options))
+
+    def _rows(self, given: Sequence[GivenPair], **options: Any) -> Int[Tensor, "B L"]:
+        """Draw rows around what is given of each."""
         tokenizer, modalities = self._pair
         ar = self.denoiser.left_to_right
         known = [part.tokens(tokenizer, modalities, self.length, ar).known for part in given]
-        return self.pairs(self.sample(len(known), known=known, **options))
+        return self.sample(len(known), known=known, **options)
 
     @property
     def _pair(self) -> tuple[PairTokenizer, Modalities]:

@@ -83,6 +83,23 @@ def test_all_uses(name: str, folders: dict[str, Path]) -> None:
     assert (codes_of(images)[:, ~cells()] == old[~cells()]).all()
 
 
+def test_the_best_of_several_captions(folders: dict[str, Path]) -> None:
+    """Of the captions that are drawn of an image, the one with which the image has the smallest bound."""
+    model = load_model(folders["pgm"])
+    given = torch.from_numpy(np.pad(codes_of(PIXELS[:4]) + 257, ((0, 0), (T, 0)))).repeat(3, 1)
+    drawn = model.sample(12, known=(given, torch.arange(T + GRID).expand(12, -1) >= T), seed=2)
+    rows = drawn.view(3, 4, T + GRID)
+    bounds = torch.stack([
+        pair_nats(model.denoiser, part.numpy(), "caption", draws=16, seed=0) for part in rows
+    ])  # fmt: skip
+    best = bounds.argmin(0)
+    assert len({*best.tolist()}) > 1
+    expected = model.pairs(torch.stack([rows[k, i] for i, k in enumerate(best.tolist())]))[0]
+    assert model.caption(PIXELS[:4], best_of=3, seed=2) == expected
+    with pytest.raises(ConfigError, match="best_of: 0; expected"):
+        model.caption(PIXELS[:4], best_of=0)
+
+
 @pytest.mark.parametrize("name", ["pgm", "ar"])
 def test_scores_are_the_bounds_of_rows(name: str, folders: dict[str, Path]) -> None:
     model = load_model(folders[name])
