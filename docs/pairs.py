@@ -74,13 +74,13 @@ def main(folder: str, picture: str = str(PICTURE)) -> None:
     """
     model, (train, held_out) = load_model(folder), split()
     found = {"caption to image": images_of_captions(model, train, held_out, draws=4)}
-    written: dict[str, float] = {}
+    scored = {"p(image | caption)": best_of_ten(model, held_out, WORDS, "caption")}
     if not model.denoiser.left_to_right:
-        written |= captions_of_images(model, held_out)
-        written["digit, best of ten by p(caption | image)"] = best_of_ten(model, held_out, WORDS, "image")
+        found["likeliest caption"] = captions_of_images(model, held_out, filters=LIKELIEST)
+        found["best of 16 captions"] = captions_of_images(model, held_out, best_of=16)
+        scored["p(caption | image)"] = best_of_ten(model, held_out, WORDS, "image")
         figure(uses(model, held_out)).savefig(picture)
-    written["digit, best of ten by p(image | caption)"] = best_of_ten(model, held_out, WORDS, "caption")
-    found["image to caption"] = written
+    found["digit, best of ten"] = scored
     lines = [f"{use}: {name}: {value:.3f}\n" for use, part in found.items() for name, value in part.items()]
     sys.stdout.write("".join([f"{model!r}\n", *lines]))
 

@@ -15,7 +15,7 @@ from pipeline.data.tokenizers import PairTokenizer
 from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.drawn_pairs import draw_candidates
 from pipeline.training.validation import validation_rows
-from tests.support.digit_pairs import Digits, captions_of_images, images_of_captions, split
+from tests.support.digit_pairs import LIKELIEST, Digits, captions_of_images, images_of_captions, split
 from tests.support.in_process import run_job
 from tests.support.launched import ROOT, job_output
 from tests.support.page_check import check_page
@@ -57,7 +57,8 @@ def share_of_own_captions(model: Model, held_out: Digits, how: dict[str, int]) -
 def check_comparison(storage: Path, alone: Sequence[dict[str, Any]], *words: str) -> None:
     """Two models are compared by the figures that each has alone, and by speed."""
     ar = ("train.steps=2", "train.validate_every=2", "optim.warmup_steps=1", f"cluster.storage={storage}")
-    job_output("pretrain", str(ROOT / "configs/pair/ar_quickstart.yaml"), *ar)
+    done = run_job("pretrain", str(ROOT / "configs/pair/ar_quickstart.yaml"), *ar)
+    assert done.code == 0, done.stderr[-6000:]
     models = {
         name: str(storage / f"pair_{run}/model")
         for name, run in (("P", "quickstart"), ("A", "ar_quickstart"))
@@ -98,7 +99,7 @@ def test_four_uses(tmp_path: Path, ray_cluster: None) -> None:
     images = images_of_captions(model, train, held_out)
     assert images["digit"] > 0.7
     assert min(images[name] for name in ("mass", "width", "slant")) > 0.25
-    assert captions_of_images(model, held_out)["a caption of the data's form"] > 0.5
+    assert captions_of_images(model, held_out, filters=LIKELIEST)["a caption of the data's form"] > 0.5
 
     assert drawn(tmp_path, "sampling.prompt=a thick three")[0] == ["a thick three"] * 4
     real = held_out.images[0]

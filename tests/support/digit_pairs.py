@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.svm import SVC
@@ -70,19 +71,16 @@ def images_of_captions(model: Model, train: Digits, told: Digits, draws: int = 1
     return found
 
 
-def captions_of_images(model: Model, told: Digits) -> dict[str, float]:
-    """How often the digit and the other words of captions of images are right, with the likeliest tokens.
-
-    The digit and the whole caption also of the best of 16 captions that are drawn.
-    """
-    written = model.caption(told.images, filters=LIKELIEST)
+def captions_of_images(model: Model, told: Digits, **options: Any) -> dict[str, float]:
+    """How often captions, drawn with options of `Model.caption`, have the form of the data and the right words."""
+    written = model.caption(told.images, **options)
     pairs = [*zip(written, told.captions, strict=True)]
     known = {*describe_digits(*digits())}
-    found = {"a caption of the data's form": float(np.mean([a in known for a in written]))}
-    for how, texts in (("", written), (", best of 16 drawn", model.caption(told.images, best_of=16))):
-        both = [*zip(texts, told.captions, strict=True)]
-        found[f"digit{how}"] = float(np.mean([digit_of(a) == digit_of(b) for a, b in both]))
-        found[f"whole caption{how}"] = float(np.mean([a == b for a, b in both]))
+    found = {
+        "digit": float(np.mean([digit_of(a) == digit_of(b) for a, b in pairs])),
+        "whole caption": float(np.mean([a == b for a, b in pairs])),
+        "a caption of the data's form": float(np.mean([a in known for a in written])),
+    }
     for name, words in OPPOSITES.items():
         for text, place in ((f"{name}, right word", 0), (f"{name}, opposite", 1)):
             hits = [words[place ^ (words[1] in b)] in a for a, b in pairs if any(w in b for w in words)]
